@@ -1,0 +1,1 @@
+"""Human-preference rewards and reward-gradient tuning of text-to-image diffusion models, in JAX."""

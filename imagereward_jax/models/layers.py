@@ -1,0 +1,206 @@
+"""Layers that every network is built from: arrays in, arrays out, channels last.
+
+Attribute names follow the PyTorch checkpoints. Each layer says in `torch_names` how its parameters are
+called and laid out there, which is all that `imagereward_jax.weights.mapping` needs to convert a whole network.
+
+Parameters are created in float32 and may be held in any dtype; a layer computes in its own `dtype`.
+Normalisation statistics and softmax are always float32.
+"""
+
+import contextlib
+import contextvars
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+_target_platform = contextvars.ContextVar("target_platform", default=None)
+
+
+@contextlib.contextmanager
+def target_platform(platform):
+    """Traces what is inside for `platform` ("cpu", "gpu" or "tpu") instead of the default backend.
+
+    Needed where a program is compiled for hardware that this machine does not have.
+    """
+    token = _target_platform.set(platform)
+    try:
+        yield
+    finally:
+        _target_platform.reset(token)
+
+
+def current_platform():
+    """The platform that layers choose their kernels for."""
+    return _target_platform.get() or jax.default_backend()
+
+
+def precision(dtype):
+    """Full float32 products for float32 layers (TPUs and GPUs would otherwise round the inputs)."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def uniform_init(key, shape, fan_in):
+    """PyTorch's default for Linear and Conv: uniform in +-1 / sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` over the last axis. kernel: [in_features, out_features]."""
+
+    torch_names = {"kernel": ("weight", (1, 0)), "bias": ("bias", None)}
+
+    def __init__(self, in_features, out_features, *, bias=True, dtype=jnp.float32, rngs):
+        self.dtype = dtype
+        self.kernel = nnx.Param(uniform_init(rngs.params(), (in_features, out_features), in_features))
+        self.bias = nnx.Param(uniform_init(rngs.params(), (out_features,), in_features)) if bias else None
+
+    def __call__(self, x):
+        y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), precision=precision(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Conv(nnx.Module):
+    """2-D convolution. x: [B, H, W, C_in]; kernel: [k, k, C_in, C_out].
+
+    Args:
+        padding: pixels of zeros on every side, or ((top, bottom), (left, right)).
+    """
+
+    torch_names = {"kernel": ("weight", (3, 2, 0, 1)), "bias": ("bias", None)}
+
+    def __init__(
+        self, in_channels, out_channels, kernel_size, *, stride=1, padding=0, bias=True, dtype=jnp.float32, rngs
+    ):
+        self.dtype = dtype
+        self.stride = stride
+        self.padding = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+        fan_in = in_channels * kernel_size**2
+        self.kernel = nnx.Param(
+            uniform_init(rngs.params(), (kernel_size, kernel_size, in_channels, out_channels), fan_in)
+        )
+        self.bias = nnx.Param(uniform_init(rngs.params(), (out_channels,), fan_in)) if bias else None
+
+    def __call__(self, x):
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        convolve = convolve_as_matmul if current_platform() == "cpu" else convolve_natively
+        y = convolve(x, kernel, self.stride, self.padding, precision(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def convolve_natively(x, kernel, stride, padding, precision):
+    """The compiler's own convolution. x: [B, H, W, C_in], kernel: [k, k, C_in, C_out]."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+    )
+
+
+def convolve_as_matmul(x, kernel, stride, padding, precision):
+    """The same as one matrix product over the k*k shifted copies of x; on CPUs faster, its gradients above all."""
+    size, _, in_channels, out_channels = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
+    patches = [
+        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    patches = jnp.concatenate(patches, axis=-1) if size > 1 else patches[0]
+    return jnp.matmul(patches, kernel.reshape(size * size * in_channels, out_channels), precision=precision)
+
+
+class Embedding(nnx.Module):
+    """Rows of `embedding` [num_embeddings, features] by integer index."""
+
+    torch_names = {"embedding": ("weight", None)}
+
+    def __init__(self, num_embeddings, features, *, dtype=jnp.float32, rngs):
+        self.dtype = dtype
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
+
+    def __call__(self, ids):
+        return self.embedding[...][ids].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    torch_names = {"scale": ("weight", None), "bias": ("bias", None)}
+
+    def __init__(self, features, *, eps=1e-5, dtype=jnp.float32):
+        self.dtype, self.eps = dtype, eps
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.bias = nnx.Param(jnp.zeros((features,)))
+
+    def __call__(self, x):
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        x = (x - mean) * jax.lax.rsqrt(variance + self.eps)
+        return (x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation over space and the channels of a group, computed in float32. x: [B, ..., C]."""
+
+    torch_names = {"scale": ("weight", None), "bias": ("bias", None)}
+
+    def __init__(self, groups, features, *, eps=1e-5, dtype=jnp.float32):
+        if features % groups:
+            raise ValueError(f"norm_num_groups={groups} does not divide {features} channels")
+        self.dtype, self.eps, self.groups = dtype, eps, groups
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.bias = nnx.Param(jnp.zeros((features,)))
+
+    def __call__(self, x):
+        shape, features = x.shape, x.shape[-1]
+        x = x.astype(jnp.float32).reshape(shape[0], -1, self.groups, features // self.groups)
+        mean = x.mean((1, 3), keepdims=True)
+        variance = jnp.square(x - mean).mean((1, 3), keepdims=True)
+        x = ((x - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(shape)
+        return (x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
+def gelu(x):
+    """Exact GELU."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x):
+    """`x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def attention(query, key, value, *, mask=None):
+    """Scaled dot-product attention with a float32 softmax.
+
+    Args:
+        query: [B, T, heads, head_dim]; key, value: [B, S, heads, head_dim].
+        mask: boolean, broadcastable to [B, heads, T, S]; True takes part.
+
+    Returns:
+        [B, T, heads, head_dim] in the dtype of `query`.
+    """
+    head_dim = query.shape[-1]
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if current_platform() in ("gpu", "cuda") and half and mask is None and head_dim % 8 == 0 and head_dim <= 128:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    high = precision(query.dtype)
+    logits = jnp.einsum("bthd,bshd->bhts", query, key, precision=high, preferred_element_type=jnp.float32)
+    logits = logits / math.sqrt(head_dim)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return jnp.einsum("bhts,bshd->bthd", weights, value, precision=high)
+
+
+def split_heads(x, heads):
+    """[B, T, heads * head_dim] -> [B, T, heads, head_dim]."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def merge_heads(x):
+    """[B, T, heads, head_dim] -> [B, T, heads * head_dim]."""
+    return x.reshape(*x.shape[:-2], -1)
