@@ -1,0 +1,225 @@
+"""One file of tensors in, one file of tensors out, as numpy arrays by name.
+
+Nothing that is read here can run code, and a file that is written appears whole or not at all.
+"""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+_SAFETENSORS_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+
+
+class WeightsError(ValueError):
+    """A file or folder of weights cannot be read or written; the message names it and says why."""
+
+
+def read_tensors(path):
+    """Reads a file of tensors by its extension.
+
+    Args:
+        path: `.safetensors` (mapped into memory: only what is used is read), `.bin`, `.pt`, `.pth` or `.ckpt`
+            (PyTorch pickles, tensors only; one enclosing "state_dict" or "model" is taken off), or `.msgpack`
+            (Flax; nested names joined by dots).
+
+    Returns:
+        dict of name to numpy array, each in the dtype of the file (bfloat16 as `ml_dtypes.bfloat16`).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: the file is empty, truncated, of another kind than its name says, or a pickle that holds
+            anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    readers = {".safetensors": _read_safetensors, ".msgpack": _read_msgpack} | dict.fromkeys(PICKLES, _read_pickle)
+    if path.suffix not in readers:
+        raise WeightsError(f"{path}: cannot tell its format by its name; expected one of {', '.join(readers)}")
+    _refuse_placeholders(path)
+    return readers[path.suffix](path)
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Writes a `.safetensors` file that appears whole or not at all.
+
+    Args:
+        path: the file; one that is already there is replaced at the very end, or left as it was after an error.
+        tensors: mapping of name to array.
+        metadata: dict of strings for the header; `{"format": "pt"}`, which PyTorch libraries ask for, by default.
+
+    Raises:
+        WeightsError: the file could not be written (a full disk, a missing folder, no permission).
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    try:
+        save_file(arrays, partial, metadata=metadata or {"format": "pt"})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: could not be written ({error}); nothing at that path was changed") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: it does not hold a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _refuse_placeholders(path):
+    """Names what commonly lies where weights should: nothing, a Git LFS pointer, a web page, an error message."""
+    with open(path, "rb") as file:
+        start = file.read(200).lstrip().lower()
+    if not start:
+        raise WeightsError(f"{path}: the file is empty; fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path}: looks like a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise WeightsError(f"{path}: looks like a web page, not weights; fetch it again from a direct link")
+    if start.startswith(b'{"error'):
+        raise WeightsError(f"{path}: holds a server's error message, not weights: {start.decode(errors='replace')}")
+
+
+def _read_safetensors(path):
+    """Maps the tensors of a file; the library checks the header, and that the file is as long as it says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+    with open(path, "rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_size))
+    header.pop("__metadata__", None)
+    if path.stat().st_size == 8 + header_size:
+        data = np.empty(0, np.uint8)
+    else:
+        # Copy on write: whoever changes an array in place changes neither the file nor another reader's array.
+        data = np.memmap(path, np.uint8, mode="c", offset=8 + header_size)
+    return {name: _view(path, name, entry, data) for name, entry in header.items()}
+
+
+def _view(path, name, entry, data):
+    """One tensor of a safetensors file as an array over the bytes `data` that follow the header."""
+    if entry["dtype"] not in _SAFETENSORS_DTYPES:
+        known = ", ".join(_SAFETENSORS_DTYPES)
+        raise WeightsError(f"{path}: tensor {name!r} has dtype {entry['dtype']}; those that can be read are {known}")
+    begin, end = entry["data_offsets"]
+    return np.asarray(data[begin:end]).view(_SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _read_pickle(path):
+    """Reads a PyTorch file without running anything that it holds."""
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{path}: {_why_unsafe(error)}") from error
+    except Exception as error:  # torch raises whatever its many decoders do for bytes that are no checkpoint
+        reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
+        raise WeightsError(f"{path}: not a whole PyTorch checkpoint ({reason}); fetch it again") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+            break
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"{path}: expected a dict of tensors, found a {type(loaded).__name__}")
+    others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise WeightsError(f"{path}: expected tensors only, but these entries are not: {', '.join(others[:10])}")
+    return {name: _torch_to_numpy(tensor) for name, tensor in loaded.items()}
+
+
+def _why_unsafe(error):
+    """One line for a pickle that PyTorch's safe loader refused."""
+    text = str(error)
+    detail = next((line.strip() for line in text.split("\n") if "Unsupported" in line or "GLOBAL" in line), "")
+    if not detail:
+        return "not a PyTorch checkpoint, or one that is damaged; fetch it again"
+    detail = (
+        detail.split("WeightsUnpickler error:")[-1].split(" by default")[0].split(" was not an allowed")[0].strip(" .")
+    )
+    return (
+        f"refused: it holds Python objects other than tensors ({detail}), and opening such a file can run any code. "
+        "Get the weights as .safetensors"
+    )
+
+
+def _torch_to_numpy(tensor):
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _read_msgpack(path):
+    """Reads a Flax checkpoint: a nested dict whose names are joined by dots, arrays as they are."""
+    from flax.serialization import msgpack_restore
+
+    try:
+        nested = msgpack_restore(path.read_bytes())
+    except Exception as error:  # msgpack and numpy raise many kinds for bytes that are no checkpoint
+        raise WeightsError(f"{path}: not a whole Flax msgpack file ({error or type(error).__name__})") from error
+    tensors = dict(_flatten(nested, ())) if isinstance(nested, dict) else {}
+    others = [name for name, value in tensors.items() if not isinstance(value, np.ndarray)]
+    if others or not tensors:
+        found = f"these entries: {', '.join(others[:10])}" if others else f"a {type(nested).__name__}"
+        raise WeightsError(f"{path}: expected a nested dict of arrays, found {found}")
+    return tensors
+
+
+def _flatten(node, path):
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, (*path, str(name)))
+        else:
+            yield ".".join((*path, str(name))), value

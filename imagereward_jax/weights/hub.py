@@ -1,0 +1,120 @@
+"""Finds a model by what its user calls it: a folder, a name that comes with the package, or a name on the hub."""
+
+import difflib
+import fnmatch
+import re
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+class ModelNotFound(FileNotFoundError):
+    """No folder, built-in model or hub repository has the given name; the message says what was tried."""
+
+
+def builtin_models():
+    """Names of the models that come with the package."""
+    return sorted(path.name for path in ASSETS.iterdir() if path.is_dir()) if ASSETS.is_dir() else []
+
+
+def resolve_model(name_or_path, *, allow_patterns, cache_dir=None):
+    """The folder that holds a model, downloaded first if it has to be.
+
+    Args:
+        name_or_path: an existing folder; a built-in name such as "tiny-shapes"; or a hub name "owner/model", with
+            "@branch" after it for a branch, tag or commit other than the main one.
+        allow_patterns: which files to download from the hub, e.g. `["*.json", "unet/*.safetensors"]`.
+        cache_dir: where downloads are kept; the hub library's own cache by default.
+
+    Raises:
+        ModelNotFound: there is no such model, or the hub cannot be reached.
+    """
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelNotFound(f"{name} is a file; expected the folder of a model")
+    if name in builtin_models():
+        return ASSETS / name
+    if looks_like_path(name) or not isinstance(name_or_path, str):
+        raise ModelNotFound(f"no folder {name}{_nearby(path)}")
+    repo_id, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ModelNotFound(
+            f"no model {name!r}: it is not a folder here{_suggestion(name)}, and names on the Hugging Face hub have "
+            f"the form owner/model. Built-in models: {', '.join(builtin_models()) or 'none'}"
+        )
+    return _download(repo_id, revision, allow_patterns, cache_dir)
+
+
+def resolve_file(repo_id, filename, *, cache_dir=None):
+    """One file of a hub repository "owner/model" (or "owner/model@branch"), downloaded first if it has to be.
+
+    Raises:
+        ModelNotFound: there is no such file, or the hub cannot be reached.
+    """
+    repo, _, revision = repo_id.partition("@")
+    return _download(repo, revision, [filename], cache_dir) / filename
+
+
+def looks_like_path(name):
+    """Whether `name` can only be meant as a path, so that the hub must not be asked for it."""
+    return bool(re.match(r"[./~]|[A-Za-z]:[\\/]", name)) or "\\" in name or name.endswith("/") or name.count("/") > 1
+
+
+def _download(repo_id, revision, allow_patterns, cache_dir):
+    """Files of a hub repository; the hub library's many errors are turned into one that says what to do."""
+    from huggingface_hub import errors, snapshot_download
+
+    name = f"{repo_id}@{revision}" if revision else repo_id
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision or None, allow_patterns=allow_patterns, cache_dir=cache_dir
+        )
+    except errors.GatedRepoError as error:
+        raise ModelNotFound(
+            f"{name} asks for its licence to be accepted: do so on its page on the Hugging Face hub, "
+            f"then run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFound(
+            f"no model {name!r}: it is not a folder here{_suggestion(name)}, and the Hugging Face hub knows no such "
+            f"public repository (for a private one, run `hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelNotFound(f"{name}: the hub repository has no such branch, tag or commit") from error
+    except Exception as error:  # offline mode, no network, nothing cached, timeouts: each has a class of its own
+        raise ModelNotFound(
+            f"no model {name!r}: it is not a folder here{_suggestion(name)}, it is not in the download cache, and the "
+            f"Hugging Face hub could not be asked for it ({_why(error)}). Connect to the internet (and unset "
+            f"HF_HUB_OFFLINE if it is set), or pass the path of a local folder"
+        ) from error
+    found = [path for path in Path(folder).rglob("*") if path.is_file()]
+    if not any(fnmatch.fnmatch(str(path.relative_to(folder)), pattern) for path in found for pattern in allow_patterns):
+        raise ModelNotFound(f"{name} on the hub has no file that matches {', '.join(allow_patterns)}")
+    return Path(folder)
+
+
+def _why(error):
+    """The innermost cause of a hub error, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]]).rstrip(":. ")
+
+
+def _suggestion(name):
+    """What else the user may have meant: a built-in model of nearly that name, or a path in a folder that is here."""
+    close = difflib.get_close_matches(name.split("/")[-1].lower(), builtin_models(), n=1)
+    if close:
+        return f" (did you mean the built-in {close[0]!r}?)"
+    return _nearby(Path(name)) if Path(name).parent != Path() else ""
+
+
+def _nearby(path):
+    """Of a path that does not exist: which part of it is missing, and what has nearly that name."""
+    parent = path.parent
+    if not parent.is_dir():
+        return ""
+    close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir() if entry.is_dir()], n=1)
+    return f" (did you mean {parent / close[0]}?)" if close else ""
