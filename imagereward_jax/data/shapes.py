@@ -1,0 +1,43 @@
+"""The built-in world of coloured shapes: data that needs no download, and a checker that knows the truth.
+
+A caption has four words (size, colour, shape, place); a picture shows one shape on a plain light background.
+This module is the front door; the parts live in `shapes_drawing`, `shapes_checker`, `shapes_degrade`,
+`shapes_sources` and `shapes_tokenizers`.
+"""
+
+from imagereward_jax.data.shapes_checker import check, fully_right, words_right
+from imagereward_jax.data.shapes_drawing import (
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Caption,
+    all_captions,
+    draw,
+    parse,
+    split,
+)
+from imagereward_jax.data.shapes_sources import ShapesGroups, ShapesPairs
+from imagereward_jax.data.shapes_tokenizers import caption_words, write_bert_vocab, write_clip_tokenizer
+
+__all__ = [
+    "COLOURS",
+    "PLACES",
+    "SHAPES",
+    "SIZES",
+    "WORDS",
+    "Caption",
+    "ShapesGroups",
+    "ShapesPairs",
+    "all_captions",
+    "caption_words",
+    "check",
+    "draw",
+    "fully_right",
+    "parse",
+    "split",
+    "words_right",
+    "write_bert_vocab",
+    "write_clip_tokenizer",
+]

@@ -1,0 +1,171 @@
+"""Captions of the shapes world and the pictures that they describe."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+
+import numpy as np
+
+SIZES = ("small", "large")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = ("top left", "top right", "bottom left", "bottom right", "center")
+WORDS = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}
+
+# Lengths are in units of the picture's side.
+RADIUS = {"small": 0.125, "large": 0.22}
+CORNER = 0.27
+POSITION = {  # (row, column) of the middle of the shape's bounding box
+    "top left": (CORNER, CORNER),
+    "top right": (CORNER, 1 - CORNER),
+    "bottom left": (1 - CORNER, CORNER),
+    "bottom right": (1 - CORNER, 1 - CORNER),
+    "center": (0.5, 0.5),
+}
+RGB = {
+    "red": (0.86, 0.12, 0.14),
+    "green": (0.15, 0.65, 0.25),
+    "blue": (0.15, 0.30, 0.88),
+    "yellow": (0.96, 0.86, 0.12),
+    "purple": (0.55, 0.18, 0.75),
+    "orange": (0.97, 0.51, 0.07),
+}
+BACKGROUND = 0.93
+
+# Proportions of the shapes, in units of their radius, chosen so that all cover about the same area.
+SQUARE_HALF = 0.9
+TRIANGLE_CIRCUMRADIUS = 1.25
+CROSS_LENGTH, CROSS_WIDTH = 1.1, 0.38
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Caption:
+    """What a picture shows, as one word of each list in `WORDS`."""
+
+    size: str
+    colour: str
+    shape: str
+    place: str
+
+    def __post_init__(self):
+        for field, allowed in WORDS.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}")
+
+    @property
+    def text(self):
+        """The caption in English: "a large red circle at the top left"."""
+        where = "in the center" if self.place == "center" else f"at the {self.place}"
+        return f"a {self.size} {self.colour} {self.shape} {where}"
+
+    def replace(self, **words):
+        """The caption with some words changed."""
+        return dataclasses.replace(self, **words)
+
+
+@functools.cache
+def all_captions():
+    """Every caption of the world (240 of them), as a tuple in a fixed order."""
+    return tuple(Caption(*words) for words in itertools.product(SIZES, COLOURS, SHAPES, PLACES))
+
+
+@functools.cache
+def _by_text():
+    return {caption.text: caption for caption in all_captions()}
+
+
+def parse(text):
+    """The `Caption` whose `.text` this is.
+
+    Raises:
+        ValueError: the text is not a caption of the shapes world.
+    """
+    caption = _by_text().get(text)
+    if caption is None:
+        raise ValueError(
+            f"{text!r} is not a caption of the shapes world; expected a text like {all_captions()[0].text!r}"
+        )
+    return caption
+
+
+def split(seed=0, held_out=64):
+    """(train, held_out): two disjoint lists that together hold every caption.
+
+    The choice hangs on `seed` alone (it is a hash, so it is the same on every machine and version), and no word
+    loses more than half of its captions: everything in a held-out caption was seen in training, only not together.
+    """
+    order = sorted(all_captions(), key=lambda c: hashlib.sha256(f"{seed}:{c.text}".encode()).digest())
+    limit = {
+        word: sum(word in dataclasses.astuple(c) for c in order) // 2 for words in WORDS.values() for word in words
+    }
+    chosen = []
+    for caption in order:
+        words = dataclasses.astuple(caption)
+        if len(chosen) < held_out and all(limit[word] > 0 for word in words):
+            chosen.append(caption)
+            for word in words:
+                limit[word] -= 1
+    if len(chosen) < held_out:
+        raise ValueError(f"held_out must be at most about half of the {len(order)} captions; got {held_out}")
+    return [caption for caption in order if caption not in set(chosen)], chosen
+
+
+def coverage(shape, centre, radius, image_size):
+    """How much of each pixel the shape covers: float32 [image_size, image_size] in [0, 1].
+
+    Args:
+        centre: (row, column) of the middle of the bounding box, in pixels.
+        radius: in pixels.
+    """
+    pixels = np.arange(image_size, dtype=np.float32) + np.float32(0.5)
+    y, x = (pixels - np.float32(centre[0]))[:, None], (pixels - np.float32(centre[1]))[None, :]
+    # Clipping the distance to the outline gives antialiasing: half covered where the outline passes.
+    return np.clip(0.5 - _distance(shape, y, x, np.float32(radius)), 0, 1)
+
+
+def _distance(shape, y, x, radius):
+    """Signed distance to the outline in pixels, negative inside."""
+    if shape == "circle":
+        return np.sqrt(x * x + y * y) - radius
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - radius * SQUARE_HALF
+    if shape == "triangle":
+        circumradius = radius * TRIANGLE_CIRCUMRADIUS
+        y = y - circumradius / 4  # the bounding box reaches 1 up and 1/2 down from the centroid
+        slanted = np.abs(x) * np.float32(np.sqrt(3) / 2) - y / 2
+        return np.maximum(slanted, y) - circumradius / 2
+    if shape == "cross":
+        x, y = np.abs(x), np.abs(y)
+        length, width = radius * CROSS_LENGTH, radius * CROSS_WIDTH
+        return np.minimum(np.maximum(x - length, y - width), np.maximum(x - width, y - length))
+    raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {shape!r}")
+
+
+def draw_float(caption, rng, image_size=64):
+    """Like `draw`, before rounding: float32 [image_size, image_size, 3] in [0, 1]."""
+    jitter = rng.uniform(-1, 1, 10).astype(np.float32)
+    centre = (np.array(POSITION[caption.place], np.float32) + 0.025 * jitter[0:2]) * image_size
+    radius = RADIUS[caption.size] * (1 + 0.07 * jitter[2]) * image_size
+    background = BACKGROUND + 0.03 * jitter[3:6]
+    foreground = np.clip(np.array(RGB[caption.colour], np.float32) * (1 + 0.05 * jitter[6]) + 0.03 * jitter[7:10], 0, 1)
+    alpha = coverage(caption.shape, centre, radius, image_size)[..., None]
+    return background + alpha * (foreground - background)
+
+
+def draw(caption, rng, image_size=64):
+    """A picture of the caption: uint8 [image_size, image_size, 3].
+
+    Place, size, shade and the tint of the background vary a little with `rng` (np.random.Generator).
+    """
+    return to_uint8(draw_float(caption, rng, image_size))
+
+
+def to_uint8(image):
+    """Float in [0, 1] (clipped) to uint8, rounded."""
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def to_float(image):
+    """uint8 to float32 in [0, 1]."""
+    return image.astype(np.float32) / np.float32(255)

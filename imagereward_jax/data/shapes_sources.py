@@ -1,0 +1,135 @@
+"""Random-access sources over the shapes world: captioned pictures, and ranked groups of pictures.
+
+An item hangs on (seed, index) alone, so that any worker on any host makes the same one.
+"""
+
+import numpy as np
+from scipy import ndimage
+
+from imagereward_jax.data.shapes_degrade import degrade
+from imagereward_jax.data.shapes_drawing import WORDS, all_captions, draw, draw_float, to_float, to_uint8
+
+MAX_IMAGES = 9
+# One wrong word costs 1; a degradation costs this times its severity, so that at 1/4 it is as bad as a wrong word.
+SEVERITY_COST = 4.0
+MIN_SEVERITY = 0.12
+MIN_COST_GAP = 0.2  # closer pictures would be ranked by a coin
+MODES = {"words": 0.4, "quality": 0.25, "mixed": 0.35}
+
+
+def with_wrong_words(caption, count, rng):
+    """The caption with `count` of its four words replaced by random other ones."""
+    fields = rng.choice(list(WORDS), size=count, replace=False)
+    return caption.replace(**{f: str(rng.choice([w for w in WORDS[f] if w != getattr(caption, f)])) for f in fields})
+
+
+def _check_source(size, captions):
+    captions = all_captions() if captions is None else list(captions)
+    if size < 1:
+        raise ValueError(f"size must be at least 1; got {size}")
+    if not captions:
+        raise ValueError("captions must not be empty")
+    return captions
+
+
+def _check_index(index, size):
+    if not 0 <= index < size:
+        raise IndexError(f"index {index} is outside a source of {size} items")
+
+
+class ShapesPairs:
+    """Captioned pictures: item i is {"image": float32 [S, S, 3] in [0, 1], "prompt": str}.
+
+    Args:
+        size: number of items.
+        seed: chooses captions and jitter.
+        captions: list of `Caption` to draw from (default: all).
+        caption_noise: probability that one of the caption's four words is wrong, as in captions from the web.
+        image_size: side in pixels.
+    """
+
+    def __init__(self, size, seed=0, captions=None, caption_noise=0.0, image_size=64):
+        self.captions = _check_source(size, captions)
+        if not 0 <= caption_noise <= 1:
+            raise ValueError(f"caption_noise must be in [0, 1]; got {caption_noise}")
+        self.size, self.seed, self.caption_noise, self.image_size = size, seed, caption_noise, image_size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        _check_index(index, self.size)
+        rng = np.random.default_rng((self.seed, int(index)))
+        caption = self.captions[rng.integers(len(self.captions))]
+        image = draw(caption, rng, self.image_size)
+        if rng.random() < self.caption_noise:
+            caption = with_wrong_words(caption, 1, rng)
+        return {"image": to_float(image), "prompt": caption.text}
+
+
+class ShapesGroups:
+    """Ranked groups: item i is {"prompt": str, "images": float32 [K, S, S, 3], "ranking": int32 [K], 1 is best}.
+
+    Pictures of a group differ in how many words are wrong (0 to 4), in how badly they are spoilt (`degrade`), or
+    in both. There are no ties.
+
+    Args:
+        size: number of groups.
+        seed: chooses everything.
+        captions: list of `Caption` to draw from (default: all).
+        images_per_prompt: K, 2 to 9.
+        image_size: side in pixels.
+    """
+
+    def __init__(self, size, seed=0, captions=None, images_per_prompt=4, image_size=64):
+        self.captions = _check_source(size, captions)
+        if not 2 <= images_per_prompt <= MAX_IMAGES:
+            raise ValueError(f"images_per_prompt must be in 2..{MAX_IMAGES}; got {images_per_prompt}")
+        self.size, self.seed = size, seed
+        self.images_per_prompt, self.image_size = images_per_prompt, image_size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        _check_index(index, self.size)
+        rng = np.random.default_rng((self.seed, int(index), 1))  # 1: not the pictures of ShapesPairs
+        caption = self.captions[rng.integers(len(self.captions))]
+        plans = self._plan(rng)
+        images = np.stack([self._draw(caption, wrong, severity, rng) for wrong, severity in plans])
+        order = np.argsort([_cost(*plan) for plan in plans])
+        ranking = np.empty(len(plans), np.int32)
+        ranking[order] = np.arange(1, len(plans) + 1)
+        return {"prompt": caption.text, "images": images, "ranking": ranking}
+
+    def _plan(self, rng):
+        """K tuples (wrong words, severity) whose costs lie apart."""
+        mode = str(rng.choice(list(MODES), p=list(MODES.values())))
+        if mode == "words" and self.images_per_prompt <= 5:
+            return [(int(wrong), 0.0) for wrong in rng.permutation(5)[: self.images_per_prompt]]
+        base = int(rng.choice(3, p=(0.7, 0.2, 0.1)))
+        plans = []
+        while len(plans) < self.images_per_prompt:
+            wrong = base if mode == "quality" else int(rng.integers(5))
+            severity = float(rng.uniform(MIN_SEVERITY, 1)) if rng.random() < 0.7 else 0.0
+            if all(abs(_cost(wrong, severity) - _cost(*plan)) >= MIN_COST_GAP for plan in plans):
+                plans.append((wrong, severity))
+        return plans
+
+    def _draw(self, caption, wrong, severity, rng):
+        image = draw_float(with_wrong_words(caption, wrong, rng), rng, self.image_size)
+        image = _soften(image, rng)
+        if severity:
+            image = degrade(image, severity, rng, caption)
+        return to_float(to_uint8(image))
+
+
+def _soften(image, rng):
+    """What any autoencoder does to a picture, and no rank hangs on: up to a pixel of blur, a little noise."""
+    sigma = rng.uniform(0, 1 / 64) * image.shape[0]
+    soft = ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="nearest")
+    return soft + np.float32(rng.uniform(0, 0.02)) * rng.standard_normal(image.shape, np.float32)
+
+
+def _cost(wrong, severity):
+    return wrong + SEVERITY_COST * severity
