@@ -1,0 +1,185 @@
+"""The noise schedule a diffusion model was trained with: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
+
+Read from the `scheduler_config.json` of a diffusers checkpoint, and the same as diffusers' schedulers give. Tables are
+computed once, in float64 numpy; what the methods gather from them is float32.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+# diffusers' defaults, which all of its schedulers for Stable Diffusion share.
+SCHEDULE_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+
+
+def one_of(field, value, allowed):
+    """Raises ValueError, naming the field of scheduler_config.json and its value, unless `value` is in `allowed`."""
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"scheduler_config.json: {field}={value!r} is not supported; supported: {choices}")
+
+
+def stated(config):
+    """The fields that a scheduler_config.json sets: no bookkeeping, and nothing that diffusers noted as a default."""
+    defaulted = config.get("_use_default_values", ())
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
+
+
+def betas_from_config(config):
+    """The variance added at each training step, float64 [T].
+
+    Args:
+        config: the content of scheduler_config.json; absent fields take diffusers' defaults.
+
+    Raises:
+        ValueError: naming the field that is not supported or does not fit.
+    """
+    config = SCHEDULE_DEFAULTS | stated(config)
+    steps, kind = config["num_train_timesteps"], config["beta_schedule"]
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"scheduler_config.json: num_train_timesteps={steps!r} should be a positive integer")
+    if config["trained_betas"] is not None:
+        betas = np.asarray(config["trained_betas"], np.float64)
+        if betas.shape != (steps,):
+            raise ValueError(
+                f"scheduler_config.json: trained_betas has shape {betas.shape}, "
+                f"num_train_timesteps={steps} needs ({steps},)"
+            )
+    else:
+        one_of("beta_schedule", kind, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        if kind == "linear":
+            betas = np.linspace(config["beta_start"], config["beta_end"], steps)
+        elif kind == "scaled_linear":
+            betas = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, steps) ** 2
+        else:
+            betas = _cosine_betas(steps)
+    # Models were trained with float32 betas; where a beta is close to 1 the rounding is visible in 1 - beta.
+    betas = betas.astype(np.float32).astype(np.float64)
+    if not ((betas >= 0) & (betas < 1)).all():
+        raise ValueError(f"scheduler_config.json: betas run from {betas.min()} to {betas.max()}, should be in [0, 1)")
+    return betas
+
+
+def alphas_cumprod_from_config(config):
+    """The share of signal variance left at each training step (a_t above), float64 [T].
+
+    Raises:
+        ValueError: as `betas_from_config`, and where nothing but noise is left at the last step
+            (`rescale_betas_zero_snr`) although the model predicts noise, from which no image follows.
+    """
+    alphas_cumprod = np.cumprod(1 - betas_from_config(config))
+    settings = SCHEDULE_DEFAULTS | stated(config)
+    if settings["rescale_betas_zero_snr"]:
+        one_of("prediction_type (with rescale_betas_zero_snr)", settings["prediction_type"], PREDICTION_TYPES[1:])
+        alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
+    return alphas_cumprod
+
+
+def _cosine_betas(steps, max_beta=0.999):
+    """Nichol and Dhariwal's cosine schedule (arXiv 2102.09672, equation 17)."""
+    grid = np.arange(steps + 1) / steps
+    signal = np.cos((grid + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - signal[1:] / signal[:-1], max_beta)
+
+
+def _rescale_to_zero_terminal_snr(alphas_cumprod):
+    """Lin et al. (arXiv 2305.08891, algorithm 1): shifts sqrt(a) so that it ends at 0, keeps where it begins."""
+    root = np.sqrt(alphas_cumprod)
+    return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
+
+
+def per_sample(table, index, ndim):
+    """Float32 entries of a numpy table at `index` (scalar or [B]), shaped to multiply an array of `ndim` axes."""
+    values = jnp.asarray(np.asarray(table, np.float32))[jnp.asarray(index)]
+    return values if values.ndim == 0 else values.reshape(values.shape + (1,) * (ndim - values.ndim))
+
+
+def to_original(prediction_type, model_output, sample, alpha, sigma):
+    """The clean sample x_0 that a model output means, where sample = alpha * x_0 + sigma * noise."""
+    if prediction_type == "epsilon":
+        return (sample - sigma * model_output) / alpha
+    if prediction_type == "v_prediction":
+        return alpha * sample - sigma * model_output
+    return model_output
+
+
+def to_noise(prediction_type, model_output, sample, alpha, sigma):
+    """The noise that a model output means, where sample = alpha * x_0 + sigma * noise."""
+    if prediction_type == "epsilon":
+        return model_output
+    if prediction_type == "v_prediction":
+        return alpha * model_output + sigma * sample
+    return (sample - alpha * model_output) / sigma
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """Noising, and what the network should predict.
+
+    All methods take arrays [B, ...] and `timesteps`, int, [B] or one for all, in [0, T); they compute in float32.
+
+    Attributes:
+        alphas_cumprod: numpy [T], the share of signal variance left at each timestep, falling.
+        prediction_type: "epsilon" (the noise), "v_prediction" (the velocity, arXiv 2202.00512) or "sample" (x_0).
+    """
+
+    alphas_cumprod: np.ndarray
+    prediction_type: str = "epsilon"
+
+    @classmethod
+    def from_config(cls, config):
+        """From the content of scheduler_config.json. Raises ValueError naming a field that is not supported."""
+        prediction_type = (SCHEDULE_DEFAULTS | stated(config))["prediction_type"]
+        one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+        return cls(alphas_cumprod_from_config(config), prediction_type)
+
+    @property
+    def num_train_timesteps(self):
+        return len(self.alphas_cumprod)
+
+    def coefficients(self, timesteps, ndim=4):
+        """(alpha, sigma): the shares of x_0 and of noise in x_t, each a scalar or [B, 1, ...] of `ndim` axes."""
+        alpha = per_sample(np.sqrt(self.alphas_cumprod), timesteps, ndim)
+        sigma = per_sample(np.sqrt(1 - self.alphas_cumprod), timesteps, ndim)
+        return alpha, sigma
+
+    def add_noise(self, x0, noise, timesteps):
+        """x_t for clean samples and standard normal noise."""
+        alpha, sigma = self.coefficients(timesteps, x0.ndim)
+        return alpha * x0.astype(jnp.float32) + sigma * noise
+
+    def velocity(self, x0, noise, timesteps):
+        """alpha * noise - sigma * x_0, the target of v-prediction."""
+        alpha, sigma = self.coefficients(timesteps, x0.ndim)
+        return alpha * noise - sigma * x0.astype(jnp.float32)
+
+    def target(self, x0, noise, timesteps):
+        """What the network should output for x_t."""
+        if self.prediction_type == "epsilon":
+            return noise
+        return self.velocity(x0, noise, timesteps) if self.prediction_type == "v_prediction" else x0
+
+    def pred_original(self, model_output, sample, timesteps):
+        """The clean sample that `model_output` at x_t = `sample` means."""
+        sample, model_output = sample.astype(jnp.float32), model_output.astype(jnp.float32)
+        return to_original(self.prediction_type, model_output, sample, *self.coefficients(timesteps, sample.ndim))
+
+    def pred_noise(self, model_output, sample, timesteps):
+        """The noise that `model_output` at x_t = `sample` means."""
+        sample, model_output = sample.astype(jnp.float32), model_output.astype(jnp.float32)
+        return to_noise(self.prediction_type, model_output, sample, *self.coefficients(timesteps, sample.ndim))
+
+    def snr(self, timesteps):
+        """Signal-to-noise ratio a_t / (1 - a_t), of the shape of `timesteps`."""
+        return per_sample(self.alphas_cumprod / (1 - self.alphas_cumprod), timesteps, np.ndim(timesteps))

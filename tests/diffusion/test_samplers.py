@@ -1,0 +1,238 @@
+"""Samplers and noise schedules against diffusers' schedulers, over whole trajectories with a deterministic denoiser."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagereward_jax.diffusion.samplers import SAMPLERS, make_sampler
+from imagereward_jax.diffusion.schedule import NoiseSchedule
+
+torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
+diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
+
+SD1 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+CLASSES = {
+    "ddpm": diffusers.DDPMScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+}
+STEPS = (1, 10, 25, 40, 50)
+SHAPE = (2, 4, 4, 4)
+
+
+def denoise(x, t, sin):
+    """A smooth stand-in for the network, the same in jax and torch, in any layout of equal sides."""
+    return 0.7 * sin(1.3 * x + 0.002 * t) + 0.2 * x
+
+
+def random_noise(steps):
+    return np.random.default_rng(0).standard_normal((steps + 1, *SHAPE)).astype(np.float32)
+
+
+def reference(name, config, num_steps, noise, monkeypatch, eta=0.0):
+    """diffusers' latents after every step and its predictions of the clean latents (where it returns them)."""
+    scheduler = CLASSES[name].from_config(config)
+    scheduler.set_timesteps(num_steps)
+    fresh = iter(torch.tensor(noise[1:]))
+    module = CLASSES[name].__module__
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: next(fresh))
+    latents = torch.tensor(noise[0]) * scheduler.init_noise_sigma
+    trajectory, originals, kwargs = [], [], {"eta": eta} if name == "ddim" else {}
+    for t in scheduler.timesteps:
+        output = denoise(scheduler.scale_model_input(latents, t), float(t), torch.sin)
+        result = scheduler.step(output, t, latents, **kwargs)
+        latents = result.prev_sample
+        trajectory.append(latents.numpy())
+        originals.append(getattr(result, "pred_original_sample", None))
+    return scheduler, trajectory, originals
+
+
+def ours(sampler, noise):
+    state = sampler.init(jnp.asarray(noise[0]))
+    trajectory, originals = [], []
+    for step in range(sampler.num_steps):
+        output = denoise(sampler.model_input(state, step), float(sampler.timestep(step)), jnp.sin)
+        originals.append(np.asarray(sampler.pred_original(state, output, step)))
+        state = sampler.step(state, output, step, jnp.asarray(noise[step + 1]))
+        trajectory.append(np.asarray(state.latents))
+    return trajectory, originals
+
+
+def relative(actual, expected):
+    expected = np.asarray(expected)
+    return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+
+
+def check(name, config, num_steps, monkeypatch, eta=0.0, tolerance=1e-4):
+    noise = random_noise(num_steps)
+    sampler = make_sampler(name, config, num_steps, eta=eta)
+    scheduler, expected, expected_originals = reference(name, config, num_steps, noise, monkeypatch, eta)
+    np.testing.assert_allclose(sampler.timesteps, scheduler.timesteps.numpy(), atol=2e-3)
+    np.testing.assert_allclose(sampler.init_noise_sigma, float(scheduler.init_noise_sigma), rtol=3e-5)
+    actual, originals = ours(sampler, noise)
+    worst = max(map(relative, actual, expected))
+    assert worst < tolerance, f"latents differ by {worst}"
+    if expected_originals[0] is not None:
+        worst = max(map(relative, originals, expected_originals))
+        assert worst < tolerance, f"predicted clean latents differ by {worst}"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_trajectory_is_that_of_diffusers(name, prediction_type, monkeypatch):
+    """Latents and predicted clean latents, every step of 1, 10, 25, 40 and 50, within 1e-4 of the largest value."""
+    for num_steps in STEPS:
+        check(name, SD1 | {"prediction_type": prediction_type}, num_steps, monkeypatch)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_spacing(name, spacing, monkeypatch):
+    for num_steps in (*STEPS, 7, 49):
+        check(name, SD1 | {"timestep_spacing": spacing}, num_steps, monkeypatch)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_with_noise(eta, monkeypatch):
+    for num_steps in STEPS:
+        check("ddim", SD1, num_steps, monkeypatch, eta=eta)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("ddpm", {"variance_type": "fixed_large"}),
+        ("ddpm", {"variance_type": "fixed_small_log"}),
+        ("ddpm", {"clip_sample": True, "clip_sample_range": 1.5}),
+        ("ddim", {"clip_sample": True, "clip_sample_range": 1.5}),
+        ("ddim", {"set_alpha_to_one": True, "steps_offset": 0}),
+        ("ddim", {"beta_schedule": "linear"}),
+        ("ddim", {"beta_schedule": "squaredcos_cap_v2"}),
+        ("ddim", {"trained_betas": np.linspace(1e-4, 0.03, 1000).tolist()}),
+        ("euler", {"use_karras_sigmas": True}),
+        ("euler", {"final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2m", {"use_karras_sigmas": True}),
+        ("dpmpp_2m", {"final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2m", {"final_sigmas_type": "sigma_min", "lower_order_final": False}),
+        ("dpmpp_2m", {"final_sigmas_type": "sigma_min", "euler_at_final": True}),
+        ("dpmpp_2m", {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1}),
+    ],
+)
+def test_fields_of_the_config(name, fields, monkeypatch):
+    for num_steps in (10, 25):
+        check(name, SD1 | fields, num_steps, monkeypatch)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_zero_terminal_snr(name, monkeypatch):
+    """From the step that sees noise alone (trailing spacing). The weights of Euler's first steps reach 4096."""
+    config = SD1 | {
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
+    for num_steps in (10, 25):
+        check(name, config, num_steps, monkeypatch)
+
+
+def test_noted_defaults_give_way_to_those_of_the_sampler():
+    """diffusers drops fields listed in `_use_default_values` when a config is handed to another class."""
+    config = SD1 | {"timestep_spacing": "leading", "_use_default_values": ["timestep_spacing"]}
+    expected = diffusers.EulerDiscreteScheduler.from_config(config)
+    expected.set_timesteps(20)
+    np.testing.assert_allclose(make_sampler("euler", config, 20).timesteps, expected.timesteps.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_step_for_each_sample(name):
+    """A vector of steps gives, row by row, what a scalar gives; traced as well."""
+    sampler = make_sampler(name, SD1, 12, eta=0.5 if name == "ddim" else 0.0)
+    rng = np.random.default_rng(1)
+    latents, original, output, noise = (jnp.asarray(rng.standard_normal((5, 4, 4, 4)), jnp.float32) for _ in range(4))
+    state = sampler.init(latents)._replace(original=original)
+    steps = jnp.array([0, 11, 5, 1, 10])
+
+    @jax.jit
+    def all_of(state, output, step, noise):
+        clean = sampler.pred_original(state, output, step)
+        return sampler.timestep(step), sampler.model_input(state, step), clean, sampler.step(state, output, step, noise)
+
+    together = all_of(state, output, steps, noise)
+    for row, step in enumerate(steps):
+        rows = jax.tree.map(lambda x: x[row : row + 1], (state, output, noise))  # noqa: B023
+        alone = all_of(rows[0], rows[1], step, rows[2])
+        assert together[0][row] == alone[0]
+        for expected, actual in zip(jax.tree.leaves(alone[1:]), jax.tree.leaves(together[1:])):
+            np.testing.assert_allclose(actual[row : row + 1], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_schedule_is_that_of_diffusers(prediction_type):
+    config = SD1 | {"prediction_type": prediction_type}
+    schedule, scheduler = NoiseSchedule.from_config(config), diffusers.DDPMScheduler.from_config(config)
+    rng = np.random.default_rng(2)
+    x0, noise = (rng.standard_normal((6, 4, 4, 4)).astype(np.float32) for _ in range(2))
+    timesteps = np.array([0, 1, 20, 500, 998, 999])
+    torch_arguments = torch.tensor(x0), torch.tensor(noise), torch.tensor(timesteps)
+    noisy = schedule.add_noise(jnp.asarray(x0), noise, timesteps)
+    np.testing.assert_allclose(noisy, scheduler.add_noise(*torch_arguments), rtol=1e-5, atol=1e-5)
+    velocity = schedule.velocity(jnp.asarray(x0), noise, timesteps)
+    np.testing.assert_allclose(velocity, scheduler.get_velocity(*torch_arguments), rtol=1e-5, atol=1e-5)
+    target = schedule.target(jnp.asarray(x0), noise, timesteps)
+    np.testing.assert_allclose(target, {"epsilon": noise, "v_prediction": velocity, "sample": x0}[prediction_type])
+    np.testing.assert_allclose(schedule.pred_original(target, noisy, timesteps), x0, atol=2e-5)
+    np.testing.assert_allclose(schedule.pred_noise(target, noisy, timesteps), noise, atol=1e-4)
+    at = scheduler.alphas_cumprod.double().numpy()[timesteps]
+    np.testing.assert_allclose(schedule.snr(timesteps), at / (1 - at), rtol=2e-4)
+    np.testing.assert_allclose(schedule.add_noise(jnp.asarray(x0), noise, 20)[2], noisy[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "num_steps", "message"),
+    [
+        ("dimm", {}, 10, "did you mean 'ddim'"),
+        ("ddim", {}, 0, "num_steps=0"),
+        ("ddim", {}, 1001, "num_steps=1001"),
+        ("ddim", {}, 1000, "steps_offset=1"),
+        ("ddim", {"thresholding": True}, 10, "thresholding=True"),
+        ("ddim", {"prediction_type": "flow"}, 10, "prediction_type='flow'"),
+        ("ddim", {"timestep_spacing": "even"}, 10, "timestep_spacing='even'"),
+        ("ddim", {"beta_schedule": "sigmoid"}, 10, "beta_schedule='sigmoid'"),
+        ("ddim", {"trained_betas": [0.1, 0.2]}, 10, "trained_betas"),
+        ("ddim", {"rescale_betas_zero_snr": True}, 10, "rescale_betas_zero_snr"),
+        ("ddim", {"some_new_field": 3}, 10, "some_new_field=3"),
+        ("ddpm", {"variance_type": "learned_range"}, 10, "variance_type='learned_range'"),
+        ("euler", {"interpolation_type": "log_linear"}, 10, "interpolation_type='log_linear'"),
+        ("euler", {"use_beta_sigmas": True}, 10, "use_beta_sigmas=True"),
+        ("dpmpp_2m", {"solver_order": 3}, 10, "solver_order=3"),
+        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}, 10, "algorithm_type='sde-dpmsolver"),
+        ("dpmpp_2m", {}, 1000, "num_steps=1000"),
+    ],
+)
+def test_what_is_not_supported_is_named(name, fields, num_steps, message):
+    with pytest.raises(ValueError) as caught:
+        make_sampler(name, SD1 | fields, num_steps)
+    assert message in str(caught.value)
+
+
+def test_noise_is_asked_for():
+    sampler = make_sampler("ddim", SD1, 10, eta=1.0)
+    state = sampler.init(jnp.zeros(SHAPE))
+    with pytest.raises(ValueError, match="pass standard normal noise"):
+        sampler.step(state, state.latents, 0)
+    with pytest.raises(ValueError, match="eta="):
+        make_sampler("euler", SD1, 10, eta=0.5)
