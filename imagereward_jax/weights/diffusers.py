@@ -1,0 +1,286 @@
+"""Reads and writes model folders in the layout of diffusers: one subfolder a component, `model_index.json` on top.
+
+Reading gives the names and layouts of today's PyTorch checkpoints, whatever the folder's age: safetensors or pickles,
+whole or in shards, with or without a variant ("fp16"), VAE attention under its names of before diffusers 0.17, text
+encoders with and without `text_model.`, and the msgpack files of diffusers' Flax models.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from imagereward_jax.weights import hub
+from imagereward_jax.weights.files import WeightsError, read_json, read_tensors, write_safetensors
+from imagereward_jax.weights.folders import new_folder
+
+INDEX = "model_index.json"
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+# What model_index.json calls each part: (library, class).
+_CLASSES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+}
+# Settings that only diffusers' Flax models have, none of which changes what a network computes.
+_FLAX_ONLY = ("dtype", "use_memory_efficient_attention", "split_head_dim")
+
+
+def resolve_pipeline(name_or_path, *, variant=None, cache_dir=None):
+    """The diffusers folder of a pipeline; from the hub, only what is needed of it is downloaded.
+
+    Args:
+        name_or_path, cache_dir: as for `hub.resolve_model`.
+        variant: as for `load_component`.
+
+    Raises:
+        hub.ModelNotFound: there is no such model, or the hub cannot be reached.
+    """
+    patterns = [INDEX, "*/config.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
+    folder = hub.resolve_model(name_or_path, allow_patterns=patterns, cache_dir=cache_dir)
+    if Path(str(name_or_path)).expanduser().is_dir() or name_or_path in hub.builtin_models():
+        return folder
+    wanted = [name for name in COMPONENTS if (folder / name / "config.json").is_file()]
+    for kind in ("safetensors", "bin", "msgpack"):
+        files = [f"{name}/{file}" for name in wanted for file in _file_patterns(name, kind, variant)]
+        folder = hub.resolve_model(name_or_path, allow_patterns=patterns + files, cache_dir=cache_dir)
+        wanted = [name for name in wanted if _find_weights(folder / name, name, variant) is None]
+        if not wanted:
+            break
+    return folder
+
+
+def load_component(folder, name, *, variant=None):
+    """One network's settings and weights from a diffusers folder.
+
+    Args:
+        folder: the pipeline's folder.
+        name: the component: "unet", "vae", "text_encoder" or "text_encoder_2".
+        variant: which set of files, e.g. "fp16" for `diffusion_pytorch_model.fp16.safetensors`; None takes the plain
+            ones. Of several formats the first of safetensors, .bin and msgpack is read.
+
+    Returns:
+        (config, tensors): the content of config.json, and numpy arrays by the key of today's PyTorch checkpoints
+        (text encoders with their `text_model.` prefix), in the file's dtype.
+
+    Raises:
+        FileNotFoundError: the folder, component or file is absent; the message says what is there.
+        WeightsError: a file is broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    part = folder / name
+    if not part.is_dir():
+        raise FileNotFoundError(f"{part}: no such folder; {folder} has {_listing(folder, Path.is_dir)}")
+    config = read_json(part / "config.json")
+    path = _find_weights(part, name, variant)
+    if path is None:
+        raise FileNotFoundError(_nothing_found(part, name, variant))
+    tensors = _read_shards(path) if path.suffix == ".json" else read_tensors(path)
+    if path.suffix == ".msgpack":
+        tensors = flax_to_torch(tensors)
+        config = {key: value for key, value in config.items() if key not in _FLAX_ONLY}
+    return config, modern_names(name, tensors)
+
+
+def load_scheduler_config(folder):
+    """The content of a folder's scheduler/scheduler_config.json."""
+    return read_json(Path(folder) / "scheduler" / "scheduler_config.json")
+
+
+def save_component(folder, name, config, tensors, *, overwrite=False):
+    """Writes one network, its config.json and one safetensors file, as `folder/name`, whole or not at all.
+
+    Args:
+        tensors: arrays by PyTorch key. config: the content of config.json; its class is filled in.
+
+    Raises:
+        FileExistsError: `folder/name` is there and not empty, and `overwrite` is false.
+        WeightsError: it could not be written.
+    """
+    library, class_name = _CLASSES[name]
+    label = {"_class_name": class_name} if library == "diffusers" else {"architectures": [class_name]}
+    with new_folder(Path(folder) / name, overwrite=overwrite, marker="config.json") as partial:
+        _write_json(partial / "config.json", config | label)
+        write_safetensors(partial / f"{_stem(name, 'safetensors')}.safetensors", tensors)
+
+
+def save_pipeline_index(folder, *, scheduler_config, tokenizers):
+    """Writes what is beside the networks: model_index.json, the scheduler's settings and the tokenizers' files.
+
+    Call it last: the networks that `folder` holds by then go into model_index.json.
+
+    Args:
+        scheduler_config: the content of scheduler_config.json; its `_class_name` says how diffusers samples.
+        tokenizers: folder to copy by name, e.g. {"tokenizer": path}.
+
+    Raises:
+        ValueError: the scheduler's class is not said. FileNotFoundError: a tokenizer folder is absent.
+    """
+    folder = Path(folder)
+    if "_class_name" not in scheduler_config:
+        raise ValueError("scheduler config: no _class_name; diffusers needs one, e.g. 'DDIMScheduler'")
+    for name, source in tokenizers.items():
+        _copy_files(Path(source), folder / name)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
+    parts = {name: _CLASSES[name] for name in _CLASSES if (folder / name).is_dir()}
+    parts["scheduler"] = ("diffusers", scheduler_config["_class_name"])
+    index = {"_class_name": "StableDiffusionXLPipeline"}
+    if "text_encoder_2" not in parts:
+        absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
+        index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False} | absent
+    _write_json(folder / INDEX, index | parts)
+
+
+def save_pipeline(folder, components, *, scheduler_config, tokenizers, overwrite=False):
+    """Writes a whole diffusers folder, which appears whole or not at all.
+
+    Args:
+        components: by name, (config, tensors) as `save_component` takes them; may be an iterator of
+            (name, (config, tensors)), so that no more than one need be in memory.
+        scheduler_config, tokenizers: as for `save_pipeline_index`.
+
+    Raises:
+        FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is no diffusers folder.
+        WeightsError: it could not be written.
+    """
+    pairs = components.items() if isinstance(components, dict) else components
+    with new_folder(folder, overwrite=overwrite, marker=INDEX) as partial:
+        for name, (config, tensors) in pairs:
+            save_component(partial, name, config, tensors)
+        save_pipeline_index(partial, scheduler_config=scheduler_config, tokenizers=tokenizers)
+
+
+def flax_to_torch(tensors):
+    """Names and layouts of PyTorch for the (flattened) parameters of a diffusers or transformers Flax model.
+
+    `down_blocks_0.resnets_0.conv1.kernel` [k, k, in, out] becomes `down_blocks.0.resnets.0.conv1.weight`
+    [out, in, k, k]; Linear kernels [in, out] are transposed; scale and embedding become weight.
+    """
+    numbered = r"(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|net)_(\d+)"
+    axes = {2: (1, 0), 4: (3, 2, 0, 1)}
+    renamed = {}
+    for key, array in tensors.items():
+        *parents, last = key.removeprefix("params.").split(".")
+        parents = [re.sub(f"^{numbered}$", r"\1.\2", part) for part in parents]
+        if last == "kernel":
+            array = array.transpose(axes[array.ndim])
+        renamed[".".join([*parents, "weight" if last in ("kernel", "scale", "embedding") else last])] = array
+    return renamed
+
+
+def modern_names(name, tensors):
+    """A PyTorch checkpoint's tensors of the component `name` under today's keys and shapes, without position_ids."""
+    is_text = name.startswith("text_encoder")
+    renamed = {}
+    for key, array in tensors.items():
+        if key.endswith("position_ids"):
+            continue
+        if is_text:
+            key = key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
+        else:
+            key, array = _modern_attention(key, array)
+        renamed[key] = array
+    return renamed
+
+
+def _modern_attention(key, array):
+    """Attention of the VAE: query, key, value and proj_attn of old, possibly kept as 1x1 convolutions."""
+    modern = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    match = re.fullmatch(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn|to_[qkv]|to_out\.0)\.(weight|bias)", key)
+    if match is None:
+        return key, array
+    prefix, layer, kind = match.groups()
+    if array.ndim == 4 and array.shape[2:] == (1, 1):
+        array = array[:, :, 0, 0]
+    return f"{prefix}{modern.get(layer, layer)}.{kind}", array
+
+
+def _stem(name, kind):
+    """The first part of a weights file's name for a component and one of the formats."""
+    if name.startswith("text_encoder"):
+        return {"safetensors": "model", "bin": "pytorch_model", "msgpack": "flax_model"}[kind]
+    return "diffusion_flax_model" if kind == "msgpack" else "diffusion_pytorch_model"
+
+
+def _weight_files(name, kind, variant):
+    """Names that a component's weights (or the index of their shards) may have in one format."""
+    stem, variant = _stem(name, kind), f".{variant}" if variant else ""
+    return [f"{stem}{variant}.{kind}", f"{stem}.{kind}.index{variant}.json"]
+
+
+def _file_patterns(name, kind, variant):
+    shards = f"{_stem(name, kind)}{f'.{variant}' if variant else ''}-?????-of-?????.{kind}"
+    return [*_weight_files(name, kind, variant), shards]
+
+
+def _find_weights(part, name, variant):
+    """The file to read: safetensors before .bin before msgpack, whole before shards; None if there is none."""
+    names = [file for kind in ("safetensors", "bin", "msgpack") for file in _weight_files(name, kind, variant)]
+    return next((part / file for file in names if (part / file).is_file()), None)
+
+
+def _nothing_found(part, name, variant):
+    """Why a component has no weights to read, and what to do: another variant may be there."""
+    wanted = " or ".join(_weight_files(name, kind, variant)[0] for kind in ("safetensors", "bin", "msgpack"))
+    found = f"it has {_listing(part, Path.is_file)}"
+    stems = "|".join(_stem(name, kind) for kind in ("safetensors", "bin"))
+    pattern = re.compile(rf"(?:{stems})(?:\.(?:safetensors|bin)\.index)?\.([\w-]+?)(?:\.safetensors|\.bin|\.json)")
+    matches = filter(None, (pattern.fullmatch(path.name) for path in part.iterdir()))
+    others = sorted({match.group(1) for match in matches} - {variant})
+    if others:
+        return f"{part}: no {wanted}; {found}: pass " + " or ".join(f'variant="{other}"' for other in others)
+    if variant and _find_weights(part, name, None):
+        return f"{part}: no {wanted}; {found}: leave out variant={variant!r}"
+    return f"{part}: no {wanted}; {found}"
+
+
+def _read_shards(index):
+    """Reads all files that an index names, and checks that each holds the tensors that it should."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f'{index}: no "weight_map" that says which file holds which tensor')
+    tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        path = index.parent / shard
+        if Path(shard).name != shard or not path.is_file():
+            raise FileNotFoundError(f"{path}: this file is named in {index.name} but is not there; fetch it again")
+        read = read_tensors(path)
+        absent = sorted(key for key, file in weight_map.items() if file == shard and key not in read)
+        if absent:
+            raise WeightsError(f"{path}: lacks tensors that {index.name} says it holds: {', '.join(absent[:10])}")
+        tensors |= {key: array for key, array in read.items() if weight_map.get(key) == shard}
+    return tensors
+
+
+def _listing(folder, keep):
+    return ", ".join(sorted(path.name for path in folder.iterdir() if keep(path))) or "nothing"
+
+
+def _copy_files(source, target):
+    """Copies the files of a folder, following links (the hub's cache is made of them)."""
+    if not source.is_dir() or not any(path.is_file() for path in source.iterdir()):
+        raise FileNotFoundError(f"{source}: no such folder of tokenizer files")
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=_plain) + "\n", encoding="utf-8")
+
+
+def _plain(value):
+    """What JSON cannot hold but configs do: numpy numbers."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} cannot be written as JSON")

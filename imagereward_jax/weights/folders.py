@@ -1,0 +1,58 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from imagereward_jax.weights.files import WeightsError
+
+
+@contextlib.contextmanager
+def new_folder(target, *, overwrite=False, marker):
+    """Gives an empty folder beside `target` to write into, which takes its place when the block ends well.
+
+    Args:
+        target: the folder to be.
+        overwrite: replaces a `target` that is there, at the very end, if it holds the file `marker`.
+        marker: the file that says a folder is of the same kind, e.g. "model_index.json": nothing else is ever replaced.
+
+    Yields:
+        Path of the folder to write into; it is removed when the block raises.
+
+    Raises:
+        FileExistsError: `target` is there, not empty, and may not be replaced.
+        WeightsError: the disk refuses (it is full, the folder may not be written).
+    """
+    target = Path(os.path.abspath(target))
+    refuse_existing(target, overwrite=overwrite, marker=marker)
+    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    except WeightsError as error:
+        raise WeightsError(str(error).replace(str(partial), str(target))) from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None:
+            raise  # one of this package's own, about what the block was reading or writing
+        raise WeightsError(f"{target}: could not be written ({error}); nothing at that path was changed") from error
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)  # interrupted between the two renames
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(target, *, overwrite, marker):
+    """Raises FileExistsError unless `target` is absent, empty, or a folder with the file `marker` to overwrite."""
+    target = Path(target)
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists already; choose another name, or ask for it to be overwritten")
+    if not (target / marker).is_file():
+        raise FileExistsError(f"{target} is not overwritten: it has no {marker}, so it is something else than a model")
