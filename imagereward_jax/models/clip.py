@@ -1,0 +1,223 @@
+"""CLIP's text encoder, after transformers' `CLIPTextModel`; attributes are named as in the published checkpoints."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
+from imagereward_jax.models.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    attention,
+    gelu,
+    merge_heads,
+    quick_gelu,
+    split_heads,
+)
+
+_ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
+_ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_FIXED = {"attention_dropout": (0.0,), "dropout": (0.0,), "model_type": ("clip_text_model",)}
+# Fields that transformers writes into every config.json, or that only its initialisation and tokenizers use.
+_IGNORED = (
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """config.json of a CLIP text encoder; the defaults are those of transformers."""
+
+    architectures: tuple[str, ...] = ("CLIPTextModel",)
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self):
+        check_positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers",
+            "num_attention_heads", "max_position_embeddings",
+        )  # fmt: skip
+        check_choice(type(self), "hidden_act", self.hidden_act, tuple(_ACTIVATIONS))
+        for name in self.architectures:
+            check_choice(type(self), "architectures", name, _ARCHITECTURES)
+        if not isinstance(self.eos_token_id, int):
+            raise ValueError(f"CLIPTextConfig: eos_token_id={self.eos_token_id!r} should be one whole number")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"CLIPTextConfig: num_attention_heads={self.num_attention_heads} does not divide "
+                f"hidden_size={self.hidden_size}"
+            )
+
+    @classmethod
+    def from_dict(cls, values):
+        """Reads the content of config.json; ValueError names a field and value that are not implemented."""
+        return read_config(cls, values, fixed=_FIXED, ignored=_IGNORED)
+
+    def to_dict(self):
+        """The content of config.json, as transformers reads it."""
+        return {"model_type": "clip_text_model", **write_config(self)}
+
+
+class CLIPTextOutput(NamedTuple):
+    """What the encoder gives for input_ids [B, T].
+
+    last_hidden_state: [B, T, hidden_size], after the final norm (Stable Diffusion 1.x).
+    penultimate_hidden_state: [B, T, hidden_size], the input of the last layer, without the final norm (SDXL).
+    pooled: [B, hidden_size], `last_hidden_state` at the end-of-text token; [B, projection_dim] with a projection.
+    """
+
+    last_hidden_state: jax.Array
+    penultimate_hidden_state: jax.Array
+    pooled: jax.Array
+
+
+class CLIPTextEmbeddings(nnx.Module):
+    """Token plus position embeddings."""
+
+    def __init__(self, config, *, dtype, rngs):
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, input_ids):
+        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
+
+
+class CLIPAttention(nnx.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config, *, dtype, rngs):
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, Linear(width, width, dtype=dtype, rngs=rngs))
+
+    def __call__(self, x):
+        query, key, value = (split_heads(layer(x), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+        return self.out_proj(merge_heads(attention(query, key, value, mask=causal)))
+
+
+class CLIPMLP(nnx.Module):
+    """Two linear layers with the config's activation between them."""
+
+    def __init__(self, config, *, dtype, rngs):
+        self.activation = config.hidden_act
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class CLIPEncoderLayer(nnx.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, config, *, dtype, rngs):
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
+        self.self_attn = CLIPAttention(config, dtype=dtype, rngs=rngs)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
+        self.mlp = CLIPMLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nnx.Module):
+    """The stack of layers."""
+
+    def __init__(self, config, *, dtype, rngs):
+        self.layers = nnx.List(
+            [CLIPEncoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        )
+
+    def __call__(self, x):
+        """Returns the outputs of the last layer and of the one before."""
+        for layer in self.layers:
+            before, x = x, layer(x)
+        return x, before
+
+
+class CLIPTextTransformer(nnx.Module):
+    """Everything but the projection."""
+
+    def __init__(self, config, *, dtype, rngs):
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = CLIPTextEmbeddings(config, dtype=dtype, rngs=rngs)
+        self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
+
+    def __call__(self, input_ids):
+        last, penultimate = self.encoder(self.embeddings(input_ids))
+        last = self.final_layer_norm(last)
+        # Checkpoints before mid-2023 say eos_token_id 2, which is wrong: theirs is the largest id of the vocabulary.
+        scores = input_ids if self.eos_token_id == 2 else input_ids == self.eos_token_id
+        position = jnp.argmax(scores, axis=-1)
+        pooled = jnp.take_along_axis(last, position[:, None, None], axis=1)[:, 0]
+        return CLIPTextOutput(last, penultimate, pooled)
+
+
+class CLIPTextModel(nnx.Module):
+    """CLIP's text encoder without projection: Stable Diffusion 1.x, and the first one of SDXL.
+
+    Args:
+        config: sizes.
+        dtype: of the arithmetic and the outputs; norms and attention weights are float32 all the same.
+    """
+
+    def __init__(self, config, *, dtype=jnp.float32, rngs):
+        self.config = config
+        self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, input_ids):
+        """Encodes input_ids, int [B, T] with T <= max_position_embeddings, as a `CLIPTextOutput`.
+
+        Raises:
+            ValueError: for another shape or type of `input_ids`.
+        """
+        longest = self.config.max_position_embeddings
+        integers = jnp.issubdtype(input_ids.dtype, jnp.integer)
+        if input_ids.ndim != 2 or input_ids.shape[1] > longest or not integers:
+            raise ValueError(
+                f"input_ids should be integers [B, T] with T <= {longest}, not {input_ids.dtype} "
+                f"{list(input_ids.shape)}"
+            )
+        return self.text_model(jnp.asarray(input_ids))
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The same with a linear projection of the pooled output: the second text encoder of SDXL."""
+
+    def __init__(self, config, *, dtype=jnp.float32, rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, input_ids):
+        output = super().__call__(input_ids)
+        return output._replace(pooled=self.text_projection(output.pooled))

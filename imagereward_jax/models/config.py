@@ -1,0 +1,52 @@
+"""How a checkpoint's config.json becomes a frozen dataclass: nothing is accepted that is not implemented."""
+
+import dataclasses
+
+
+def read_config(cls, values, *, fixed, ignored=()):
+    """Builds the dataclass `cls` from a checkpoint's config.json.
+
+    Args:
+        cls: a dataclass; its fields are the settings that may vary. Lists become tuples.
+        values: the content of config.json.
+        fixed: name -> the values that are implemented, for settings that are not fields of `cls`.
+        ignored: names without influence on the network; so are all that begin with an underscore.
+
+    Raises:
+        ValueError: naming the field and value that are not implemented.
+    """
+    fields = {field.name for field in dataclasses.fields(cls)}
+    kept = {}
+    for name, value in values.items():
+        if name in fields:
+            kept[name] = tuple(value) if isinstance(value, list) else value
+        elif name in fixed:
+            check_choice(cls, name, value, fixed[name])
+        elif not name.startswith("_") and name not in ignored:
+            raise ValueError(
+                f"{cls.__name__}: the field {name!r} (value {value!r}) is not implemented; remove it if unused"
+            )
+    return cls(**kept)
+
+
+def write_config(config):
+    """The fields of a dataclass as config.json holds them: tuples become lists."""
+    values = dataclasses.asdict(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def check_choice(cls, name, value, choices):
+    """Refuses a `value` that is not among `choices`."""
+    # 1 == True in Python, so types are compared too; 1 and 1.0 are the same setting.
+    if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
+        listed = " or ".join(map(repr, choices))
+        raise ValueError(f"{cls.__name__}: {name}={value!r} is not implemented, only {listed}")
+
+
+def check_positive(config, *names):
+    """Refuses fields that are not whole numbers of at least 1; tuples are checked item by item."""
+    for name in names:
+        value = getattr(config, name)
+        items = value if isinstance(value, tuple) else (value,)
+        if not items or not all(isinstance(item, int) and not isinstance(item, bool) and item > 0 for item in items):
+            raise ValueError(f"{type(config).__name__}: {name}={value!r} should be positive whole numbers")

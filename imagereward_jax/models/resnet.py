@@ -1,0 +1,72 @@
+"""Residual and resampling blocks of diffusers' UNet and VAE. Images are [B, H, W, C]."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from imagereward_jax.models import remat as rematerialise
+from imagereward_jax.models.layers import Conv, GroupNorm, Linear
+
+
+class ResnetBlock2D(nnx.Module):
+    """Two normalised 3 x 3 convolutions around a skip connection, shifted by the time embedding where there is one."""
+
+    def __init__(
+        self, in_channels, out_channels, *, time_features=None, groups, eps, remat="none", dtype=jnp.float32, rngs
+    ):
+        self.remat = remat == "blocks"
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps, dtype=dtype)
+        self.conv1 = Conv(in_channels, out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
+        timed = time_features is not None
+        self.time_emb_proj = Linear(time_features, out_channels, dtype=dtype, rngs=rngs) if timed else None
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps, dtype=dtype)
+        self.conv2 = Conv(out_channels, out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
+        widens = in_channels != out_channels
+        self.conv_shortcut = Conv(in_channels, out_channels, 1, dtype=dtype, rngs=rngs) if widens else None
+
+    def __call__(self, x, time=None):
+        """x: [B, H, W, in_channels]; time: [B, time_features] after SiLU. Returns [B, H, W, out_channels]."""
+        return rematerialise.call(self._forward, x, time, remat=self.remat)
+
+    def _forward(self, x, time):
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            y = y + self.time_emb_proj(time)[:, None, None, :]
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample2D(nnx.Module):
+    """Halves height and width (rounded up in the UNet) by a strided convolution.
+
+    Args:
+        padding: 1 as in the UNet, or ((0, 1), (0, 1)) as in the VAE.
+    """
+
+    def __init__(self, channels, *, padding=1, remat="none", dtype=jnp.float32, rngs):
+        self.remat = remat == "blocks"
+        self.conv = Conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return rematerialise.call(self.conv, x, remat=self.remat)
+
+
+class Upsample2D(nnx.Module):
+    """Doubles height and width (nearest neighbour), then convolves."""
+
+    def __init__(self, channels, *, remat="none", dtype=jnp.float32, rngs):
+        self.remat = remat == "blocks"
+        self.conv = Conv(channels, channels, 3, padding=1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, size=None):
+        """x: [B, H, W, C]; size: the height and width to end with, 2 H or 2 H - 1 (the same for W); None doubles."""
+        return rematerialise.call(lambda x: self.conv(nearest_double(x, size)), x, remat=self.remat)
+
+
+def nearest_double(x, size=None):
+    """Every pixel of x [B, H, W, C] four times, cut to `size` (height, width)."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    x = x.reshape(batch, 2 * height, 2 * width, channels)
+    # Nearest-neighbour resizing to 2 n - 1 picks the same pixels as doubling and leaving out the last.
+    return x if size is None else x[:, : size[0], : size[1]]

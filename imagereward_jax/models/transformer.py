@@ -1,0 +1,114 @@
+"""The transformer of diffusers' conditional UNet: self-attention, cross-attention on the prompt, feed-forward."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from imagereward_jax.models import remat as rematerialise
+from imagereward_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention, gelu, merge_heads, split_heads
+
+
+class Placeholder(nnx.Module):
+    """Holds the index of a PyTorch module without parameters (dropout) in a list, so that the others keep theirs."""
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of `features` wide queries to a context of `context_features` (None: to itself)."""
+
+    def __init__(self, features, heads, *, context_features=None, bias=False, remat=False, dtype=jnp.float32, rngs):
+        context_features = context_features or features
+        self.heads, self.remat = heads, remat
+        self.to_q = Linear(features, features, bias=bias, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(context_features, features, bias=bias, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(context_features, features, bias=bias, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([Linear(features, features, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x, context=None):
+        """x: [B, T, features]; context: [B, S, context_features] or None. Returns [B, T, features]."""
+        context = x if context is None else context
+        query, key, value = (
+            split_heads(project(tokens), self.heads)
+            for project, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        return self.to_out[0](merge_heads(rematerialise.call(attention, query, key, value, remat=self.remat)))
+
+
+class GEGLU(nnx.Module):
+    """One linear layer's two halves: the first times the exact GELU of the second."""
+
+    def __init__(self, in_features, out_features, *, dtype=jnp.float32, rngs):
+        self.proj = Linear(in_features, 2 * out_features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * gelu(gate)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, features, *, dtype=jnp.float32, rngs):
+        self.net = nnx.List(
+            [
+                GEGLU(features, 4 * features, dtype=dtype, rngs=rngs),
+                Placeholder(),
+                Linear(4 * features, features, dtype=dtype, rngs=rngs),
+            ]
+        )
+
+    def __call__(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Pre-norm self-attention, cross-attention and feed-forward."""
+
+    def __init__(self, features, heads, context_features, *, remat="none", dtype=jnp.float32, rngs):
+        self.remat = remat == "blocks"
+        options = {"remat": remat == "attention", "dtype": dtype, "rngs": rngs}
+        self.norm1 = LayerNorm(features, dtype=dtype)
+        self.attn1 = Attention(features, heads, **options)
+        self.norm2 = LayerNorm(features, dtype=dtype)
+        self.attn2 = Attention(features, heads, context_features=context_features, **options)
+        self.norm3 = LayerNorm(features, dtype=dtype)
+        self.ff = FeedForward(features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, context):
+        """x: [B, T, features]; context: [B, S, context_features]. Returns [B, T, features]."""
+        return rematerialise.call(self._forward, x, context, remat=self.remat)
+
+    def _forward(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """`depth` transformer blocks over the pixels of an image, around a skip connection."""
+
+    def __init__(
+        self, channels, heads, context_features, *, depth, linear, groups, remat="none", dtype=jnp.float32, rngs
+    ):
+        self.norm = GroupNorm(groups, channels, eps=1e-6, dtype=dtype)
+        self.proj_in = _projection(channels, linear, dtype, rngs)
+        self.transformer_blocks = nnx.List(
+            [
+                BasicTransformerBlock(channels, heads, context_features, remat=remat, dtype=dtype, rngs=rngs)
+                for _ in range(depth)
+            ]
+        )
+        self.proj_out = _projection(channels, linear, dtype, rngs)
+
+    def __call__(self, x, context):
+        """x: [B, H, W, channels]; context: [B, S, context_features]. Returns [B, H, W, channels]."""
+        batch, height, width, channels = x.shape
+        # A 1 x 1 convolution and a linear layer are the same here; only the shape of their weights differs.
+        tokens = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens.reshape(x.shape))
+
+
+def _projection(channels, linear, dtype, rngs):
+    if linear:
+        return Linear(channels, channels, dtype=dtype, rngs=rngs)
+    return Conv(channels, channels, 1, dtype=dtype, rngs=rngs)

@@ -1,0 +1,252 @@
+"""The image autoencoder of Stable Diffusion, after diffusers' `AutoencoderKL`. Images and latents are [B, H, W, C]."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from imagereward_jax.models import remat as rematerialise
+from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
+from imagereward_jax.models.layers import Conv, GroupNorm
+from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from imagereward_jax.models.transformer import Attention
+
+_EPS = 1e-6
+_FIXED = {
+    "act_fn": ("silu", "swish"),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "mid_block_add_attention": (True,),
+    "use_post_quant_conv": (True,),
+    "use_quant_conv": (True,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """config.json of a VAE; the defaults are diffusers', which old files leave out.
+
+    The diffusion model works on `(latents - shift_factor) * scaling_factor`; shift_factor None means 0.
+    `force_upcast` says that the weights overflow in float16, so callers should compute in float32 or bfloat16.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, int] = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    force_upcast: bool = True
+
+    def __post_init__(self):
+        for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            kinds = getattr(self, name)
+            for value in kinds:
+                check_choice(type(self), name, value, (kind,))
+            if len(kinds) != len(self.block_out_channels):
+                raise ValueError(
+                    f"AutoencoderKLConfig: {name}={kinds!r} should have {len(self.block_out_channels)} items, "
+                    "as block_out_channels has"
+                )
+        check_positive(
+            self, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels",
+            "norm_num_groups",
+        )  # fmt: skip
+
+    @property
+    def downsampling(self):
+        """Pixels of the image to one of the latents, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, values):
+        """Reads the content of config.json; ValueError names a field and value that are not implemented."""
+        return read_config(cls, values, fixed=_FIXED)
+
+    def to_dict(self):
+        """The content of config.json, as diffusers reads it."""
+        return {"_class_name": "AutoencoderKL", **write_config(self)}
+
+
+class MidAttention(Attention):
+    """Single-head self-attention over all pixels, around a skip connection."""
+
+    def __init__(self, channels, *, groups, remat, dtype, rngs):
+        super().__init__(channels, 1, bias=True, remat=remat == "attention", dtype=dtype, rngs=rngs)
+        self.remat_block = remat == "blocks"
+        self.group_norm = GroupNorm(groups, channels, eps=_EPS, dtype=dtype)
+
+    def __call__(self, x):
+        """x: [B, H, W, channels]; returns the same shape."""
+        return rematerialise.call(self._forward, x, remat=self.remat_block)
+
+    def _forward(self, x):
+        batch, height, width, channels = x.shape
+        tokens = self.group_norm(x).reshape(batch, height * width, channels)
+        return x + super().__call__(tokens).reshape(x.shape)
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels, *, groups, remat, dtype, rngs):
+        self.remat = remat == "full"
+        options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
+        self.attentions = nnx.List([MidAttention(channels, **options)])
+        self.resnets = nnx.List([ResnetBlock2D(channels, channels, eps=_EPS, **options) for _ in range(2)])
+
+    def __call__(self, x):
+        return rematerialise.call(self._forward, x, remat=self.remat)
+
+    def _forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class ResampleBlock(nnx.Module):
+    """Residual blocks, then the resampler that a subclass adds: `downsamplers` or `upsamplers`."""
+
+    def __init__(self, in_channels, channels, *, layers, groups, remat, dtype, rngs):
+        self.remat = remat == "full"
+        options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
+        widths = [in_channels] + [channels] * (layers - 1)
+        self.resnets = nnx.List([ResnetBlock2D(width, channels, eps=_EPS, **options) for width in widths])
+
+    def __call__(self, x):
+        return rematerialise.call(self._forward, x, remat=self.remat)
+
+    def _forward(self, x):
+        for layer in (*self.resnets, *self.resamplers()):
+            x = layer(x)
+        return x
+
+
+class DownBlock(ResampleBlock):
+    """Residual blocks, then half the height and width if `resample`; zeros are added below and to the right only."""
+
+    def __init__(self, in_channels, channels, *, layers, resample, groups, remat, dtype, rngs):
+        options = {"remat": remat, "dtype": dtype, "rngs": rngs}
+        super().__init__(in_channels, channels, layers=layers, groups=groups, **options)
+        self.downsamplers = nnx.List([Downsample2D(channels, padding=((0, 1), (0, 1)), **options)] if resample else [])
+
+    def resamplers(self):
+        return self.downsamplers
+
+
+class UpBlock(ResampleBlock):
+    """Residual blocks, then twice the height and width if `resample`."""
+
+    def __init__(self, in_channels, channels, *, layers, resample, groups, remat, dtype, rngs):
+        options = {"remat": remat, "dtype": dtype, "rngs": rngs}
+        super().__init__(in_channels, channels, layers=layers, groups=groups, **options)
+        self.upsamplers = nnx.List([Upsample2D(channels, **options)] if resample else [])
+
+    def resamplers(self):
+        return self.upsamplers
+
+
+class Encoder(nnx.Module):
+    """Images to the moments of the latents."""
+
+    def __init__(self, config, *, remat, dtype, rngs):
+        options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
+        channels = config.block_out_channels
+        self.conv_in = Conv(config.in_channels, channels[0], 3, padding=1, dtype=dtype, rngs=rngs)
+        self.down_blocks = nnx.List(
+            [
+                DownBlock(width, out, layers=config.layers_per_block, resample=i < len(channels) - 1, **options)
+                for i, (width, out) in enumerate(zip((channels[0], *channels), channels))
+            ]
+        )
+        self.mid_block = MidBlock(channels[-1], **options)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=_EPS, dtype=dtype)
+        self.conv_out = Conv(channels[-1], 2 * config.latent_channels, 3, padding=1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images):
+        x = self.conv_in(images)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents to images."""
+
+    def __init__(self, config, *, remat, dtype, rngs):
+        options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
+        channels = config.block_out_channels[::-1]
+        self.conv_in = Conv(config.latent_channels, channels[0], 3, padding=1, dtype=dtype, rngs=rngs)
+        self.mid_block = MidBlock(channels[0], **options)
+        self.up_blocks = nnx.List(
+            [
+                UpBlock(width, out, layers=config.layers_per_block + 1, resample=i < len(channels) - 1, **options)
+                for i, (width, out) in enumerate(zip((channels[0], *channels), channels))
+            ]
+        )
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=_EPS, dtype=dtype)
+        self.conv_out = Conv(channels[-1], config.out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, latents):
+        x = self.mid_block(self.conv_in(latents))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """Encodes images as Gaussians over latents, decodes latents to images.
+
+    Args:
+        config: sizes.
+        remat: what is recomputed in the backward pass, one of `remat.REMAT_POLICIES`.
+        dtype: of the arithmetic; norms and attention weights are float32 all the same.
+
+    Raises:
+        ValueError: for an unknown `remat`.
+    """
+
+    def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
+        rematerialise.check_remat(remat)
+        self.config, self.dtype = config, dtype
+        self.encoder = Encoder(config, remat=remat, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config, remat=remat, dtype=dtype, rngs=rngs)
+        latent = config.latent_channels
+        self.quant_conv = Conv(2 * latent, 2 * latent, 1, dtype=dtype, rngs=rngs)
+        self.post_quant_conv = Conv(latent, latent, 1, dtype=dtype, rngs=rngs)
+
+    def encode(self, images):
+        """Mean and log variance of the latents, not yet scaled.
+
+        Args:
+            images: [B, H, W, in_channels] in [-1, 1].
+
+        Returns:
+            mean, logvar: float32 [B, H / d, W / d, latent_channels], d = config.downsampling (rounded down);
+            logvar in [-30, 20].
+        """
+        _check_channels("images", images, self.config.in_channels)
+        moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(self, latents):
+        """Images from latents.
+
+        Args:
+            latents: [B, h, w, latent_channels], unscaled: as `encode` gives them.
+
+        Returns:
+            float32 [B, h * d, w * d, out_channels], about in [-1, 1], not clipped; d = config.downsampling.
+        """
+        _check_channels("latents", latents, self.config.latent_channels)
+        return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
+
+
+def _check_channels(name, array, channels):
+    if array.ndim != 4 or array.shape[-1] != channels:
+        raise ValueError(f"{name} should be [B, height, width, {channels}], not {list(array.shape)}")
