@@ -1,0 +1,30 @@
+"""What goes wrong with data, said in words for the person who brought it."""
+
+import difflib
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message names the file and row, what was expected, and what to do."""
+
+
+class MissingDataError(DataError, FileNotFoundError):
+    """A file, folder or data set that was named is not there."""
+
+    def __str__(self):
+        return str(self.args[0])
+
+
+def nearest(name, choices):
+    """ ", did you mean 'x'?" for the choice most like `name`, or ""."""
+    close = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def missing_file(path, what="data file"):
+    """The error for a path that does not exist, with the nearest name in the same folder."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        return MissingDataError(f"{path}: no such {what}; the folder {path.parent} does not exist either")
+    hint = nearest(path.name, sorted(other.name for other in path.parent.iterdir()))
+    return MissingDataError(f"{path}: no such {what}{hint or f'; nothing in {path.parent} has a name like it'}")

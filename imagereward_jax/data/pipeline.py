@@ -1,0 +1,210 @@
+"""Batches from a random-access source: shuffled, repeated, shared out over processes, and resumable exactly.
+
+The order is a grain pipeline of global positions 0, 1, 2, ...; each process takes every `process_count`-th of
+them. All that changes while iterating is how many positions were used, so this one number is the state. It holds
+for any number of workers, and for another number of processes or another batch size.
+"""
+
+import numpy as np
+
+from imagereward_jax.data.errors import DataError
+
+THREADS = 2
+BUFFERED_BATCHES = 4
+
+
+def make_iterator(
+    source,
+    *,
+    batch_size,
+    seed,
+    shuffle=True,
+    num_workers=0,
+    item_transform=None,
+    transform=None,
+    process_index=0,
+    process_count=1,
+    drop_remainder=True,
+    num_epochs=None,
+):
+    """An iterator of batches over a source: a `BatchIterator`.
+
+    Args:
+        source: has len() and [i], which gives a dict of arrays, numbers and strings, or a string (a prompt, which
+            becomes {"prompt": string}). A source with a method `fetch(i, rng)` is read by it instead: that is
+            where random crops take their randomness from.
+        batch_size: examples a batch in this process. May be larger than the source, which is repeated.
+        seed: 0 to 2**32 - 1; fixes the order and all randomness.
+        shuffle: a new order each epoch. Every example comes once an epoch.
+        num_workers: worker processes; 0 reads ahead in threads. The batches are the same.
+        item_transform: called as (item, rng) -> item before batching; rng hangs on the global position.
+        transform: called as (batch) -> batch where the batch is made; the place to tokenise prompts.
+        process_index, process_count: this process's share. The examples of a global batch, and their order, do
+            not depend on `process_count` while batch_size * process_count stays the same.
+        drop_remainder: with `num_epochs`, leave out what does not fill a (global) batch at the very end.
+        num_epochs: epochs before StopIteration; None repeats for ever.
+    Raises:
+        ValueError: an argument is out of range, or (DataError) the source is empty or too small for one batch.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must be in 0..{process_count - 1}; got {process_index}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in 0..2**32 - 1; got {seed}")
+    if num_workers < 0:
+        raise ValueError(f"num_workers must not be negative; got {num_workers}")
+    if process_count > 1 and not drop_remainder:
+        raise ValueError("drop_remainder must be true with several processes: all need the same number of batches")
+    if len(source) == 0:
+        raise DataError("the data source is empty: there is nothing to make batches of")
+    order = _positions(source, seed, shuffle, num_epochs, item_transform)
+    if num_epochs is not None and drop_remainder and len(order) < batch_size * process_count:
+        raise DataError(
+            f"{num_epochs} epoch(s) of {len(source)} examples do not fill one batch of {batch_size * process_count}; "
+            "use a smaller batch, more epochs, or num_epochs=None"
+        )
+    return BatchIterator(
+        order,
+        fingerprint={"source_length": len(source), "seed": int(seed), "shuffle": bool(shuffle)},
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        drop_remainder=drop_remainder,
+        num_workers=num_workers,
+        transform=transform,
+    )
+
+
+class BatchIterator:
+    """Endless or finite iterator of batches: dicts of stacked numpy arrays, and lists of str.
+
+    Made by `make_iterator`. `get_state` may be called between any two batches; what was read ahead is not counted.
+    """
+
+    def __init__(
+        self,
+        order,
+        *,
+        fingerprint,
+        batch_size,
+        process_index,
+        process_count,
+        drop_remainder,
+        num_workers,
+        transform,
+    ):
+        self._order = order
+        self._fingerprint = fingerprint
+        self._batch_size = batch_size
+        self._process_index, self._process_count = process_index, process_count
+        self._drop_remainder = drop_remainder
+        self._num_workers = num_workers
+        self._make_batch = _MakeBatch(transform)
+        self._examples = 0
+        self._batches = None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._batches is None:
+            self._batches = iter(self._dataset())
+        batch = next(self._batches)
+        self._examples += self._batch_size * self._process_count
+        return batch
+
+    def get_state(self):
+        """How far it is, for `set_state` and for JSON: the examples that all processes took, and of what."""
+        return {"examples": self._examples, **self._fingerprint}
+
+    def set_state(self, state):
+        """Goes on where `get_state` was called: the next batches are the same bit for bit.
+
+        Raises:
+            DataError: the state belongs to a source of another length, or to another seed or order.
+        """
+        for key, value in self._fingerprint.items():
+            if state.get(key) != value:
+                raise DataError(
+                    f"cannot continue the data: the saved state has {key} {state.get(key)!r}, but now it is {value!r}; "
+                    "use the same data and settings, or start a new run"
+                )
+        self.close()
+        self._examples = int(state["examples"])
+
+    def close(self):
+        """Stops reading ahead (threads, worker processes). Iterating again starts it anew at the same place."""
+        if self._batches is not None and hasattr(self._batches, "close"):
+            self._batches.close()
+        self._batches = None
+
+    def _dataset(self):
+        import grain
+
+        examples = self._order
+        if self._drop_remainder:
+            global_batch = self._batch_size * self._process_count
+            left = len(examples) - self._examples
+            examples = examples.slice(slice(0, self._examples + left // global_batch * global_batch))
+        examples = examples.slice(slice(self._examples + self._process_index, None, self._process_count))
+        batches = examples.batch(self._batch_size, drop_remainder=self._drop_remainder, batch_fn=self._make_batch)
+        batches = batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFERED_BATCHES), allow_nones=True
+        )
+        if self._num_workers:
+            _allow_absl_flags()
+            options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)
+            batches = batches.mp_prefetch(options)
+        return batches
+
+
+def _allow_absl_flags():
+    """Grain's workers read absl flags, which programs that don't use `absl.app` never parse: take the defaults."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _positions(source, seed, shuffle, num_epochs, item_transform):
+    """The grain dataset that maps a global position to its example."""
+    import grain
+
+    positions = grain.MapDataset.range(len(source)).seed(int(seed))
+    if shuffle:
+        positions = positions.shuffle()
+    return positions.repeat(num_epochs).random_map(_Fetch(source, item_transform))
+
+
+class _Fetch:
+    """Reads an example, as a dict. A class, so that worker processes can be sent it."""
+
+    def __init__(self, source, item_transform):
+        self.source, self.item_transform = source, item_transform
+
+    def __call__(self, index, rng):
+        index = int(index)
+        item = self.source.fetch(index, rng) if hasattr(self.source, "fetch") else self.source[index]
+        item = {"prompt": item} if isinstance(item, str) else item
+        return item if self.item_transform is None else self.item_transform(item, rng)
+
+
+class _MakeBatch:
+    """Stacks the examples of a batch key by key: strings into a list, all else into an array."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, items):
+        batch = {key: _stack(key, [item[key] for item in items]) for key in items[0]}
+        return batch if self.transform is None else self.transform(batch)
+
+
+def _stack(key, values):
+    if isinstance(values[0], str):
+        return values
+    shapes = {np.shape(value) for value in values}
+    if len(shapes) > 1:
+        raise DataError(f"{key!r} has different shapes in one batch: {sorted(shapes)}; bring all to one size first")
+    return np.stack([np.asarray(value) for value in values])
