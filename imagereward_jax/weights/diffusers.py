@@ -90,6 +90,24 @@ def load_component(folder, name, *, variant=None):
     return config, modern_names(name, tensors)
 
 
+def components_of(folder):
+    """Names of the networks in a diffusers folder that this package reads.
+
+    Raises:
+        FileNotFoundError: one that every pipeline has is absent.
+    """
+    folder = Path(folder)
+    for name in ("unet", "vae", "text_encoder"):
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(f"{folder / name}: no such folder; {folder} has {_listing(folder, Path.is_dir)}")
+    return [name for name in COMPONENTS if (folder / name).is_dir()]
+
+
+def tokenizers_of(folder):
+    """The tokenizers' folders in a diffusers folder, by name."""
+    return {name: Path(folder) / name for name in ("tokenizer", "tokenizer_2") if (Path(folder) / name).is_dir()}
+
+
 def load_scheduler_config(folder):
     """The content of a folder's scheduler/scheduler_config.json."""
     return read_json(Path(folder) / "scheduler" / "scheduler_config.json")
@@ -128,7 +146,7 @@ def save_pipeline_index(folder, *, scheduler_config, tokenizers):
     if "_class_name" not in scheduler_config:
         raise ValueError("scheduler config: no _class_name; diffusers needs one, e.g. 'DDIMScheduler'")
     for name, source in tokenizers.items():
-        _copy_files(Path(source), folder / name)
+        copy_files(Path(source), folder / name)
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
     parts = {name: _CLASSES[name] for name in _CLASSES if (folder / name).is_dir()}
@@ -265,8 +283,8 @@ def _listing(folder, keep):
     return ", ".join(sorted(path.name for path in folder.iterdir() if keep(path))) or "nothing"
 
 
-def _copy_files(source, target):
-    """Copies the files of a folder, following links (the hub's cache is made of them)."""
+def copy_files(source, target):
+    """Copies the files of a tokenizer's folder, following links (the hub's cache is made of them)."""
     if not source.is_dir() or not any(path.is_file() for path in source.iterdir()):
         raise FileNotFoundError(f"{source}: no such folder of tokenizer files")
     target.mkdir(exist_ok=True)

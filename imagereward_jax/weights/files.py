@@ -89,6 +89,24 @@ def write_safetensors(path, tensors, metadata=None):
         partial.unlink(missing_ok=True)
 
 
+def cast(tensors, dtype, *, what):
+    """Floating-point tensors of a dict in `dtype`.
+
+    Raises:
+        WeightsError: numbers that are finite would overflow (as those of SDXL's VAE do in some layers in float16).
+    """
+    converted = {}
+    for name, array in tensors.items():
+        if array.dtype.kind in "biu":
+            converted[name] = array
+            continue
+        with np.errstate(over="ignore"):
+            converted[name] = array.astype(dtype, copy=False)
+        if converted[name].dtype != array.dtype and np.isinf(converted[name]).sum() != np.isinf(array).sum():
+            raise WeightsError(f"{what}: {name} overflows in {np.dtype(dtype).name}; choose bfloat16 or float32")
+    return converted
+
+
 def read_json(path):
     """The object in a JSON file.
 

@@ -1,0 +1,79 @@
+"""Turns a diffusers folder into an Orbax checkpoint, of which each device of a mesh reads only its part.
+
+    python convert/from_diffusers.py SOURCE OUT
+    python convert/from_diffusers.py owner/model OUT --variant fp16 --dtype bfloat16
+
+One network at a time is in memory. `imagereward_jax.weights.orbax.load_pipeline_checkpoint` reads OUT, and
+convert/to_diffusers.py turns it back; in float32 every number comes back as it was.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a diffusers folder, a name on the Hugging Face hub, or a built-in model")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--variant", help='which weight files to read, e.g. "fp16" for *.fp16.safetensors')
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="to store (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an OUT that this command wrote before")
+    return parser.parse_args(argv)
+
+
+def convert(source, out, *, variant, dtype, overwrite):
+    """Reads, maps and writes one network after the other."""
+    from imagereward_jax.weights import diffusers, orbax
+    from imagereward_jax.weights.folders import refuse_existing
+
+    refuse_existing(out, overwrite=overwrite, marker=orbax.MANIFEST)
+    folder = diffusers.resolve_pipeline(source, variant=variant)
+    names = diffusers.components_of(folder)
+    orbax.save_pipeline_checkpoint(
+        out,
+        (read_component(folder, name, variant=variant, dtype=dtype) for name in names),
+        scheduler_config=diffusers.load_scheduler_config(folder),
+        tokenizers=diffusers.tokenizers_of(folder),
+        overwrite=overwrite,
+    )
+
+
+def read_component(folder, name, *, variant, dtype):
+    """(name, config, params) of one network, in Flax's layout."""
+    import jax
+    import numpy as np
+
+    from imagereward_jax.weights import diffusers, mapping
+    from imagereward_jax.weights.files import cast
+    from imagereward_jax.weights.networks import abstract_network
+
+    print(f"{name}: reading", flush=True)
+    config, tensors = diffusers.load_component(folder, name, variant=variant)
+    network = abstract_network(name, config)
+    what = str(folder / name)
+    params = mapping.from_torch(network, cast(tensors, jax.numpy.dtype(dtype), what=what), what=what)
+    count = sum(array.size for array in jax.tree.leaves(params))
+    print(f"{name}: {count:,} parameters, writing as {dtype}", flush=True)
+    # As jax arrays on the CPU, since Orbax makes copies of numpy arrays.
+    return name, config, jax.tree.map(lambda array: jax.device_put(np.ascontiguousarray(array)), params)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing to compute, and other devices may be in use
+    try:
+        convert(args.source, args.out, variant=args.variant, dtype=args.dtype, overwrite=args.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Turns an Orbax checkpoint that convert/from_diffusers.py wrote into a diffusers folder.
+
+    python convert/to_diffusers.py CHECKPOINT OUT
+
+OUT is opened by `diffusers.StableDiffusionPipeline.from_pretrained` and by every command of this package. One network
+at a time is in memory. (A training run writes such a folder itself: WORKDIR/export.)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="the folder that convert/from_diffusers.py wrote")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="to write (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an OUT that is a diffusers folder")
+    return parser.parse_args(argv)
+
+
+def convert(checkpoint, out, *, dtype, overwrite):
+    """Reads, maps and writes one network after the other."""
+    from imagereward_jax.weights import diffusers, orbax
+    from imagereward_jax.weights.folders import refuse_existing
+
+    refuse_existing(out, overwrite=overwrite, marker=diffusers.INDEX)
+    manifest = orbax.read_manifest(checkpoint)
+    diffusers.save_pipeline(
+        out,
+        (read_component(checkpoint, name, config, dtype=dtype) for name, config in manifest["components"].items()),
+        scheduler_config=manifest["scheduler"],
+        tokenizers={name: checkpoint / name for name in manifest["tokenizers"]},
+        overwrite=overwrite,
+    )
+
+
+def read_component(checkpoint, name, config, *, dtype):
+    """(name, (config, tensors)) of one network, in PyTorch's names and layout."""
+    import jax
+
+    from imagereward_jax.weights import mapping, orbax
+    from imagereward_jax.weights.files import cast
+    from imagereward_jax.weights.networks import abstract_network
+
+    print(f"{name}: reading", flush=True)
+    network = abstract_network(name, config)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), mapping.params_of(network))
+    params = orbax.load_pipeline_checkpoint(checkpoint, {name: structs})[name]
+    tensors = cast(mapping.to_torch(network, params), jax.numpy.dtype(dtype), what=str(checkpoint / name))
+    print(f"{name}: {sum(array.size for array in tensors.values()):,} parameters, writing as {dtype}", flush=True)
+    return name, (config, tensors)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing to compute, and other devices may be in use
+    try:
+        convert(args.checkpoint, args.out, dtype=args.dtype, overwrite=args.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Pipelines as Orbax checkpoints: parameters in Flax's layout, of which each device reads only its part.
+
+FOLDER/checkpoint.json   settings of every network and of the scheduler
+FOLDER/unet/, vae/, ...  one Orbax checkpoint a network
+FOLDER/tokenizer/, ...   the tokenizers' files
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+from flax import traverse_util
+
+from imagereward_jax.weights.diffusers import copy_files
+from imagereward_jax.weights.files import WeightsError, read_json
+from imagereward_jax.weights.folders import new_folder
+from imagereward_jax.weights.mapping import CheckpointMismatch
+
+MANIFEST = "checkpoint.json"
+FORMAT = "imagereward-jax pipeline 1"
+# Arrays are stored in pieces of at most this size, so that a device need not read much beyond its own part.
+_CHUNK_BYTES = 4 * 2**20
+
+
+def save_pipeline_checkpoint(folder, components, *, scheduler_config, tokenizers, overwrite=False):
+    """Writes a pipeline as an Orbax checkpoint, whole or not at all.
+
+    Args:
+        components: iterable of (name, config.json's content, params), one read at a time, so that no more than one
+            network need be in memory. jax arrays are written with less memory than numpy arrays.
+        scheduler_config: the content of scheduler_config.json. tokenizers: folder to copy by name.
+
+    Raises:
+        FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is no such checkpoint.
+        WeightsError: it could not be written.
+    """
+    with new_folder(folder, overwrite=overwrite, marker=MANIFEST) as partial:
+        configs = {}
+        for name, config, params in components:
+            _save_params(partial / name, params)
+            configs[name] = config
+        for name, source in tokenizers.items():
+            copy_files(Path(source), partial / name)
+        manifest = {
+            "format": FORMAT,
+            "components": configs,
+            "scheduler": scheduler_config,
+            "tokenizers": sorted(tokenizers),
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder):
+    """What a checkpoint holds: a dict with "components" (config by name), "scheduler" and "tokenizers" (names).
+
+    Raises:
+        FileNotFoundError: `folder` is not there. WeightsError: it is no such checkpoint.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not (folder / MANIFEST).is_file():
+        raise WeightsError(f"{folder}: no {MANIFEST}, so it is no checkpoint that convert/from_diffusers.py wrote")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise WeightsError(f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}")
+    return manifest
+
+
+def load_pipeline_checkpoint(folder, abstract):
+    """Reads networks from a checkpoint, each array straight into its place on the devices.
+
+    Args:
+        folder: what `save_pipeline_checkpoint` wrote.
+        abstract: by component, the nested dict of `jax.ShapeDtypeStruct` to read: shapes have to be those of the
+            checkpoint, dtypes may differ (arrays are cast), shardings say where each part goes. Components that are
+            left out are not read.
+
+    Returns:
+        dict of component to nested dict of jax arrays.
+
+    Raises:
+        FileNotFoundError, WeightsError: the folder is absent, no such checkpoint or damaged.
+        CheckpointMismatch: naming every missing, unexpected and misshapen parameter.
+    """
+    known = read_manifest(folder)["components"]
+    for name in abstract:
+        if name not in known:
+            raise WeightsError(f"{folder}: holds no {name!r}, only {', '.join(sorted(known))}")
+    return {name: _load_params(Path(folder).absolute() / name, tree) for name, tree in abstract.items()}
+
+
+def _save_params(path, params):
+    import orbax.checkpoint as ocp
+
+    _quiet()
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        try:
+            checkpointer.save(path, args=ocp.args.StandardSave(params, save_args=save_args))
+        except Exception as error:  # Orbax passes on what its storage layer raises, of many kinds
+            raise WeightsError(f"{path}: could not be written ({_first_line(error)})") from error
+
+
+def _load_params(path, abstract):
+    import orbax.checkpoint as ocp
+
+    _quiet()
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = checkpointer.metadata(path).item_metadata.tree
+            _check(path, stored, abstract)
+            return checkpointer.restore(path, abstract)
+        except CheckpointMismatch:
+            raise
+        except Exception as error:  # as above
+            raise WeightsError(f"{path}: could not be read ({_first_line(error)}); convert it again") from error
+
+
+def _check(path, stored, abstract):
+    """Compares shapes by name, so that a wrong checkpoint is refused before anything is read."""
+    stored, wanted = (
+        {".".join(map(str, key)): tuple(leaf.shape) for key, leaf in traverse_util.flatten_dict(tree).items()}
+        for tree in (stored, abstract)
+    )
+    lines = [f"{key}: missing" for key in sorted(wanted.keys() - stored.keys())]
+    lines += [f"{key}: unexpected" for key in sorted(stored.keys() - wanted.keys())]
+    lines += [
+        f"{key}: {stored[key]} in the checkpoint, {shape} in the network"
+        for key, shape in sorted(wanted.items())
+        if key in stored and stored[key] != shape
+    ]
+    if lines:
+        raise CheckpointMismatch("\n  ".join([f"{path} does not fit the network:", *lines]))
+
+
+def _quiet():
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every array at INFO
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
