@@ -1,1 +1,31 @@
-"""Human-preference rewards and reward-gradient tuning of text-to-image diffusion models, in JAX."""
+"""Human-preference rewards and reward-gradient tuning of text-to-image diffusion models, in JAX.
+
+import imagereward_jax as RM
+
+model = RM.load("ImageReward-v1.0")
+rewards = model.score("a painting of an ocean", ["1.webp", "2.webp"])
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imagereward_jax.rewards.checkpoint import available_models, load
+
+__all__ = ["available_models", "load"]
+
+# Imported at first use, so that `import imagereward_jax` costs nothing.
+_HOMES = {
+    "available_models": "imagereward_jax.rewards.checkpoint",
+    "load": "imagereward_jax.rewards.checkpoint",
+}
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

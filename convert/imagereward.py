@@ -1,0 +1,40 @@
+"""Turns an ImageReward.pt into a folder that `imagereward_jax.load` reads without PyTorch.
+
+    python convert/imagereward.py ImageReward.pt OUT --tokenizer vocab.txt
+
+OUT holds config.json, model.safetensors (PyTorch's key names) and vocab.txt.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from imagereward_jax.rewards import checkpoint
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="the ImageReward.pt, or the name of a known model")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--med-config", help="the med_config.json, if not beside the checkpoint")
+    parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not beside the checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an OUT that exists")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        if args.out.exists() and not args.overwrite:
+            raise FileExistsError(f"{args.out} exists; pass --overwrite to replace the files in it")
+        model = checkpoint.load(args.source, device="cpu", med_config=args.med_config, tokenizer=args.tokenizer)
+        model.save(args.out, overwrite=args.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

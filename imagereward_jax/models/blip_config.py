@@ -1,0 +1,165 @@
+"""Sizes of the ImageReward network (`imagereward_jax.models.blip`), read from and written to JSON."""
+
+import dataclasses
+
+TEXT_FIXED = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "add_cross_attention": True,
+    "is_decoder": False,
+    "pad_token_id": 0,
+}
+# Fields that change nothing here: dropout is off, the segment embedding does not exist, encoder_width is the
+# vision width whatever the file says (as in BLIP), the rest is bookkeeping.
+TEXT_IGNORED = {
+    "architectures",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "encoder_width",
+    "gradient_checkpointing",
+    "hidden_dropout_prob",
+    "initializer_range",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+    "type_vocab_size",
+    "use_cache",
+}
+
+
+def _positive(where, **sizes):
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{where}: {name} must be a positive whole number, not {value!r}")
+
+
+def _known_fields(cls, values, where):
+    names = {field.name for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in names:
+            raise ValueError(f"{where}: unknown field {name!r} = {values[name]!r}; known: {', '.join(sorted(names))}")
+    return dict(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision transformer; the defaults are ViT-L/16 at 224 pixels."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_ratio: int = 4
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        sizes.pop("layer_norm_eps")
+        _positive("vision config", **sizes)
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"vision config: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"vision config: heads {self.heads} does not divide width {self.width}")
+
+    @property
+    def tokens(self):
+        """Image tokens, the class token included."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the BERT encoder, named as in `med_config.json`; the defaults are ImageReward v1.0."""
+
+    vocab_size: int = 30524
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        sizes.pop("layer_norm_eps")
+        _positive("text config", **sizes)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"text config: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+    @classmethod
+    def from_dict(cls, values, where="med_config"):
+        """Reads the fields of a `med_config.json`.
+
+        Raises:
+            ValueError: naming a field or value that is not implemented.
+        """
+        values = {name: value for name, value in values.items() if name not in TEXT_IGNORED}
+        for name, expected in TEXT_FIXED.items():
+            if values.pop(name, expected) != expected:
+                raise ValueError(f"{where}: {name} must be {expected!r}; other values are not implemented")
+        return cls(**_known_fields(cls, values, where))
+
+    def to_dict(self):
+        return {"model_type": "bert", **dataclasses.asdict(self), **TEXT_FIXED}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRewardConfig:
+    """The whole scorer; the defaults are ImageReward v1.0.
+
+    Attributes:
+        projection_dim: width of BLIP's two contrastive projections, which the checkpoint holds and the score
+            does not use.
+        head_sizes: outputs of the head's linear layers but the last, which has one.
+        max_prompt_tokens: prompts are padded and cut to this length.
+        score_mean, score_std: the score is `(head - score_mean) / score_std`.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    projection_dim: int = 256
+    head_sizes: tuple = (1024, 128, 64, 16)
+    max_prompt_tokens: int = 35
+    score_mean: float = 0.16717362830052426
+    score_std: float = 1.0333394966054072
+
+    def __post_init__(self):
+        object.__setattr__(self, "head_sizes", tuple(self.head_sizes))
+        sizes = {f"head_sizes[{i}]": size for i, size in enumerate(self.head_sizes)}
+        _positive("config", projection_dim=self.projection_dim, max_prompt_tokens=self.max_prompt_tokens, **sizes)
+        if len(self.head_sizes) != 4:
+            raise ValueError(f"config: head_sizes must hold 4 numbers, not {list(self.head_sizes)}")
+        if self.max_prompt_tokens > self.text.max_position_embeddings:
+            raise ValueError(
+                f"config: max_prompt_tokens {self.max_prompt_tokens} is more than the "
+                f"{self.text.max_position_embeddings} positions of the text encoder"
+            )
+        if not self.score_std > 0:
+            raise ValueError(f"config: score_std must be above 0, not {self.score_std!r}")
+
+    @classmethod
+    def from_dict(cls, values, where="config"):
+        """Reads what `to_dict` writes.
+
+        Raises:
+            ValueError: naming a field or value that is not implemented.
+        """
+        values = dict(values)
+        model_type = values.pop("model_type", "imagereward")
+        if model_type != "imagereward":
+            raise ValueError(f"{where}: model_type must be 'imagereward', not {model_type!r}")
+        values = _known_fields(cls, values, where)
+        vision = _known_fields(VisionConfig, values.pop("vision", {}), f"{where}: vision")
+        text = TextConfig.from_dict(values.pop("text", {}), f"{where}: text")
+        return cls(vision=VisionConfig(**vision), text=text, **values)
+
+    def to_dict(self):
+        values = dataclasses.asdict(self)
+        values.update(text=self.text.to_dict(), head_sizes=list(self.head_sizes))
+        return {"model_type": "imagereward", **values}

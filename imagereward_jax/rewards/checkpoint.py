@@ -1,0 +1,173 @@
+"""Finds, reads and caches the weights of the ImageReward scorer."""
+
+import difflib
+import hashlib
+import os
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig
+from imagereward_jax.rewards.imagereward import CONFIG_FILE, VOCAB_FILE, WEIGHTS_FILE, ImageReward, abstract_module
+from imagereward_jax.rewards.tokens import PromptTokenizer
+from imagereward_jax.weights import files, hub, mapping
+
+HUB_REPO = "THUDM/ImageReward"
+HUB_MODELS = {"ImageReward-v1.0": "ImageReward.pt"}
+MED_CONFIG_FILE = "med_config.json"
+VOCAB_REPO = "bert-base-uncased"
+DEFAULT_ROOT = "~/.cache/ImageReward"
+IGNORED_KEYS = (r"(^|\.)position_ids$",)
+
+
+def available_models():
+    """Names that `load` knows: ImageReward's on the hub, and the rewards that come with the package."""
+    return [*HUB_MODELS, *(name for name in hub.builtin_models() if _builtin_folder(name).is_dir())]
+
+
+def load(
+    name_or_path="ImageReward-v1.0",
+    device=None,
+    download_root=None,
+    med_config=None,
+    *,
+    tokenizer=None,
+    dtype="float32",
+    batch_size=16,
+):
+    """Loads an ImageReward scorer.
+
+    A PyTorch checkpoint is converted once: a `.safetensors` copy beside it (or in `download_root` where that
+    folder cannot be written) makes the next load fast, and is made anew when the checkpoint changes.
+
+    Args:
+        name_or_path: a name of `available_models()`, the path of an `ImageReward.pt`, or a folder that
+            `ImageReward.save` or `convert/imagereward.py` wrote.
+        device: None for all local devices, "cpu", "gpu", "cuda:1", a `jax.Device`.
+        download_root: where downloads are kept; ~/.cache/ImageReward by default.
+        med_config: path of the text encoder's `med_config.json`, if not the one beside the checkpoint. Without
+            either the sizes are those of v1.0.
+        tokenizer: path of a BERT vocab.txt or its folder. By default the one beside the checkpoint, else that of
+            bert-base-uncased from the hub.
+        dtype: "float32" or "bfloat16".
+        batch_size: pictures computed at a time.
+
+    Returns:
+        An `ImageReward`.
+
+    Raises:
+        FileNotFoundError: no such model, file or vocabulary (`hub.ModelNotFound`).
+        ValueError: the files do not fit each other, or are not what they should be.
+    """
+    options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    root = Path(download_root or DEFAULT_ROOT).expanduser()
+    path = _find(str(name_or_path), root)
+    if path.is_dir():
+        return _load_folder(path, tokenizer, options)
+    if med_config is None:
+        med_config = _find_med_config(path, name_or_path, root)
+    text = TextConfig() if med_config is None else TextConfig.from_dict(files.read_json(med_config), str(med_config))
+    config = ImageRewardConfig(text=text)
+    prompt_tokenizer = PromptTokenizer.from_file(tokenizer or _find_vocab(path.parent), config.max_prompt_tokens)
+    tensors = read_cached(path, root) if path.suffix in files.PICKLES else files.read_tensors(path)
+    return ImageReward(config, _params(config, tensors, path), prompt_tokenizer, **options)
+
+
+def read_cached(path, root):
+    """The tensors of a PyTorch checkpoint, from its safetensors copy where one of the same size and time exists."""
+    status = path.stat()
+    stamp = f"{status.st_size}-{status.st_mtime_ns}"
+    places = _cache_places(path, root)
+    for place in places:
+        if _stamp(place) == stamp:
+            return files.read_tensors(place)
+    tensors = files.read_tensors(path)
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            files.write_safetensors(place, tensors, {"format": "pt", "source": stamp})
+        except (OSError, files.WeightsError) as error:
+            reason = error
+        else:
+            return tensors
+    # The same text every time, so that Python's default filter shows it once a process.
+    warnings.warn(f"no converted copy of {path} could be kept ({reason}): it is converted at each load", stacklevel=3)
+    return tensors
+
+
+def _cache_places(path, root):
+    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    return path.with_name(f"{path.name}.safetensors"), root / "converted" / f"{path.stem}-{digest}.safetensors"
+
+
+def _stamp(place):
+    """What the copy at `place` was made from; None for none, or for one that cannot be read and is written anew."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(place, framework="np") as file:
+            return (file.metadata() or {}).get("source")
+    except (OSError, SafetensorError):
+        return None
+
+
+def _builtin_folder(name):
+    return hub.ASSETS / name / "reward"
+
+
+def _find(name, root):
+    """The folder or file of a model."""
+    path = Path(name).expanduser()
+    if name in HUB_MODELS:
+        downloaded = root / HUB_MODELS[name]  # where the original package puts it, too
+        return downloaded if downloaded.is_file() else hub.resolve_file(HUB_REPO, HUB_MODELS[name], cache_dir=root)
+    if path.is_dir() and not (path / CONFIG_FILE).is_file() and (path / "ImageReward.pt").is_file():
+        return path / "ImageReward.pt"
+    if path.exists():
+        return path
+    if name in available_models():
+        return _builtin_folder(name)
+    if hub.looks_like_path(name) or path.suffix in (*files.PICKLES, ".safetensors"):
+        raise hub.ModelNotFound(f"{name}: no such file or folder")
+    lower = {known.lower(): known for known in available_models()}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
+    hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
+    raise hub.ModelNotFound(f"no model {name!r}{hint}; known: {', '.join(available_models())}, or the path of one")
+
+
+def _find_med_config(path, name, root):
+    beside = path.with_name(MED_CONFIG_FILE)
+    if beside.is_file():
+        return beside
+    return hub.resolve_file(HUB_REPO, MED_CONFIG_FILE, cache_dir=root) if name in HUB_MODELS else None
+
+
+def _find_vocab(folder):
+    beside = folder / VOCAB_FILE
+    if beside.is_file():
+        return beside
+    try:
+        return hub.resolve_file(VOCAB_REPO, VOCAB_FILE)
+    except hub.ModelNotFound as error:
+        raise hub.ModelNotFound(
+            f"no vocabulary: there is no {beside}, and bert-base-uncased could not be had from the hub; pass "
+            f"`tokenizer=`, the path of its vocab.txt ({error})"
+        ) from error
+
+
+def _load_folder(folder, tokenizer, options):
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise hub.ModelNotFound(
+            f"{folder}: not a reward model; expected {CONFIG_FILE} and {WEIGHTS_FILE} (or an ImageReward.pt) in it"
+        )
+    path = folder / CONFIG_FILE
+    config = ImageRewardConfig.from_dict(files.read_json(path), str(path))
+    prompt_tokenizer = PromptTokenizer.from_file(tokenizer or folder, config.max_prompt_tokens)
+    path = folder / WEIGHTS_FILE
+    return ImageReward(config, _params(config, files.read_tensors(path), path), prompt_tokenizer, **options)
+
+
+def _params(config, tensors, path):
+    module = abstract_module(config)
+    return mapping.from_torch(module, tensors, what=str(path), ignore=IGNORED_KEYS, dtype=jnp.float32)
