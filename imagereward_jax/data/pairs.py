@@ -1,0 +1,124 @@
+"""Pictures with their captions, as a random-access source."""
+
+from pathlib import Path
+
+from imagereward_jax.data import pictures
+from imagereward_jax.data.errors import DataError
+from imagereward_jax.data.prompts import PROMPT_COLUMNS, SHAPES_PREFIX, shapes_captions
+from imagereward_jax.data.shapes_sources import ShapesPairs
+from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column, read_file, read_table
+
+IMAGE_COLUMNS = ("image", "image_path", "file_name", "path", "file")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SHAPES_SIZE = 20_000
+
+
+def load_pairs(
+    source,
+    *,
+    image_column=None,
+    text_column=None,
+    image_size=64,
+    crop="center",
+    flip=False,
+    split="train",
+    shapes=None,
+):
+    """Image-text pairs: item i is {"image": float32 [S, S, 3] in [0, 1], "prompt": str}.
+
+    Args:
+        source: a table as for `load_prompts`, whose image column holds paths relative to the file (or absolute), or
+            pictures (Parquet, `datasets`, TFDS); a folder of pictures with metadata.jsonl, metadata.csv or
+            metadata.parquet (file_name and text), or with a .txt of the same stem beside each; "shapes:train".
+        image_column: by default the first of image, image_path, file_name, path, file that is there.
+        text_column: by default the first of text, prompt, caption.
+        image_size: S; the shorter side is resized to it, then the picture is cropped.
+        crop: "center" or "random". flip: mirror half of the pictures. Both draw from the generator given to `fetch`.
+        split: of a `datasets` or TFDS data set.
+        shapes: for shapes sources, options of `ShapesPairs`: size (default 20,000), seed, caption_noise.
+    Raises:
+        DataError: broken rows, empty captions; MissingDataError: a file is not there. Every path is looked up now;
+            a picture that cannot be decoded is reported when it is read. Both name file and row.
+    """
+    if crop not in pictures.CROPS:
+        raise ValueError(f"crop must be one of {', '.join(pictures.CROPS)}; got {crop!r}")
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1; got {image_size}")
+    source = str(source)
+    if source.startswith(SHAPES_PREFIX):
+        options = {"size": SHAPES_SIZE, **(shapes or {})}
+        return ShapesPairs(captions=shapes_captions(source), image_size=image_size, **options)
+    if shapes is not None:
+        raise ValueError(f"shapes options are for shapes:train and shapes:held_out alone; the source is {source!r}")
+    table = _read(source, split)
+    image_column = pick_column(table, image_column, IMAGE_COLUMNS, "image_column=")
+    text_column = pick_column(table, text_column, PROMPT_COLUMNS, "text_column=")
+    prompts = check_texts(table, column_values(table, text_column), f"caption in column {text_column!r}")
+    return Pairs(table, image_column, prompts, image_size=image_size, crop=crop, flip=flip)
+
+
+class Pairs:
+    """Random access to image-text pairs of a table; see `load_pairs`."""
+
+    def __init__(self, table, image_column, prompts, *, image_size, crop, flip):
+        self.table, self.image_column, self.prompts = table, image_column, prompts
+        self.image_size, self.crop, self.flip = image_size, crop, flip
+        self.found = None
+        if isinstance(table.rows[0].get(image_column), str):  # a path: cheap to look up now, not at step 10,000
+            values = column_values(table, image_column)
+            self.found = [pictures.find_picture(v, table.folder, table.where(i)) for i, v in enumerate(values)]
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, index):
+        """The pair, cropped at the center and not mirrored."""
+        return self._item(index)
+
+    def fetch(self, index, rng):
+        """The pair with the crop and mirroring that were asked for, drawn from `rng`."""
+        return self._item(index, crop=self.crop, flip=self.flip, rng=rng)
+
+    def _item(self, index, **options):
+        where = self.table.where(index)
+        image = pictures.open_picture(self._picture(index, where), where)
+        return {"image": pictures.fit(image, self.image_size, **options), "prompt": self.prompts[index]}
+
+    def _picture(self, index, where):
+        if self.found is not None:
+            return self.found[index]
+        return pictures.find_picture(self.table.rows[index][self.image_column], self.table.folder, where)
+
+
+def _read(source, split):
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return read_table(source, split)
+    for name in METADATA:
+        if (folder / name).is_file():
+            table = read_file(folder / name)
+            break
+    else:
+        table = _caption_files(folder)
+    if not table.rows:
+        raise DataError(
+            f"{table.name}: no pairs in it; expected pictures ({', '.join(pictures.SUFFIXES)}) with captions"
+        )
+    return table
+
+
+def _caption_files(folder):
+    """A table of the pictures in a folder and below, each with a .txt of the same stem."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
+    bare = [path for path in files if not path.with_suffix(".txt").is_file()]
+    if bare:
+        raise DataError(
+            f"{bare[0]}: no caption {bare[0].with_suffix('.txt').name} beside it ({len(bare)} of {len(files)} pictures "
+            f"lack one), and {folder} has no {' or '.join(METADATA)}"
+        )
+    rows = [{"image": str(path.relative_to(folder)), "text": _caption(path.with_suffix(".txt"))} for path in files]
+    return Table(str(folder), rows, lambda i: str(files[i].with_suffix(".txt")), folder)
+
+
+def _caption(path):
+    return " ".join(read_file(path).rows)

@@ -1,0 +1,319 @@
+"""Rows from wherever people keep them: files, `datasets` folders and names, TFDS. One reader for all kinds of data.
+
+A `Table` gives rows by number, and says where a row is so that a message can name it.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from imagereward_jax.data.errors import DataError, MissingDataError, missing_file, nearest
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
+TFDS_PREFIX = "tfds:"
+
+
+class Table(NamedTuple):
+    """Rows of one source.
+
+    Attributes:
+        name: the file or data set, for messages.
+        rows: sequence of rows; a row is a dict, or a string (one column without a name).
+        where: row number from 0 -> "prompts.csv, line 3".
+        folder: what paths in the rows are relative to; None where they must be absolute.
+    """
+
+    name: str
+    rows: Sequence
+    where: Callable[[int], str]
+    folder: Path | None
+
+    def columns(self):
+        """The names of the columns, or None where rows are plain strings."""
+        return list(self.rows[0]) if isinstance(self.rows[0], dict) else None
+
+
+def read_table(source, split="train"):
+    """The rows of a file (by its suffix), a folder saved by `datasets`, "tfds:NAME", or a hub name "owner/name".
+
+    Raises:
+        DataError: unreadable, empty, or of an unknown kind; the message names file and row.
+        MissingDataError: not there, with the nearest existing name.
+    """
+    source = str(source)
+    path = Path(source).expanduser()
+    if source.startswith(TFDS_PREFIX):
+        table = _tfds_table(source, split)
+    elif path.is_dir():
+        table = _saved_table(path, split)
+    elif path.is_file():
+        table = read_file(path)
+    elif re.fullmatch(r"[\w-]+/[\w.-]+", source) and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
+        table = _hub_table(source, split)
+    else:
+        raise missing_file(path, "data file or folder (a data set of the Hugging Face hub is written owner/name)")
+    if len(table.rows) == 0:
+        raise DataError(f"{table.name}: there are no rows in it")
+    return table
+
+
+def read_file(path):
+    """The rows of one file, by its suffix; a `Table`, maybe empty."""
+    path = Path(path)
+    readers = {
+        ".json": _json_rows,
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".txt": _text_lines,
+        ".parquet": _parquet_rows,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: cannot tell what this file is; expected one of {', '.join(SUFFIXES)}")
+    rows, where = reader(path)
+    return Table(str(path), rows, lambda i: f"{path}, {where(i)}", path.parent)
+
+
+def _read_text(path):
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise DataError(
+            f"{path}, line {line}: byte 0x{data[e.start]:02x} is not UTF-8; save the file in UTF-8 encoding"
+        ) from e
+
+
+def _json_rows(path):
+    text = _read_text(path)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as e:
+        hint = "; a file with one object a line should be named .jsonl" if e.msg == "Extra data" else ""
+        raise DataError(f"{path}, line {e.lineno}, column {e.colno}: broken JSON: {e.msg}{hint}") from e
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a JSON list of strings or objects; got {_kind(rows)}")
+    return rows, lambda i: f"row {i + 1}"
+
+
+def _json_lines(path):
+    rows, lines = [], []
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise DataError(f"{path}, line {number}, column {e.colno}: broken JSON: {e.msg}") from e
+            lines.append(number)
+    return rows, lambda i: f"line {lines[i]}"
+
+
+def _csv_rows(path):
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows, lines = [], []
+    try:
+        header = next(reader, [])
+        for values in reader:
+            if not values:
+                continue
+            if len(values) != len(header):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(values)} values, but the header has {len(header)} columns "
+                    f"({', '.join(header)}); put text that holds a {'tab' if delimiter != ',' else 'comma'} in quotes"
+                )
+            rows.append(dict(zip(header, values)))
+            lines.append(reader.line_num)
+    except csv.Error as e:
+        raise DataError(f"{path}, line {reader.line_num}: broken CSV: {e}") from e
+    return rows, lambda i: f"line {lines[i]}"
+
+
+def _text_lines(path):
+    lines = _read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
+    return [] if lines == [""] else lines, lambda i: f"line {i + 1}"
+
+
+class _ArrowRows(Sequence):
+    """Rows of an Arrow table, turned into Python one at a time."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __len__(self):
+        return self.table.num_rows
+
+    def __getitem__(self, i):
+        return {name: self.table.column(name)[i].as_py() for name in self.table.column_names}
+
+
+def _parquet_rows(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise DataError(f"{path}: not a readable Parquet file: {_first_line(e)}") from e
+    return _ArrowRows(table), lambda i: f"row {i + 1}"
+
+
+def _saved_table(path, split):
+    """A folder made by `save_to_disk` of the package `datasets`."""
+    if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        raise DataError(
+            f"{path}: a folder, but not one saved by `datasets` (no dataset_info.json or dataset_dict.json); "
+            f"give the file in it, one of {', '.join(SUFFIXES)}"
+        )
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as e:
+        raise DataError(f"{path}: `datasets` cannot read this folder: {_first_line(e)}") from e
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise DataError(f"{path}: no split {split!r}; there are {', '.join(data)}{nearest(split, data)}")
+        data = data[split]
+    return _dataset_table(str(path), data)
+
+
+def _hub_table(name, split):
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as e:
+        raise MissingDataError(
+            f"{name}: no such file here, and the Hugging Face hub gave no split {split!r} of it: {_first_line(e)}"
+        ) from e
+    return _dataset_table(name, data)
+
+
+def _dataset_table(name, data):
+    """Pictures are left undecoded, so that a broken one is reported with its row."""
+    import datasets
+
+    for column, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
+    return Table(name, data, lambda i: f"{name}, row {i + 1}", None)
+
+
+class _TfdsRows(Sequence):
+    """Rows of a TFDS data source; pictures stay encoded, text becomes str."""
+
+    def __init__(self, data, pictures):
+        self.data, self.pictures = data, pictures
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return {key: self._value(key, value) for key, value in self.data[i].items()}
+
+    def _value(self, key, value):
+        return value.decode("utf-8") if isinstance(value, bytes) and key not in self.pictures else value
+
+
+def _tfds_table(source, split):
+    """tfds:NAME, or tfds:FOLDER of one prepared version; needs the random-access file format array_record."""
+    import tensorflow_datasets as tfds
+
+    name = source.removeprefix(TFDS_PREFIX)
+    try:
+        folder = Path(name).expanduser()
+        builder = tfds.builder_from_directory(folder) if folder.is_dir() else tfds.builder(name)
+        features = builder.info.features.items()
+        pictures = {key for key, feature in features if isinstance(feature, tfds.features.Image)}
+        decoders = {key: tfds.decode.SkipDecoding() for key in pictures}
+        data = builder.as_data_source(split=split, decoders=decoders)
+    except Exception as e:
+        raise MissingDataError(
+            f"{source}: TensorFlow Datasets cannot open split {split!r} of it: {_first_line(e)}; prepare it first with "
+            "file_format='array_record', and set TFDS_DATA_DIR to where it is (or give tfds:FOLDER)"
+        ) from e
+    return Table(source, _TfdsRows(data, pictures), lambda i: f"{source}, row {i + 1}", None)
+
+
+def pick_column(table, wanted, usual, flag):
+    """The column to read: `wanted` if given, else the first of `usual` that is there.
+
+    Args:
+        flag: what the user sets to choose another column, for the message.
+    Raises:
+        DataError: it is not there; the message lists the columns that are.
+    """
+    columns = table.columns()
+    if columns is None:
+        raise DataError(f"{table.where(0)}: expected an object with named columns; got {_kind(table.rows[0])}")
+    if wanted is not None:
+        if wanted not in columns:
+            raise DataError(
+                f"{table.name}: no column {wanted!r}; there are {', '.join(columns)}{nearest(wanted, columns)}"
+            )
+        return wanted
+    found = [name for name in usual if name in columns]
+    if not found:
+        raise DataError(
+            f"{table.name}: none of the columns {', '.join(usual)}; there are {', '.join(columns)}: "
+            f"say which with {flag}"
+        )
+    return found[0]
+
+
+def column_values(table, column):
+    """All values of a column.
+
+    Raises:
+        DataError: a row lacks it.
+    """
+    rows = table.rows
+    if hasattr(rows, "column_names"):
+        return list(rows[column])
+    if isinstance(rows, _ArrowRows):
+        return rows.table.column(column).to_pylist()
+    values = []
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or column not in row:
+            raise DataError(f"{table.where(i)}: expected an object with {column!r}; got {_kind(row)}")
+        values.append(row[column])
+    return values
+
+
+def check_texts(table, texts, what):
+    """The texts, if each is a string with something in it.
+
+    Raises:
+        DataError: names the first row that is not, and counts the others.
+    """
+    bad = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
+    if bad:
+        value = texts[bad[0]]
+        problem = (
+            f"the {what} is empty" if isinstance(value, str) else f"the {what} must be a string; got {_kind(value)}"
+        )
+        more = f" ({len(bad)} rows like this)" if len(bad) > 1 else ""
+        raise DataError(f"{table.where(bad[0])}: {problem}{more}; correct or remove it")
+    return texts
+
+
+def _kind(value):
+    """What a JSON value is, in words."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(repr, value)) or 'nothing in it'}"
+    names = {list: "a list", str: "a string", type(None): "nothing (null)", bool: "true or false"}
+    return names.get(type(value), f"{type(value).__name__} {value!r}")
+
+
+def _first_line(error):
+    """An exception of another package, on one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
