@@ -1,0 +1,47 @@
+"""A tiny ImageReward of the shapes world, trained from nothing on ranked pictures.
+
+    python -m imagereward_jax.train --config configs/shapes_reward.py
+
+The same network as ImageReward v1.0 in small (vision transformer, BERT with cross-attention, linear head). Groups of four
+pictures are ranked by how many of the caption's words they show and how badly they are spoilt. The export is the reward
+half of the built-in model `tiny-shapes`; its scores have mean 0 and standard deviation 1 on held-out groups.
+"""
+
+import ml_collections
+
+from imagereward_jax.training.config import default_config
+
+ARCHITECTURE = {
+    "vision": {"image_size": 64, "patch_size": 8, "width": 128, "depth": 4, "heads": 4},
+    "text": {
+        "vocab_size": 131,
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 384,
+        "max_position_embeddings": 32,
+    },
+    "projection_dim": 16,
+    "head_sizes": (64, 32, 32, 16),
+    "max_prompt_tokens": 16,
+    "score_mean": 0.0,
+    "score_std": 1.0,
+}
+
+
+def get_config():
+    """The recipe."""
+    config = default_config("ranking")
+    config.steps = 3000
+    config.batch_size = 16
+    config.reward.architecture = ml_collections.ConfigDict(ARCHITECTURE)
+    config.data.groups = "shapes:train"
+    config.data.held_out_groups = "shapes:held_out"
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 200
+    config.ema_decay = 0.99
+    config.log_every = 50
+    config.eval.every = 500
+    config.checkpoint.every = 500
+    return config

@@ -1,0 +1,41 @@
+"""Training a text-to-image model on image-text pairs by the denoising loss."""
+
+import imagereward_jax
+from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, pair_batch, stream
+from imagereward_jax.experiments.refl import load_pairs_of
+from imagereward_jax.methods.denoising import make_denoising_loss
+from imagereward_jax.pipelines import load_pipeline
+from imagereward_jax.training.loop import Experiment
+from imagereward_jax.training.step import Phase
+
+
+def build(config, mesh):
+    """See `experiments.build`."""
+    pairs = load_pairs_of(config)
+    pipeline, params = load_pipeline(
+        config.model.path, dtype=config.dtype, remat=config.model.remat, variant=config.model.variant
+    )
+    reward = None
+    if config.reward.path:
+        reward = imagereward_jax.load(config.reward.path, tokenizer=config.reward.tokenizer, dtype=config.dtype)
+    names = ("unet", "text_encoder") if config.method.train_text_encoder else ("unet",)
+    original = {name: value for name, value in params.items() if name not in names}
+    frozen = cast_host({**original, **({"reward": reward.params} if reward else {})}, config.dtype)
+    loss = make_denoising_loss(pipeline)
+
+    def loss_on_pairs(trainable, frozen, batches, key):
+        return loss(trainable, frozen, batches["pairs"], key)
+
+    def export(trainable, folder):
+        pipeline.save(folder, {**original, **trainable})
+
+    size = (config.data.image_size, config.data.image_size)
+    return Experiment(
+        trainable={name: params[name] for name in names},
+        frozen=frozen,
+        phases=(Phase("denoising", loss_on_pairs),),
+        streams={"pairs": stream(config, pairs, lambda batch: pair_batch(pipeline, batch))},
+        evaluate=SampleEvaluation(config, pipeline, reward, size, mesh),
+        export=export,
+        images_per_step=config.batch_size,
+    )

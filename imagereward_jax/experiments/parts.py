@@ -1,0 +1,134 @@
+"""Parts that several experiments are built from: data streams, casts, evaluation by sampling."""
+
+import jax
+import numpy as np
+
+from imagereward_jax.data.pipeline import make_iterator
+from imagereward_jax.data.prompts import load_prompts
+from imagereward_jax.data.shapes import fully_right
+from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.training.loop import Evaluation
+from imagereward_jax.training.mesh import put_whole, replicated
+from imagereward_jax.training.sheets import contact_sheet, to_uint8
+
+
+def stream(config, source, transform):
+    """The run's batches of `source`: this process's share, shuffled by the run's seed, endless, resumable.
+
+    Args:
+        transform: a stacked batch -> nested dict of numpy arrays.
+    """
+    batches = make_iterator(
+        source,
+        batch_size=config.batch_size // jax.process_count(),
+        seed=config.seed,
+        num_workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return Stream(batches, transform)
+
+
+class Stream:
+    """Batches with a transform that runs in this process, so that it may hold a tokenizer that workers can't be sent."""
+
+    def __init__(self, batches, transform):
+        self.batches, self.transform = batches, transform
+
+    def __next__(self):
+        return self.transform(next(self.batches))
+
+    def get_state(self):
+        """Where the next batch starts."""
+        return self.batches.get_state()
+
+    def set_state(self, state):
+        """Continues where `get_state` was called."""
+        self.batches.set_state(state)
+
+
+def cast_host(tree, dtype):
+    """Floating-point numpy arrays of `tree` in `dtype`, on the host."""
+
+    def convert(array):
+        array = np.asarray(array)
+        return (
+            array.astype(dtype) if np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16" else array
+        )
+
+    return jax.tree.map(convert, tree)
+
+
+def pair_batch(pipeline, batch):
+    """A batch of image-text pairs for the denoising loss."""
+    return {"image": batch["image"], "input_ids": pipeline.tokenize([str(prompt) for prompt in batch["prompt"]])}
+
+
+class SampleEvaluation:
+    """Samples the held-out prompts from the same noise every time and scores the pictures.
+
+    Args:
+        config: the run's config; reads `config.eval`.
+        pipeline: what samples. reward: scores the pictures, or None.
+        size: (height, width) in pixels.
+        mesh: batches are sharded over it.
+
+    Calling it with (trainable, frozen) gives an `Evaluation` with `eval/reward_mean`, `eval/reward_std` (over prompts, of each
+    prompt's mean) and, where the prompts are the shapes world's, `eval/checker_rate`, the share of pictures in which the
+    rule-based checker finds all four words.
+    """
+
+    def __init__(self, config, pipeline, reward, size, mesh):
+        self.config, self.pipeline, self.reward, self.mesh = config.eval, pipeline, reward, mesh
+        distinct = list(load_prompts(config.eval.prompts))[: config.eval.num_prompts]
+        self.prompts = [prompt for prompt in distinct for _ in range(config.eval.images_per_prompt)]
+        self.check = str(config.eval.prompts).startswith("shapes:")
+        self.latent_shape = pipeline.latent_shape(*size)
+        self.sampler = make_sampler(config.eval.sampler, pipeline.scheduler_config, config.eval.num_steps)
+        self.batch = -(-config.eval.batch_size // mesh.size) * mesh.size
+        self._sample = jax.jit(self._sample_batch, out_shardings=replicated(mesh))
+
+    def _sample_batch(self, params, batch):
+        keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(self.config.seed), index))(batch["index"])
+        images = self.pipeline.sample(
+            params,
+            batch["input_ids"],
+            batch["negative_ids"] if self.config.guidance_scale != 1.0 else None,
+            jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys),
+            sampler=self.sampler,
+            guidance_scale=self.config.guidance_scale,
+            key=keys,
+        )
+        rewards = self.reward.apply(params["reward"], images, batch["reward"]) if self.reward else None
+        return images, rewards
+
+    def __call__(self, trainable, frozen):
+        params = {**frozen, **trainable}
+        images, rewards = [], []
+        for start in range(0, len(self.prompts), self.batch):
+            chosen = [min(i, len(self.prompts) - 1) for i in range(start, start + self.batch)]
+            prompts = [self.prompts[i] for i in chosen]
+            batch = {
+                "index": np.asarray(chosen, np.int32),
+                "input_ids": self.pipeline.tokenize(prompts),
+                "negative_ids": self.pipeline.tokenize([""] * len(prompts)),
+                "reward": self.reward.tokenize(prompts) if self.reward else {},
+            }
+            batch_images, batch_rewards = jax.device_get(self._sample(params, put_whole(self.mesh, batch)))
+            images.append(batch_images)
+            rewards.append(batch_rewards)
+        images = np.concatenate(images)[: len(self.prompts)]
+        metrics, captions = {}, list(self.prompts)
+        if self.reward:
+            rewards = np.concatenate(rewards)[: len(self.prompts)]
+            per_prompt = rewards.reshape(-1, self.config.images_per_prompt).mean(1)
+            metrics |= {"eval/reward_mean": per_prompt.mean(), "eval/reward_std": per_prompt.std()}
+            captions = [f"{reward:+.2f} {prompt}" for prompt, reward in zip(self.prompts, rewards)]
+        if self.check:
+            right = [fully_right(prompt, image) for prompt, image in zip(self.prompts, to_uint8(images))]
+            metrics["eval/checker_rate"] = np.mean(right)
+            captions = [f"{caption} {'(right)' if ok else '(wrong)'}" for caption, ok in zip(captions, right)]
+        shown = self.config.grid
+        return Evaluation(
+            {name: float(value) for name, value in metrics.items()}, contact_sheet(images[:shown], captions[:shown])
+        )

@@ -1,0 +1,94 @@
+"""ReFL: tunes the UNet of a text-to-image model by a reward's gradient, with the denoising loss beside it."""
+
+import numpy as np
+
+import imagereward_jax
+from imagereward_jax.data.pairs import load_pairs
+from imagereward_jax.data.prompts import load_prompts
+from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, pair_batch, stream
+from imagereward_jax.methods.denoising import make_denoising_loss
+from imagereward_jax.methods.refl import make_refl_loss
+from imagereward_jax.pipelines import load_pipeline
+from imagereward_jax.training.loop import Experiment
+from imagereward_jax.training.step import Phase
+
+
+def build(config, mesh):
+    """See `experiments.build`."""
+    method = config.method
+    prompts = load_prompts(config.data.prompts, column=config.data.prompts_column)
+    pairs = load_pairs_of(config) if method.pretrain != "off" else None
+    pipeline, params = load_pipeline(
+        config.model.path, dtype=config.dtype, remat=config.model.remat, variant=config.model.variant
+    )
+    reward = imagereward_jax.load(config.reward.path, tokenizer=config.reward.tokenizer, dtype=config.dtype)
+    sampler = make_sampler(method.sampler, pipeline.scheduler_config, method.num_steps)
+    original = {name: value for name, value in params.items() if name != "unet"}
+    frozen = cast_host({**original, "reward": reward.params}, config.dtype)
+    streams = {"prompts": stream(config, prompts, lambda batch: prompt_batch(pipeline, reward, method, batch))}
+    if pairs is not None:
+        streams["pairs"] = stream(config, pairs, lambda batch: pair_batch(pipeline, batch))
+
+    def export(trainable, folder):
+        pipeline.save(folder, {**original, **trainable})
+
+    return Experiment(
+        trainable={"unet": params["unet"]},
+        frozen=frozen,
+        phases=make_phases(pipeline, reward, sampler, method),
+        streams=streams,
+        evaluate=SampleEvaluation(config, pipeline, reward, (method.height, method.width), mesh),
+        export=export,
+        images_per_step=config.batch_size,
+        reward_metric="refl/reward",
+    )
+
+
+def load_pairs_of(config):
+    """The image-text pairs that `config.data` names."""
+    data = config.data
+    return load_pairs(
+        data.pairs,
+        image_column=data.pairs_image_column,
+        text_column=data.pairs_text_column,
+        image_size=data.image_size,
+        random_crop=data.random_crop,
+        random_flip=data.random_flip,
+        caption_dropout=data.caption_dropout,
+        caption_noise=data.caption_noise,
+    )
+
+
+def prompt_batch(pipeline, reward, method, batch):
+    """A batch of prompts for `make_refl_loss`."""
+    prompts = [str(prompt) for prompt in batch["prompt"]]
+    negative = pipeline.tokenize([method.negative_prompt])
+    return {
+        "input_ids": pipeline.tokenize(prompts),
+        "negative_ids": np.repeat(negative, len(prompts), axis=0),
+        "reward": reward.tokenize(prompts),
+    }
+
+
+def make_phases(pipeline, reward, sampler, method):
+    """The losses of a step, as `method.pretrain` says: ReFL's alone, the two in turn, or their sum."""
+    refl = make_refl_loss(pipeline, reward, sampler, method)
+    denoising = make_denoising_loss(pipeline, method.pretrain_weight)
+
+    def refl_on_prompts(trainable, frozen, batches, key):
+        return refl(trainable, frozen, batches["prompts"], key)
+
+    def denoising_on_pairs(trainable, frozen, batches, key):
+        return denoising(trainable, frozen, batches["pairs"], key)
+
+    def both(trainable, frozen, batches, key):
+        value, metrics = refl_on_prompts(trainable, frozen, batches, key)
+        pretrain, pretrain_metrics = denoising_on_pairs(trainable, frozen, batches, key)
+        return value + pretrain, {**metrics, **pretrain_metrics}
+
+    if method.pretrain == "off":
+        return (Phase("refl", refl_on_prompts),)
+    if method.pretrain == "add":
+        return (Phase("refl", both),)
+    return (Phase("refl", refl_on_prompts), Phase("denoising", denoising_on_pairs))

@@ -1,0 +1,40 @@
+"""Networks that a recipe builds from nothing, with the shapes world's own tokenizers."""
+
+import tempfile
+
+import jax
+
+from imagereward_jax.data.shapes import write_bert_vocab, write_clip_tokenizer
+from imagereward_jax.pipelines import load_pipeline
+from imagereward_jax.pipelines.sd1 import StableDiffusion1
+from imagereward_jax.rewards.imagereward import ImageReward
+
+
+def load_or_init_pipeline(config):
+    """(pipeline, params) of `config.model.path`, or random ones of `config.model.architecture`."""
+    if not config.model.from_scratch:
+        return load_pipeline(
+            config.model.path, dtype=config.dtype, remat=config.model.remat, variant=config.model.variant
+        )
+    tokenizer = tempfile.mkdtemp(prefix="shapes-tokenizer-")
+    write_clip_tokenizer(tokenizer)
+    architecture = config.model.architecture.to_dict()
+    pipeline = StableDiffusion1.from_configs(
+        architecture["unet"],
+        architecture["vae"],
+        architecture["text_encoder"],
+        architecture["scheduler"],
+        tokenizer,
+        dtype=config.dtype,
+        remat=config.model.remat,
+    )
+    return pipeline, pipeline.init(jax.random.key(config.seed))
+
+
+def init_reward(config):
+    """A random ImageReward of `config.reward.architecture` with the shapes world's vocabulary."""
+    folder = tempfile.mkdtemp(prefix="shapes-vocabulary-")
+    write_bert_vocab(folder)
+    return ImageReward.from_config(
+        config.reward.architecture.to_dict(), f"{folder}/vocab.txt", jax.random.key(config.seed)
+    )

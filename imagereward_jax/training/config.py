@@ -1,0 +1,248 @@
+"""Defaults of every training run, and the check that a config makes sense before anything is built.
+
+A file in `configs/` starts from `default_config(method)` and changes what its recipe needs. Every field can be
+overridden on the command line (`--config.optimizer.learning_rate=1e-4`).
+"""
+
+import difflib
+
+import ml_collections
+
+from imagereward_jax.diffusion.samplers import SAMPLERS
+
+METHODS = ("refl", "denoising", "autoencoder", "ranking")
+PRETRAIN_MODES = ("off", "alternate", "add")
+WRITERS = ("jsonl", "log", "tensorboard")
+SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "blocks", "attention", "full")
+
+
+class ConfigError(ValueError):
+    """A config field has a value that cannot work; the message names the field and the way out."""
+
+
+def default_config(method):
+    """The `ml_collections.ConfigDict` that recipes start from.
+
+    Args:
+        method: one of `METHODS`; decides which fields `config.method` has.
+    """
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # initial noise, stop indices, data order: the whole run follows from it
+    config.steps = 1000  # optimizer steps (of each loss, where a method alternates two)
+    config.batch_size = 8  # samples an update, over all devices and accumulation rounds
+    config.accumulation = 1  # rounds that a batch is split into: less memory, same gradient
+    config.dtype = "float32"  # arithmetic; "bfloat16" keeps float32 master weights of what trains
+    config.max_skipped = 20  # updates in a row that non-finite gradients may cost before the run stops
+
+    config.model = ml_collections.ConfigDict()
+    config.model.path = ""  # diffusers folder, hub name, or "tiny-shapes"
+    config.model.variant = ml_collections.config_dict.placeholder(str)  # "fp16" reads *.fp16.safetensors
+    config.model.remat = "blocks"  # what the backward pass computes again: none, blocks, attention, full
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1  # devices along the batch; -1: all that are left
+    config.mesh.fsdp = 1  # devices that share each weight, its moments and its EMA
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.schedule = "constant"  # after the warm-up: constant, linear or cosine (to 0)
+    config.optimizer.warmup_steps = 0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 1e-2
+    config.optimizer.clip_norm = 1.0  # global gradient norm; 0 switches clipping off
+    config.ema_decay = 0.0  # > 0 keeps an average of the weights, which is what is sampled and exported
+
+    config.data = ml_collections.ConfigDict()
+    config.data.workers = 0  # processes that decode pictures; 0: a thread of this one
+
+    config.log_every = 10
+    config.writers = ("jsonl", "log", "tensorboard")
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every = 100
+    config.checkpoint.keep = 2  # the latest ones; the best (by config.eval.best) is kept as well
+    config.eval = ml_collections.ConfigDict()
+    config.eval.every = 100
+    config.profile = ml_collections.ConfigDict()
+    config.profile.steps = 0  # > 0 traces that many steps, after the first two, into WORKDIR/profile
+
+    config.method = ml_collections.ConfigDict()
+    config.method.name = method
+    _METHOD_DEFAULTS[method](config)
+    return config
+
+
+def _sampling_defaults(config):
+    config.eval.prompts = ""  # held-out prompts: file, `datasets` name, or shapes:held_out
+    config.eval.num_prompts = 32
+    config.eval.images_per_prompt = 1
+    config.eval.batch_size = 8
+    config.eval.sampler = "ddim"
+    config.eval.num_steps = 40
+    config.eval.guidance_scale = 7.5
+    config.eval.seed = 0  # the same noise for the same prompts at every evaluation
+    config.eval.grid = 16  # pictures in samples/step_*.png
+
+
+def _pairs_defaults(config):
+    config.data.pairs = ""  # image-text pairs: file, folder, `datasets` name, tfds:NAME or shapes:train
+    config.data.pairs_image_column = ml_collections.config_dict.placeholder(str)
+    config.data.pairs_text_column = ml_collections.config_dict.placeholder(str)
+    config.data.image_size = 512
+    config.data.random_crop = False
+    config.data.random_flip = False
+    config.data.caption_dropout = 0.1  # share of pairs trained with the empty prompt, for guidance
+    config.data.caption_noise = 0.0  # shapes:train only: share of captions with one wrong word
+
+
+def _refl_defaults(config):
+    config.reward = ml_collections.ConfigDict()
+    config.reward.path = "ImageReward-v1.0"  # a name, ImageReward.pt, a converted folder or "tiny-shapes"
+    config.reward.tokenizer = ml_collections.config_dict.placeholder(str)  # vocab.txt or its folder
+    config.data.prompts = ""  # training prompts: file, `datasets` name, tfds:NAME or shapes:train
+    config.data.prompts_column = ml_collections.config_dict.placeholder(str)
+    method = config.method
+    method.sampler = "ddpm"
+    method.num_steps = 40  # sampler steps of a whole generation
+    method.stop_min = 30  # the step that carries the gradient is drawn for each sample in [stop_min, stop_max]
+    method.stop_max = 39
+    method.guidance_scale = 1.0  # 1: no guidance while training, half the work
+    method.negative_prompt = ""
+    method.height = 512
+    method.width = 512
+    method.threshold = 2.0  # loss is relu(threshold - reward) * scale
+    method.scale = 1e-3
+    method.pretrain = "alternate"  # denoising loss on pairs: off, alternate (an update of its own), add
+    method.pretrain_weight = 1.0
+    _sampling_defaults(config)
+    _pairs_defaults(config)
+    config.eval.best = "eval/reward_mean"
+
+
+def _denoising_defaults(config):
+    config.method.train_text_encoder = False
+    config.reward = ml_collections.ConfigDict()
+    config.reward.path = ""  # scores the evaluation's samples; "" for none
+    config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
+    _sampling_defaults(config)
+    _pairs_defaults(config)
+    config.eval.best = "eval/checker_rate"
+
+
+def _autoencoder_defaults(config):
+    config.model.from_scratch = False  # start from random networks of config.model.architecture
+    config.method.kl_weight = 1e-6
+    _pairs_defaults(config)
+    config.eval.num_images = 64
+    config.eval.best = "eval/psnr"
+
+
+def _ranking_defaults(config):
+    config.reward = ml_collections.ConfigDict()
+    config.reward.path = ""  # what training starts from
+    config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
+    config.data.groups = ""  # ranked groups: JSON of the protocol, or shapes:train
+    config.data.held_out_groups = ""
+    config.eval.num_groups = 128
+    config.eval.best = "eval/accuracy"
+
+
+_METHOD_DEFAULTS = {
+    "refl": _refl_defaults,
+    "denoising": _denoising_defaults,
+    "autoencoder": _autoencoder_defaults,
+    "ranking": _ranking_defaults,
+}
+
+
+def validate(config):
+    """Refuses values that cannot work.
+
+    Raises:
+        ConfigError: naming the field, its value and what is expected.
+    """
+    _choice(config, "method.name", METHODS)
+    _choice(config, "dtype", DTYPES)
+    _choice(config, "model.remat", REMAT)
+    _choice(config, "optimizer.schedule", SCHEDULES)
+    for field in ("steps", "batch_size", "accumulation", "max_skipped", "log_every"):
+        _at_least(config, field, 1)
+    for field in ("checkpoint.every", "checkpoint.keep", "eval.every", "mesh.fsdp"):
+        _at_least(config, field, 1)
+    _at_least(config, "profile.steps", 0)
+    _at_least(config, "optimizer.learning_rate", 0.0)
+    _at_least(config, "optimizer.clip_norm", 0.0)
+    _at_least(config, "optimizer.warmup_steps", 0)
+    if not 0 <= config.ema_decay < 1:
+        raise ConfigError(f"config.ema_decay={config.ema_decay}: expected a number in [0, 1); 0 switches EMA off")
+    for writer in config.writers:
+        if writer not in WRITERS:
+            raise ConfigError(
+                f"config.writers: {writer!r} is none of {', '.join(WRITERS)}{did_you_mean(writer, WRITERS)}"
+            )
+    if config.batch_size % config.accumulation:
+        raise ConfigError(
+            f"config.batch_size={config.batch_size} is not divisible by config.accumulation={config.accumulation}"
+        )
+    if "sampler" in config.eval:
+        _choice(config, "eval.sampler", tuple(SAMPLERS))
+        for field in ("eval.num_prompts", "eval.images_per_prompt", "eval.batch_size", "eval.num_steps", "eval.grid"):
+            _at_least(config, field, 1)
+    if config.method.name == "refl":
+        _validate_refl(config)
+    elif config.method.name in ("denoising", "autoencoder"):
+        _given(config, "data.pairs")
+    elif config.method.name == "ranking":
+        _given(config, "data.groups")
+
+
+def _validate_refl(config):
+    method = config.method
+    _given(config, "model.path")
+    _given(config, "reward.path")
+    _given(config, "data.prompts")
+    _given(config, "eval.prompts")
+    _choice(config, "method.sampler", tuple(SAMPLERS))
+    _choice(config, "method.pretrain", PRETRAIN_MODES)
+    if method.pretrain != "off":
+        _given(config, "data.pairs", " (or config.method.pretrain='off' to tune without the denoising loss)")
+    _at_least(config, "method.num_steps", 1)
+    if not 0 <= method.stop_min <= method.stop_max < method.num_steps:
+        raise ConfigError(
+            f"config.method: stop_min={method.stop_min}, stop_max={method.stop_max} must satisfy "
+            f"0 <= stop_min <= stop_max < num_steps={method.num_steps}"
+        )
+
+
+def did_you_mean(word, choices):
+    """' (did you mean ...?)' for the nearest of `choices`, or ''."""
+    near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def field(config, path):
+    """The value at a dotted path."""
+    for part in path.split("."):
+        config = config[part]
+    return config
+
+
+def _choice(config, path, choices):
+    value = field(config, path)
+    if value not in choices:
+        raise ConfigError(
+            f"config.{path}={value!r}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}"
+        )
+
+
+def _at_least(config, path, least):
+    if field(config, path) < least:
+        raise ConfigError(f"config.{path}={field(config, path)}: expected at least {least}")
+
+
+def _given(config, path, way_out=""):
+    if not field(config, path):
+        raise ConfigError(f"config.{path} is empty: pass --config.{path}=...{way_out}")

@@ -1,0 +1,374 @@
+"""The loop that every method trains in: data, step, evaluation, checkpoints, metrics, report."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from imagereward_jax.training import checkpoints as ckpt
+from imagereward_jax.training.files import replace_folder, save_image, write_text
+from imagereward_jax.training.mesh import check_batch, make_mesh, put_batch, replicated, weight_shardings
+from imagereward_jax.training.metrics import Meter, make_writers
+from imagereward_jax.training.optimizer import make_optimizer
+from imagereward_jax.training.report import write_report
+from imagereward_jax.training.step import cast, init_state, make_train_step
+
+MAY_CHANGE = ("steps", "log_every", "writers", "checkpoint", "eval", "data.workers", "mesh", "max_skipped", "profile")
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C stopped the run after saving; `signum` says which."""
+
+    def __init__(self, signum, step):
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} at step {step}; the same command continues from there"
+        )
+        self.signum = signum
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What an evaluation found: numbers by name ("eval/..."), and a sheet of samples (PIL image) or None."""
+
+    metrics: dict
+    sheet: Any = None
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A method with its parts, ready to be trained.
+
+    Attributes:
+        trainable: weights that train, {network: nested dict}; float32.
+        frozen: the other weights that the losses read; in the compute dtype.
+        phases: the losses, each with an update of its own, in order.
+        streams: {name: iterator of batches (nested dicts of numpy arrays) with get_state and set_state}.
+        evaluate: (trainable, frozen) -> Evaluation; arrays are on the mesh, trainable in the compute dtype.
+        export: (trainable as numpy, folder) -> None.
+        images_per_step: how many pictures a step trains on, for images/s.
+        reward_metric: the metric that the progress bar calls reward, or None.
+    """
+
+    trainable: dict
+    frozen: dict
+    phases: tuple
+    streams: dict
+    evaluate: Callable
+    export: Callable
+    images_per_step: int
+    reward_metric: str | None = None
+
+
+def train(config, build, workdir):
+    """Trains `build(config, mesh)` in `workdir`, from its latest checkpoint if there is one.
+
+    Args:
+        config: a validated config. build: makes the `Experiment`.
+        workdir: folder; made if absent.
+
+    Returns:
+        False if the run was complete already.
+
+    Raises:
+        RunError: the workdir belongs to another run, or too many updates in a row were not finite.
+        Interrupted: after a signal; everything is saved.
+    """
+    workdir = Path(workdir)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_batch(mesh, config.batch_size, config.accumulation)
+    claim_workdir(workdir, config)
+    manager = ckpt.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best=config.eval.best)
+    try:
+        if is_complete(workdir, config, manager):
+            return False
+        with catch_signals() as caught:
+            _Run(config, build(config, mesh), workdir, mesh, manager, caught).run()
+        return True
+    finally:
+        manager.close()
+
+
+def is_complete(workdir, config, manager):
+    """Whether the run reached its last step and left its export and report."""
+    finished = (manager.latest() or 0) >= config.steps
+    return finished and (workdir / "export").exists() and (workdir / "report.html").exists()
+
+
+def claim_workdir(workdir, config):
+    """Writes config.json, or checks that the one there is of the same run.
+
+    Raises:
+        RunError: naming the fields that differ, or the files of something else.
+    """
+    path = workdir / "config.json"
+    wanted = json.loads(config.to_json())
+    if not path.exists():
+        if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+            raise RunError(f"{workdir} exists and is not the workdir of a run: choose another --workdir")
+        workdir.mkdir(parents=True, exist_ok=True)
+    else:
+        try:
+            there = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
+        fixed = [dict(_flat(tree)) for tree in (there, wanted)]
+        names = sorted(name for name in fixed[0].keys() | fixed[1].keys() if not _may_change(name))
+        differ = [name for name in names if fixed[0].get(name) != fixed[1].get(name)]
+        if differ:
+            changes = "; ".join(f"config.{n}: {fixed[0].get(n)!r} there, {fixed[1].get(n)!r} now" for n in differ[:6])
+            more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
+            raise RunError(
+                f"{workdir} holds another run ({changes}{more}): choose another --workdir, or pass what that run had"
+            )
+    if jax.process_index() == 0:
+        write_text(path, json.dumps(wanted, indent=2))
+
+
+def _flat(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _may_change(name):
+    return any(name == allowed or name.startswith(allowed + ".") for allowed in MAY_CHANGE)
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """A list that SIGTERM and SIGINT append to; a second Ctrl-C interrupts at once."""
+    caught = []
+
+    def handle(signum, frame):
+        if caught and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signum)
+
+    old = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+class _Run:
+    """One process's part of a run, from restoring to the report."""
+
+    def __init__(self, config, experiment, workdir, mesh, manager, caught):
+        self.config, self.experiment, self.workdir, self.manager, self.caught = (
+            config,
+            experiment,
+            workdir,
+            manager,
+            caught,
+        )
+        self.mesh = mesh
+        self.dtype = jnp.dtype(config.dtype)
+        self.main = jax.process_index() == 0
+        self.optimizer = make_optimizer(config.optimizer, config.steps * len(experiment.phases))
+        self.meter = Meter()
+        self.state = self._initial_state()
+        experiment.trainable = None  # the state holds it now
+        self.frozen = jax.device_put(experiment.frozen, weight_shardings(mesh, experiment.frozen))
+        self.step = self._restore()
+        self.writers = make_writers(config.writers, workdir, last_step=self.step) if self.main else {}
+        self.bar_note = {}
+
+    def _initial_state(self):
+        trainable = jax.device_put(self.experiment.trainable, weight_shardings(self.mesh, self.experiment.trainable))
+
+        def make(params):
+            return init_state(params, self.optimizer, seed=self.config.seed, ema=self.config.ema_decay > 0)
+
+        self.shardings = weight_shardings(self.mesh, jax.eval_shape(make, trainable))
+        return jax.jit(make, out_shardings=self.shardings)(trainable)
+
+    def _restore(self):
+        step = self.manager.latest()
+        if step is None:
+            return None
+        self.state, loop = self.manager.restore(step, ckpt.abstract(self.state, self.shardings))
+        self.meter.set_state(loop["meter"])
+        for name, stream in self.experiment.streams.items():
+            stream.set_state(loop["streams"][name])
+        self._say(f"continuing from step {step}")
+        return step
+
+    def run(self):
+        """From the first evaluation to the report."""
+        config = self.config
+        if self.step is None:
+            self.step = 0
+            self._evaluate_and_log({})
+        train_step = None
+        self.positions = self._positions()
+        if self.step < config.steps:
+            self.batches = self._next_batches()
+            train_step = self._compile()
+        with self._bar() as bar:
+            while self.step < config.steps:
+                self._stop_if_asked()
+                self._advance(train_step, bar)
+        if not (self.workdir / "export").exists() or train_step is not None:
+            self._save({})
+            self._export()
+        if self.main:
+            write_report(self.workdir)
+            for writer in self.writers.values():
+                writer.close()
+        self._say(f"done: {self.workdir / 'report.html'}")
+
+    def _compile(self):
+        step = make_train_step(
+            self.experiment.phases,
+            self.optimizer,
+            dtype=self.dtype,
+            accumulation=self.config.accumulation,
+            ema_decay=self.config.ema_decay,
+            mesh=self.mesh,
+        )
+        start = time.monotonic()
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+        compiled = jitted.lower(self.state, self.frozen, self.batches).compile()
+        self._say(f"compiled the training step in {time.monotonic() - start:.1f} s")
+        return compiled
+
+    def _positions(self):
+        return {name: stream.get_state() for name, stream in self.experiment.streams.items()}
+
+    def _next_batches(self):
+        return {name: put_batch(self.mesh, next(stream)) for name, stream in self.experiment.streams.items()}
+
+    def _advance(self, train_step, bar):
+        config, begin = self.config, time.monotonic()
+        self._profile()
+        self.state, metrics = train_step(self.state, self.frozen, self.batches)
+        self.step += 1
+        self.positions = self._positions()
+        if self.step < config.steps:
+            self.batches = self._next_batches()  # while the devices are busy with this step
+        metrics = jax.device_get(metrics)
+        skipped_in_row = int(metrics.pop("skipped_in_row"))
+        metrics["images_per_second"] = self.experiment.images_per_step / (time.monotonic() - begin)
+        self.meter.add(metrics)
+        self._show(bar, metrics)
+        if skipped_in_row >= config.max_skipped:
+            self._give_up(skipped_in_row)
+        last = self.step == config.steps
+        row = self.meter.pop() if last or self.step % config.log_every == 0 else {}
+        if last or self.step % config.eval.every == 0:
+            evaluation = self._evaluate_and_log(row)
+            self._save(evaluation)
+        else:
+            self._log(row)
+            if self.step % config.checkpoint.every == 0:
+                self._save({})
+
+    def _evaluate_and_log(self, row):
+        averaged = jax.jit(lambda tree: cast(tree, self.dtype))(self.state.averaged)
+        evaluation = self.experiment.evaluate(averaged, self.frozen)
+        self._log({**row, **evaluation.metrics})
+        if self.main and evaluation.sheet is not None:
+            save_image(self.workdir / "samples" / f"step_{self.step:07d}.png", evaluation.sheet)
+            for writer in self.writers.values():
+                writer.write_images(self.step, "samples", np.asarray(evaluation.sheet.convert("RGB")))
+        if self.main:
+            write_report(self.workdir)
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+        self._say(f"step {self.step}: {numbers}")
+        return evaluation.metrics
+
+    def _log(self, row):
+        if row:
+            for writer in self.writers.values():
+                writer.write(self.step, row)
+
+    def _save(self, evaluation):
+        loop = {
+            "meter": self.meter.get_state(),
+            "streams": self.positions,
+            "config": json.loads(self.config.to_json()),
+        }
+        self.manager.save(self.step, self.state, loop, metrics=evaluation or None)
+
+    def _stop_if_asked(self):
+        caught = self.caught[-1] if self.caught else 0
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            caught = int(multihost_utils.process_allgather(np.int32(caught)).max())
+        if caught:
+            self._save({})
+            self.manager.wait()
+            raise Interrupted(caught, self.step)
+
+    def _give_up(self, skipped):
+        self.state = self.state.replace(skipped_in_row=jnp.zeros_like(self.state.skipped_in_row))
+        self._save({})
+        self.manager.wait()
+        raise RunError(
+            f"{skipped} updates in a row had gradients that are not finite (config.max_skipped): the weights of the last "
+            f"good update are in {self.manager.folder / str(self.step)}. Lower config.optimizer.learning_rate, or use "
+            "config.dtype='float32', and start in another --workdir"
+        )
+
+    def _export(self):
+        self.manager.wait()
+        averaged = jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(self.state.averaged)
+        weights = jax.device_get(averaged)
+        if self.main:
+            self._say(f"exporting to {self.workdir / 'export'}")
+            replace_folder(self.workdir / "export", lambda folder: self.experiment.export(weights, folder))
+
+    def _profile(self):
+        steps = self.config.profile.steps
+        if not steps:
+            return
+        self._profile_start = getattr(self, "_profile_start", self.step + 2)
+        if self.step == self._profile_start:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        elif self.step == self._profile_start + steps:
+            jax.profiler.stop_trace()
+            self._say(f"profile of {steps} steps in {self.workdir / 'profile'}")
+
+    def _bar(self):
+        return tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            desc=self.config.method.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.main,
+            file=sys.stderr,
+        )
+
+    def _show(self, bar, metrics):
+        note = {"loss": f"{metrics[self.experiment.phases[0].name + '/loss']:.3g}"}
+        if self.experiment.reward_metric:
+            note = {"reward": f"{metrics[self.experiment.reward_metric]:.3f}", **note}
+        note["img/s"] = f"{metrics['images_per_second']:.3g}"
+        if metrics["skipped"]:
+            note["skipped"] = int(metrics["skipped"])
+        bar.set_postfix(note, refresh=False)
+        bar.update()
+
+    def _say(self, text):
+        if self.main:
+            tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,89 @@
+"""The device mesh and what lies where on it.
+
+Two axes: `data` splits the batch; `fsdp` splits the batch too, and also every large weight with its moments.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from imagereward_jax.training.config import ConfigError
+
+SMALLEST_SHARDED = 2**14  # elements; below that a copy on every device costs less than gathering it
+
+
+def make_mesh(data, fsdp, devices=None):
+    """A mesh ("data", "fsdp") over `devices` (default: all).
+
+    Args:
+        data, fsdp: sizes of the axes; data=-1 takes the devices that fsdp leaves.
+
+    Raises:
+        ConfigError: the devices do not divide so.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data == -1:
+        data = max(1, len(devices) // fsdp)
+    if data * fsdp != len(devices):
+        raise ConfigError(
+            f"config.mesh: data={data} x fsdp={fsdp} is not the {len(devices)} device(s) of this run; "
+            "choose sizes whose product is that, or data=-1 with an fsdp that divides it"
+        )
+    return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"))
+
+
+def replicated(mesh):
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh):
+    """The leading axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def weight_shardings(mesh, tree):
+    """A sharding for each array (or shape) of `tree`: the largest axis that `fsdp` divides, else replicated."""
+    size = mesh.shape["fsdp"]
+
+    def sharding(leaf):
+        axes = sorted(range(len(leaf.shape)), key=lambda axis: -leaf.shape[axis])
+        divisible = [axis for axis in axes if leaf.shape[axis] % size == 0]
+        if size == 1 or not divisible or np.prod(leaf.shape) < SMALLEST_SHARDED:
+            return replicated(mesh)
+        spec = [None] * len(leaf.shape)
+        spec[divisible[0]] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(sharding, tree)
+
+
+def check_batch(mesh, batch_size, accumulation):
+    """Refuses a batch that the devices do not divide.
+
+    Raises:
+        ConfigError: naming the sizes and the nearest batch that works.
+    """
+    parts = mesh.size * accumulation
+    if batch_size % parts:
+        raise ConfigError(
+            f"config.batch_size={batch_size} is not divisible by {mesh.size} device(s) x "
+            f"config.accumulation={accumulation}; the next size that is: {-(-batch_size // parts) * parts}"
+        )
+
+
+def put_batch(mesh, batch):
+    """This process's rows of a batch (nested dict of numpy arrays) as global arrays, sharded over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
+
+
+def put_whole(mesh, tree):
+    """Arrays that every process holds whole, sharded over the mesh along their leading axis."""
+    sharding = batch_sharding(mesh)
+
+    def put(array):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree)

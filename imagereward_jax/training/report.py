@@ -1,0 +1,99 @@
+"""report.html: what a run did, in one file that opens without a network."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+
+from imagereward_jax.training.files import write_text
+from imagereward_jax.training.metrics import read_rows
+
+HIDDEN = ("step", "time")
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}.pair{display:flex;gap:1em;flex-wrap:wrap}.pair figure{margin:0;flex:1 1 420px}
+img,svg{max-width:100%;height:auto}figcaption{font-weight:600;margin-bottom:.4em}
+pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
+
+
+def write_report(workdir):
+    """Writes WORKDIR/report.html from metrics.jsonl, samples/ and config.json.
+
+    Curves of every metric, the numbers at the first and the last evaluation, and the first and last samples side by side.
+    """
+    workdir = Path(workdir)
+    rows = read_rows(workdir / "metrics.jsonl")
+    samples = sorted((workdir / "samples").glob("step_*.png"))
+    config = json.loads((workdir / "config.json").read_text())
+    parts = [
+        f"<h1>{html.escape(workdir.name)}</h1>",
+        f"<p>{html.escape(config['method']['name'])}, step {rows[-1]['step'] if rows else 0} of {config['steps']}</p>",
+        _evaluations(rows),
+        _samples(samples),
+        _curves(rows),
+        f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>",
+    ]
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(workdir.name)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+    )
+    write_text(workdir / "report.html", page)
+
+
+def _evaluations(rows):
+    rows = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    if not rows:
+        return "<p>No evaluation yet.</p>"
+    first, last = rows[0], rows[-1]
+    cells = [
+        f"<tr><td>{html.escape(name)}</td><td>{_number(first.get(name))}</td><td>{_number(last[name])}</td></tr>"
+        for name in last
+        if name.startswith("eval/")
+    ]
+    return (
+        "<h2>Evaluation on held-out data</h2><table><tr><th></th>"
+        f"<th>step {first['step']}</th><th>step {last['step']}</th></tr>{''.join(cells)}</table>"
+    )
+
+
+def _number(value):
+    return "" if value is None else f"{value:.4g}"
+
+
+def _samples(paths):
+    if not paths:
+        return ""
+    shown = [paths[0], paths[-1]] if len(paths) > 1 else paths
+    figures = "".join(
+        f"<figure><figcaption>step {int(path.stem.split('_')[1])}</figcaption>"
+        f'<img alt="samples" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>'
+        for path in shown
+    )
+    return f'<h2>Samples: same prompts, same noise</h2><div class="pair">{figures}</div>'
+
+
+def _curves(rows):
+    names = sorted({name for row in rows for name in row if name not in HIDDEN})
+    if not names:
+        return ""
+    return "<h2>Curves</h2>" + plot(rows, names)
+
+
+def plot(rows, names):
+    """An SVG with one small plot of each metric over the steps."""
+    from matplotlib.figure import Figure
+
+    columns = 3
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(11, 2.4 * lines), layout="constrained")
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        axes.plot(*zip(*points), marker="o" if len(points) < 12 else None, markersize=3, linewidth=1.5)
+        axes.set_title(name, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]

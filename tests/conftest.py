@@ -1,0 +1,67 @@
+"""Fixtures that several folders of tests share."""
+
+import jax
+import numpy as np
+import pytest
+
+WORDS = ["a", "an", "cat", "dog", "red", "blue", "cube", "ball", "painting", "of", "the", "on", "ocean", ",", "."]
+
+
+@pytest.fixture(scope="session")
+def vocab_file(tmp_path_factory):
+    """A BERT vocabulary of words, letters and continued letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *WORDS,
+        *letters[1:],
+        *(f"##{letter}" for letter in letters),
+    ]
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_config(vocab_file):
+    """An ImageReward of some 40,000 numbers: pictures of 32 pixels, two layers a side."""
+    from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig, VisionConfig
+
+    vocab_size = len(vocab_file.read_text(encoding="utf-8").splitlines()) + 2
+    return ImageRewardConfig(
+        vision=VisionConfig(image_size=32, patch_size=8, width=32, depth=2, heads=4),
+        text=TextConfig(vocab_size, 24, 2, 3, 48, max_position_embeddings=20, layer_norm_eps=1e-12),
+        projection_dim=8,
+        head_sizes=(16, 12, 8, 4),
+        max_prompt_tokens=12,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_folder(tiny_reward_config, vocab_file, tmp_path_factory):
+    """A saved reward whose scores differ by about one from picture to picture (random weights of unit gain)."""
+    from imagereward_jax.rewards.imagereward import ImageReward
+
+    reward = ImageReward.from_config(tiny_reward_config, vocab_file, jax.random.key(0), device="cpu")
+    rng = np.random.default_rng(0)
+
+    def unit_gain(array):
+        noise = rng.standard_normal(array.shape).astype(np.float32)
+        if array.ndim == 1:
+            return np.asarray(array) + 0.1 * noise
+        return noise * (2 / np.sqrt(array.shape[0])) if array.ndim == 2 else 0.3 * noise
+
+    folder = tmp_path_factory.mktemp("reward") / "tiny"
+    reward.save(folder, jax.tree.map(unit_gain, reward.params))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(tiny_reward_folder):
+    import imagereward_jax
+
+    return imagereward_jax.load(tiny_reward_folder, device="cpu", batch_size=4)
