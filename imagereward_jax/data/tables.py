@@ -217,6 +217,8 @@ class _TfdsRows(Sequence):
         return len(self.data)
 
     def __getitem__(self, i):
+        if not 0 <= i < len(self.data):  # TFDS raises ValueError, which would not end a loop over the rows
+            raise IndexError(i)
         return {key: self._value(key, value) for key, value in self.data[i].items()}
 
     def _value(self, key, value):
