@@ -54,6 +54,8 @@ def make_iterator(
         raise ValueError(f"seed must be in 0..2**32 - 1; got {seed}")
     if num_workers < 0:
         raise ValueError(f"num_workers must not be negative; got {num_workers}")
+    if num_epochs is not None and num_epochs < 1:
+        raise ValueError(f"num_epochs must be at least 1, or None; got {num_epochs}")
     if process_count > 1 and not drop_remainder:
         raise ValueError("drop_remainder must be true with several processes: all need the same number of batches")
     if len(source) == 0:
