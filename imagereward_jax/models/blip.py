@@ -19,9 +19,9 @@ class Linear(layers.Linear):
     """A Linear that starts from N(0, std) weights and zero biases, as ViT, BERT and the head do."""
 
     def __init__(self, in_features, out_features, *, std=0.02, dtype, rngs):
-        super().__init__(in_features, out_features, dtype=dtype, rngs=rngs)
-        self.kernel[...] = std * jax.random.normal(rngs.params(), (in_features, out_features))
-        self.bias[...] = jnp.zeros((out_features,))
+        self.dtype = dtype
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros((out_features,)))
 
 
 class PatchEmbed(nnx.Module):

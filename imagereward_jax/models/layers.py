@@ -121,7 +121,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
 
     def __call__(self, ids):
-        return self.embedding[...][ids].astype(self.dtype)
+        return jnp.asarray(self.embedding[...])[ids].astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -6,10 +6,17 @@ import os
 import warnings
 from pathlib import Path
 
-import jax.numpy as jnp
+import numpy as np
 
 from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig
-from imagereward_jax.rewards.imagereward import CONFIG_FILE, VOCAB_FILE, WEIGHTS_FILE, ImageReward, abstract_module
+from imagereward_jax.rewards.imagereward import (
+    CONFIG_FILE,
+    VOCAB_FILE,
+    WEIGHTS_FILE,
+    ImageReward,
+    abstract_module,
+    named_dtype,
+)
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, hub, mapping
 
@@ -71,7 +78,7 @@ def load(
     config = ImageRewardConfig(text=text)
     prompt_tokenizer = PromptTokenizer.from_file(tokenizer or _find_vocab(path.parent), config.max_prompt_tokens)
     tensors = read_cached(path, root) if path.suffix in files.PICKLES else files.read_tensors(path)
-    return ImageReward(config, _params(config, tensors, path), prompt_tokenizer, **options)
+    return _build(config, tensors, path, prompt_tokenizer, options)
 
 
 def read_cached(path, root):
@@ -165,9 +172,10 @@ def _load_folder(folder, tokenizer, options):
     config = ImageRewardConfig.from_dict(files.read_json(path), str(path))
     prompt_tokenizer = PromptTokenizer.from_file(tokenizer or folder, config.max_prompt_tokens)
     path = folder / WEIGHTS_FILE
-    return ImageReward(config, _params(config, files.read_tensors(path), path), prompt_tokenizer, **options)
+    return _build(config, files.read_tensors(path), path, prompt_tokenizer, options)
 
 
-def _params(config, tensors, path):
-    module = abstract_module(config)
-    return mapping.from_torch(module, tensors, what=str(path), ignore=IGNORED_KEYS, dtype=jnp.float32)
+def _build(config, tensors, path, tokenizer, options):
+    module = abstract_module(config, named_dtype(options["dtype"]))
+    params = mapping.from_torch(module, tensors, what=str(path), ignore=IGNORED_KEYS, dtype=np.float32)
+    return ImageReward(config, params, tokenizer, **options)

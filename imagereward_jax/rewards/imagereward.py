@@ -1,6 +1,7 @@
 """The ImageReward score: how much people would like a picture for a prompt (arXiv 2304.05977)."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -233,8 +234,9 @@ class ImageReward:
         )
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_module(config, dtype=jnp.float32):
-    """The network's structure without arrays."""
+    """The network's structure without arrays; only to be read, as it is shared."""
     return mapping.abstract(lambda: ImageRewardModel(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
