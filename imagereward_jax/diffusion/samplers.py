@@ -173,6 +173,13 @@ class Sampler:
         return self.prediction_type, model_output.astype(jnp.float32), self.model_input(state, step), alpha, sigma
 
 
+def check_sampler(name):
+    """Raises ValueError, with the nearest name there is, unless `name` is a sampler."""
+    if name not in _BUILDERS:
+        close = difflib.get_close_matches(str(name), _BUILDERS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown sampler {name!r}; did you mean {close!r}? There are: {', '.join(_BUILDERS)}")
+
+
 def make_sampler(name, scheduler_config, num_steps, eta=0.0):
     """A sampler configured from a checkpoint's scheduler, whichever class that names.
 
@@ -188,9 +195,7 @@ def make_sampler(name, scheduler_config, num_steps, eta=0.0):
     Raises:
         ValueError: naming the argument or field, its value and what is supported.
     """
-    if name not in _BUILDERS:
-        close = difflib.get_close_matches(str(name), _BUILDERS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown sampler {name!r}; did you mean {close!r}? There are: {', '.join(_BUILDERS)}")
+    check_sampler(name)
     config = _read_config(name, scheduler_config)
     train_steps = config["num_train_timesteps"]
     if not 1 <= num_steps <= train_steps:

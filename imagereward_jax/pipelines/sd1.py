@@ -108,9 +108,10 @@ class StableDiffusion1:
 
     def init(self, key):
         """Random float32 weights for training from scratch."""
+        # Not jitted: initialisers compile once a shape, far sooner than as one program of some hundred random draws.
         keys = jax.random.split(key, len(self._build))
         return {
-            name: jax.jit(lambda key, build=build: mapping.params_of(build(nnx.Rngs(params=key))))(network_key)
+            name: mapping.params_of(build(nnx.Rngs(params=network_key)))
             for (name, build), network_key in zip(self._build.items(), keys)
         }
 
@@ -125,7 +126,7 @@ class StableDiffusion1:
 
     def cut_off(self, prompt):
         """The end of a prompt that `tokenize` leaves out because it is too long; "" if nothing is."""
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return self.tokenizer.decode(ids[self.max_tokens - 2 :]).strip()
 
     def encode_prompts(self, params, ids):

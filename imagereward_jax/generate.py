@@ -1,0 +1,258 @@
+"""Pictures from text: `python -m imagereward_jax.generate --model MODEL --prompt "a cat" --out DIR`.
+
+Pictures are saved as DIR/PROMPT_K.png, PROMPT being the prompt's number (or its "id", where the file of prompts has
+one) and K that of the picture, both from 0. Picture K depends on the prompt, on SEED + K and on the settings, not on
+the batch size or on the other prompts; the settings are in the text chunks of the PNG.
+"""
+
+import argparse
+import math
+import os
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class GenerationError(RuntimeError):
+    """The model made something that is no picture."""
+
+
+class Picture(NamedTuple):
+    """One picture to make: its file, prompt, seed, and initial noise where that is given."""
+
+    path: Path
+    prompt: str
+    seed: int
+    noise: np.ndarray | None
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m imagereward_jax.generate", description=__doc__)
+    parser.add_argument("--model", required=True, help="a diffusers folder, a built-in model, or a name on the hub")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", help="what to draw; may be given several times")
+    prompts.add_argument("--prompts", metavar="FILE", help="one a line (.txt), or .json, .csv, ... with prompt and id")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
+    parser.add_argument("--negative-prompt", default="", help="what to stay away from")
+    parser.add_argument("--guidance-scale", type=float, default=7.5, help="1: none, faster by half")
+    parser.add_argument("--sampler", default="ddim", help="ddim, ddpm, euler or dpmpp_2m")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
+    parser.add_argument("--height", type=int, help="pixels; by default what the model was trained on")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--noise", metavar="FILE.npy", help="initial noise [pictures, h, w, c] instead of the seed's")
+    parser.add_argument("--batch-size", type=int, default=4, help="pictures at a time on each device")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--variant", help='which weight files of the model, e.g. "fp16"')
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
+    parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet, DIR/grid.png")
+    return parser.parse_args(argv)
+
+
+def generate(args):
+    """Makes and saves the pictures; returns how many.
+
+    Raises:
+        ValueError, OSError: bad input, before anything is compiled.
+        GenerationError: a picture has values that are not numbers.
+    """
+    _check_numbers(args)
+    prompts = read_prompts(args)
+    _check_absent(args, [args.out / f"{name}_{k}.png" for name in prompts for k in range(args.num_images)])
+
+    import jax.numpy as jnp
+
+    from imagereward_jax.diffusion.samplers import make_sampler
+    from imagereward_jax.pipelines import load_pipeline
+
+    pipeline, params = load_pipeline(args.model, dtype=jnp.dtype(args.dtype), variant=args.variant)
+    shape = pipeline.latent_shape(args.height or pipeline.default_size, args.width or pipeline.default_size)
+    sampler = make_sampler(args.sampler, pipeline.scheduler_config, args.steps, eta=args.eta)
+    pictures = plan(args, prompts, read_noise(args.noise, (len(prompts) * args.num_images, *shape)))
+    for prompt in [*prompts.values(), args.negative_prompt]:
+        if rest := pipeline.cut_off(prompt):
+            print(f"warning: longer than {pipeline.max_tokens} tokens, left out: {rest!r}", file=sys.stderr)
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw = make_draw(pipeline, params, sampler, shape, args)
+    save_all(pictures, draw, args)
+    return len(pictures)
+
+
+def _check_numbers(args):
+    from imagereward_jax.diffusion.samplers import check_sampler
+
+    for name in ("num_images", "batch_size", "steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed {args.seed} should be from 0 to {2**31 - 1}")
+    if not math.isfinite(args.guidance_scale):
+        raise ValueError(f"--guidance-scale {args.guidance_scale} should be a number, usually from 1 to 15")
+    if args.negative_prompt and args.guidance_scale <= 1:
+        raise ValueError(
+            f"--negative-prompt has no effect with --guidance-scale {args.guidance_scale}; raise it above 1"
+        )
+    check_sampler(args.sampler)
+
+
+def _check_absent(args, paths):
+    """Refuses to write over pictures."""
+    if args.out.exists() and not args.out.is_dir():
+        raise FileExistsError(f"--out {args.out} is a file; choose a folder")
+    there = [path for path in [*paths, *[args.out / "grid.png"] * args.grid] if path.exists()]
+    if there and not args.overwrite:
+        raise FileExistsError(
+            f"{there[0]} exists already ({len(there)} such files); choose another --out, or pass --overwrite"
+        )
+
+
+def read_prompts(args):
+    """The prompts by the name that their files begin with.
+
+    Raises:
+        ValueError: a prompt is empty, the file is, or its ids cannot name files.
+    """
+    if args.prompt is not None:
+        if empty := [i for i, prompt in enumerate(args.prompt) if not prompt.strip()]:
+            raise ValueError(f"--prompt number {empty[0] + 1} is empty")
+        return {str(i): prompt for i, prompt in enumerate(args.prompt)}
+
+    from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
+    from imagereward_jax.data.tables import column_values, read_table
+
+    prompts = load_prompts(args.prompts)
+    names = [str(i) for i in range(len(prompts))]
+    table = None if args.prompts.startswith(SHAPES_PREFIX) else read_table(args.prompts)
+    if table is not None and "id" in (table.columns() or ()):
+        names = [str(name) for name in column_values(table, "id")]
+        for i, name in enumerate(names):
+            if not name or name != Path(name).name or name in names[:i]:
+                raise ValueError(
+                    f"{table.where(i)}: id {name!r} cannot name a file, or is not the only one of that name"
+                )
+    return dict(zip(names, prompts))
+
+
+def read_noise(path, shape):
+    """The initial noise of all pictures, float32 of `shape`; None without a file."""
+    if path is None:
+        return None
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"--noise {path}: not a .npy file of numbers ({error})") from error
+    if not isinstance(noise, np.ndarray) or noise.shape != shape or not np.issubdtype(noise.dtype, np.floating):
+        found = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, np.ndarray) else "several arrays"
+        raise ValueError(f"--noise {path}: {found}; these pictures need floating point {list(shape)}")
+    if not np.isfinite(noise).all():
+        raise ValueError(f"--noise {path}: has values that are not finite numbers")
+    return noise.astype(np.float32)
+
+
+def plan(args, prompts, noise):
+    """The list of `Picture`s, all of a prompt after one another."""
+    pictures = []
+    for name, prompt in prompts.items():
+        for k in range(args.num_images):
+            own_noise = None if noise is None else noise[len(pictures)]
+            pictures.append(Picture(args.out / f"{name}_{k}.png", prompt, args.seed + k, own_noise))
+    return pictures
+
+
+def make_draw(pipeline, params, sampler, shape, args):
+    """`draw(pictures)`: images [n, H, W, 3] in [0, 1] of at most `draw.batch` pictures, over all local devices."""
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    devices = jax.local_devices()
+    mesh = Mesh(np.asarray(devices), ("data",))
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    batch = args.batch_size * len(devices)
+    dtype = np.dtype(jax.numpy.dtype(args.dtype))
+    params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), whole)
+    negative_ids = pipeline.tokenize([args.negative_prompt] * batch) if args.guidance_scale > 1 else None
+
+    @jax.jit
+    def images(params, ids, negative_ids, noise, keys):
+        return pipeline.sample(
+            params, ids, negative_ids, noise, sampler=sampler, guidance_scale=args.guidance_scale, key=keys
+        )
+
+    def draw(pictures):
+        filled = pictures + [pictures[-1]] * (batch - len(pictures))  # one shape: compiled once
+        keys = [jax.random.fold_in(jax.random.key(p.seed), zlib.crc32(p.prompt.encode())) for p in filled]
+        noise = [jax.random.normal(key, shape) if p.noise is None else p.noise for p, key in zip(filled, keys)]
+        step_keys = jax.numpy.stack([jax.random.fold_in(key, 1) for key in keys])
+        inputs = (pipeline.tokenize([p.prompt for p in filled]), negative_ids, np.stack(noise), step_keys)
+        return np.asarray(images(params, *jax.device_put(inputs, split)))[: len(pictures)]
+
+    draw.batch = batch
+    return draw
+
+
+def save_all(pictures, draw, args):
+    """Draws and saves every picture, and the sheet of all if asked for."""
+    from tqdm import tqdm
+
+    from imagereward_jax.training.files import save_image
+    from imagereward_jax.training.sheets import contact_sheet
+
+    sheet = []
+    with tqdm(total=len(pictures), unit="image", desc=str(args.out)) as progress:
+        for start in range(0, len(pictures), draw.batch):
+            some = pictures[start : start + draw.batch]
+            for picture, image in zip(some, draw(some)):
+                if not np.isfinite(image).all():
+                    raise GenerationError(
+                        f"{picture.path.name} ({picture.prompt!r}) has values that are not numbers; the weights may be "
+                        "broken, or need --dtype float32"
+                    )
+                save_png(picture, image, args)
+                sheet += [image] * args.grid
+            progress.update(len(some))
+    if args.grid:
+        columns = args.num_images if args.num_images > 1 and len(pictures) > args.num_images else None
+        save_image(args.out / "grid.png", contact_sheet(np.stack(sheet), [p.prompt for p in pictures], columns=columns))
+
+
+def save_png(picture, image, args):
+    """Writes one picture [H, W, 3] in [0, 1] with what made it; the file appears whole or not at all."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    settings = {
+        "prompt": picture.prompt,
+        "negative_prompt": args.negative_prompt,
+        "seed": picture.seed if picture.noise is None else f"noise {args.noise}",
+        "model": args.model,
+        **{name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance_scale", "dtype")},
+    }
+    text = PngInfo()
+    for name, value in settings.items():
+        text.add_itxt(name, str(value))
+    partial = picture.path.with_name(f".{picture.path.name}.tmp")
+    Image.fromarray(np.rint(image * 255).astype(np.uint8)).save(partial, format="PNG", pnginfo=text)
+    os.replace(partial, picture.path)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        count = generate(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except GenerationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{count} pictures in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
