@@ -8,6 +8,7 @@ convert/to_diffusers.py turns it back; in float32 every number comes back as it 
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -63,9 +64,6 @@ def read_component(folder, name, *, variant, dtype):
 
 def main(argv=None):
     args = parse_args(argv)
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # nothing to compute, and other devices may be in use
     try:
         convert(args.source, args.out, variant=args.variant, dtype=args.dtype, overwrite=args.overwrite)
     except (ValueError, OSError) as error:
@@ -76,4 +74,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # there is nothing to compute, and other devices may be in use
     sys.exit(main())

@@ -7,6 +7,7 @@ at a time is in memory. (A training run writes such a folder itself: WORKDIR/exp
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -58,9 +59,6 @@ def read_component(checkpoint, name, config, *, dtype):
 
 def main(argv=None):
     args = parse_args(argv)
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # nothing to compute, and other devices may be in use
     try:
         convert(args.checkpoint, args.out, dtype=args.dtype, overwrite=args.overwrite)
     except (ValueError, OSError) as error:
@@ -71,4 +69,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # there is nothing to compute, and other devices may be in use
     sys.exit(main())

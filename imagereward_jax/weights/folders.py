@@ -53,6 +53,6 @@ def refuse_existing(target, *, overwrite, marker):
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{target} exists already; choose another name, or ask for it to be overwritten (--overwrite)")
+        raise FileExistsError(f"{target} exists already; choose another name, or overwrite it (--overwrite)")
     if not (target / marker).is_file():
         raise FileExistsError(f"{target} is not overwritten: it has no {marker}, so it is something else than a model")

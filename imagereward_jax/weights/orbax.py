@@ -5,8 +5,10 @@ FOLDER/unet/, vae/, ...  one Orbax checkpoint a network
 FOLDER/tokenizer/, ...   the tokenizers' files
 """
 
+import contextlib
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -47,6 +49,7 @@ def save_pipeline_checkpoint(folder, components, *, scheduler_config, tokenizers
             "components": configs,
             "scheduler": scheduler_config,
             "tokenizers": sorted(tokenizers),
+            "bytes": {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -88,26 +91,52 @@ def load_pipeline_checkpoint(folder, abstract):
     for name in abstract:
         if name not in known:
             raise WeightsError(f"{folder}: holds no {name!r}, only {', '.join(sorted(known))}")
+        _refuse_damaged(Path(folder), name)
     return {name: _load_params(Path(folder).absolute() / name, tree) for name, tree in abstract.items()}
 
 
 def _save_params(path, params):
     import orbax.checkpoint as ocp
 
-    _quiet()
+    _refuse_full_disk(path, params)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         try:
             checkpointer.save(path, args=ocp.args.StandardSave(params, save_args=save_args))
         except Exception as error:  # Orbax passes on what its storage layer raises, of many kinds
-            raise WeightsError(f"{path}: could not be written ({_first_line(error)})") from error
+            raise WeightsError(f"{path}: could not be written ({_reason(error)})") from error
+
+
+def _files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _refuse_damaged(folder, name):
+    """Checks that every file of a network is there in full, which a copy that was cut short breaks first."""
+    sizes = read_manifest(folder)["bytes"]
+    for file, size in sizes.items():
+        path = folder / file
+        if not file.startswith(f"{name}/"):
+            continue
+        found = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is not there"
+        if found != f"has {size:,} bytes":
+            raise WeightsError(f"{path} {found}, expected {size:,}; copy or convert the checkpoint again")
+
+
+def _refuse_full_disk(path, params):
+    """Checks that there is room before Orbax, whose many threads would each report a full disk, starts to write."""
+    needed = sum(array.nbytes for array in jax.tree.leaves(params))
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise WeightsError(
+            f"{path}: needs {needed / 2**20:,.1f} MiB, but only {free / 2**20:,.1f} MiB of disk are free"
+        )
 
 
 def _load_params(path, abstract):
     import orbax.checkpoint as ocp
 
-    _quiet()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
         try:
             stored = checkpointer.metadata(path).item_metadata.tree
             _check(path, stored, abstract)
@@ -115,7 +144,7 @@ def _load_params(path, abstract):
         except CheckpointMismatch:
             raise
         except Exception as error:  # as above
-            raise WeightsError(f"{path}: could not be read ({_first_line(error)}); convert it again") from error
+            raise WeightsError(f"{path}: could not be read ({_reason(error)}); convert it again") from error
 
 
 def _check(path, stored, abstract):
@@ -135,9 +164,17 @@ def _check(path, stored, abstract):
         raise CheckpointMismatch("\n  ".join([f"{path} does not fit the network:", *lines]))
 
 
+@contextlib.contextmanager
 def _quiet():
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every array at INFO
+    """Silences Orbax, which logs every array, and every error that it raises too."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def _first_line(error):
+def _reason(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
