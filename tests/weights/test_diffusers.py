@@ -1,9 +1,11 @@
 """Model folders of every age and format give the same tensors, and diffusers opens what is saved."""
 
+import fnmatch
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,3 +312,60 @@ def test_one_component_can_be_saved_alone(tmp_path, pipeline_folder):
     assert_same(read_tensors(tmp_path / "vae" / "diffusion_pytorch_model.safetensors"), tensors)
     with pytest.raises(FileExistsError, match="vae exists already"):
         folders.save_component(tmp_path, "vae", config, tensors)
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(pipeline_folder, tmp_path, monkeypatch):
+    """The very last step fails: the old folder comes back."""
+    out, components = tmp_path / "out", {"unet": folders.load_component(pipeline_folder, "unet")}
+    save(out, pipeline_folder, components)
+    (out / "old").touch()
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name.startswith(".out.") and path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(WeightsError, match=r"out: could not be written .*Input/output error"):
+        save(out, pipeline_folder, components, overwrite=True)
+    assert (out / "old").exists() and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.fixture
+def remote(copy, tmp_path, monkeypatch):
+    """A hub whose one repository is `copy`; downloads copy the files that match."""
+    import huggingface_hub
+
+    (copy / "model_index.json").write_text("{}")
+    (copy / "safety_checker").mkdir()
+    for name in ("safety_checker/model.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors"):
+        (copy / name).write_bytes(b"large and not needed")
+    cache = tmp_path / "cache"
+
+    def download(repo_id, *, allow_patterns, **_):
+        for path in copy.rglob("*"):
+            name = str(path.relative_to(copy))
+            if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "shards", "bin"])
+def test_only_what_is_needed_is_downloaded(remote, torch_networks, expected, kind):
+    """Pickles are fetched for the networks that have nothing safer; other variants and the safety checker never."""
+    if kind == "safetensors":
+        (remote / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"large and not needed")
+    else:
+        (remote / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        options = {"max_shard_size": "20KB"} if kind == "shards" else {"safe_serialization": False}
+        torch_networks["unet"].save_pretrained(remote / "unet", **options)
+    folder = folders.resolve_pipeline("owner/model")
+    for name in NETWORKS:
+        assert_same(folders.load_component(folder, name)[1], expected[name])
+    assert not any(path.read_bytes() == b"large and not needed" for path in folder.rglob("*") if path.is_file())
+    assert (folder / "tokenizer" / "vocab.json").is_file() and folders.load_scheduler_config(folder)
