@@ -33,6 +33,7 @@ def get_config():
     config.eval.batch_size = 64
     config.eval.num_steps = 20
     config.eval.guidance_scale = 2.0
+    config.writers = ("jsonl",)
     config.eval.every = 1000
     config.checkpoint.every = 1000
     config.log_every = 50

@@ -42,6 +42,7 @@ def get_config():
     config.optimizer.warmup_steps = 200
     config.ema_decay = 0.99
     config.log_every = 50
+    config.writers = ("jsonl",)
     config.eval.every = 500
     config.checkpoint.every = 500
     return config

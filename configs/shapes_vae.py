@@ -28,7 +28,7 @@ ARCHITECTURE = {
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": 4,
-        "block_out_channels": (16, 32, 64, 64),
+        "block_out_channels": (8, 24, 48, 64),
         "layers_per_block": 1,
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -65,19 +65,21 @@ ARCHITECTURE = {
 def get_config():
     """The recipe."""
     config = default_config("autoencoder")
-    config.steps = 3000
-    config.batch_size = 16
+    config.steps = 4000
+    config.batch_size = 8
+    config.model.remat = "none"
     config.model.from_scratch = True
     config.model.architecture = ml_collections.ConfigDict(ARCHITECTURE)
     config.method.kl_weight = 1e-4
     config.data.pairs = "shapes:train"
     config.data.image_size = 64
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
     config.optimizer.weight_decay = 0.0
     config.ema_decay = 0.99
     config.log_every = 50
-    config.eval.every = 500
-    config.checkpoint.every = 500
+    config.writers = ("jsonl",)
+    config.eval.every = 1000
+    config.checkpoint.every = 1000
     return config

@@ -8,8 +8,7 @@ import numpy as np
 from flax import nnx
 
 from imagereward_jax.data.pipeline import make_iterator
-from imagereward_jax.experiments.parts import stream
-from imagereward_jax.experiments.refl import load_pairs_of
+from imagereward_jax.experiments.parts import load_pairs_of, stream
 from imagereward_jax.experiments.scratch import load_or_init_pipeline
 from imagereward_jax.methods.autoencoder import make_autoencoder_loss
 from imagereward_jax.training.files import write_text

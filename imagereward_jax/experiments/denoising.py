@@ -1,8 +1,7 @@
 """Training a text-to-image model on image-text pairs by the denoising loss."""
 
 import imagereward_jax
-from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, pair_batch, stream
-from imagereward_jax.experiments.refl import load_pairs_of
+from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, pair_stream
 from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.training.loop import Experiment
@@ -11,7 +10,6 @@ from imagereward_jax.training.step import Phase
 
 def build(config, mesh):
     """See `experiments.build`."""
-    pairs = load_pairs_of(config)
     pipeline, params = load_pipeline(
         config.model.path, dtype=config.dtype, remat=config.model.remat, variant=config.model.variant
     )
@@ -34,7 +32,7 @@ def build(config, mesh):
         trainable={name: params[name] for name in names},
         frozen=frozen,
         phases=(Phase("denoising", loss_on_pairs),),
-        streams={"pairs": stream(config, pairs, lambda batch: pair_batch(pipeline, batch))},
+        streams={"pairs": pair_stream(config, pipeline)},
         evaluate=SampleEvaluation(config, pipeline, reward, size, mesh),
         export=export,
         images_per_step=config.batch_size,

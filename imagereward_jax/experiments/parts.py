@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 
+from imagereward_jax.data.pairs import load_pairs
 from imagereward_jax.data.pipeline import make_iterator
-from imagereward_jax.data.prompts import load_prompts
+from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.training.loop import Evaluation
@@ -12,17 +13,19 @@ from imagereward_jax.training.mesh import put_whole, replicated
 from imagereward_jax.training.sheets import contact_sheet, to_uint8
 
 
-def stream(config, source, transform):
+def stream(config, source, transform, item_transform=None):
     """The run's batches of `source`: this process's share, shuffled by the run's seed, endless, resumable.
 
     Args:
         transform: a stacked batch -> nested dict of numpy arrays.
+        item_transform: (item, rng) -> item, where the item is read.
     """
     batches = make_iterator(
         source,
         batch_size=config.batch_size // jax.process_count(),
         seed=config.seed,
         num_workers=config.data.workers,
+        item_transform=item_transform,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -59,9 +62,30 @@ def cast_host(tree, dtype):
     return jax.tree.map(convert, tree)
 
 
-def pair_batch(pipeline, batch):
-    """A batch of image-text pairs for the denoising loss."""
-    return {"image": batch["image"], "input_ids": pipeline.tokenize([str(prompt) for prompt in batch["prompt"]])}
+def load_pairs_of(config):
+    """The image-text pairs that `config.data` names."""
+    data = config.data
+    return load_pairs(
+        data.pairs,
+        image_column=data.pairs_image_column,
+        text_column=data.pairs_text_column,
+        image_size=data.image_size,
+        crop="random" if data.random_crop else "center",
+        flip=data.random_flip,
+        shapes={"caption_noise": data.caption_noise} if str(data.pairs).startswith(SHAPES_PREFIX) else None,
+    )
+
+
+def pair_stream(config, pipeline):
+    """Batches for the denoising loss; `config.data.caption_dropout` of the captions are empty, for guidance."""
+
+    def drop_caption(item, rng):
+        return {**item, "prompt": ""} if rng.random() < config.data.caption_dropout else item
+
+    def tokenize(batch):
+        return {"image": batch["image"], "input_ids": pipeline.tokenize(batch["prompt"])}
+
+    return stream(config, load_pairs_of(config), tokenize, item_transform=drop_caption)
 
 
 class SampleEvaluation:

@@ -29,13 +29,14 @@ def build(config, mesh):
         return loss(trainable, frozen, batches["groups"], key)
 
     def transform(batch):
-        tokens = reward.tokenize([str(prompt) for prompt in batch["prompt"]])
+        tokens = reward.tokenize(batch["prompt"])
         return {"images": batch["images"], "ranking": batch["ranking"], "reward": tokens}
 
-    held_out = load_groups(config.data.held_out_groups)
+    size = reward.config.vision.image_size
+    held_out = load_groups(config.data.held_out_groups, image_size=size)
     groups = [held_out[index] for index in range(min(config.eval.num_groups, len(held_out)))]
     evaluate = RankingEvaluation(reward, groups, mesh)
-    train_groups = load_groups(config.data.groups)
+    train_groups = load_groups(config.data.groups, image_size=size)
 
     def export(trainable, folder):
         """Scores are standardised on held-out pictures: mean 0, standard deviation 1."""

@@ -3,10 +3,9 @@
 import numpy as np
 
 import imagereward_jax
-from imagereward_jax.data.pairs import load_pairs
 from imagereward_jax.data.prompts import load_prompts
 from imagereward_jax.diffusion.samplers import make_sampler
-from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, pair_batch, stream
+from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, pair_stream, stream
 from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.methods.refl import make_refl_loss
 from imagereward_jax.pipelines import load_pipeline
@@ -18,7 +17,6 @@ def build(config, mesh):
     """See `experiments.build`."""
     method = config.method
     prompts = load_prompts(config.data.prompts, column=config.data.prompts_column)
-    pairs = load_pairs_of(config) if method.pretrain != "off" else None
     pipeline, params = load_pipeline(
         config.model.path, dtype=config.dtype, remat=config.model.remat, variant=config.model.variant
     )
@@ -27,8 +25,8 @@ def build(config, mesh):
     original = {name: value for name, value in params.items() if name != "unet"}
     frozen = cast_host({**original, "reward": reward.params}, config.dtype)
     streams = {"prompts": stream(config, prompts, lambda batch: prompt_batch(pipeline, reward, method, batch))}
-    if pairs is not None:
-        streams["pairs"] = stream(config, pairs, lambda batch: pair_batch(pipeline, batch))
+    if method.pretrain != "off":
+        streams["pairs"] = pair_stream(config, pipeline)
 
     def export(trainable, folder):
         pipeline.save(folder, {**original, **trainable})
@@ -45,24 +43,9 @@ def build(config, mesh):
     )
 
 
-def load_pairs_of(config):
-    """The image-text pairs that `config.data` names."""
-    data = config.data
-    return load_pairs(
-        data.pairs,
-        image_column=data.pairs_image_column,
-        text_column=data.pairs_text_column,
-        image_size=data.image_size,
-        random_crop=data.random_crop,
-        random_flip=data.random_flip,
-        caption_dropout=data.caption_dropout,
-        caption_noise=data.caption_noise,
-    )
-
-
 def prompt_batch(pipeline, reward, method, batch):
     """A batch of prompts for `make_refl_loss`."""
-    prompts = [str(prompt) for prompt in batch["prompt"]]
+    prompts = batch["prompt"]
     negative = pipeline.tokenize([method.negative_prompt])
     return {
         "input_ids": pipeline.tokenize(prompts),

@@ -85,8 +85,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        convolve = convolve_as_matmul if current_platform() == "cpu" else convolve_natively
-        y = convolve(x, kernel, self.stride, self.padding, precision(self.dtype))
+        y = convolve_natively(x, kernel, self.stride, self.padding, precision(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
