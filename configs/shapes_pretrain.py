@@ -3,9 +3,9 @@
     python -m imagereward_jax.train --config configs/shapes_vae.py
     python -m imagereward_jax.train --config configs/shapes_pretrain.py
 
-Starts from the first command's autoencoder and random UNet and text encoder. As with captions from the web, many are wrong
-in a word (`config.data.caption_noise`), so the model draws shapes well but heeds its prompts only half: what tuning by
-reward then mends. The export is the diffusion half of the built-in model `tiny-shapes`.
+Starts from the first command's autoencoder and random UNet and text encoder. As with captions from the web, many are
+wrong in a word (`config.data.caption_noise`), so the model draws shapes well but heeds its prompts only half: what
+tuning by reward then mends. The export is the diffusion half of the built-in model `tiny-shapes`.
 """
 
 from imagereward_jax.training.config import default_config

@@ -2,9 +2,9 @@
 
     python -m imagereward_jax.train --config configs/shapes_reward.py
 
-The same network as ImageReward v1.0 in small (vision transformer, BERT with cross-attention, linear head). Groups of four
-pictures are ranked by how many of the caption's words they show and how badly they are spoilt. The export is the reward
-half of the built-in model `tiny-shapes`; its scores have mean 0 and standard deviation 1 on held-out groups.
+The same network as ImageReward v1.0 in small (vision transformer, BERT with cross-attention, linear head). Groups of
+four pictures are ranked by how many of the caption's words they show and how badly they are spoilt. The export is
+the reward half of the built-in model `tiny-shapes`; its scores have mean 0 and standard deviation 1 on held-out groups.
 """
 
 import ml_collections

@@ -65,7 +65,7 @@ ARCHITECTURE = {
 def get_config():
     """The recipe."""
     config = default_config("autoencoder")
-    config.steps = 4000
+    config.steps = 2200
     config.batch_size = 8
     config.model.remat = "none"
     config.model.from_scratch = True

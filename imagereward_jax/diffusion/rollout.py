@@ -14,8 +14,8 @@ def rollout(denoise, sampler, noise, keys, *, stop=None, grad_steps=0):
         denoise: (latents [B, h, w, c], timesteps [B]) -> model output [B, h, w, c].
         sampler: a `diffusion.samplers.Sampler`.
         noise: standard normal, [B, h, w, c].
-        keys: for stochastic samplers, [B] keys; the noise of step i comes from `fold_in(keys[b], i)`, so it depends neither on
-            the batch nor on where samples stop or the gradient starts. None for deterministic ones.
+        keys: for stochastic samplers, [B] keys; the noise of step i comes from `fold_in(keys[b], i)`, so it depends
+            neither on the batch nor on where samples stop or the gradient starts. None for deterministic ones.
         stop: [B] int32 in [0, num_steps]: the steps that each sample takes; None for all of them.
         grad_steps: static; how many steps before the stop carry gradient (DRaFT-K; ReFL takes 0).
 

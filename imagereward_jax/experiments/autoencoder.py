@@ -59,7 +59,8 @@ def build(config, mesh):
 
 
 class Reconstruction:
-    """Peak signal-to-noise ratio in dB of reconstructed pictures, `eval/psnr`; the sheet shows each beside its original."""
+    """Peak signal-to-noise ratio in dB of reconstructed pictures, `eval/psnr`; the sheet shows each beside its
+    original."""
 
     def __init__(self, autoencode, images, mesh):
         self.images = images[: len(images) // mesh.size * mesh.size]

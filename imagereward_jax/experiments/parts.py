@@ -33,7 +33,8 @@ def stream(config, source, transform, item_transform=None):
 
 
 class Stream:
-    """Batches with a transform that runs in this process, so that it may hold a tokenizer that workers can't be sent."""
+    """Batches with a transform that runs in this process, so that it may hold a tokenizer that workers can't be
+    sent."""
 
     def __init__(self, batches, transform):
         self.batches, self.transform = batches, transform
@@ -97,9 +98,9 @@ class SampleEvaluation:
         size: (height, width) in pixels.
         mesh: batches are sharded over it.
 
-    Calling it with (trainable, frozen) gives an `Evaluation` with `eval/reward_mean`, `eval/reward_std` (over prompts, of each
-    prompt's mean) and, where the prompts are the shapes world's, `eval/checker_rate`, the share of pictures in which the
-    rule-based checker finds all four words.
+    Calling it with (trainable, frozen) gives an `Evaluation` with `eval/reward_mean`, `eval/reward_std` (over
+    prompts, of each prompt's mean) and, where the prompts are the shapes world's, `eval/checker_rate`, the share of
+    pictures in which the rule-based checker finds all four words.
     """
 
     def __init__(self, config, pipeline, reward, size, mesh):

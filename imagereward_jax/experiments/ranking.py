@@ -55,6 +55,7 @@ def build(config, mesh):
         streams={"groups": stream(config, train_groups, transform)},
         evaluate=evaluate,
         export=export,
+        export_marker="config.json",
         images_per_step=config.batch_size * train_groups[0]["images"].shape[0],
     )
 

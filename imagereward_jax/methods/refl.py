@@ -1,7 +1,7 @@
 """ReFL, reward feedback learning (ImageReward, arXiv 2304.05977, algorithm 1).
 
-For each prompt the sampler runs from noise to a random late step without gradient; there the clean latents are predicted in
-one step, decoded and scored, and the reward's gradient flows through that one step.
+For each prompt the sampler runs from noise to a random late step without gradient; there the clean latents are
+predicted in one step, decoded and scored, and the reward's gradient flows through that one step.
 """
 
 import jax

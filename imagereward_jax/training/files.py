@@ -1,7 +1,6 @@
 """Files that appear whole or not at all."""
 
 import os
-import shutil
 from pathlib import Path
 
 
@@ -20,16 +19,3 @@ def save_image(path, image):
     temporary = path.with_name(f".{path.name}.tmp")
     image.save(temporary, format="PNG")
     os.replace(temporary, path)
-
-
-def replace_folder(folder, write):
-    """Lets `write(temporary)` fill a folder beside `folder`, then puts it in its place."""
-    folder = Path(folder)
-    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
-    for left_over in (temporary, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    write(temporary)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -16,12 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from imagereward_jax.training import checkpoints as ckpt
-from imagereward_jax.training.files import replace_folder, save_image, write_text
+from imagereward_jax.training.files import save_image, write_text
 from imagereward_jax.training.mesh import check_batch, make_mesh, put_batch, replicated, weight_shardings
 from imagereward_jax.training.metrics import Meter, make_writers
 from imagereward_jax.training.optimizer import make_optimizer
 from imagereward_jax.training.report import write_report
 from imagereward_jax.training.step import cast, init_state, make_train_step
+from imagereward_jax.weights.folders import new_folder
 
 MAY_CHANGE = ("steps", "log_every", "writers", "checkpoint", "eval", "data.workers", "mesh", "max_skipped", "profile")
 
@@ -58,7 +59,8 @@ class Experiment:
         phases: the losses, each with an update of its own, in order.
         streams: {name: iterator of batches (nested dicts of numpy arrays) with get_state and set_state}.
         evaluate: (trainable, frozen) -> Evaluation; arrays are on the mesh, trainable in the compute dtype.
-        export: (trainable as numpy, folder) -> None.
+        export: (trainable as numpy, empty folder) -> None.
+        export_marker: a file that every export of this kind holds.
         images_per_step: how many pictures a step trains on, for images/s.
         reward_metric: the metric that the progress bar calls reward, or None.
     """
@@ -71,6 +73,7 @@ class Experiment:
     export: Callable
     images_per_step: int
     reward_metric: str | None = None
+    export_marker: str = "model_index.json"
 
 
 def train(config, build, workdir):
@@ -324,9 +327,9 @@ class _Run:
         self._save({})
         self.manager.wait()
         raise RunError(
-            f"{skipped} updates in a row had gradients that are not finite (config.max_skipped): the weights of the last "
-            f"good update are in {self.manager.folder / str(self.step)}. Lower config.optimizer.learning_rate, or use "
-            "config.dtype='float32', and start in another --workdir"
+            f"{skipped} updates in a row had gradients that are not finite (config.max_skipped): the weights of the "
+            f"last good update are in {self.manager.folder / str(self.step)}. Lower config.optimizer.learning_rate, or "
+            "use config.dtype='float32', and start in another --workdir"
         )
 
     def _export(self):
@@ -335,7 +338,9 @@ class _Run:
         weights = jax.device_get(averaged)
         if self.main:
             self._say(f"exporting to {self.workdir / 'export'}")
-            replace_folder(self.workdir / "export", lambda folder: self.experiment.export(weights, folder))
+            marker = self.experiment.export_marker
+            with new_folder(self.workdir / "export", overwrite=True, marker=marker) as folder:
+                self.experiment.export(weights, folder)
 
     def _profile(self):
         steps = self.config.profile.steps

@@ -12,7 +12,8 @@ from imagereward_jax.training.metrics import read_rows
 HIDDEN = ("step", "time")
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}.pair{display:flex;gap:1em;flex-wrap:wrap}.pair figure{margin:0;flex:1 1 420px}
+td:first-child,th:first-child{text-align:left}.pair{display:flex;gap:1em;flex-wrap:wrap}.pair figure{margin:0;
+flex:1 1 420px}
 img,svg{max-width:100%;height:auto}figcaption{font-weight:600;margin-bottom:.4em}
 pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
 
@@ -20,7 +21,8 @@ pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
 def write_report(workdir):
     """Writes WORKDIR/report.html from metrics.jsonl, samples/ and config.json.
 
-    Curves of every metric, the numbers at the first and the last evaluation, and the first and last samples side by side.
+    Curves of every metric, the numbers at the first and the last evaluation, and the first and last samples side by
+    side.
     """
     workdir = Path(workdir)
     rows = read_rows(workdir / "metrics.jsonl")

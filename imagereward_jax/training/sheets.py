@@ -20,8 +20,8 @@ def contact_sheet(images, captions, *, columns=None, smallest=128, largest=256):
         images: [N, H, W, 3] float in [0, 1].
         captions: N strings, "" for none; wrapped to the picture's width, at most three lines.
         columns: default: near a square sheet.
-        smallest, largest: small pictures are enlarged by whole factors to at least `smallest` pixels of width, large ones
-            shrunk to `largest`.
+        smallest, largest: small pictures are enlarged by whole factors to at least `smallest` pixels of width, large
+            ones shrunk to `largest`.
 
     Returns:
         A PIL image.

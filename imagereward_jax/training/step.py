@@ -35,7 +35,8 @@ class TrainState:
 class Phase(NamedTuple):
     """One loss and the update that follows it.
 
-    loss: (trainable, frozen, batches, key) -> (scalar, metrics): a mean over the batch, pure, differentiable in the first.
+    loss: (trainable, frozen, batches, key) -> (scalar, metrics): a mean over the batch, pure, differentiable in the
+        first.
     batches holds a batch of every data stream by name.
     """
 

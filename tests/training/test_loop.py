@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
 
-from toy import build_toy, main, toy_config  # noqa: E402
+from toy import build_toy, main, toy_config
 
-from imagereward_jax.training.checkpoints import CheckpointError  # noqa: E402
-from imagereward_jax.training.loop import Interrupted, RunError, train  # noqa: E402
-from imagereward_jax.training.metrics import read_rows  # noqa: E402
+from imagereward_jax.training.checkpoints import CheckpointError
+from imagereward_jax.training.loop import Interrupted, RunError, train
+from imagereward_jax.training.metrics import read_rows
 
 TIMES = ("time", "images_per_second")
 

@@ -37,7 +37,8 @@ def toy_config(**changes):
 
 
 def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, terminate_at=None):
-    """The experiment. nan_from, nan_until: batches in between hold a NaN. die_at, terminate_at: SIGKILL or SIGTERM there."""
+    """The experiment. nan_from, nan_until: batches in between hold a NaN. die_at, terminate_at: SIGKILL or SIGTERM
+    there."""
 
     def predict(params, x):
         return x @ params["w"] + jnp.sum(params["big"])
@@ -79,7 +80,6 @@ def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, terminat
         return Evaluation({"eval/good": good}, Image.new("RGB", (16, 16), "red"))
 
     def export(trainable, folder):
-        folder.mkdir()
         np.save(folder / "w.npy", trainable["net"]["w"])
 
     return Experiment(
@@ -89,6 +89,7 @@ def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, terminat
         streams={"rows": rows},
         evaluate=evaluate,
         export=export,
+        export_marker="w.npy",
         images_per_step=config.batch_size,
         reward_metric="refl/reward",
     )

@@ -1,0 +1,267 @@
+"""One ReFL step against the same step written in PyTorch with diffusers' networks and scheduler."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import tiny_sd1
+
+from imagereward_jax.diffusion.rollout import rollout
+from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.methods.denoising import make_denoising_loss
+from imagereward_jax.methods.refl import draw_stop, make_refl_loss, refl_loss
+from imagereward_jax.weights import mapping
+
+torch = pytest.importorskip("torch", reason="the reference is PyTorch")
+diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
+
+PROMPTS = ["a large red circle at the top left", "a small blue cross in the center", "", "two dogs"]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class TinyReward:
+    """A reward that is easy to write twice: resize, normalise, two linear maps of picture and prompt around a tanh."""
+
+    def __init__(self, size=32, width=8):
+        rng = np.random.default_rng(1)
+        self.size = size
+        pixels = size * size * 3
+        self.params = {
+            "image": rng.normal(size=(pixels, width)).astype(np.float32) * pixels**-0.5,
+            "text": rng.normal(size=(16, width)).astype(np.float32) * 0.01,
+        }
+
+    def tokenize(self, prompts):
+        rng = np.random.default_rng(2)
+        return {"input_ids": rng.integers(0, 100, (len(prompts), 16)).astype(np.int32)}
+
+    def apply(self, params, images, tokens):
+        from imagereward_jax.rewards.images import device_pixels
+
+        pixels = device_pixels(images, self.size).reshape(images.shape[0], -1)
+        text = tokens["input_ids"].astype(jnp.float32) @ params["text"]
+        return jnp.tanh(pixels @ params["image"] + text).sum(-1)
+
+    def in_torch(self, images, tokens):
+        """images: NCHW in [0, 1]."""
+        images = torch.nn.functional.interpolate(
+            images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False
+        )
+        mean, std = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (MEAN, STD))
+        pixels = ((images - mean) / std).permute(0, 2, 3, 1).flatten(1)
+        text = torch.from_numpy(tokens["input_ids"]).float() @ torch.from_numpy(self.params["text"])
+        return torch.tanh(pixels @ torch.from_numpy(self.params["image"]) + text).sum(-1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(pipeline, params, diffusers' pipeline with the same weights)."""
+    folder = tmp_path_factory.mktemp("model")
+    pipeline, params = tiny_sd1.make(folder / "tokenizer")
+    pipeline.save(folder / "saved", params)
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder / "saved", safety_checker=None)
+    return pipeline, params, reference
+
+
+def method_config(**changes):
+    config = ml_collections.ConfigDict(
+        dict(num_steps=6, stop_min=2, stop_max=5, guidance_scale=1.0, height=64, width=64, threshold=2.0, scale=1e-3)
+    )
+    config.update(changes)
+    return config
+
+
+def torch_step(reference, reward, sampler_name, config, batch, noise, step_noise, stop):
+    """The paper's step sample by sample: (loss, {key: gradient of the UNet})."""
+    kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
+    unet, vae, text = reference.unet, reference.vae, reference.text_encoder
+    unet.zero_grad()
+    rewards = []
+    for row in range(len(stop)):
+        scheduler = kinds[sampler_name].from_config(reference.scheduler.config)
+        scheduler.set_timesteps(config.num_steps)
+        ids = [torch.from_numpy(batch[name][row : row + 1]).long() for name in ("negative_ids", "input_ids")]
+        with torch.no_grad():
+            embeds = [text(part)[0] for part in ids]
+
+        def denoise(latents, timestep, embeds=embeds):
+            if config.guidance_scale == 1.0:
+                return unet(latents, timestep, embeds[1]).sample
+            negative, positive = (unet(latents, timestep, part).sample for part in embeds)
+            return negative + config.guidance_scale * (positive - negative)
+
+        latents = torch.from_numpy(noise[row : row + 1].transpose(0, 3, 1, 2).copy())
+        with torch.no_grad():
+            for step, timestep in enumerate(scheduler.timesteps[: stop[row]]):
+                fixed = torch.from_numpy(step_noise[row, step][None].transpose(0, 3, 1, 2).copy())
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(
+                        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, fixed=fixed, **__: fixed
+                    )
+                    latents = scheduler.step(denoise(latents, timestep), timestep, latents).prev_sample
+        timestep = scheduler.timesteps[stop[row]]
+        output = denoise(latents, timestep)
+        clean = scheduler.step(output, timestep, latents).pred_original_sample
+        image = (vae.decode(clean / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        rewards.append(reward.in_torch(image, {"input_ids": batch["reward"]["input_ids"][row : row + 1]}))
+    loss = torch.relu(config.threshold - torch.cat(rewards)).mean() * config.scale
+    loss.backward()
+    return loss.item(), {name: weight.grad.numpy() for name, weight in unet.named_parameters()}
+
+
+@pytest.mark.parametrize(("sampler_name", "guidance"), [("ddpm", 1.0), ("ddim", 3.0)])
+def test_loss_and_every_unet_gradient_agree_with_pytorch(made, sampler_name, guidance):
+    """Within 1e-3 relative: the loss, and each gradient against its own largest entry."""
+    pipeline, params, reference = made
+    config, reward = method_config(guidance_scale=guidance), TinyReward()
+    sampler = make_sampler(sampler_name, pipeline.scheduler_config, config.num_steps)
+    batch = {
+        "input_ids": pipeline.tokenize(PROMPTS),
+        "negative_ids": pipeline.tokenize([""] * len(PROMPTS)),
+        "reward": reward.tokenize(PROMPTS),
+    }
+    loss = make_refl_loss(pipeline, reward, sampler, config)
+    frozen = {"vae": params["vae"], "text_encoder": params["text_encoder"], "reward": reward.params}
+    key = jax.random.key(3)
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        {"unet": params["unet"]}, frozen, batch, key
+    )
+
+    stop_key, image_key = jax.random.split(key)
+    noise_key, sampler_key = jax.random.split(image_key)
+    stop = np.asarray(draw_stop(stop_key, len(PROMPTS), config.stop_min, config.stop_max))
+    shape = pipeline.latent_shape(64, 64)
+    noise = np.asarray(jax.random.normal(noise_key, (len(PROMPTS), *shape)))
+    keys = jax.random.split(sampler_key, len(PROMPTS))
+    step_noise = np.asarray(
+        jax.vmap(
+            lambda k: jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(k, i), shape))(
+                jnp.arange(config.num_steps)
+            )
+        )(keys)
+    )
+    expected, expected_gradient = torch_step(reference, reward, sampler_name, config, batch, noise, step_noise, stop)
+
+    assert len(set(stop.tolist())) > 1, "the samples must stop at different steps"
+    assert metrics["stop"] == stop.mean()
+    np.testing.assert_allclose(value, expected, rtol=1e-3)
+    ours = mapping.to_torch(pipeline.networks["unet"], gradient["unet"])
+    assert ours.keys() == expected_gradient.keys()
+    largest = max(np.abs(gradient).max() for gradient in expected_gradient.values())
+    for name, theirs in expected_gradient.items():
+        tolerance = 1e-3 * np.abs(theirs).max() + 1e-6 * largest  # some are zero but for rounding, as to_k's biases
+        np.testing.assert_allclose(ours[name], theirs, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_gradients_skip_the_frozen_weights_and_the_steps_before_the_stop(made):
+    """The gradient is that of the last step alone: the same as with the earlier latents given as constants."""
+    pipeline, params, _ = made
+    sampler = make_sampler("ddim", pipeline.scheduler_config, 4)
+    cond = pipeline.encode_prompts(params, pipeline.tokenize(PROMPTS[:1]))
+
+    def denoise(unet):
+        return lambda latents, timesteps: pipeline.denoise({**params, "unet": unet}, latents, timesteps, cond)
+
+    noise = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
+
+    def through_rollout(unet):
+        return rollout(denoise(unet), sampler, noise, None, stop=jnp.array([2])).latents.sum()
+
+    gradient = jax.jit(jax.grad(through_rollout))(params["unet"])
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def linear_denoiser(weight):
+    return lambda latents, timesteps: weight * latents
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "dpmpp_2m"])
+def test_rollout_equals_the_sampler_stepped_by_hand_for_each_sample(name):
+    """Each sample stops at its own index; float32 rounding. The stop index is traced: one compilation serves all."""
+    sampler = make_sampler(name, tiny_sd1.SCHEDULER, 7)
+    noise = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
+    keys = jax.random.split(jax.random.key(1), 3)
+    compiled = jax.jit(lambda stop: rollout(linear_denoiser(0.3), sampler, noise, keys, stop=stop).latents)
+    for stops in ([0, 3, 7], [5, 5, 1]):
+        got = compiled(jnp.array(stops))
+        for row, stop in enumerate(stops):
+            state = sampler.init(noise[row : row + 1])
+            for step in range(stop):
+                fresh = jax.random.normal(jax.random.fold_in(keys[row], step), (1, 2, 2, 4))
+                output = 0.3 * sampler.model_input(state, step)
+                state = sampler.step(state, output, step, fresh if sampler.stochastic else None)
+            np.testing.assert_allclose(got[row], state.latents[0], rtol=2e-5, atol=2e-6)
+    assert compiled._cache_size() == 1
+
+
+def test_gradient_through_the_last_steps_is_that_of_unrolled_steps():
+    """grad_steps=K (DRaFT-K) against differentiating the K steps written out; per-sample stops; 1e-5 relative."""
+    sampler = make_sampler("ddim", tiny_sd1.SCHEDULER, 5)
+    noise = jax.random.normal(jax.random.key(0), (2, 2, 2, 4))
+    stops = [3, 5]
+
+    def rolled(weight):
+        return rollout(linear_denoiser(weight), sampler, noise, None, stop=jnp.array(stops), grad_steps=2).latents.sum()
+
+    def unrolled(weight):
+        total = 0.0
+        for row, stop in enumerate(stops):
+            state = sampler.init(noise[row : row + 1])
+            for step in range(stop):
+                if step == stop - 2:
+                    state = jax.lax.stop_gradient(state)
+                state = sampler.step(state, weight * sampler.model_input(state, step), step)
+            total += state.latents.sum()
+        return total
+
+    np.testing.assert_allclose(jax.grad(rolled)(0.3), jax.grad(unrolled)(0.3), rtol=1e-5)
+    np.testing.assert_allclose(rolled(0.3), unrolled(0.3), rtol=1e-5)
+
+
+def test_refl_loss_by_hand():
+    """mean(relu(2 - r)) * scale: rewards 3 and 0 give (0 + 2) / 2 * 0.001."""
+    np.testing.assert_allclose(refl_loss(jnp.array([3.0, 0.0]), threshold=2.0, scale=1e-3), 1e-3, rtol=1e-6)
+
+
+def test_stop_indices_cover_their_range_evenly():
+    """4,000 draws in [30, 39]: each of the ten within a fifth of its share."""
+    counts = np.bincount(np.asarray(draw_stop(jax.random.key(0), 4000, 30, 39)), minlength=40)
+    assert counts[:30].sum() == 0 and len(counts) == 40
+    assert (np.abs(counts[30:] - 400) < 80).all()
+
+
+def test_denoising_loss_agrees_with_pytorch(made):
+    """The loss on pairs and every UNet gradient, from the same latents, noise and timesteps, within 1e-3 relative."""
+    pipeline, params, reference = made
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.random((3, 64, 64, 3), np.float32), "input_ids": pipeline.tokenize(PROMPTS[:3])}
+    loss, key = make_denoising_loss(pipeline), jax.random.key(5)
+    frozen = {"vae": params["vae"], "text_encoder": params["text_encoder"]}
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))({"unet": params["unet"]}, frozen, batch, key)
+
+    encode_key, noise_key, time_key = jax.random.split(key, 3)
+    latents = np.asarray(pipeline.encode(params, batch["image"], encode_key))
+    noise = np.asarray(jax.random.normal(noise_key, latents.shape))
+    timesteps = torch.from_numpy(np.asarray(jax.random.randint(time_key, (3,), 0, 1000))).long()
+    latents, noise = (torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (latents, noise))
+    scheduler = diffusers.DDPMScheduler.from_config(reference.scheduler.config)
+    reference.unet.zero_grad()
+    with torch.no_grad():
+        embeds = reference.text_encoder(torch.from_numpy(batch["input_ids"]).long())[0]
+    output = reference.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
+    expected = torch.nn.functional.mse_loss(output, noise)
+    expected.backward()
+
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-4)
+    ours = mapping.to_torch(pipeline.networks["unet"], gradient["unet"])
+    largest = max(weight.grad.abs().max().item() for weight in reference.unet.parameters())
+    for name, weight in reference.unet.named_parameters():
+        tolerance = 1e-3 * weight.grad.abs().max().item() + 1e-6 * largest
+        np.testing.assert_allclose(ours[name], weight.grad.numpy(), rtol=0, atol=tolerance, err_msg=name)

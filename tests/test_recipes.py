@@ -1,0 +1,128 @@
+"""The recipes of the built-in model, scaled down: pictures -> autoencoder -> diffusion model, ranked pictures ->
+reward -> ReFL."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_sd1
+
+for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+    pytest.importorskip(package)
+
+from imagereward_jax.pipelines import load_pipeline
+from imagereward_jax.train import main
+from imagereward_jax.training.metrics import read_rows
+from imagereward_jax.weights.files import read_tensors
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+QUICK = ["--config.writers=('jsonl',)", "--config.log_every=5", "--config.optimizer.warmup_steps=0"]
+SMALL_NETWORKS = [
+    f"--config.model.architecture.{field}"
+    for field in (
+        "unet.block_out_channels=(16, 32)",
+        "unet.down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D')",
+        "unet.up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D')",
+        "unet.norm_num_groups=8",
+        "vae.block_out_channels=(8, 8, 8, 16)",
+        "vae.norm_num_groups=4",
+    )
+]
+SMALL_SAMPLES = ["--config.eval.num_prompts=4", "--config.eval.images_per_prompt=1", "--config.eval.num_steps=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+def train(name, workdir, *options):
+    """Runs a recipe's command; returns the rows of its metrics."""
+    status = main(["train", f"--config={CONFIGS / name}.py", f"--workdir={workdir}", *QUICK, *options])
+    assert status == 0
+    return read_rows(workdir / "metrics.jsonl")
+
+
+def evaluations(rows, name):
+    return [row[name] for row in rows if name in row]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Workdirs and metrics of the four recipes, each fed by the ones before."""
+    root = tmp_path_factory.mktemp("runs")
+    rows = {}
+    rows["vae"] = train("shapes_vae", root / "vae", "--config.steps=60", "--config.eval.num_images=8", *SMALL_NETWORKS)
+    model = f"--config.model.path={root / 'vae/export'}"
+    rows["pretrain"] = train("shapes_pretrain", root / "pretrain", "--config.steps=40", model, *SMALL_SAMPLES)
+    rows["reward"] = train(
+        "shapes_reward",
+        root / "reward",
+        "--config.steps=60",
+        "--config.batch_size=8",
+        "--config.eval.num_groups=16",
+        "--config.reward.architecture.vision.depth=1",
+        "--config.reward.architecture.vision.width=32",
+        "--config.reward.architecture.text.num_hidden_layers=1",
+    )
+    rows["refl"] = train(
+        "refl_tiny",
+        root / "refl",
+        "--config.steps=4",
+        "--config.batch_size=4",
+        "--config.method.num_steps=3",
+        "--config.method.stop_max=2",
+        f"--config.model.path={root / 'pretrain/export'}",
+        f"--config.reward.path={root / 'reward/export'}",
+        *SMALL_SAMPLES,
+    )
+    return root, rows
+
+
+def test_the_autoencoder_learns_to_reconstruct(runs):
+    psnr = evaluations(runs[1]["vae"], "eval/psnr")
+    assert psnr[-1] > psnr[0] + 3
+
+
+def test_the_autoencoder_is_exported_with_latents_of_unit_variance(runs):
+    pipeline, params = load_pipeline(runs[0] / "vae/export")
+    from imagereward_jax.data.shapes import ShapesPairs
+
+    images = np.stack([ShapesPairs(16, seed=9)[i]["image"] for i in range(16)])
+    import jax
+
+    latents = np.asarray(pipeline.encode(params, images, jax.random.key(0)))
+    assert 0.7 < latents.std() < 1.4
+
+
+def test_the_denoising_loss_falls(runs):
+    losses = evaluations(runs[1]["pretrain"], "denoising/loss")
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_reward_learns_to_rank_and_is_standardised(runs):
+    accuracy = evaluations(runs[1]["reward"], "eval/accuracy")
+    assert accuracy[-1] > 0.55 > accuracy[0]
+    assert evaluations(runs[1]["reward"], "eval/loss")[-1] < evaluations(runs[1]["reward"], "eval/loss")[0]
+
+
+def test_refl_tunes_the_unet_alone(runs):
+    """The exported text encoder and VAE are the base model's bit for bit; the UNet is not."""
+    root = runs[0]
+    for name, file in (
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+        ("unet", "diffusion_pytorch_model"),
+    ):
+        base, tuned = (read_tensors(root / run / f"export/{name}/{file}.safetensors") for run in ("pretrain", "refl"))
+        assert base.keys() == tuned.keys()
+        same = all(np.array_equal(base[key], tuned[key]) for key in base)
+        assert same == (name != "unet")
+
+
+def test_refl_logs_what_the_issue_asks_for(runs):
+    first, last = runs[1]["refl"][0], runs[1]["refl"][-1]
+    for row in (first, last):
+        assert {"step", "time", "eval/reward_mean", "eval/reward_std", "eval/checker_rate"} <= row.keys()
+    assert {"refl/reward", "refl/loss", "denoising/loss", "skipped", "images_per_second"} <= last.keys()
