@@ -43,20 +43,23 @@ def tiny_reward_config(vocab_file):
 
 @pytest.fixture(scope="session")
 def tiny_reward_folder(tiny_reward_config, vocab_file, tmp_path_factory):
-    """A saved reward whose scores differ by about one from picture to picture (random weights of unit gain)."""
-    from imagereward_jax.rewards.imagereward import ImageReward
+    """A saved reward whose scores differ from picture to picture (random weights of unit gain)."""
+    from imagereward_jax.rewards.imagereward import ImageReward, abstract_module
+    from imagereward_jax.rewards.tokens import PromptTokenizer
+    from imagereward_jax.weights import mapping
 
-    reward = ImageReward.from_config(tiny_reward_config, vocab_file, jax.random.key(0), device="cpu")
     rng = np.random.default_rng(0)
 
-    def unit_gain(array):
-        noise = rng.standard_normal(array.shape).astype(np.float32)
-        if array.ndim == 1:
-            return np.asarray(array) + 0.1 * noise
-        return noise * (2 / np.sqrt(array.shape[0])) if array.ndim == 2 else 0.3 * noise
+    def unit_gain(path, leaf):
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        if leaf.ndim == 1:
+            return np.float32(path[-1].key == "scale") + 0.1 * noise
+        return noise / np.float32(np.sqrt(leaf.shape[0])) if leaf.ndim == 2 else 0.3 * noise
 
+    shapes = mapping.params_of(abstract_module(tiny_reward_config))
+    tokenizer = PromptTokenizer.from_file(vocab_file, tiny_reward_config.max_prompt_tokens)
     folder = tmp_path_factory.mktemp("reward") / "tiny"
-    reward.save(folder, jax.tree.map(unit_gain, reward.params))
+    ImageReward(tiny_reward_config, jax.tree_util.tree_map_with_path(unit_gain, shapes), tokenizer).save(folder)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Finds, reads and caches the weights of the ImageReward scorer."""
 
+import dataclasses
 import difflib
 import hashlib
 import os
@@ -20,6 +21,7 @@ from imagereward_jax.rewards.imagereward import (
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, hub, mapping
 
+V1 = ImageRewardConfig()
 HUB_REPO = "THUDM/ImageReward"
 HUB_MODELS = {"ImageReward-v1.0": "ImageReward.pt"}
 MED_CONFIG_FILE = "med_config.json"
@@ -74,8 +76,10 @@ def load(
         return _load_folder(path, tokenizer, options)
     if med_config is None:
         med_config = _find_med_config(path, name_or_path, root)
-    text = TextConfig() if med_config is None else TextConfig.from_dict(files.read_json(med_config), str(med_config))
-    config = ImageRewardConfig(text=text)
+    config = V1
+    if med_config is not None:
+        text = TextConfig.from_dict(files.read_json(med_config), str(med_config))
+        config = dataclasses.replace(V1, text=text)
     prompt_tokenizer = PromptTokenizer.from_file(tokenizer or _find_vocab(path.parent), config.max_prompt_tokens)
     tensors = read_cached(path, root) if path.suffix in files.PICKLES else files.read_tensors(path)
     return _build(config, tensors, path, prompt_tokenizer, options)

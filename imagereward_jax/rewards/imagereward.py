@@ -70,8 +70,8 @@ class ImageReward:
             config = ImageRewardConfig.from_dict(config)
         tokenizer = PromptTokenizer.from_file(vocab_file, config.max_prompt_tokens)
         check_vocabulary(config, tokenizer)
-        init = jax.jit(lambda key: mapping.params_of(ImageRewardModel(config, rngs=nnx.Rngs(params=key))))
-        return cls(config, init(key), tokenizer, **options)
+        params = mapping.params_of(ImageRewardModel(config, rngs=nnx.Rngs(params=key)))
+        return cls(config, params, tokenizer, **options)
 
     def tokenize(self, prompts):
         """{"input_ids", "attention_mask"}: np.int32 [B, max_prompt_tokens] for a list of prompts."""

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from imagereward_jax.models.blip import ImageRewardModel
-from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig, VisionConfig
+from imagereward_jax.models.blip import ImageRewardModel, RewardHead
+from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig
 from imagereward_jax.weights import mapping
 
 MANIFEST = Path(__file__).parents[3] / "shared" / "manifests" / "imagereward_v1.0.json"
@@ -149,32 +149,37 @@ def test_embeddings_scores_and_gradients_agree_with_pytorch(tiny_reward_config):
     assert np.ptp(scores) > 0.1, "the scores must differ for the comparison to mean something"
 
 
-def test_an_image_encoded_once_gives_the_scores_of_many_prompts(tiny_reward_config):
+@pytest.fixture(scope="module")
+def scorer(tiny_reward_config):
+    """(encode, score_prompts, score) of one network with random weights, compiled."""
     module, tensors = random_tensors(tiny_reward_config)
-    network = nnx.merge(nnx.graphdef(module), mapping.from_torch(module, tensors))
+    params, graphdef = mapping.from_torch(module, tensors), nnx.graphdef(module)
+    methods = ("encode_images", "score_prompts", "__call__")
+    return [jax.jit(lambda *args, name=name: getattr(nnx.merge(graphdef, params), name)(*args)) for name in methods]
+
+
+def test_an_image_encoded_once_gives_the_scores_of_many_prompts(scorer, tiny_reward_config):
+    encode, score_prompts, score = scorer
     pixels, ids, mask = inputs(tiny_reward_config)
     pixels = np.repeat(pixels[:1], 3, axis=0)
-    embeds = network.encode_images(pixels[:1])
-    shared = network.score_prompts(jnp.repeat(embeds, 3, axis=0), ids, mask)
-    np.testing.assert_allclose(shared, network(pixels, ids, mask), atol=1e-5)
+    embeds = np.repeat(encode(pixels[:1]), 3, axis=0)
+    np.testing.assert_allclose(score_prompts(embeds, ids, mask), score(pixels, ids, mask), atol=1e-5)
 
 
-def test_what_the_mask_hides_does_not_count(tiny_reward_config):
-    module, tensors = random_tensors(tiny_reward_config)
-    network = nnx.merge(nnx.graphdef(module), mapping.from_torch(module, tensors))
+def test_what_the_mask_hides_does_not_count(scorer, tiny_reward_config):
+    score = scorer[-1]
     pixels, ids, mask = inputs(tiny_reward_config)
-    other_ids = np.where(mask == 1, ids, 7)
-    np.testing.assert_array_equal(network(pixels, ids, mask), network(pixels, other_ids, mask))
-    changed = np.where(mask == 1, 7, ids)
-    assert np.abs(network(pixels, ids, mask) - network(pixels, changed, mask)).min() > 1e-3
+    hidden, seen = np.where(mask == 1, ids, 7), np.where(mask == 1, 7, ids)
+    np.testing.assert_array_equal(score(pixels, hidden, mask), score(pixels, ids, mask))
+    assert np.abs(score(pixels, seen, mask) - score(pixels, ids, mask)).min() > 1e-3
 
 
-def test_bfloat16_stays_near_float32_and_scores_are_float32(tiny_reward_config):
+def test_bfloat16_stays_near_float32_and_scores_are_float32(scorer, tiny_reward_config):
     module, tensors = random_tensors(tiny_reward_config)
     params, (pixels, ids, mask) = mapping.from_torch(module, tensors), inputs(tiny_reward_config)
     half = mapping.abstract(lambda: ImageRewardModel(tiny_reward_config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    exact = nnx.merge(nnx.graphdef(module), params)(pixels, ids, mask)
-    rounded = nnx.merge(nnx.graphdef(half), params)(pixels, ids, mask)
+    exact = scorer[-1](pixels, ids, mask)
+    rounded = jax.jit(lambda *args: nnx.merge(nnx.graphdef(half), params)(*args))(pixels, ids, mask)
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, exact, atol=0.1)
     assert np.abs(rounded - exact).max() > 0, "bfloat16 was asked for but not used"
@@ -182,10 +187,9 @@ def test_bfloat16_stays_near_float32_and_scores_are_float32(tiny_reward_config):
 
 def test_the_head_starts_as_published():
     """Weights N(0, 1 / (hidden + 1)), biases 0."""
-    config = ImageRewardConfig(vision=VisionConfig(32, 16, 8, 1, 2), text=TextConfig(10, 24, 1, 2, 8, 40))
-    head = ImageRewardModel(config, rngs=nnx.Rngs(0)).mlp.layers[0]
-    np.testing.assert_allclose(np.std(head.kernel[...]), 1 / 25, rtol=0.05)
-    assert not np.any(head.bias[...])
+    first = RewardHead(ImageRewardConfig(), rngs=nnx.Rngs(0)).layers[0]
+    np.testing.assert_allclose(np.std(first.kernel[...]), 1 / 769, rtol=0.01)
+    assert not np.any(first.bias[...])
 
 
 def test_configs_survive_json(tiny_reward_config):

@@ -1,0 +1,76 @@
+"""The score command: its table, its JSON, and its errors, each one line with exit status 2."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagereward_jax import score
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    paths = [str(folder / f"{name}.png") for name in "abc"]
+    for path in paths:
+        coarse = Image.fromarray((rng.random((3, 3, 3)) * 255).astype(np.uint8))
+        coarse.resize((48, 40), Image.BICUBIC).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def printed_json(tiny_reward_folder, pictures):
+    """What a real run of the command prints."""
+    command = [sys.executable, "-m", "imagereward_jax.score", "--model", str(tiny_reward_folder), "--json"]
+    done = subprocess.run([*command, "--prompt", "a red cat 猫", *pictures], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_json_has_the_models_scores_in_the_order_given(printed_json, tiny_reward, tiny_reward_folder, pictures):
+    ranks, rewards = tiny_reward.inference_rank("a red cat 猫", pictures)
+    assert printed_json["model"] == str(tiny_reward_folder) and printed_json["prompt"] == "a red cat 猫"
+    assert [row["image"] for row in printed_json["images"]] == pictures
+    assert [row["rank"] for row in printed_json["images"]] == ranks
+    np.testing.assert_allclose([row["score"] for row in printed_json["images"]], rewards, atol=1e-5)
+
+
+def test_the_table_is_sorted(printed_json, tiny_reward_folder, pictures, capsys):
+    assert score.main(["--model", str(tiny_reward_folder), "--prompt", "a red cat 猫", *pictures]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["rank", "score", "image"]
+    best = sorted(printed_json["images"], key=lambda row: -row["score"])
+    assert [line.split()[2] for line in lines[1:]] == [row["image"] for row in best]
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
+    np.testing.assert_allclose([float(line.split()[1]) for line in lines[1:]], [r["score"] for r in best], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{dir}/gone.png"], "{dir}/gone.png: no such picture"),
+        (["{good}", "{dir}/broken.png"], "{dir}/broken.png: not a picture of a format that Pillow reads"),
+        (["{good}", "--batch-size", "0"], "batch_size must be a positive whole number, not 0"),
+        (["{good}", "--tokenizer", "{dir}/gone.txt"], "{dir}/gone.txt: no such file; expected a vocab.txt"),
+        (["{good}", "--model", "ImageRewrad-v1.0"], "did you mean 'ImageReward-v1.0'?"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, tiny_reward_folder, pictures, tmp_path, capsys):
+    (tmp_path / "broken.png").write_text("not a picture")
+    names = {"dir": tmp_path, "good": pictures[0]}
+    arguments = [argument.format(**names) for argument in arguments]
+    assert score.main(["--model", str(tiny_reward_folder), "--prompt", "a cat", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert message.format(**names) in err
+
+
+def test_a_missing_prompt_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        score.main(["picture.png"])
+    assert exit_.value.code == 2
+    assert "--prompt" in capsys.readouterr().err
