@@ -18,12 +18,12 @@ def get_config():
     config.method.num_steps = 10
     config.method.stop_min = 1
     config.method.stop_max = 9
-    config.method.height = 64
-    config.method.width = 64
+    config.method.height = 32
+    config.method.width = 32
     config.method.pretrain = "alternate"
     config.data.prompts = "shapes:train"
     config.data.pairs = "shapes:train"
-    config.data.image_size = 64
+    config.data.image_size = 32
     config.optimizer.learning_rate = 1e-4
     config.ema_decay = 0.9
     config.eval.prompts = "shapes:held_out"

@@ -14,16 +14,16 @@ from imagereward_jax.training.config import default_config
 def get_config():
     """The recipe."""
     config = default_config("denoising")
-    config.steps = 8000
+    config.steps = 5000
     config.batch_size = 32
     config.model.path = "runs/shapes_vae/export"
     config.model.remat = "none"
     config.method.train_text_encoder = True
     config.data.pairs = "shapes:train"
-    config.data.image_size = 64
+    config.data.image_size = 32
     config.data.caption_noise = 0.4
     config.data.caption_dropout = 0.1
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
     config.ema_decay = 0.999

@@ -12,7 +12,7 @@ import ml_collections
 from imagereward_jax.training.config import default_config
 
 ARCHITECTURE = {
-    "vision": {"image_size": 64, "patch_size": 8, "width": 128, "depth": 4, "heads": 4},
+    "vision": {"image_size": 32, "patch_size": 8, "width": 128, "depth": 4, "heads": 4},
     "text": {
         "vocab_size": 131,
         "hidden_size": 96,

@@ -2,7 +2,7 @@
 
     python -m imagereward_jax.train --config configs/shapes_vae.py
 
-The first of the recipes that make `tiny-shapes`: 64 x 64 pictures become 8 x 8 x 4 latents. Its export is a whole
+The first of the recipes that make `tiny-shapes`: 32 x 32 pictures become 8 x 8 x 4 latents. Its export is a whole
 diffusers folder whose UNet and text encoder are still random; configs/shapes_pretrain.py starts from it.
 """
 
@@ -15,7 +15,7 @@ ARCHITECTURE = {
         "sample_size": 8,
         "in_channels": 4,
         "out_channels": 4,
-        "block_out_channels": (64, 128, 128),
+        "block_out_channels": (32, 64, 96),
         "layers_per_block": 1,
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -24,14 +24,14 @@ ARCHITECTURE = {
         "norm_num_groups": 16,
     },
     "vae": {
-        "sample_size": 64,
+        "sample_size": 32,
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": 4,
-        "block_out_channels": (8, 24, 48, 64),
+        "block_out_channels": (16, 32, 64),
         "layers_per_block": 1,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
         "norm_num_groups": 8,
         "scaling_factor": 1.0,
     },
@@ -65,14 +65,14 @@ ARCHITECTURE = {
 def get_config():
     """The recipe."""
     config = default_config("autoencoder")
-    config.steps = 2200
-    config.batch_size = 8
+    config.steps = 2000
+    config.batch_size = 16
     config.model.remat = "none"
     config.model.from_scratch = True
     config.model.architecture = ml_collections.ConfigDict(ARCHITECTURE)
     config.method.kl_weight = 1e-4
     config.data.pairs = "shapes:train"
-    config.data.image_size = 64
+    config.data.image_size = 32
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100

@@ -10,6 +10,7 @@ from flax import nnx
 from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
 from imagereward_jax.models.layers import (
     Embedding,
+    Keys,
     LayerNorm,
     Linear,
     attention,
@@ -193,7 +194,7 @@ class CLIPTextModel(nnx.Module):
 
     def __init__(self, config, *, dtype=jnp.float32, rngs):
         self.config = config
-        self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
+        self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=Keys(rngs))
 
     def __call__(self, input_ids):
         """Encodes input_ids, int [B, T] with T <= max_position_embeddings, as a `CLIPTextOutput`.

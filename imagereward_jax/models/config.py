@@ -44,9 +44,21 @@ def check_choice(cls, name, value, choices):
 
 
 def check_positive(config, *names):
-    """Refuses fields that are not whole numbers of at least 1; tuples are checked item by item."""
+    """Refuses fields that are not a whole number of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not _is_positive(value):
+            raise ValueError(f"{type(config).__name__}: {name}={value!r} should be a whole number of at least 1")
+
+
+def check_all_positive(config, *names):
+    """The same for fields that may also be a tuple of such numbers."""
     for name in names:
         value = getattr(config, name)
         items = value if isinstance(value, tuple) else (value,)
-        if not items or not all(isinstance(item, int) and not isinstance(item, bool) and item > 0 for item in items):
-            raise ValueError(f"{type(config).__name__}: {name}={value!r} should be positive whole numbers")
+        if not items or not all(map(_is_positive, items)):
+            raise ValueError(f"{type(config).__name__}: {name}={value!r} should be whole numbers of at least 1")
+
+
+def _is_positive(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import remat as rematerialise
-from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
-from imagereward_jax.models.layers import Conv, GroupNorm, Linear
+from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
+from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from imagereward_jax.models.transformer import Transformer2DModel
 
@@ -87,9 +87,10 @@ class UNet2DConditionConfig:
             for kind in getattr(self, name):
                 check_choice(type(self), name, kind, choices)
         check_positive(
-            self, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups",
-            "cross_attention_dim", "attention_head_dim", "conv_in_kernel", "conv_out_kernel",
+            self, "in_channels", "out_channels", "norm_num_groups", "cross_attention_dim", "conv_in_kernel",
+            "conv_out_kernel",
         )  # fmt: skip
+        check_all_positive(self, "block_out_channels", "layers_per_block", "attention_head_dim")
         check_choice(type(self), "addition_embed_type", self.addition_embed_type, (None, "text_time"))
         if self.addition_embed_type is not None:
             check_positive(self, "addition_time_embed_dim", "projection_class_embeddings_input_dim")
@@ -164,7 +165,7 @@ class _Level:
     index: int
     remat: str
     dtype: jnp.dtype
-    rngs: nnx.Rngs
+    rngs: Keys
 
     def resnet(self, in_channels, out_channels):
         config = self.config
@@ -268,6 +269,7 @@ class UNet2DConditionModel(nnx.Module):
     def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
         rematerialise.check_remat(remat)
         self.config, self.dtype = config, dtype
+        rngs = Keys(rngs)
         channels = config.block_out_channels
         self.conv_in = Conv(
             config.in_channels, channels[0], config.conv_in_kernel, padding=config.conv_in_kernel // 2,

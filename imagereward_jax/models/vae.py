@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import remat as rematerialise
-from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
-from imagereward_jax.models.layers import Conv, GroupNorm
+from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
+from imagereward_jax.models.layers import Conv, GroupNorm, Keys
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from imagereward_jax.models.transformer import Attention
 
@@ -54,10 +54,8 @@ class AutoencoderKLConfig:
                     f"AutoencoderKLConfig: {name}={kinds!r} should have {len(self.block_out_channels)} items, "
                     "as block_out_channels has"
                 )
-        check_positive(
-            self, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels",
-            "norm_num_groups",
-        )  # fmt: skip
+        check_positive(self, "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+        check_all_positive(self, "block_out_channels")
 
     @property
     def downsampling(self):
@@ -213,6 +211,7 @@ class AutoencoderKL(nnx.Module):
     def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
         rematerialise.check_remat(remat)
         self.config, self.dtype = config, dtype
+        rngs = Keys(rngs)
         self.encoder = Encoder(config, remat=remat, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, remat=remat, dtype=dtype, rngs=rngs)
         latent = config.latent_channels

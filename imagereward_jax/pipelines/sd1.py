@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.schedule import NoiseSchedule
 from imagereward_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
@@ -188,15 +189,10 @@ class StableDiffusion1:
         cond = self.encode_prompts(params, ids)
         negative = None if negative_ids is None else self.encode_prompts(params, negative_ids)
 
-        def fresh_noise(step):
-            return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), noise.shape[1:]))(key)
+        def denoise(latents, timesteps):
+            return self.denoise(params, latents, timesteps, cond, negative, guidance_scale)
 
-        def advance(step, state):
-            model_input = sampler.model_input(state, step)
-            output = self.denoise(params, model_input, sampler.timestep(step), cond, negative, guidance_scale)
-            return sampler.step(state, output, step, fresh_noise(step) if sampler.stochastic else None)
-
-        state = jax.lax.fori_loop(0, sampler.num_steps, advance, sampler.init(noise))
+        state = rollout(denoise, sampler, noise, key)
         return jnp.clip(self.decode(params, state.latents), 0.0, 1.0)
 
     def save(self, folder, params, *, overwrite=False):

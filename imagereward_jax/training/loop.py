@@ -24,11 +24,16 @@ from imagereward_jax.training.report import write_report
 from imagereward_jax.training.step import cast, init_state, make_train_step
 from imagereward_jax.weights.folders import new_folder
 
+CONFIG, DONE = "config.json", "done.json"
 MAY_CHANGE = ("steps", "log_every", "writers", "checkpoint", "eval", "data.workers", "mesh", "max_skipped", "profile")
 
 
 class RunError(RuntimeError):
-    """A run cannot start or go on; the message says why and what to do."""
+    """A run cannot go on; the message says why and what to do."""
+
+
+class WorkdirError(ValueError):
+    """The workdir belongs to another run, or to something else."""
 
 
 class Interrupted(Exception):
@@ -87,58 +92,59 @@ def train(config, build, workdir):
         False if the run was complete already.
 
     Raises:
-        RunError: the workdir belongs to another run, or too many updates in a row were not finite.
+        WorkdirError: the workdir belongs to another run.
+        RunError: too many updates in a row were not finite.
         Interrupted: after a signal; everything is saved.
     """
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(mesh, config.batch_size, config.accumulation)
-    claim_workdir(workdir, config)
+    check_workdir(workdir, config)
+    if is_complete(workdir, config):
+        return False
+    experiment = build(config, mesh)  # before anything is written: a bad path leaves no workdir behind
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
     manager = ckpt.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best=config.eval.best)
     try:
-        if is_complete(workdir, config, manager):
-            return False
         with catch_signals() as caught:
-            _Run(config, build(config, mesh), workdir, mesh, manager, caught).run()
+            _Run(config, experiment, workdir, mesh, manager, caught).run()
         return True
     finally:
         manager.close()
 
 
-def is_complete(workdir, config, manager):
+def is_complete(workdir, config):
     """Whether the run reached its last step and left its export and report."""
-    finished = (manager.latest() or 0) >= config.steps
-    return finished and (workdir / "export").exists() and (workdir / "report.html").exists()
+    done = workdir / DONE
+    return done.exists() and json.loads(done.read_text())["step"] >= config.steps
 
 
-def claim_workdir(workdir, config):
-    """Writes config.json, or checks that the one there is of the same run.
+def check_workdir(workdir, config):
+    """Refuses a workdir that is not this run's.
 
     Raises:
-        RunError: naming the fields that differ, or the files of something else.
+        WorkdirError: naming the fields that differ, or the files of something else.
     """
-    path = workdir / "config.json"
-    wanted = json.loads(config.to_json())
+    path = workdir / CONFIG
     if not path.exists():
         if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
-            raise RunError(f"{workdir} exists and is not the workdir of a run: choose another --workdir")
-        workdir.mkdir(parents=True, exist_ok=True)
-    else:
-        try:
-            there = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise RunError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
-        fixed = [dict(_flat(tree)) for tree in (there, wanted)]
-        names = sorted(name for name in fixed[0].keys() | fixed[1].keys() if not _may_change(name))
-        differ = [name for name in names if fixed[0].get(name) != fixed[1].get(name)]
-        if differ:
-            changes = "; ".join(f"config.{n}: {fixed[0].get(n)!r} there, {fixed[1].get(n)!r} now" for n in differ[:6])
-            more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
-            raise RunError(
-                f"{workdir} holds another run ({changes}{more}): choose another --workdir, or pass what that run had"
-            )
-    if jax.process_index() == 0:
-        write_text(path, json.dumps(wanted, indent=2))
+            raise WorkdirError(f"{workdir} exists and is not the workdir of a run: choose another --workdir")
+        return
+    try:
+        there = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise WorkdirError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
+    there, now = (dict(_flat(tree)) for tree in (there, json.loads(config.to_json())))
+    names = sorted(name for name in there.keys() | now.keys() if not _may_change(name))
+    differ = [name for name in names if there.get(name) != now.get(name)]
+    if differ:
+        changes = "; ".join(f"config.{n}: {there.get(n)!r} there, {now.get(n)!r} now" for n in differ[:6])
+        more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
+        raise WorkdirError(
+            f"{workdir} holds another run ({changes}{more}): choose another --workdir, or pass what that run had"
+        )
 
 
 def _flat(tree, prefix=""):
@@ -220,20 +226,19 @@ class _Run:
         if self.step is None:
             self.step = 0
             self._evaluate_and_log({})
-        train_step = None
         self.positions = self._positions()
         if self.step < config.steps:
             self.batches = self._next_batches()
-            train_step = self._compile()
+            self.train_step = self._compile()
         with self._bar() as bar:
             while self.step < config.steps:
                 self._stop_if_asked()
-                self._advance(train_step, bar)
-        if not (self.workdir / "export").exists() or train_step is not None:
-            self._save({})
-            self._export()
+                self._advance(bar)
+        self._save({})
+        self._export()
         if self.main:
             write_report(self.workdir)
+            write_text(self.workdir / DONE, json.dumps({"step": self.step}))
             for writer in self.writers.values():
                 writer.close()
         self._say(f"done: {self.workdir / 'report.html'}")
@@ -259,10 +264,10 @@ class _Run:
     def _next_batches(self):
         return {name: put_batch(self.mesh, next(stream)) for name, stream in self.experiment.streams.items()}
 
-    def _advance(self, train_step, bar):
+    def _advance(self, bar):
         config, begin = self.config, time.monotonic()
         self._profile()
-        self.state, metrics = train_step(self.state, self.frozen, self.batches)
+        self.state, metrics = self.train_step(self.state, self.frozen, self.batches)
         self.step += 1
         self.positions = self._positions()
         if self.step < config.steps:

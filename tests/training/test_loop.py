@@ -16,7 +16,7 @@ pytest.importorskip("grain")
 from toy import build_toy, main, toy_config
 
 from imagereward_jax.training.checkpoints import CheckpointError
-from imagereward_jax.training.loop import Interrupted, RunError, train
+from imagereward_jax.training.loop import Interrupted, RunError, WorkdirError, train
 from imagereward_jax.training.metrics import read_rows
 
 TIMES = ("time", "images_per_second")
@@ -43,7 +43,7 @@ def clean(tmp_path_factory):
 
 def test_a_run_leaves_what_the_design_lists(clean):
     assert {path.name for path in clean.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples", "checkpoints", "export", "report.html"
+        "config.json", "done.json", "metrics.jsonl", "samples", "checkpoints", "export", "report.html"
     }  # fmt: skip
     rows = read_rows(clean / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 3, 6, 9, 10, 12, 15, 18, 20]
@@ -110,9 +110,9 @@ def test_too_many_non_finite_updates_stop_the_run_with_good_weights(tmp_path):
 
 
 def test_the_workdir_of_another_run_is_refused(clean):
-    with pytest.raises(RunError, match=r"config\.seed: 0 there, 1 now"):
+    with pytest.raises(WorkdirError, match=r"config\.seed: 0 there, 1 now"):
         train(toy_config(seed=1), build_toy, clean)
-    with pytest.raises(RunError, match="not the workdir of a run"):
+    with pytest.raises(WorkdirError, match="not the workdir of a run"):
         train(toy_config(), build_toy, clean.parent)
 
 
