@@ -1,0 +1,212 @@
+"""The VAE against PyTorch diffusers on the same random weights, float32 unless said otherwise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import (
+    assert_same_layout,
+    count_checkpoints,
+    from_torch_image,
+    functional,
+    quick_jit,
+    randomise,
+    relative_error,
+    tensors_of,
+    to_torch_image,
+    worst_gradient_error,
+)
+from flax import nnx
+
+from imagereward_jax.models.remat import REMAT_POLICIES
+from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from imagereward_jax.weights import mapping
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+# As CompVis published it with Stable Diffusion 1.4, and what diffusers saves today for SDXL.
+SD1 = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.2.2",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SDXL = {
+    **SD1,
+    "force_upcast": True,
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+SMALL = {**SD1, "block_out_channels": [8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
+SMALL |= {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+
+
+@functools.cache
+def reference():
+    torch.manual_seed(0)
+    return randomise(diffusers.AutoencoderKL.from_config(SMALL))
+
+
+@functools.cache
+def network(remat="none", dtype=jnp.float32):
+    config = AutoencoderKLConfig.from_dict(SMALL)
+    module = mapping.abstract(lambda: AutoencoderKL(config, remat=remat, dtype=dtype, rngs=nnx.Rngs(0)))
+    return functional(module, tensors_of(reference()))
+
+
+def images(height=20, width=12):
+    return np.random.default_rng(0).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
+
+
+def loss_function(graphdef):
+    """A scalar of encoder and decoder whose gradient reaches every parameter."""
+
+    def loss(params, pixels):
+        vae = nnx.merge(graphdef, params)
+        mean, logvar = vae.encode(pixels)
+        decoded = vae.decode(mean)
+        return jnp.sin(decoded).sum() + jnp.sin(logvar).sum(), (mean, logvar, decoded)
+
+    return loss
+
+
+def test_outputs_and_gradients_agree_with_diffusers():
+    module, pixels = reference(), to_torch_image(images()).requires_grad_()
+    moments = module.encode(pixels).latent_dist
+    decoded = module.decode(moments.mean).sample
+    module.zero_grad()
+    (decoded.sin().sum() + moments.logvar.sin().sum()).backward()
+    graphdef, params = network()
+    (_, outputs), (of_params, of_images) = quick_jit(jax.value_and_grad(loss_function(graphdef), (0, 1), has_aux=True))(
+        params, images()
+    )
+    for actual, expected in zip(outputs, (moments.mean, moments.logvar, decoded)):
+        assert actual.dtype == jnp.float32
+        assert relative_error(actual, from_torch_image(expected)) < 2e-5
+    assert relative_error(of_images, from_torch_image(pixels.grad)) < 1e-4
+    expected = {key: value.grad.numpy() for key, value in module.named_parameters()}
+    assert worst_gradient_error(mapping.to_torch(nnx.merge(graphdef, params), of_params), expected) < 1e-3
+
+
+def test_odd_image_sizes_agree_with_diffusers():
+    pixels = images(21, 15)
+    with torch.no_grad():
+        expected = reference().encode(to_torch_image(pixels)).latent_dist.mean
+    graphdef, params = network()
+    mean, _ = quick_jit(lambda p: nnx.merge(graphdef, p).encode(pixels))(params)
+    assert mean.shape == (2, 5, 3, 4)
+    assert relative_error(mean, from_torch_image(expected)) < 2e-5
+
+
+def test_log_variance_is_clipped_as_in_diffusers():
+    graphdef, params = network()
+    bias = np.array([0, 0, 0, 0, -1000, 1000, 5, 0], np.float32)
+    params = {**params, "quant_conv": {**params["quant_conv"], "bias": bias}}
+    _, logvar = quick_jit(lambda p: nnx.merge(graphdef, p).encode(images()))(params)
+    assert (np.asarray(logvar[..., 0]) == -30).all()
+    assert (np.asarray(logvar[..., 1]) == 20).all()
+
+
+def test_remat_changes_memory_and_not_results():
+    # Encoder 3 + 2, decoder 6 + 2 residual blocks; two attentions; four resamplers. Whole blocks: 3 + 1 each.
+    checkpoints = {"none": 0, "attention": 2, "blocks": 13 + 2 + 4, "full": 8}
+    results = {}
+    for policy in REMAT_POLICIES:
+        graphdef, params = network(policy)
+        loss = loss_function(graphdef)
+        assert count_checkpoints(loss, params, images()) == checkpoints[policy]
+        results[policy] = quick_jit(jax.value_and_grad(loss, has_aux=True))(params, images())
+    module = nnx.merge(*network())
+    (plain, _), plain_gradients = results.pop("none")
+    plain_gradients = mapping.to_torch(module, plain_gradients)
+    for (value, _), gradients in results.values():
+        assert relative_error(value, plain) < 1e-5
+        assert worst_gradient_error(mapping.to_torch(module, gradients), plain_gradients) < 1e-4
+
+
+def test_unknown_remat_policy_lists_the_choices():
+    with pytest.raises(ValueError, match=r"'some'.*none, blocks, attention, full"):
+        AutoencoderKL(AutoencoderKLConfig.from_dict(SMALL), remat="some", rngs=nnx.Rngs(0))
+
+
+def test_bfloat16_is_close_to_float32():
+    decoded = []
+    latents = np.random.default_rng(0).standard_normal((1, 5, 3, 4), dtype=np.float32)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        graphdef, params = network(dtype=dtype)
+        decoded.append(quick_jit(lambda p, g=graphdef: nnx.merge(g, p).decode(latents))(params))
+    assert decoded[1].dtype == jnp.float32
+    assert decoded[1].shape == (1, 20, 12, 3)
+    assert 1e-5 < relative_error(decoded[1], decoded[0]) < 0.05
+
+
+def test_weights_survive_the_round_trip_to_the_bit():
+    tensors, module = tensors_of(reference()), nnx.merge(*network())
+    back = mapping.to_torch(module, mapping.from_torch(module, tensors))
+    assert back.keys() == tensors.keys()
+    assert all(back[key].tobytes() == tensors[key].tobytes() for key in tensors)
+
+
+def test_full_size_keys_and_shapes_are_diffusers():
+    with torch.device("meta"):
+        expected = diffusers.AutoencoderKL.from_config(SD1)
+    module = mapping.abstract(lambda: AutoencoderKL(AutoencoderKLConfig.from_dict(SD1), rngs=nnx.Rngs(0)))
+    assert assert_same_layout(module, expected) == 83_653_863
+
+
+@pytest.mark.parametrize("config", [SD1, SDXL, SMALL], ids=["sd1", "sdxl", "small"])
+def test_config_goes_to_diffusers_and_back(config):
+    with torch.device("meta"):
+        saved = diffusers.AutoencoderKL.from_config(config).config
+        parsed = AutoencoderKLConfig.from_dict(config)
+        again = diffusers.AutoencoderKL.from_config(parsed.to_dict()).config
+    assert AutoencoderKLConfig.from_dict(dict(saved)) == parsed
+    names = [name for name in saved if not name.startswith("_")]
+    assert [saved[name] for name in names] == [again[name] for name in names]
+    assert parsed.downsampling == 2 ** (len(config["block_out_channels"]) - 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]},
+        {"up_block_types": ["UpDecoderBlock2D"] * 3},
+        {"use_quant_conv": False},
+        {"mid_block_add_attention": False},
+        {"latents_mean": [0.0, 0.0, 0.0, 0.0]},
+        {"act_fn": "relu"},
+        {"block_out_channels": []},
+        {"layers_per_block": 0},
+        {"some_new_field": 3},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_config_refuses_what_is_not_implemented(changes):
+    name = next(iter(changes))
+    with pytest.raises(ValueError, match=name):
+        AutoencoderKLConfig.from_dict({**SD1, **changes})
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    vae = nnx.merge(*network())
+    with pytest.raises(ValueError, match="images should be"):
+        vae.encode(np.zeros((2, 16, 16, 4), np.float32))
+    with pytest.raises(ValueError, match="latents should be"):
+        vae.decode(np.zeros((2, 4, 4, 3), np.float32))
