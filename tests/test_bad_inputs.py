@@ -58,9 +58,15 @@ CASES = {
     "more devices than there are": (training("--config.mesh.data=64"), "data=64 x fsdp=1 is not the"),
     "misspelt metric writer": (training("--config.writers=('jsonl','tensorbord')"), "did you mean 'tensorboard'"),
     "EMA decay out of range": (training("--config.ema_decay=1.5"), r"expected a number in \[0, 1\)"),
-    "resolution that the VAE does not divide": (training("--config.method.height=30"), "height=30 should be a positive"),
+    "resolution that the VAE does not divide": (
+        training("--config.method.height=30"),
+        "height=30 should be a positive",
+    ),
     "no pairs for the denoising loss": (training("--config.data.pairs="), "config.method.pretrain='off'"),
-    "prompt file that is not there": (training("--config.data.prompts={folder}/promts.json"), "promts.json.*prompts.json"),
+    "prompt file that is not there": (
+        training("--config.data.prompts={folder}/promts.json"),
+        "promts.json.*prompts.json",
+    ),
     "broken JSON": (training("--config.data.prompts={folder}/broken.json"), r"broken.json.*line 2"),
     "broken JSONL row": (training("--config.data.prompts={folder}/broken.jsonl"), r"broken.jsonl.*2"),
     "wrong column": (
@@ -70,10 +76,16 @@ CASES = {
     "empty prompt list": (training("--config.data.prompts={folder}/none.json"), "none.json.*(no |empty)"),
     "empty prompt in a row": (training("--config.data.prompts={folder}/gap.txt"), "gap.txt.*2.*empty"),
     "number instead of a prompt": (training("--config.data.prompts={folder}/number.json"), "number.json.*2"),
-    "pair whose picture is not there": (training("--config.data.pairs={folder}/pairs.jsonl"), "pairs.jsonl.*row.*gone.png"),
+    "pair whose picture is not there": (
+        training("--config.data.pairs={folder}/pairs.jsonl"),
+        "pairs.jsonl.*row.*gone.png",
+    ),
     "model folder that is not there": (training("--config.model.path={folder}/modell"), "modell"),
     "folder that is no model": (training("--config.model.path={folder}"), "model_index.json"),
-    "truncated safetensors": (training("--config.model.path={folder}/cut"), "safetensors.*(truncated|cut|short|incomplete)"),
+    "truncated safetensors": (
+        training("--config.model.path={folder}/cut"),
+        "safetensors.*(truncated|cut|short|incomplete)",
+    ),
     "checkpoint of another model": (training("--config.model.path={folder}/other"), "does not fit the network"),
     "Git LFS pointer instead of weights": (training("--config.model.path={folder}/pointer"), "LFS"),
     "unknown reward": (training("--config.reward.path=ImageReward-v1.1"), "ImageReward-v1.0"),
@@ -93,10 +105,12 @@ CASES = {
         "height=30",
     ),
     "generate: empty prompt file": (
-        generating("--model", "tiny-shapes", "--prompts", "{folder}/empty.txt", "--num-images", "1", "--out", "{folder}/o"),
+        generating(
+            "--model", "tiny-shapes", "--prompts", "{folder}/empty.txt", "--num-images", "1", "--out", "{folder}/o"
+        ),
         "empty.txt",
     ),
-}  # fmt: skip
+}
 
 
 class Evil:
