@@ -81,7 +81,10 @@ def write_safetensors(path, tensors, metadata=None):
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the umask asks for; safetensors makes files that only the owner may read
         save_file(arrays, partial, metadata=metadata or {"format": "pt"})
+        partial.chmod(mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path}: could not be written ({error}); nothing at that path was changed") from error

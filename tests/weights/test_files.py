@@ -232,3 +232,12 @@ def test_a_cast_that_overflows_is_refused():
         cast(tensors, np.float16, what="vae")
     result = cast(tensors, ml_dtypes.bfloat16, what="vae")
     assert [array.dtype for array in result.values()] == [ml_dtypes.bfloat16, ml_dtypes.bfloat16, np.int64]
+
+
+def test_saved_files_may_be_read_by_whom_the_umask_says(tmp_path):
+    old = os.umask(0o022)
+    try:
+        write_safetensors(tmp_path / "a.safetensors", {"x": np.zeros(2, np.float32)})
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644

@@ -1,0 +1,49 @@
+"""Packs the built-in model `tiny-shapes` from the exports of its recipes, with weights in float16.
+
+    python -m imagereward_jax.train --config configs/shapes_vae.py
+    python -m imagereward_jax.train --config configs/shapes_pretrain.py
+    python -m imagereward_jax.train --config configs/shapes_reward.py
+    python convert/tiny_shapes.py runs/shapes_pretrain/export runs/shapes_reward/export imagereward_jax/assets/tiny-shapes
+
+OUT is a diffusers folder with the reward in its folder `reward`.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from imagereward_jax.weights.files import cast, read_tensors, write_safetensors
+from imagereward_jax.weights.folders import new_folder
+
+
+def pack(diffusion, reward, out, *, overwrite=False):
+    """Copies both folders to `out` and rounds every safetensors file to float16."""
+    with new_folder(out, overwrite=overwrite, marker="model_index.json") as folder:
+        shutil.copytree(diffusion, folder, dirs_exist_ok=True)
+        shutil.copytree(reward, folder / "reward")
+        for path in folder.rglob("*.safetensors"):
+            write_safetensors(path, cast(read_tensors(path), np.float16, what=str(path)), {"format": "pt"})
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("diffusion", type=Path, help="a diffusers folder")
+    parser.add_argument("reward", type=Path, help="a reward's folder")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        pack(args.diffusion, args.reward, args.out, overwrite=args.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in args.out.rglob("*.safetensors"))
+    print(f"wrote {args.out}: {size / 1e6:.1f} MB of weights")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
