@@ -3,9 +3,9 @@
     python -m imagereward_jax.train --config configs/shapes_vae.py
     python -m imagereward_jax.train --config configs/shapes_pretrain.py
     python -m imagereward_jax.train --config configs/shapes_reward.py
-    python convert/tiny_shapes.py runs/shapes_pretrain/export runs/shapes_reward/export imagereward_jax/assets/tiny-shapes
+    python convert/tiny_shapes.py runs/shapes_pretrain/export runs/shapes_reward/export OUT
 
-OUT is a diffusers folder with the reward in its folder `reward`.
+OUT (imagereward_jax/assets/tiny-shapes for the package) is a diffusers folder with the reward in its folder `reward`.
 """
 
 import argparse

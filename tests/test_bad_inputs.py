@@ -50,7 +50,7 @@ CASES = {
     "field of another type": (training("--config.steps=many"), "config.steps=many"),
     "unknown flag": (training("--wrkdir=x"), "wrkdir"),
     "stop index past the sampler's steps": (training("--config.method.stop_max=12"), "stop_max=12 must satisfy"),
-    "misspelt sampler": (training("--config.method.sampler=ddmi"), "did you mean 'ddim'"),
+    "misspelt sampler": (training("--config.method.sampler=ddimm"), "did you mean 'ddim'"),
     "accumulation that does not divide the batch": (
         training("--config.batch_size=10", "--config.accumulation=4"),
         "batch_size=10 is not divisible by config.accumulation=4",

@@ -54,7 +54,9 @@ def default_config(method):
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 1e-2
     config.optimizer.clip_norm = 1.0  # global gradient norm; 0 switches clipping off
-    config.ema_decay = 0.0  # > 0 keeps an average of the weights, which is what is sampled and exported
+    config.ema_decay = (
+        0.0  # > 0 averages the weights, which is what is sampled and exported; min(it, (1 + t) / (10 + t))
+    )
 
     config.data = ml_collections.ConfigDict()
     config.data.workers = 0  # processes that decode pictures; 0: a thread of this one

@@ -100,11 +100,8 @@ def make_train_step(phases, optimizer, *, dtype=jnp.float32, accumulation=1, ema
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = (
-            jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params)
-            if state.ema
-            else {}
-        )
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # the start weights fade out quickly
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if state.ema else {}
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
