@@ -14,7 +14,7 @@ from imagereward_jax.training.config import default_config
 def get_config():
     """The recipe."""
     config = default_config("denoising")
-    config.steps = 3000
+    config.steps = 6000
     config.batch_size = 32
     config.model.path = "runs/shapes_vae/export"
     config.model.remat = "none"
@@ -34,7 +34,7 @@ def get_config():
     config.eval.num_steps = 20
     config.eval.guidance_scale = 2.0
     config.writers = ("jsonl",)
-    config.eval.every = 500
-    config.checkpoint.every = 500
+    config.eval.every = 1000
+    config.checkpoint.every = 1000
     config.log_every = 50
     return config

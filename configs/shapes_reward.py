@@ -12,7 +12,7 @@ import ml_collections
 from imagereward_jax.training.config import default_config
 
 ARCHITECTURE = {
-    "vision": {"image_size": 32, "patch_size": 8, "width": 128, "depth": 4, "heads": 4},
+    "vision": {"image_size": 32, "patch_size": 16, "width": 160, "depth": 4, "heads": 4},
     "text": {
         "vocab_size": 131,
         "hidden_size": 96,
@@ -32,9 +32,10 @@ ARCHITECTURE = {
 def get_config():
     """The recipe."""
     config = default_config("ranking")
-    config.steps = 3000
+    config.steps = 6000
     config.batch_size = 16
     config.reward.architecture = ml_collections.ConfigDict(ARCHITECTURE)
+    config.reward.position_scale = 25.0
     config.data.groups = "shapes:train"
     config.data.held_out_groups = "shapes:held_out"
     config.optimizer.learning_rate = 5e-4

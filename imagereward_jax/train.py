@@ -25,9 +25,12 @@ def main(argv=None):
         config, workdir = parse_flags(argv)
         validate(config)
         return run(config, workdir)
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def run(config, workdir):
@@ -45,7 +48,7 @@ def run(config, workdir):
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
-    except (RunError, CheckpointError, OSError) as error:
+    except (RunError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -60,7 +63,7 @@ def parse_flags(argv):
     """
     _check_config_file(argv)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of the run; default runs/NAME", flag_values=values)
     try:
         rest = values(argv)

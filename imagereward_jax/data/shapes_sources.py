@@ -14,7 +14,7 @@ MAX_IMAGES = 9
 SEVERITY_COST = 4.0
 MIN_SEVERITY = 0.12
 MIN_COST_GAP = 0.2  # closer pictures would be ranked by a coin
-MODES = {"words": 0.4, "quality": 0.25, "mixed": 0.35}
+MODES = {"words": 0.6, "quality": 0.15, "mixed": 0.25}
 
 
 def with_wrong_words(caption, count, rng):

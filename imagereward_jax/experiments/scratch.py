@@ -32,9 +32,15 @@ def load_or_init_pipeline(config):
 
 
 def init_reward(config):
-    """A random ImageReward of `config.reward.architecture` with the shapes world's vocabulary."""
+    """A random ImageReward of `config.reward.architecture` with the shapes world's vocabulary.
+
+    `config.reward.position_scale` enlarges the vision transformer's initial positions: with BLIP's, a small model takes long to
+    notice where things are.
+    """
     folder = tempfile.mkdtemp(prefix="shapes-vocabulary-")
     write_bert_vocab(folder)
-    return ImageReward.from_config(
+    reward = ImageReward.from_config(
         config.reward.architecture.to_dict(), f"{folder}/vocab.txt", jax.random.key(config.seed)
     )
+    reward.params["blip"]["visual_encoder"]["pos_embed"] *= config.reward.position_scale
+    return reward

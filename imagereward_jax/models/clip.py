@@ -23,9 +23,8 @@ from imagereward_jax.models.layers import (
 _ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 _ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _FIXED = {"attention_dropout": (0.0,), "dropout": (0.0,), "model_type": ("clip_text_model",)}
-# Fields that transformers writes into every config.json, or that only its initialisation and tokenizers use.
+# Fields that transformers writes into every config.json, or that only its initialisation uses.
 _IGNORED = (
-    "bos_token_id",
     "chunk_size_feed_forward",
     "dtype",
     "id2label",
@@ -35,7 +34,6 @@ _IGNORED = (
     "label2id",
     "output_attentions",
     "output_hidden_states",
-    "pad_token_id",
     "problem_type",
     "return_dict",
     "torch_dtype",
@@ -57,7 +55,9 @@ class CLIPTextConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    bos_token_id: int | None = 49406
     eos_token_id: int = 49407
+    pad_token_id: int | None = 1
 
     def __post_init__(self):
         check_positive(

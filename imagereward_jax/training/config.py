@@ -144,7 +144,8 @@ def _autoencoder_defaults(config):
 
 def _ranking_defaults(config):
     config.reward = ml_collections.ConfigDict()
-    config.reward.path = ""  # what training starts from
+    config.reward.path = ""  # what training starts from; "" for random weights of config.reward.architecture
+    config.reward.position_scale = 1.0  # random weights only: times the vision transformer's initial positions
     config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
     config.data.groups = ""  # ranked groups: JSON of the protocol, or shapes:train
     config.data.held_out_groups = ""
