@@ -34,8 +34,8 @@ def load_or_init_pipeline(config):
 def init_reward(config):
     """A random ImageReward of `config.reward.architecture` with the shapes world's vocabulary.
 
-    `config.reward.position_scale` enlarges the vision transformer's initial positions: with BLIP's, a small model takes long to
-    notice where things are.
+    `config.reward.position_scale` enlarges the vision transformer's initial positions: with BLIP's, a small model takes
+    long to notice where things are.
     """
     folder = tempfile.mkdtemp(prefix="shapes-vocabulary-")
     write_bert_vocab(folder)

@@ -76,7 +76,8 @@ def _samples(paths):
 
 
 def _curves(rows):
-    names = sorted({name for row in rows for name in row if name not in HIDDEN})
+    names = {name for row in rows for name in row if name not in HIDDEN}
+    names = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
     if not names:
         return ""
     return "<h2>Curves</h2>" + plot(rows, names)
