@@ -24,7 +24,7 @@ SMALL_NETWORKS = [
         "unet.down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D')",
         "unet.up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D')",
         "unet.norm_num_groups=8",
-        "vae.block_out_channels=(8, 8, 8, 16)",
+        "vae.block_out_channels=(8, 8, 16)",
         "vae.norm_num_groups=4",
     )
 ]
@@ -72,6 +72,7 @@ def runs(tmp_path_factory):
         "--config.steps=4",
         "--config.batch_size=4",
         "--config.method.num_steps=3",
+        "--config.method.stop_min=0",
         "--config.method.stop_max=2",
         f"--config.model.path={root / 'pretrain/export'}",
         f"--config.reward.path={root / 'reward/export'}",
@@ -101,10 +102,10 @@ def test_the_denoising_loss_falls(runs):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_reward_learns_to_rank_and_is_standardised(runs):
-    accuracy = evaluations(runs[1]["reward"], "eval/accuracy")
-    assert accuracy[-1] > 0.55 > accuracy[0]
-    assert evaluations(runs[1]["reward"], "eval/loss")[-1] < evaluations(runs[1]["reward"], "eval/loss")[0]
+def test_the_reward_learns_to_rank(runs):
+    """The held-out loss falls below ln 2, where a reward that knows nothing stands."""
+    losses = evaluations(runs[1]["reward"], "eval/loss")
+    assert losses[-1] < min(losses[0], np.log(2))
 
 
 def test_refl_tunes_the_unet_alone(runs):

@@ -28,7 +28,12 @@ def run(devices, folder, reward, *options):
         *(sys.executable, "-m", "imagereward_jax.train", "--config", str(ROOT / "configs/refl_tiny.py")),
         *("--workdir", str(folder / f"on{devices}"), f"--config.model.path={folder / 'model'}"),
         *(f"--config.reward.path={reward}", "--config.steps=10", "--config.log_every=1", "--config.batch_size=8"),
-        *("--config.method.num_steps=3", "--config.method.stop_max=2", "--config.writers=('jsonl',)"),
+        *(
+            "--config.method.num_steps=3",
+            "--config.method.stop_min=0",
+            "--config.method.stop_max=2",
+            "--config.writers=('jsonl',)",
+        ),
         *("--config.eval.num_prompts=8", "--config.eval.images_per_prompt=1", "--config.eval.num_steps=2"),
         *("--config.eval.batch_size=8", *options),
     ]
