@@ -6,6 +6,10 @@
 Starts from the first command's autoencoder and random UNet and text encoder. As with captions from the web, many are
 wrong in a word (`config.data.caption_noise`), so the model draws shapes well but heeds its prompts only half: what
 tuning by reward then mends. The export is the diffusion half of the built-in model `tiny-shapes`.
+
+Hardware: 2 CPU cores, some 25 minutes. Result to expect: eval/checker_rate 0.17. Colours, sizes and shapes follow the
+prompt in most pictures, places hardly yet. The shipped weights come from a run of 6,000 steps whose last step was set
+to 3,000, 7,000 and 6,000 in turn, which stretched its cosine schedule: a straight run is not the same bit for bit.
 """
 
 from imagereward_jax.training.config import default_config
