@@ -100,29 +100,15 @@ class Conv(nnx.Module):
 
     def __call__(self, x):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        y = convolve_natively(x, kernel, self.stride, self.padding, precision(self.dtype))
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision(self.dtype),
+        )
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
-
-
-def convolve_natively(x, kernel, stride, padding, precision):
-    """The compiler's own convolution. x: [B, H, W, C_in], kernel: [k, k, C_in, C_out]."""
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
-    )
-
-
-def convolve_as_matmul(x, kernel, stride, padding, precision):
-    """The same as one matrix product over the k*k shifted copies of x; on CPUs faster, its gradients above all."""
-    size, _, in_channels, out_channels = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
-    patches = [
-        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-        for i in range(size)
-        for j in range(size)
-    ]
-    patches = jnp.concatenate(patches, axis=-1) if size > 1 else patches[0]
-    return jnp.matmul(patches, kernel.reshape(size * size * in_channels, out_channels), precision=precision)
 
 
 class Embedding(nnx.Module):
