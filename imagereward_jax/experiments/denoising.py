@@ -1,21 +1,17 @@
 """Training a text-to-image model on image-text pairs by the denoising loss."""
 
-import imagereward_jax
-from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, pair_stream
+from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, open_pipeline, open_reward, pair_stream
 from imagereward_jax.methods.denoising import make_denoising_loss
-from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.training.loop import Experiment
 from imagereward_jax.training.step import Phase
 
 
 def build(config, mesh):
     """See `experiments.build`."""
-    pipeline, params = load_pipeline(
-        config.model.path, dtype=config.dtype, remat=config.model.remat, variant=config.model.variant
-    )
+    pipeline, params = open_pipeline(config)
     reward = None
     if config.reward.path:
-        reward = imagereward_jax.load(config.reward.path, tokenizer=config.reward.tokenizer, dtype=config.dtype)
+        reward = open_reward(config)
     names = ("unet", "text_encoder") if config.method.train_text_encoder else ("unet",)
     original = {name: value for name, value in params.items() if name not in names}
     frozen = cast_host({**original, **({"reward": reward.params} if reward else {})}, config.dtype)

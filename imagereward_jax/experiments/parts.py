@@ -3,14 +3,27 @@
 import jax
 import numpy as np
 
+import imagereward_jax
 from imagereward_jax.data.pairs import load_pairs
 from imagereward_jax.data.pipeline import make_iterator
 from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.training.loop import Evaluation
 from imagereward_jax.training.mesh import put_whole, replicated
 from imagereward_jax.training.sheets import contact_sheet, to_uint8
+
+
+def open_pipeline(config):
+    """(pipeline, params) of `config.model`."""
+    model = config.model
+    return load_pipeline(model.path, dtype=config.dtype, remat=model.remat, variant=model.variant)
+
+
+def open_reward(config):
+    """The reward of `config.reward`."""
+    return imagereward_jax.load(config.reward.path, tokenizer=config.reward.tokenizer, dtype=config.dtype)
 
 
 def stream(config, source, transform, item_transform=None):

@@ -5,9 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 
-import imagereward_jax
 from imagereward_jax.data.groups import load_groups
-from imagereward_jax.experiments.parts import stream
+from imagereward_jax.experiments.parts import open_reward, stream
 from imagereward_jax.experiments.scratch import init_reward
 from imagereward_jax.methods.ranking import make_ranking_loss, pair_losses
 from imagereward_jax.rewards.imagereward import ImageReward
@@ -19,10 +18,7 @@ from imagereward_jax.training.step import Phase
 
 def build(config, mesh):
     """See `experiments.build`."""
-    if config.reward.path:
-        reward = imagereward_jax.load(config.reward.path, tokenizer=config.reward.tokenizer, dtype=config.dtype)
-    else:
-        reward = init_reward(config)
+    reward = open_reward(config) if config.reward.path else init_reward(config)
     loss = make_ranking_loss(reward)
 
     def loss_on_groups(trainable, frozen, batches, key):

@@ -2,13 +2,18 @@
 
 import numpy as np
 
-import imagereward_jax
 from imagereward_jax.data.prompts import load_prompts
 from imagereward_jax.diffusion.samplers import make_sampler
-from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, pair_stream, stream
+from imagereward_jax.experiments.parts import (
+    SampleEvaluation,
+    cast_host,
+    open_pipeline,
+    open_reward,
+    pair_stream,
+    stream,
+)
 from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.methods.refl import make_refl_loss
-from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.training.loop import Experiment
 from imagereward_jax.training.step import Phase
 
@@ -17,10 +22,8 @@ def build(config, mesh):
     """See `experiments.build`."""
     method = config.method
     prompts = load_prompts(config.data.prompts, column=config.data.prompts_column)
-    pipeline, params = load_pipeline(
-        config.model.path, dtype=config.dtype, remat=config.model.remat, variant=config.model.variant
-    )
-    reward = imagereward_jax.load(config.reward.path, tokenizer=config.reward.tokenizer, dtype=config.dtype)
+    pipeline, params = open_pipeline(config)
+    reward = open_reward(config)
     sampler = make_sampler(method.sampler, pipeline.scheduler_config, method.num_steps)
     original = {name: value for name, value in params.items() if name != "unet"}
     frozen = cast_host({**original, "reward": reward.params}, config.dtype)

@@ -5,7 +5,7 @@ import tempfile
 import jax
 
 from imagereward_jax.data.shapes import write_bert_vocab, write_clip_tokenizer
-from imagereward_jax.pipelines import load_pipeline
+from imagereward_jax.experiments.parts import open_pipeline
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
 from imagereward_jax.rewards.imagereward import ImageReward
 
@@ -13,9 +13,7 @@ from imagereward_jax.rewards.imagereward import ImageReward
 def load_or_init_pipeline(config):
     """(pipeline, params) of `config.model.path`, or random ones of `config.model.architecture`."""
     if not config.model.from_scratch:
-        return load_pipeline(
-            config.model.path, dtype=config.dtype, remat=config.model.remat, variant=config.model.variant
-        )
+        return open_pipeline(config)
     tokenizer = tempfile.mkdtemp(prefix="shapes-tokenizer-")
     write_clip_tokenizer(tokenizer)
     architecture = config.model.architecture.to_dict()

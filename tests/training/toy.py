@@ -51,8 +51,6 @@ def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, terminat
 
         return loss
 
-    count = [0]
-
     def transform(batch):
         return {"x": batch["x"], "y": batch["y"]}
 
@@ -75,7 +73,6 @@ def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, terminat
     trainable = {"net": {"w": rng.normal(size=64).astype(np.float32), "big": np.zeros((256, 128), np.float32)}}
 
     def evaluate(trainable, frozen):
-        count[0] += 1
         good = -float(jnp.abs(trainable["net"]["w"]).sum())
         return Evaluation({"eval/good": good}, Image.new("RGB", (16, 16), "red"))
 
