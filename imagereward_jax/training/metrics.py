@@ -27,8 +27,9 @@ class Meter:
         return means
 
     def get_state(self):
-        """What `set_state` takes; JSON holds it exactly."""
-        return {"totals": self.totals, "count": self.count}
+        """What `set_state` takes, and no later `add` changes (checkpoints are written in the background); JSON holds it
+        exactly."""
+        return {"totals": dict(self.totals), "count": self.count}
 
     def set_state(self, state):
         """Continues where `get_state` was called."""

@@ -17,7 +17,7 @@ from toy import build_toy, main, toy_config
 
 from imagereward_jax.training.checkpoints import CheckpointError
 from imagereward_jax.training.loop import Interrupted, RunError, WorkdirError, train
-from imagereward_jax.training.metrics import read_rows
+from imagereward_jax.training.metrics import Meter, read_rows
 
 TIMES = ("time", "images_per_second")
 
@@ -149,3 +149,12 @@ def test_accumulation_gives_the_same_run(clean, tmp_path):
 def test_batches_that_the_devices_do_not_divide_are_refused(tmp_path):
     wrong = in_process(tmp_path / "run", "--batch_size=12", devices=8)
     assert "config.batch_size=12 is not divisible by 8 device(s)" in wrong.stderr and "16" in wrong.stderr
+
+
+def test_an_open_log_window_that_is_being_saved_is_not_changed_by_later_steps():
+    """Checkpoints are written in the background: what was handed over must stay as it was."""
+    meter = Meter()
+    meter.add({"loss": 1.0})
+    saved = meter.get_state()
+    meter.add({"loss": 2.0})
+    assert saved == {"totals": {"loss": 1.0}, "count": 1}
