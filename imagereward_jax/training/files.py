@@ -8,7 +8,7 @@ def write_text(path, text):
     """Writes through a temporary file in the same folder."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8", errors="replace")  # halves of characters occur in prompts
     os.replace(temporary, path)
 
 

@@ -1,0 +1,224 @@
+"""How well scorers agree with people: `python -m imagereward_jax.evaluate --model ImageReward-v1.0 --data test.json`.
+
+With rankings (ImageReward's test.json, any file of id, prompt, generations and ranking, or shapes:held_out) it
+measures preference accuracy, recall@k and filter@k; with prompts alone and the pictures of several generators
+(--images DIR with DIR/MODEL/ID_K.png) each generator's mean score and Spearman's rho to the human order. Intervals
+are bootstraps over prompts.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m imagereward_jax.evaluate", description=__doc__)
+    parser.add_argument(
+        "--model", action="append", required=True, help='what `load` takes, or "random"; may be given several times'
+    )
+    parser.add_argument("--data", required=True, metavar="FILE", help="rankings, prompts, or shapes:held_out")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where the pictures are, if not beside the file")
+    parser.add_argument("--human-order", metavar="A,B,C", help="the generators as people rank them, best first")
+    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4], help="the k of recall@k and filter@k")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the score of every picture")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the prompts judged worst")
+    parser.add_argument("--show", type=int, default=20, help="prompts on that page")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--level", type=float, default=0.95, help="what the intervals hold")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of random")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--workers", type=int, help="threads that read pictures; by default one a core")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not the models' own")
+    return parser.parse_args(argv)
+
+
+def evaluate(args):
+    """Scores and counts.
+
+    Returns:
+        {"report": for JSON, "tables": [(header, rows)], "notes": lines, "groups", "scores": for the page}.
+
+    Raises:
+        ValueError, OSError: bad input, named; files before any model is loaded.
+    """
+    _check_numbers(args)
+
+    from imagereward_jax.evaluation.page import short_names
+    from imagereward_jax.evaluation.sources import Generations, load_evaluation
+
+    data = load_evaluation(args.data, args.images, args.limit)
+    options = {"resamples": args.resamples, "level": args.level, "seed": args.seed}
+    names = short_names(args.model)
+    if isinstance(data, Generations):
+        order = human_order(args.human_order, list(data.pictures))
+        return _table_1(args, data, names, order, options)
+    if args.human_order:
+        raise ValueError("--human-order is for pictures of generators; this data has people's rankings in it")
+    return _table_3(args, data, names, options)
+
+
+def _check_numbers(args):
+    for name in ("resamples", "show", "batch_size", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+    if min(args.k) < 1 or len(set(args.k)) != len(args.k):
+        raise ValueError(f"--k {' '.join(map(str, args.k))} should be different numbers of at least 1")
+    if not 0 < args.level < 1:
+        raise ValueError(f"--level {args.level} should lie between 0 and 1, as 0.95")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} should be at least 0")
+    if len(set(args.model)) != len(args.model):
+        raise ValueError("--model was given twice with the same name")
+    if args.html and not args.html.parent.is_dir():
+        raise FileNotFoundError(f"--html {args.html}: the folder {args.html.parent} does not exist")
+
+
+def human_order(given, generators):
+    """The generators from the best to the worst by people: as given, as published, or None if neither is known.
+
+    Raises:
+        ValueError: the names given are not those of the folders.
+    """
+    from imagereward_jax.evaluation.summary import PUBLISHED_ORDER
+
+    if given is None:
+        return list(PUBLISHED_ORDER) if set(generators) == set(PUBLISHED_ORDER) else None
+    order = [name.strip() for name in given.split(",")]
+    if sorted(order) != sorted(generators):
+        raise ValueError(f"--human-order {given}: expected each of {', '.join(sorted(generators))} once")
+    return order
+
+
+def _scores(args, data, names, score):
+    """{name: what `score` gives} for each model, one after the other."""
+    from tqdm import tqdm
+
+    from imagereward_jax.evaluation.run import count_pictures
+    from imagereward_jax.scoring.scorers import open_scorer
+
+    results = {}
+    for model, name in zip(args.model, names):
+        scorer = open_scorer(
+            model, tokenizer=args.tokenizer, dtype=args.dtype, batch_size=args.batch_size, seed=args.seed
+        )
+        with tqdm(total=count_pictures(data), unit="image", desc=name, file=sys.stderr) as bar:
+            results[name] = score(scorer, data, workers=args.workers, progress=bar.update)
+    return results
+
+
+def _table_3(args, groups, names, options):
+    from imagereward_jax.evaluation import text
+    from imagereward_jax.evaluation.run import score_groups
+    from imagereward_jax.evaluation.summary import agreement
+
+    scores = _scores(args, groups, names, score_groups)
+    results = {name: agreement(groups, rows, ks=args.k, **options) for name, rows in scores.items()}
+    first = next(iter(results.values()))
+    cases = ", ".join(f"{name} {estimate.cases}" for name, estimate in first.items() if name.startswith("recall"))
+    notes = [
+        f"{len(groups)} prompts, {first['accuracy'].cases} pairs; prompts counted: {cases}",
+        f"[{args.level:.0%} interval, {args.resamples} bootstraps over prompts]",
+    ]
+    models = {name: {metric: value.to_dict() for metric, value in row.items()} for name, row in results.items()}
+    prompts = [
+        {"id": group.id, "prompt": group.prompt, "ranking": group.ranks, "scores": {n: scores[n][i] for n in scores}}
+        for i, group in enumerate(groups)
+    ]
+    report = {"data": args.data, "models": models, "prompts": prompts}
+    return {
+        "report": report,
+        "tables": [text.agreement_table(results)],
+        "notes": notes,
+        "groups": groups,
+        "scores": scores,
+    }
+
+
+def _table_1(args, data, names, order, options):
+    from imagereward_jax.evaluation import text
+    from imagereward_jax.evaluation.run import one_picture_each, score_generations
+    from imagereward_jax.evaluation.summary import generator_means
+
+    scores = _scores(args, data, names, score_generations)
+    results = {name: generator_means(rows, human_order=order, **options) for name, rows in scores.items()}
+    count = len(next(iter(data.pictures.values()))[0])
+    notes = [
+        f"{len(data.prompts)} prompts, {count} pictures each by {len(data.pictures)} generators",
+        f"[{args.level:.0%} interval, {args.resamples} bootstraps over prompts]",
+    ]
+    if order is None:
+        notes.append("no Spearman rho: say how people rank the generators with --human-order A,B,C")
+    models = {
+        name: {
+            "mean_score": {generator: mean.to_dict() for generator, mean in means.items()},
+            "spearman": None if rho is None else rho.to_dict(),
+        }
+        for name, (means, rho) in results.items()
+    }
+    prompts = [
+        {"id": name, "prompt": prompt, "scores": {n: {g: v[i].tolist() for g, v in scores[n].items()} for n in scores}}
+        for i, (name, prompt) in enumerate(zip(data.ids, data.prompts))
+    ]
+    report = {"data": args.data, "human_order": order, "models": models, "prompts": prompts}
+    groups, means = one_picture_each(data, scores, order) if order else ([], {})
+    return {
+        "report": report,
+        "tables": [text.generator_table(results)],
+        "notes": notes,
+        "groups": groups,
+        "scores": means,
+    }
+
+
+def write_page(args, outcome):
+    """Writes --html; the file appears whole or not at all."""
+    from imagereward_jax.evaluation.page import results_page
+    from imagereward_jax.training.files import write_text
+
+    title = f"{' and '.join(outcome['report']['models'])} on {os.path.basename(args.data)}"
+    page = results_page(
+        title, outcome["tables"], outcome["notes"], outcome["groups"], outcome["scores"], shown=args.show
+    )
+    write_text(args.html, page)
+
+
+def _without_nan(value):
+    """JSON has no NaN: None instead."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def main(argv=None):
+    from imagereward_jax.evaluation.text import table
+    from imagereward_jax.scoring.stream import ScoringError
+
+    args = parse_args(argv)
+    try:
+        outcome = evaluate(args)
+        if args.html:
+            write_page(args, outcome)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ScoringError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(_without_nan(outcome["report"]), indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(table(*part) for part in outcome["tables"]))
+        print("\n".join(outcome["notes"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

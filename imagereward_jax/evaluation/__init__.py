@@ -1,0 +1,1 @@
+"""How well scores agree with people: metrics, intervals, and the pages that show them. NumPy alone."""

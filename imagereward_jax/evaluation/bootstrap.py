@@ -1,0 +1,53 @@
+"""Percentile bootstrap over prompts: pictures of one prompt are not independent, prompts are."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Estimate(NamedTuple):
+    """A value with its interval; `cases` is what it is a mean over. All but `cases` are NaN where there are none."""
+
+    value: float
+    low: float
+    high: float
+    cases: int
+
+    def to_dict(self):
+        """For JSON: NaN becomes None."""
+        return {name: None if isinstance(x, float) and np.isnan(x) else x for name, x in self._asdict().items()}
+
+
+def resample_weights(prompts, resamples, seed):
+    """How often each prompt is in each resample: int64 [resamples, prompts]. The same for every model and metric."""
+    return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+
+
+def ratio(hits, cases, weights, level=0.95):
+    """sum(hits) / sum(cases) with its interval.
+
+    Args:
+        hits, cases: [P], one entry a prompt.
+        weights: [R, P] of `resample_weights`.
+        level: how much of the resamples the interval holds.
+
+    Returns:
+        `Estimate`.
+    """
+    hits, cases = np.asarray(hits, np.float64), np.asarray(cases, np.float64)
+    total = cases.sum()
+    if total == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    below = weights @ cases
+    samples = (weights @ hits)[below > 0] / below[below > 0]
+    return Estimate(float(hits.sum() / total), *interval(samples, level), int(total))
+
+
+def interval(samples, level=0.95):
+    """(low, high): the quantiles that hold `level` of the samples; NaN for none."""
+    samples = np.asarray(samples, np.float64)
+    samples = samples[~np.isnan(samples)]
+    if not len(samples):
+        return float("nan"), float("nan")
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,60 @@
+"""Scores what `sources` read with one model, as the summaries need it."""
+
+import numpy as np
+
+from imagereward_jax.evaluation.sources import Generations, RankedPrompt
+from imagereward_jax.scoring.stream import Item, score_items
+
+
+def score_groups(scorer, groups, **options):
+    """[P] lists of floats: the score of every picture of `RankedPrompt`s."""
+    items = [
+        Item(group.prompt, picture, f"prompt {group.id}, picture {k + 1}")
+        for group in groups
+        for k, picture in enumerate(group.pictures)
+    ]
+    scores = iter(score_items(scorer, items, **options))
+    return [[next(scores) for _ in group.pictures] for group in groups]
+
+
+def score_generations(scorer, generations, **options):
+    """{generator: float64 [P, K]} for `Generations`."""
+    return {
+        name: np.array(score_groups(scorer, _as_groups(generations, rows), **options))
+        for name, rows in generations.pictures.items()
+    }
+
+
+def _as_groups(generations, rows):
+    return [
+        RankedPrompt(name, prompt, tuple(row), (None,) * len(row))
+        for name, prompt, row in zip(generations.ids, generations.prompts, rows)
+    ]
+
+
+def one_picture_each(generations, scores_of_models, human_order):
+    """Table 1 seen prompt by prompt: the generators' first pictures, ranked as people rank the generators.
+
+    Args:
+        scores_of_models: {model: what `score_generations` gives}.
+
+    Returns:
+        (list of `RankedPrompt`, {model: [P] lists, the mean score of each generator's pictures}).
+    """
+    ranks = tuple(range(1, len(human_order) + 1))
+    groups = [
+        RankedPrompt(name, prompt, tuple(generations.pictures[g][i][0] for g in human_order), ranks, tuple(human_order))
+        for i, (name, prompt) in enumerate(zip(generations.ids, generations.prompts))
+    ]
+    scores = {
+        model: np.stack([values[g].mean(axis=1) for g in human_order], axis=1).tolist()
+        for model, values in scores_of_models.items()
+    }
+    return groups, scores
+
+
+def count_pictures(data):
+    """How many pictures one model scores."""
+    if isinstance(data, Generations):
+        return sum(len(row) for rows in data.pictures.values() for row in rows)
+    return sum(len(group.pictures) for group in data)

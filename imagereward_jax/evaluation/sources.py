@@ -1,0 +1,141 @@
+"""What people said about pictures: the original repository's test files, and the shapes world."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from imagereward_jax.data import pictures
+from imagereward_jax.data.errors import DataError, missing_file
+from imagereward_jax.data.groups import load_groups
+from imagereward_jax.data.prompts import SHAPES_PREFIX
+from imagereward_jax.data.tables import check_texts, column_values, read_table
+
+SHAPES_GROUPS = 100
+
+
+class RankedPrompt(NamedTuple):
+    """One prompt with its pictures (paths, bytes or arrays), and the rank people gave each: 1 is best, None unranked.
+
+    `labels` says what a picture is, where that is more than its number.
+    """
+
+    id: str
+    prompt: str
+    pictures: tuple
+    ranks: tuple
+    labels: tuple = ()
+
+
+class Generations(NamedTuple):
+    """Pictures of several generators for the same prompts: `pictures[generator]` is a list, a prompt each, of paths."""
+
+    ids: list
+    prompts: list
+    pictures: dict
+
+
+def load_evaluation(source, images=None, limit=None):
+    """Reads what to evaluate on.
+
+    Args:
+        source: a .json, .jsonl or .parquet of {"id", "prompt", "generations": [pictures], "ranking": [1 is best, null
+            for not ranked]}; one of {"id", "prompt"} with `images`; or "shapes:held_out", "shapes:train".
+        images: the folder that the paths in "generations" are relative to (by default that of the file); without
+            rankings the folder of MODEL/ID_K.png.
+        limit: only the first so many prompts (shapes: 100 by default).
+
+    Returns:
+        A list of `RankedPrompt`, or `Generations`.
+
+    Raises:
+        DataError, MissingDataError: naming file and row; every path is looked up now.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"--limit {limit} should be at least 1")
+    if str(source).startswith(SHAPES_PREFIX):
+        if images is not None:
+            raise DataError(f"--images is for files; {source} draws its own pictures")
+        return _shapes(source, limit or SHAPES_GROUPS)
+    if images is not None and not Path(images).is_dir():
+        raise missing_file(images, "folder of pictures")
+    table = read_table(source)
+    columns = table.columns() or []
+    if "prompt" not in columns:
+        raise DataError(
+            f"{table.where(0)}: expected an object with id, prompt, generations and ranking (or id and prompt, "
+            f"with --images DIR); there is {', '.join(columns) or 'plain text'}"
+        )
+    prompts = check_texts(table, column_values(table, "prompt"), "prompt")[:limit]
+    ids = (
+        [str(value) for value in column_values(table, "id")]
+        if "id" in columns
+        else [str(i) for i in range(len(prompts))]
+    )
+    if "ranking" in columns:
+        return _ranked(table, prompts, ids, Path(images) if images is not None else table.folder)
+    if images is None:
+        raise DataError(
+            f"{table.name}: no column 'ranking'; for prompts alone also give --images DIR, with the pictures in "
+            "DIR/MODEL/ID_K.png"
+        )
+    return find_generations(table, prompts, ids[: len(prompts)], Path(images))
+
+
+def _shapes(source, count):
+    groups = load_groups(source, image_size=64, shapes={"size": count})
+    items = (groups[i] for i in range(count))
+    return [
+        RankedPrompt(str(i), item["prompt"], tuple(item["images"]), tuple(int(rank) for rank in item["ranking"]))
+        for i, item in enumerate(items)
+    ]
+
+
+def _ranked(table, prompts, ids, folder):
+    generations, rankings = column_values(table, "generations"), column_values(table, "ranking")
+    groups = []
+    for i, prompt in enumerate(prompts):
+        where = table.where(i)
+        ranks = _check_ranking(generations[i], rankings[i], where)
+        found = tuple(pictures.find_picture(value, folder, where) for value in generations[i])
+        groups.append(RankedPrompt(ids[i], prompt, found, ranks))
+    return groups
+
+
+def _check_ranking(generations, ranking, where):
+    if not isinstance(generations, list) or not generations:
+        raise DataError(f"{where}: 'generations' must be a list of pictures; got {generations!r}")
+    if not isinstance(ranking, list) or len(ranking) != len(generations):
+        raise DataError(
+            f"{where}: 'ranking' must be a list of {len(generations)} ranks, as many as pictures; got {ranking!r}"
+        )
+    for rank in ranking:
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, (int, float)) or not rank >= 1):
+            raise DataError(
+                f"{where}: 'ranking' must hold numbers from 1 (the best) up, or null for a picture that was not "
+                f"ranked; got {ranking!r}"
+            )
+    return tuple(ranking)
+
+
+def find_generations(table, prompts, ids, folder):
+    """Looks up FOLDER/MODEL/ID_K.png: K from 0, as many for every prompt and model.
+
+    Raises:
+        DataError: no models, or a picture is missing, naming it.
+    """
+    models = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not models:
+        raise DataError(f"{folder}: no folders in it; expected one for each generator, with pictures ID_K.png")
+    found = {}
+    for model in models:
+        names = {path.name for path in (folder / model).iterdir()}
+        first = re.compile(rf"{re.escape(ids[0])}_\d+\.png")
+        count = sum(first.fullmatch(name) is not None for name in names)
+        if count == 0:
+            raise DataError(f"{folder / model}: no pictures {ids[0]}_K.png for the first prompt of {table.name}")
+        for i, name in enumerate(ids):
+            gone = [f"{name}_{k}.png" for k in range(count) if f"{name}_{k}.png" not in names]
+            if gone:
+                raise DataError(f"{table.where(i)}: {folder / model / gone[0]} is not there; each prompt needs {count}")
+        found[model] = [[folder / model / f"{name}_{k}.png" for k in range(count)] for name in ids]
+    return Generations(ids, prompts, found)

@@ -1,0 +1,73 @@
+"""From scores of every picture to the numbers of tables 1 and 3."""
+
+import numpy as np
+
+from imagereward_jax.evaluation import bootstrap, metrics
+
+KS = (1, 2, 4)
+# The human order of table 1, best first, under the names that the original repository gives the folders.
+PUBLISHED_ORDER = ("openjourney", "sd2-1", "dalle2", "sd1-4", "vd", "cogview2")
+
+
+def agreement(groups, scores, *, ks=KS, resamples=1000, level=0.95, seed=0):
+    """Table 3 for one model.
+
+    Args:
+        groups: P `RankedPrompt`s.
+        scores: list of P lists, the score of every picture.
+        ks: the k of recall@k and filter@k.
+
+    Returns:
+        {"accuracy", "recall@1", ..., "filter@1", ...: Estimate}.
+    """
+    weights = bootstrap.resample_weights(len(groups), resamples, seed)
+    counters = {"accuracy": metrics.preference_counts}
+    for name, count in (("recall", metrics.recall_counts), ("filter", metrics.filter_counts)):
+        counters |= {f"{name}@{k}": _at(count, k) for k in ks}
+    results = {}
+    for name, count in counters.items():
+        counts = np.array([count(group.ranks, row) for group, row in zip(groups, scores)])
+        results[name] = bootstrap.ratio(counts[:, 0], counts[:, 1], weights, level)
+    return results
+
+
+def _at(count, k):
+    return lambda ranks, scores: count(ranks, scores, k)
+
+
+def disagreement(groups, scores_of_models):
+    """[P] how much the models contradict people on each prompt: share of pairs ordered wrongly, mean over models.
+
+    NaN for prompts without a pair. `scores_of_models` is a list, one entry a model, of what `agreement` takes.
+    """
+    shares = []
+    for scores in scores_of_models:
+        counts = np.array([metrics.preference_counts(g.ranks, row) for g, row in zip(groups, scores)], np.float64)
+        pairs = np.where(counts[:, 1] > 0, counts[:, 1], np.nan)
+        shares.append(1 - counts[:, 0] / pairs)
+    return np.mean(shares, axis=0)
+
+
+def generator_means(scores, *, human_order=None, resamples=1000, level=0.95, seed=0):
+    """Table 1 for one model.
+
+    Args:
+        scores: {generator: [P, K] the score of every picture}; as many prompts for each.
+        human_order: the generators from the best to the worst, or None where it is not known.
+
+    Returns:
+        ({generator: Estimate of the mean over prompts of a prompt's mean}, Spearman's rho to the human order as an
+        `Estimate`, or None).
+    """
+    prompt_means = {name: np.asarray(rows, np.float64).mean(axis=1) for name, rows in scores.items()}
+    count = len(next(iter(prompt_means.values())))
+    weights = bootstrap.resample_weights(count, resamples, seed)
+    ones = np.ones(count)
+    means = {name: bootstrap.ratio(values, ones, weights, level) for name, values in prompt_means.items()}
+    if human_order is None:
+        return means, None
+    places = -np.arange(len(human_order))
+    rho = metrics.spearman(places, [means[name].value for name in human_order])
+    resampled = weights @ np.stack([prompt_means[name] for name in human_order], axis=1) / count
+    samples = [metrics.spearman(places, row) for row in resampled]
+    return means, bootstrap.Estimate(rho, *bootstrap.interval(samples, level), len(human_order))

@@ -1,0 +1,41 @@
+"""The scorers that commands take by name; each has `batch_size`, `prepare` and `score_prepared`."""
+
+import hashlib
+
+import numpy as np
+
+from imagereward_jax.rewards.images import host_pixels
+
+RANDOM = "random"
+
+
+class RandomScorer:
+    """The baseline that knows nothing: N(0, 1), the same whenever prompt, picture and seed are."""
+
+    def __init__(self, seed=0, batch_size=16):
+        self.seed, self.batch_size = seed, batch_size
+
+    def prepare(self, image, name="image"):
+        """A small copy of the picture, float32 [16, 16, 3], that stands for its content."""
+        return host_pixels(image, 16, name)
+
+    def score_prepared(self, prompts, pixels):
+        """[B] float32 NumPy array."""
+        return np.array([self._draw(prompt, picture) for prompt, picture in zip(prompts, pixels)], np.float32)
+
+    def _draw(self, prompt, picture):
+        digest = hashlib.sha256(f"{self.seed}\n{prompt}\n".encode("utf-8", "ignore") + picture.tobytes()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal()
+
+
+def open_scorer(name, *, tokenizer=None, dtype="float32", batch_size=16, seed=0):
+    """The scorer called `name`: "random", or whatever `imagereward_jax.load` takes.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    if name == RANDOM:
+        return RandomScorer(seed, batch_size)
+    from imagereward_jax.rewards.checkpoint import load
+
+    return load(name, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size)

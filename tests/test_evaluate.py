@@ -1,0 +1,203 @@
+"""The evaluate command on the original repository's two layouts and on the shapes world."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagereward_jax import evaluate
+
+
+def smooth(rng, side=40):
+    coarse = Image.fromarray((rng.random((3, 3, 3)) * 255).astype(np.uint8))
+    return coarse.resize((side, side), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory):
+    """A test.json with ties, an unranked picture and a prompt of one picture, and its folder."""
+    folder = tmp_path_factory.mktemp("rankings")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, ranking in enumerate(([1, 2, 5, 3], [2, 2, 1], [1, None, 2], [1])):
+        names = [f"part-0/{i}/{k}.png" for k in range(len(ranking))]
+        for name in names:
+            (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            smooth(rng).save(folder / "images" / name)
+        rows.append({"id": f"00-{i}", "prompt": f"a red cat, number {i} <b>", "generations": names, "ranking": ranking})
+    (folder / "test.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generations(tmp_path_factory):
+    """Prompts with ids, and pictures DIR/MODEL/ID_K.png of three generators."""
+    folder = tmp_path_factory.mktemp("generations")
+    rng = np.random.default_rng(1)
+    prompts = [{"id": f"000{i}", "prompt": f"a dog on the {i}"} for i in range(3)]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    for model in ("alpha", "beta", "gamma"):
+        (folder / "images" / model).mkdir(parents=True)
+        for row in prompts:
+            for k in range(2):
+                smooth(rng).save(folder / "images" / model / f"{row['id']}_{k}.png")
+    return folder
+
+
+@pytest.fixture
+def loaded(tiny_reward, monkeypatch):
+    """Lets the command use the tests' own scorer, which is compiled already."""
+    monkeypatch.setattr("imagereward_jax.scoring.scorers.open_scorer", lambda *_, **__: tiny_reward)
+
+
+def printed(capsys, *arguments):
+    assert evaluate.main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_rankings_beside_the_models_own_scores(rankings, tiny_reward, tiny_reward_folder, capsys):
+    """Scores within 1e-5 of `score`, one prompt at a time; right pairs counted from those by loops."""
+    arguments = ["--data", rankings / "test.json", "--images", rankings / "images", "--batch-size", 4, "--json"]
+    report = json.loads(printed(capsys, "--model", tiny_reward_folder, "--model", "random", *arguments))
+    right = pairs = 0
+    for row, found in zip(json.loads((rankings / "test.json").read_text()), report["prompts"]):
+        scores = tiny_reward.score(row["prompt"], [rankings / "images" / name for name in row["generations"]])
+        np.testing.assert_allclose(found["scores"]["tiny"], scores, atol=1e-5)
+        ranks = row["ranking"]
+        for a in range(len(ranks)):
+            for b in range(len(ranks)):
+                if None not in (ranks[a], ranks[b]) and ranks[a] < ranks[b]:
+                    pairs += 1
+                    right += scores[a] > scores[b]
+    accuracy = report["models"]["tiny"]["accuracy"]
+    assert (accuracy["cases"], accuracy["value"]) == (pairs, right / pairs) and pairs == 6 + 2 + 1
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    assert (
+        report["models"]["random"]["recall@2"]["cases"] == 2 and report["models"]["random"]["recall@4"]["value"] is None
+    )
+
+
+def test_models_come_out_in_the_right_order_on_shapes(capsys):
+    """tiny-shapes was trained on such pictures: far above half; random about half; the intervals do not meet."""
+    arguments = ["--data", "shapes:held_out", "--limit", 40, "--json"]
+    models = json.loads(printed(capsys, "--model", "tiny-shapes", "--model", "random", *arguments))["models"]
+    assert models["tiny-shapes"]["accuracy"]["low"] > max(0.7, models["random"]["accuracy"]["high"])
+    assert models["random"]["accuracy"]["low"] < 0.5 < models["random"]["accuracy"]["high"]
+
+
+def test_generators_are_ranked_by_mean_score(generations, tiny_reward, loaded, capsys):
+    """Means within 1e-5 of `score`'s; rho 1 to that very order, -1 to its reverse."""
+    folder = generations / "images"
+    means = {
+        model: np.mean(
+            [
+                tiny_reward.score(f"a dog on the {i}", [folder / model / f"000{i}_{k}.png" for k in range(2)])
+                for i in range(3)
+            ]
+        )
+        for model in ("alpha", "beta", "gamma")
+    }
+    best_first = sorted(means, key=lambda name: -means[name])
+    arguments = ["--model", "tiny", "--data", generations / "prompts.json", "--images", folder, "--json"]
+    for order, rho in ((best_first, 1), (best_first[::-1], -1)):
+        report = json.loads(printed(capsys, *arguments, "--human-order", ",".join(order)))["models"]["tiny"]
+        assert report["spearman"]["value"] == pytest.approx(rho)
+        for name, mean in means.items():
+            assert report["mean_score"][name]["value"] == pytest.approx(mean, abs=1e-5)
+    text = printed(capsys, *arguments[:-1])
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == best_first
+    assert "--human-order" in text
+
+
+class Page(html.parser.HTMLParser):
+    """What is on a page: its tags with attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_shows_the_prompts_judged_worst_with_their_pictures(rankings, loaded, capsys, tmp_path):
+    """Self-contained, prompts as text, worst first, pictures in people's order."""
+    arguments = ["--data", rankings / "test.json", "--images", rankings / "images", "--html", tmp_path / "page.html"]
+    printed(capsys, "--model", "tiny", "--model", "random", *arguments, "--show", 2)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    pictures = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert all(attrs["src"].startswith("data:image/jpeg;base64,") for attrs in pictures)
+    assert not any(
+        ("src" in attrs and not attrs["src"].startswith("data:")) or "href" in attrs for _, attrs in page.tags
+    )
+    assert "<b>" not in text.split("</h3>")[0].split("<h3>")[1] and "number" in page.text
+    report = json.loads(printed(capsys, "--model", "tiny", *arguments[:4], "--json"))
+    wrong = {}
+    for row in report["prompts"]:
+        ranked = [(rank, score) for rank, score in zip(row["ranking"], row["scores"]["tiny"]) if rank is not None]
+        pairs = [a[1] > b[1] for a in ranked for b in ranked if a[0] < b[0]]
+        if pairs:
+            wrong[row["prompt"]] = 1 - sum(pairs) / len(pairs)
+    worst = sorted(wrong, key=lambda prompt: -wrong[prompt])[:2]
+    places = [page.text.index(prompt) for prompt in worst]
+    assert places == sorted(places)
+    labels = [attrs["alt"] for attrs in pictures]
+    sizes = {f"a red cat, number {i} <b>": n for i, n in enumerate((4, 3, 3, 1))}
+    assert len(labels) == sum(sizes[prompt] for prompt in worst)
+
+
+BAD = {
+    "misspelt file": (["--data", "{r}/tst.json"], "did you mean 'test.json'"),
+    "missing picture": (["--data", "{r}/test.json"], "test.json, row 1: .*no such picture"),
+    "ranks for other pictures": (["--data", "{b}/short.json"], "short.json, row 1: 'ranking' must be a list of 2"),
+    "rank of zero": (["--data", "{b}/zero.json"], "zero.json, row 1: .*numbers from 1"),
+    "no rankings and no --images": (["--data", "{g}/prompts.json"], "also give --images DIR"),
+    "folder without generators": (["--data", "{g}/prompts.json", "--images", "{g}/images/beta"], "no folders in it"),
+    "generator short of a picture": (
+        ["--data", "{g}/prompts.json", "--images", "{b}/images"],
+        "0001_0.png is not there",
+    ),
+    "order of other generators": (
+        ["--data", "{g}/prompts.json", "--images", "{g}/images", "--human-order", "alpha,beta"],
+        "expected each of alpha, beta, gamma once",
+    ),
+    "unknown shapes": (["--data", "shapes:heldout"], "shapes:held_out"),
+    "model given twice": (["--data", "shapes:held_out", "--model", "random"], "twice"),
+    "no folder for the page": (["--data", "shapes:held_out", "--html", "{b}/no/page.html"], "does not exist"),
+    "level of 95": (["--data", "shapes:held_out", "--level", "95"], "between 0 and 1"),
+    "k twice": (["--data", "shapes:held_out", "--k", "1", "1"], "different numbers"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("broken")
+    row = {"id": "0", "prompt": "a cat", "generations": ["a.png", "b.png"]}
+    (folder / "short.json").write_text(json.dumps([{**row, "ranking": [1]}]))
+    (folder / "zero.json").write_text(json.dumps([{**row, "ranking": [0, 1]}]))
+    (folder / "images" / "delta").mkdir(parents=True)
+    smooth(np.random.default_rng(0)).save(folder / "images" / "delta" / "0000_0.png")
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_before_any_model_is_loaded(case, rankings, generations, broken, capsys, monkeypatch):
+    arguments, message = BAD[case]
+    monkeypatch.setattr("imagereward_jax.scoring.scorers.open_scorer", None)
+    filled = [argument.format(r=rankings, g=generations, b=broken) for argument in arguments]
+    assert evaluate.main(["--model", "random", *filled]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and re.search(message, err), err
+
+
+def test_a_model_that_is_not_there_is_named(capsys):
+    assert evaluate.main(["--model", "ImageRewrad-v1.0", "--data", "shapes:held_out", "--limit", "2"]) == 2
+    assert "did you mean 'ImageReward-v1.0'?" in capsys.readouterr().err
