@@ -1,20 +1,70 @@
-"""Scores pictures for a prompt: `python -m imagereward_jax.score --prompt "a cat" 1.png 2.png`."""
+"""Scores pictures for a prompt: `python -m imagereward_jax.score --prompt "a cat" 1.png 2.png`.
+
+Many rows of (prompt, image) from a file or folder, with the scores into another:
+
+    python -m imagereward_jax.score --input rows.csv --output scored.csv
+
+A run that was ended, even by kill -9, goes on where it was when the same command is given again.
+"""
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m imagereward_jax.score", description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument("--prompt", required=True, help="the text that the pictures were made for")
+    parser = argparse.ArgumentParser(
+        prog="python -m imagereward_jax.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files")
+    parser.add_argument("--prompt", help="the text that the pictures were made for")
     parser.add_argument("--model", default="ImageReward-v1.0", help="a known name, an ImageReward.pt, or a folder")
     parser.add_argument("--json", action="store_true", help="print JSON, in the order of the command line")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not the model's own")
-    return parser.parse_args(argv)
+    many = parser.add_argument_group("many rows")
+    many.add_argument("--input", help=".csv, .tsv, .json, .jsonl, .parquet, or a folder of pictures with captions")
+    many.add_argument("--output", type=Path, help="the same with a score column: .csv, .tsv, .json, .jsonl, .parquet")
+    many.add_argument("--prompt-column", help="default: text, prompt or caption")
+    many.add_argument("--image-column", help="default: image, image_path, file_name, path or file")
+    many.add_argument("--score-column", default="score", help="what the new column is called")
+    many.add_argument(
+        "--on-error", default="stop", choices=("stop", "skip"), help="skip: no score, and a column error that says why"
+    )
+    many.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
+    many.add_argument("--workers", type=int, help="threads that read pictures; by default one a core")
+    many.add_argument(
+        "--distributed", action="store_true", help="share the rows with the other processes of a TPU pod or Slurm job"
+    )
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="with --distributed elsewhere: address of process 0,")
+    many.add_argument("--num-processes", type=int, help="how many processes there are,")
+    many.add_argument("--process-id", type=int, help="and which one this is, from 0")
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    return args
+
+
+def _check(parser, args):
+    if args.input is None:
+        if args.output is not None:
+            parser.error("--output needs --input, the rows to score")
+        if not args.images or args.prompt is None:
+            parser.error("give --prompt and pictures, or --input and --output")
+    else:
+        if args.images:
+            parser.error(f"pictures are named by --input {args.input}; {args.images[0]} is one too many")
+        if args.output is None:
+            parser.error("--input needs --output, the file to write")
+        if args.json:
+            parser.error("--json is for pictures on the command line; name an --output that ends in .json")
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers {args.workers} should be at least 1")
+    if not args.distributed and any(x is not None for x in (args.coordinator, args.num_processes, args.process_id)):
+        parser.error("--coordinator, --num-processes and --process-id need --distributed")
 
 
 def score_files(args):
@@ -28,6 +78,43 @@ def score_files(args):
     return [{"image": image, "score": score, "rank": rank} for image, score, rank in zip(args.images, rewards, ranks)]
 
 
+def score_many(args):
+    """Scores the rows of --input into --output; see `scoring.run.score_table`."""
+    from imagereward_jax.scoring.run import score_table
+    from imagereward_jax.scoring.scorers import open_scorer
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} should be at least 1")
+    return score_table(
+        args.input,
+        args.output,
+        lambda: open_scorer(args.model, tokenizer=args.tokenizer, dtype=args.dtype, batch_size=args.batch_size),
+        settings={"model": args.model, "dtype": args.dtype},
+        batch_size=args.batch_size,
+        workers=args.workers,
+        skip_errors=args.on_error == "skip",
+        overwrite=args.overwrite,
+        score_column=args.score_column,
+        process=_process(args),
+        prompt=args.prompt,
+        prompt_column=args.prompt_column,
+        image_column=args.image_column,
+    )
+
+
+def _process(args):
+    """(number of this process, count of processes)."""
+    if not args.distributed:
+        return 0, 1
+    import jax
+
+    try:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"--distributed: {str(error).splitlines()[0]}") from error
+    return jax.process_index(), jax.process_count()
+
+
 def as_table(rows):
     """The rows as text, best first."""
     lines = [f"{'rank':>4}  {'score':>8}  image"]
@@ -36,13 +123,36 @@ def as_table(rows):
     return "\n".join(lines)
 
 
+def _report(args, outcome):
+    """What became of the rows, on stderr."""
+    earlier = f", {outcome.resumed} of them by an earlier run" if outcome.resumed else ""
+    print(f"{args.output}: {outcome.rows} rows{earlier}", file=sys.stderr)
+    if outcome.errors:
+        print(f"{len(outcome.errors)} pictures could not be scored:", file=sys.stderr)
+        for text in list(outcome.errors.values())[:10]:
+            print(f"  {text}", file=sys.stderr)
+        if len(outcome.errors) > 10:
+            print(f"  and {len(outcome.errors) - 10} more, in the column error", file=sys.stderr)
+
+
 def main(argv=None):
+    from imagereward_jax.scoring.stream import ScoringError
+
     args = parse_args(argv)
     try:
+        if args.input is not None:
+            _report(args, score_many(args))
+            return 0
         rows = score_files(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ScoringError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; with --input the same command goes on from here", file=sys.stderr)
+        return 130
     if args.json:
         print(json.dumps({"model": args.model, "prompt": args.prompt, "images": rows}, indent=2, ensure_ascii=False))
     else:

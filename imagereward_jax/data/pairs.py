@@ -50,7 +50,7 @@ def load_pairs(
         return ShapesPairs(captions=shapes_captions(source), image_size=image_size, **options)
     if shapes is not None:
         raise ValueError(f"shapes options are for shapes:train and shapes:held_out alone; the source is {source!r}")
-    table = _read(source, split)
+    table = read_pairs_table(source, split)
     image_column = pick_column(table, image_column, IMAGE_COLUMNS, "image_column=")
     text_column = pick_column(table, text_column, PROMPT_COLUMNS, "text_column=")
     prompts = check_texts(table, column_values(table, text_column), f"caption in column {text_column!r}")
@@ -90,7 +90,8 @@ class Pairs:
         return pictures.find_picture(self.table.rows[index][self.image_column], self.table.folder, where)
 
 
-def _read(source, split):
+def read_pairs_table(source, split="train"):
+    """The rows behind `load_pairs`: those of a table, or of a folder of pictures with their captions."""
     folder = Path(source).expanduser()
     if not folder.is_dir() or any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return read_table(source, split)

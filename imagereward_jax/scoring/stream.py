@@ -21,6 +21,10 @@ class Item(NamedTuple):
     where: str
 
 
+class Unusable(str):
+    """In place of an image: why there is none."""
+
+
 class Scored(NamedTuple):
     """What became of a chunk: `scores` [n] floats, None for a picture that could not be used; `errors` {index: why}."""
 
@@ -84,6 +88,8 @@ def score_items(scorer, items, *, workers=None, progress=None):
 
 
 def _prepare(scorer, item):
+    if isinstance(item.image, Unusable):
+        raise ImageError(item.image)
     image = _decode(item) if isinstance(item.image, bytes) else item.image
     try:
         return scorer.prepare(image, item.where)

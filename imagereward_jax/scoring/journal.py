@@ -1,0 +1,112 @@
+"""What a run over many rows has done so far, so that one that was killed goes on where it was.
+
+OUTPUT.parts/ holds settings.json (what the run is) and a file for each process, one line for each chunk of rows that
+is finished. A chunk counts once its line ends in a newline; the beginning of a line that a kill cut short is removed.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from imagereward_jax.data.errors import DataError
+from imagereward_jax.training.files import write_text
+
+SETTINGS = "settings.json"
+
+
+class Journal:
+    """The journal of one output, opened for one process.
+
+    Args:
+        output: the file that the run makes; the journal is the folder OUTPUT.parts beside it.
+        settings: dict of what must not change between runs.
+        process: the number of this process.
+
+    Raises:
+        DataError: another process of this number is at work, the journal is of another run, or it is damaged.
+    """
+
+    def __init__(self, output, settings, process=0):
+        self.folder = parts_folder(output)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_settings(settings)
+        path = self.folder / f"{process:05d}.jsonl"
+        self._file = open(path, "a+b")  # noqa: SIM115 (held, and with it the lock, until `close`)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise DataError(
+                f"{path}: another process is writing this; wait for it, or choose another output"
+            ) from error
+        _remove_cut_line(self._file)
+
+    def _check_settings(self, settings):
+        path = self.folder / SETTINGS
+        if not path.exists():
+            write_text(path, json.dumps(settings, indent=2) + "\n")
+            return
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: broken JSON ({error}); delete {self.folder} to start anew") from error
+        changed = [f"{name}: {there.get(name)!r} there, {value!r} now" for name, value in settings.items()
+                   if there.get(name) != value]  # fmt: skip
+        if changed:
+            raise DataError(
+                f"{self.folder} is of another run ({'; '.join(changed)}); repeat that run's command to finish it, or "
+                "delete the folder to start anew"
+            )
+
+    def done(self):
+        """{chunk number: {"scores", "errors"}} of all processes.
+
+        Raises:
+            DataError: a line is damaged.
+        """
+        chunks = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            lines = path.read_bytes().split(b"\n")[:-1]
+            for number, line in enumerate(lines, 1):
+                try:
+                    entry = json.loads(line)
+                    chunks.setdefault(entry.pop("chunk"), entry)
+                except (ValueError, KeyError, AttributeError) as error:
+                    raise DataError(
+                        f"{path}, line {number}: damaged; delete this line to score its rows again"
+                    ) from error
+        return chunks
+
+    def add(self, chunk, scores, errors):
+        """Records a finished chunk: `scores` with None for a picture that was skipped, `errors` {row in it: why}."""
+        entry = {"chunk": chunk, "scores": scores, "errors": {str(index): text for index, text in errors.items()}}
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self):
+        """Lets go of the lock."""
+        self._file.close()
+
+    def remove(self):
+        """Deletes the journal of a finished run: at once by its name, so that no half of it is taken for a journal."""
+        self.close()
+        done = self.folder.with_name(f".{self.folder.name}.done")
+        shutil.rmtree(done, ignore_errors=True)
+        os.replace(self.folder, done)
+        shutil.rmtree(done, ignore_errors=True)
+
+
+def parts_folder(output):
+    """Where the journal of an output file is."""
+    return Path(output).with_name(f"{Path(output).name}.parts")
+
+
+def _remove_cut_line(file):
+    file.seek(0)
+    data = file.read()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        file.truncate(whole)

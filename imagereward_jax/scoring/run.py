@@ -1,0 +1,125 @@
+"""Scores the rows of a file, on every device of every process, from wherever the last run was ended."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from imagereward_jax.scoring.journal import Journal, parts_folder
+from imagereward_jax.scoring.rows import check_output, read_rows, write_rows
+from imagereward_jax.scoring.stream import score_chunks
+
+
+class Outcome(NamedTuple):
+    """How a run ended: number of rows, how many were there from an earlier run, and {row: why} it was skipped."""
+
+    rows: int
+    resumed: int
+    errors: dict
+
+
+def score_table(
+    source,
+    output,
+    open_scorer,
+    *,
+    settings,
+    batch_size=16,
+    workers=None,
+    skip_errors=False,
+    overwrite=False,
+    score_column="score",
+    process=(0, 1),
+    **columns,
+):
+    """Reads rows, scores those that no earlier run has, and writes them all with their scores.
+
+    Rows are cut into chunks of `batch_size`, always the same; chunk c belongs to process c mod the count of them. So
+    the same programs see the same batches, whenever a run is ended and begun again, and the scores are equal to the
+    last bit.
+
+    Args:
+        source, columns: see `read_rows`.
+        output: .csv, .tsv, .json, .jsonl or .parquet.
+        open_scorer: called without arguments once there is something to score.
+        settings: dict of what else must not change between runs (the model, its dtype).
+        skip_errors: leave the score of a picture that cannot be used empty, and say why in a column "error".
+        process: (number of this process, count of processes), which share the folder of `output`.
+
+    Returns:
+        `Outcome`; complete only in process 0, which writes the output.
+
+    Raises:
+        DataError, OSError: input or output cannot be used; ImageError: a picture cannot, unless `skip_errors`.
+    """
+    rows = read_rows(source, skip_errors=skip_errors, **columns)
+    added = [score_column, "error"][: 1 + skip_errors]
+    check_output(output, rows.table, added, overwrite or parts_folder(output).is_dir())
+    index, count = process
+    settings = {**settings, "rows": rows.digest(), "batch_size": batch_size, "on_error": _choice(skip_errors)}
+    journal = _open_journal(output, settings, index, count)
+    try:
+        done = journal.done()
+        chunks = [rows.items[start : start + batch_size] for start in range(0, len(rows.items), batch_size)]
+        resumed = sum(len(chunks[c]) for c in done if c < len(chunks))
+        mine = [c for c in range(index, len(chunks), count)]
+        _score_missing(journal, chunks, mine, done, open_scorer, workers, skip_errors, Path(output).name)
+        _together("scored", count)
+        if index != 0:
+            return Outcome(len(rows.items), resumed, {})
+        scores, errors = _collect(journal.done(), chunks, batch_size)
+        columns = {score_column: scores} | (
+            {"error": [errors.get(i) for i in range(len(scores))]} if skip_errors else {}
+        )
+        write_rows(output, rows.table, columns)
+        journal.remove()
+        return Outcome(len(scores), resumed, errors)
+    finally:
+        journal.close()
+
+
+def _open_journal(output, settings, index, count):
+    """Process 0 makes the folder, the others find it there."""
+    journal = Journal(output, settings) if index == 0 else None
+    _together("opened", count)
+    return Journal(output, settings, index) if journal is None else journal
+
+
+def _choice(skip_errors):
+    return "skip" if skip_errors else "stop"
+
+
+def _together(name, count):
+    """Waits until every process is here."""
+    if count > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"imagereward_jax score {name}")
+
+
+def _score_missing(journal, chunks, mine, done, open_scorer, workers, skip_errors, title):
+    """Scores and records the chunks of this process that are not done."""
+    from tqdm import tqdm
+
+    missing = [c for c in mine if c not in done]
+    if not missing:
+        return
+    scorer = open_scorer()
+    total = sum(len(chunks[c]) for c in mine)
+    initial = total - sum(len(chunks[c]) for c in missing)
+    with tqdm(total=total, initial=initial, unit="image", desc=title, file=sys.stderr, smoothing=0.1) as bar:
+        results = score_chunks(scorer, (chunks[c] for c in missing), workers=workers, skip_errors=skip_errors)
+        for chunk, scored in zip(missing, results):
+            journal.add(chunk, scored.scores, scored.errors)
+            bar.update(len(scored.scores))
+
+
+def _collect(done, chunks, batch_size):
+    """All scores in the order of the rows, and {row: why} of the skipped ones."""
+    scores, errors = [], {}
+    for c, chunk in enumerate(chunks):
+        entry = done[c]
+        if len(entry["scores"]) != len(chunk):
+            raise RuntimeError(f"chunk {c} of the journal has {len(entry['scores'])} scores for {len(chunk)} rows")
+        scores += entry["scores"]
+        errors |= {c * batch_size + int(index): text for index, text in entry["errors"].items()}
+    return scores, errors

@@ -1,0 +1,277 @@
+"""`score --input --output`: every format, bad pictures, kills, two processes; beside the scorer's own `score`."""
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagereward_jax import score
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+PROMPTS = ("a red cat", 'a "blue", dog', "the ocean on a cube 猫")
+
+
+def write_pictures(folder, count):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray((rng.random((3, 3, 3)) * 255).astype(np.uint8))
+        coarse.resize((40 + i % 3, 44), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """rows.csv of ten rows over six pictures, one prompt for several rows."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder / "pictures", 6)
+    rows = [{"id": f"{i:03}", "image": f"pictures/{i % 6}.png", "prompt": PROMPTS[i % 3]} for i in range(10)]
+    write_csv(folder / "rows.csv", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(data, tiny_reward):
+    rows = read_csv(data / "rows.csv")
+    return tiny_reward.score([row["prompt"] for row in rows], [data / row["image"] for row in rows])
+
+
+@pytest.fixture
+def loaded(tiny_reward, monkeypatch):
+    """Lets the command use the tests' own scorer, which is compiled already."""
+    monkeypatch.setattr("imagereward_jax.scoring.scorers.open_scorer", lambda *_, **__: tiny_reward)
+
+
+def run(*arguments):
+    return score.main([str(argument) for argument in (*arguments, "--batch-size", 4)])
+
+
+def read_any(path):
+    if path.suffix == ".parquet":
+        return parquet.read_table(path).to_pylist()
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_csv(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_a_table_comes_out_with_its_scores(suffix, data, expected, loaded, tmp_path):
+    """The rows as they were, in their order, and the scores of `score` to 1e-6."""
+    output = tmp_path / f"scored{suffix}"
+    assert run("--input", data / "rows.csv", "--output", output) == 0
+    found = read_any(output)
+    given = read_csv(data / "rows.csv")
+    assert [{name: row[name] for name in given[0]} for row in found] == given
+    assert list(found[0]) == ["id", "image", "prompt", "score"]
+    np.testing.assert_allclose([float(row["score"]) for row in found], expected, atol=1e-6)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_parquet_with_encoded_pictures_keeps_its_types(data, expected, loaded, tmp_path):
+    """Columns renamed and chosen by flags; pictures as bytes; other columns and their types untouched."""
+    rows = read_csv(data / "rows.csv")
+    table = pyarrow.table(
+        {
+            "caption_en": [row["prompt"] for row in rows],
+            "picture": [(data / row["image"]).read_bytes() for row in rows],
+            "seed": pyarrow.array(range(10), pyarrow.int16()),
+        }
+    )
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    flags = ["--prompt-column", "caption_en", "--image-column", "picture", "--score-column", "reward"]
+    assert run("--input", tmp_path / "rows.parquet", "--output", tmp_path / "out.parquet", *flags) == 0
+    found = parquet.read_table(tmp_path / "out.parquet")
+    assert found.drop_columns("reward").equals(table)
+    np.testing.assert_allclose(found["reward"].to_pylist(), expected, atol=1e-6)
+    assert run("--input", tmp_path / "rows.parquet", "--output", tmp_path / "out.csv", *flags) == 2  # bytes in a CSV
+
+
+def test_folders_with_captions_and_with_one_prompt_for_all(data, tiny_reward, loaded, tmp_path):
+    write_pictures(tmp_path / "pictures", 5)
+    assert run("--input", tmp_path / "pictures", "--prompt", "a red cat", "--output", tmp_path / "one.csv") == 0
+    rows = read_csv(tmp_path / "one.csv")
+    assert [row["image"] for row in rows] == [f"{i}.png" for i in range(5)]
+    paths = [tmp_path / "pictures" / row["image"] for row in rows]
+    np.testing.assert_allclose([float(r["score"]) for r in rows], tiny_reward.score("a red cat", paths), atol=1e-6)
+    for i in range(5):
+        (tmp_path / f"pictures/{i}.txt").write_text(PROMPTS[i % 3], encoding="utf-8")
+    assert run("--input", tmp_path / "pictures", "--output", tmp_path / "own.jsonl") == 0
+    rows = read_any(tmp_path / "own.jsonl")
+    scores = tiny_reward.score([PROMPTS[i % 3] for i in range(5)], paths)
+    np.testing.assert_allclose([row["score"] for row in rows], scores, atol=1e-6)
+
+
+@pytest.fixture
+def damaged(data, tmp_path):
+    """The rows with a missing, a broken and an empty picture among the good ones."""
+    rows = read_csv(data / "rows.csv")
+    for row in rows:
+        row["image"] = str(data / row["image"])
+    (tmp_path / "cut.png").write_bytes((data / "pictures/0.png").read_bytes()[:200])
+    (tmp_path / "text.png").write_text("no picture")
+    for i, name in ((1, "gone.png"), (4, "cut.png"), (5, "text.png")):
+        rows[i]["image"] = str(tmp_path / name)
+    write_csv(tmp_path / "damaged.csv", rows)
+    return tmp_path / "damaged.csv"
+
+
+def test_bad_pictures_are_skipped_and_reported(damaged, expected, loaded, tmp_path, capsys):
+    """The other scores are as ever; the bad rows have none, and say why."""
+    assert run("--input", damaged, "--output", tmp_path / "out.csv", "--on-error", "skip") == 0
+    rows = read_csv(tmp_path / "out.csv")
+    for i, row in enumerate(rows):
+        if i in (1, 4, 5):
+            assert row["score"] == "" and row["error"].startswith(f"{damaged}, line {i + 2}")
+        else:
+            assert row["error"] == "" and float(row["score"]) == pytest.approx(expected[i], abs=1e-6)
+    assert "gone.png" in rows[1]["error"] and "cut.png" in rows[4]["error"] and "text.png" in rows[5]["error"]
+    assert "3 pictures could not be scored" in capsys.readouterr().err
+
+
+def test_a_bad_picture_stops_the_run_and_it_goes_on_once_mended(damaged, data, expected, loaded, tmp_path, capsys):
+    assert run("--input", damaged, "--output", tmp_path / "out.csv") == 2
+    assert "gone.png: no such picture" in capsys.readouterr().err and not (tmp_path / "out.csv").exists()
+    (tmp_path / "gone.png").write_bytes((data / "pictures/1.png").read_bytes())
+    assert run("--input", damaged, "--output", tmp_path / "out.csv") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"damaged.csv, line 6: .*cut.png", error) and not (tmp_path / "out.csv").exists()
+    for i, name in ((4, "cut.png"), (5, "text.png")):
+        (tmp_path / name).write_bytes((data / f"pictures/{i}.png").read_bytes())
+    assert run("--input", damaged, "--output", tmp_path / "out.csv") == 0
+    found = [float(row["score"]) for row in read_csv(tmp_path / "out.csv")]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+BAD = {
+    "output that is there": (["--output", "{d}/rows.csv"], "exists already"),
+    "output of an unknown kind": (["--output", "{t}/out.xlsx"], "expected one of .csv"),
+    "output in no folder": (["--output", "{t}/no/out.csv"], "does not exist"),
+    "misspelt column": (["--output", "{t}/o.csv", "--image-column", "imgae"], "did you mean 'image'"),
+    "score column taken": (["--output", "{t}/o.csv", "--score-column", "id"], "--score-column"),
+    "two prompts": (["--output", "{t}/o.csv", "--prompt", "a", "--prompt-column", "prompt"], "--prompt is for all"),
+    "batch of none": (["--output", "{t}/o.csv", "--batch-size", "0"], "--batch-size 0"),
+    "no --output": ([], "--input needs --output"),
+    "pictures too": (["--output", "{t}/o.csv", "a.png"], "one too many"),
+    "JSON too": (["--output", "{t}/o.csv", "--json"], "--json is for pictures"),
+    "rank without --distributed": (["--output", "{t}/o.csv", "--process-id", "1"], "need --distributed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, data, tmp_path, capsys):
+    arguments, message = BAD[case]
+    filled = [argument.format(d=data, t=tmp_path) for argument in arguments]
+    try:
+        status = score.main(["--model", "random", "--input", str(data / "rows.csv"), *filled])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert re.search(message, capsys.readouterr().err) and list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_of_another_run_is_not_continued(damaged, data, loaded, tmp_path, capsys):
+    for name in ("gone.png", "text.png"):
+        (tmp_path / name).write_bytes((data / "pictures/1.png").read_bytes())
+    arguments = ["--input", damaged, "--output", tmp_path / "out.csv"]
+    assert run(*arguments) == 2  # cut.png
+    capsys.readouterr()
+    assert run(*arguments, "--model", "other") == 2
+    assert re.search("another run .model: 'ImageReward-v1.0' there, 'other' now", capsys.readouterr().err)
+
+
+def command(rows, output, model, *more):
+    arguments = ["--input", rows, "--output", output, "--model", model, "--batch-size", 4, "--workers", 2, *more]
+    return [sys.executable, "-m", "imagereward_jax.score", *map(str, arguments)]
+
+
+def finished_chunks(output):
+    """The numbers of the chunks in the journal; [] where there is none."""
+    journals = sorted(output.with_name(f"{output.name}.parts").glob("*.jsonl"))
+    lines = [line for path in journals for line in path.read_bytes().split(b"\n")[:-1]]
+    return [json.loads(line)["chunk"] for line in lines]
+
+
+def killed_and_restarted(rows, output, model, chunks, kills=3):
+    """Runs the command, kills it -9 whenever another share of the chunks is done, and lets the last run finish."""
+    before = []
+    for kill in range(kills):
+        process = subprocess.Popen(command(rows, output, model), stderr=subprocess.DEVNULL)
+        target = (kill + 1) * chunks // (kills + 2)
+        while process.poll() is None and len(finished_chunks(output)) < target:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        done = finished_chunks(output)
+        assert len(set(done)) == len(done) and done[: len(before)] == before, "a chunk was scored twice, or lost"
+        assert len(done) >= target and not output.exists()
+        before = done
+        with open(output.with_name(f"{output.name}.parts") / "00000.jsonl", "ab") as journal:
+            journal.write(b'{"chunk": 1, "sco')  # as a kill in the middle of a write leaves it
+    last = subprocess.run(command(rows, output, model), capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert re.search(rf"{4 * len(before)} of them by an earlier run", last.stderr)
+
+
+def check_kills(folder, model, count):
+    write_pictures(folder / "pictures", 6)
+    rows = [{"image": f"pictures/{i % 6}.png", "prompt": f"{PROMPTS[i % 3]} {i}"} for i in range(count)]
+    write_csv(folder / "rows.csv", rows)
+    killed_and_restarted(folder / "rows.csv", folder / "killed.csv", model, -(-count // 4))
+    assert run("--input", folder / "rows.csv", "--output", folder / "clean.csv") == 0
+    assert (folder / "killed.csv").read_bytes() == (folder / "clean.csv").read_bytes()
+    found = read_csv(folder / "clean.csv")
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
+    assert len({row["score"] for row in found}) > count // 2
+
+
+def test_killed_three_times_the_output_is_that_of_a_clean_run(tiny_reward_folder, loaded, tmp_path):
+    """402 rows, kill -9 three times: byte for byte the same file, no chunk scored twice, none lost."""
+    check_kills(tmp_path, tiny_reward_folder, 402)
+
+
+@pytest.mark.slow
+def test_killed_three_times_over_2000_rows(tiny_reward_folder, loaded, tmp_path):
+    check_kills(tmp_path, tiny_reward_folder, 2000)
+
+
+def test_two_processes_share_the_rows(data, tiny_reward_folder, expected, tmp_path):
+    """Each scores its half of the chunks; process 0 writes what one process would, to the last bit of the scores."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for i in range(2):
+        flags = ["--distributed", "--coordinator", f"localhost:{port}", "--num-processes", 2, "--process-id", i]
+        line = command(data / "rows.csv", tmp_path / "out.csv", tiny_reward_folder, *flags)
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        processes.append(subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment))
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert "8/8" not in errors[1] and "4/4" in errors[1], "process 1 has one of the three chunks"
+    found = [float(row["score"]) for row in read_csv(tmp_path / "out.csv")]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.csv"]
