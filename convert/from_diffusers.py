@@ -38,6 +38,7 @@ def convert(source, out, *, variant, dtype, overwrite):
         (read_component(folder, name, variant=variant, dtype=dtype) for name in names),
         scheduler_config=diffusers.load_scheduler_config(folder),
         tokenizers=diffusers.tokenizers_of(folder),
+        index_fields=diffusers.load_index_fields(folder),
         overwrite=overwrite,
     )
 

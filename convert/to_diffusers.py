@@ -2,8 +2,8 @@
 
     python convert/to_diffusers.py CHECKPOINT OUT
 
-OUT is opened by `diffusers.StableDiffusionPipeline.from_pretrained` and by every command of this package. One network
-at a time is in memory. (A training run writes such a folder itself: WORKDIR/export.)
+OUT is opened by diffusers (`StableDiffusionPipeline`, `StableDiffusionXLPipeline`) and by every command of this
+package. One network at a time is in memory. (A training run writes such a folder itself: WORKDIR/export.)
 """
 
 import argparse
@@ -35,6 +35,7 @@ def convert(checkpoint, out, *, dtype, overwrite):
         (read_component(checkpoint, name, config, dtype=dtype) for name, config in manifest["components"].items()),
         scheduler_config=manifest["scheduler"],
         tokenizers={name: checkpoint / name for name in manifest["tokenizers"]},
+        index_fields=manifest.get("index_fields"),
         overwrite=overwrite,
     )
 

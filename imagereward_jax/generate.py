@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
     parser.add_argument("--negative-prompt", default="", help="what to stay away from")
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="1: none, faster by half")
-    parser.add_argument("--sampler", default="ddim", help="ddim, ddpm, euler or dpmpp_2m")
+    parser.add_argument("--sampler", default="ddim", help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
     parser.add_argument("--height", type=int, help="pixels; by default what the model was trained on")

@@ -58,6 +58,11 @@ def make(folder, scheduler=SCHEDULER):
     """(pipeline, params): random weights of unit gain. The tokenizer's files are written into `folder`."""
     vocab_size = write_clip_tokenizer(folder)
     pipeline = StableDiffusion1.from_configs(UNET, VAE, text_encoder(vocab_size), scheduler, folder)
+    return pipeline, random_params(pipeline)
+
+
+def random_params(pipeline):
+    """Weights of unit gain for any pipeline; norms and biases are random too."""
     rng = np.random.default_rng(0)
 
     def random(path, leaf):
@@ -66,7 +71,7 @@ def make(folder, scheduler=SCHEDULER):
             return 1 + np.float32(0.2) * noise
         return noise * np.float32(0.1 if len(leaf.shape) == 1 else np.prod(leaf.shape[:-1]) ** -0.5)
 
-    return pipeline, jax.tree_util.tree_map_with_path(random, pipeline.abstract_params())
+    return jax.tree_util.tree_map_with_path(random, pipeline.abstract_params())
 
 
 @contextlib.contextmanager

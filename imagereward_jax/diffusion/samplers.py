@@ -1,4 +1,4 @@
-"""Samplers: DDPM, DDIM, Euler and DPM-Solver++ (2M), each as diffusers' scheduler of that name computes it.
+"""Samplers: DDPM, DDIM, Euler, Euler ancestral and DPM-Solver++ (2M), each as diffusers' scheduler of it computes it.
 
 Every one of them takes the same linear step: the next latents are a weighted sum of the latents, the predicted clean
 latents, the predicted noise, the clean latents predicted one step earlier, and fresh noise. A sampler is therefore a
@@ -44,6 +44,7 @@ DEFAULTS = {
     "euler": _SPACED
     | _SIGMAS
     | {"interpolation_type": "linear", "timestep_type": "discrete", "sigma_min": None, "sigma_max": None},
+    "euler_ancestral": _SPACED | {"timestep_spacing": "linspace"},
     "dpmpp_2m": _SPACED
     | _SIGMAS
     | {
@@ -187,7 +188,7 @@ def make_sampler(name, scheduler_config, num_steps, eta=0.0):
     (`DDIMScheduler.from_config(pndm_config)` does the same).
 
     Args:
-        name: "ddpm", "ddim", "euler" or "dpmpp_2m".
+        name: "ddpm", "ddim", "euler", "euler_ancestral" or "dpmpp_2m".
         scheduler_config: the content of scheduler_config.json.
         num_steps: how many times the network is called.
         eta: for DDIM, from 0 (deterministic) to 1 (as noisy as DDPM).
@@ -316,27 +317,46 @@ def _close(sigmas, config, training):
 def _euler(config, num_steps, _):
     """Euler's method in sigma (Karras et al., arXiv 2206.00364, algorithm 2 without churn)."""
     training = _training_sigmas(config)
-    if config["timestep_spacing"] == "linspace":
-        timesteps = np.linspace(0, len(training) - 1, num_steps, dtype=np.float32)[::-1]
-    else:
-        timesteps = _integer_timesteps(config, num_steps)
+    timesteps = _euler_timesteps(config, num_steps)
     sigmas = np.interp(timesteps, np.arange(len(training)), training)
     if config["use_karras_sigmas"]:
         sigmas = _karras(sigmas[0], sigmas[-1], num_steps)
         timesteps = _timesteps_of(sigmas, training)
     sigmas = _close(sigmas, config, training)
     ratio = sigmas[1:] / sigmas[:-1]
-    alpha = 1 / np.sqrt(sigmas[:-1] ** 2 + 1)
+    return _make({"latents": ratio, "original": 1 - ratio}, **_sigma_fields(config, timesteps, sigmas[:-1]))
+
+
+def _euler_ancestral(config, num_steps, _):
+    """Euler's method to less noise than the next step has, and fresh noise up to it (as k-diffusion has it)."""
+    training = _training_sigmas(config)
+    timesteps = _euler_timesteps(config, num_steps)
+    sigmas = np.append(np.interp(timesteps, np.arange(len(training)), training), 0.0)
+    here, there = sigmas[:-1], sigmas[1:]
+    ratio = there**2 / here**2  # the noise that is left, there**2 / here, over that before
+    weights = {"latents": ratio, "original": 1 - ratio, "random": there * np.sqrt(1 - ratio)}
+    return _make(weights, **_sigma_fields(config, timesteps, here))
+
+
+def _euler_timesteps(config, num_steps):
+    """Timesteps of both of Euler's samplers, falling; with "linspace" they lie between those of training."""
+    if config["timestep_spacing"] == "linspace":
+        return np.linspace(0, config["num_train_timesteps"] - 1, num_steps, dtype=np.float32)[::-1]
+    return _integer_timesteps(config, num_steps)
+
+
+def _sigma_fields(config, timesteps, sigmas):
+    """What both of Euler's samplers share: latents that are x_0 + sigma * noise."""
+    alpha = 1 / np.sqrt(sigmas**2 + 1)
     largest = sigmas.max()
-    return _make(
-        {"latents": ratio, "original": 1 - ratio},
-        timesteps=np.asarray(timesteps, np.float32),
-        init_noise_sigma=float(np.sqrt(largest**2 + 1) if config["timestep_spacing"] == "leading" else largest),
-        input_scale=alpha,
-        alpha=alpha,
-        sigma=sigmas[:-1] * alpha,
-        prediction_type=config["prediction_type"],
-    )
+    return {
+        "timesteps": np.asarray(timesteps, np.float32),
+        "init_noise_sigma": float(np.sqrt(largest**2 + 1) if config["timestep_spacing"] == "leading" else largest),
+        "input_scale": alpha,
+        "alpha": alpha,
+        "sigma": sigmas * alpha,
+        "prediction_type": config["prediction_type"],
+    }
 
 
 def _dpmpp_timesteps(config, num_steps, training):
@@ -391,5 +411,11 @@ def _second_order(config, log_ratio, final_sigma):
     return weight
 
 
-_BUILDERS = {"ddpm": _ddpm, "ddim": _ddim, "euler": _euler, "dpmpp_2m": _dpmpp_2m}
+_BUILDERS = {
+    "ddpm": _ddpm,
+    "ddim": _ddim,
+    "euler": _euler,
+    "euler_ancestral": _euler_ancestral,
+    "dpmpp_2m": _dpmpp_2m,
+}
 SAMPLERS = tuple(_BUILDERS)

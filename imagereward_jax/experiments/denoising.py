@@ -1,6 +1,6 @@
 """Training a text-to-image model on image-text pairs by the denoising loss."""
 
-from imagereward_jax.experiments.parts import SampleEvaluation, cast_host, open_pipeline, open_reward, pair_stream
+from imagereward_jax.experiments.parts import SampleEvaluation, cast_frozen, open_pipeline, open_reward, pair_stream
 from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.training.loop import Experiment
 from imagereward_jax.training.step import Phase
@@ -14,7 +14,7 @@ def build(config, mesh):
         reward = open_reward(config)
     names = ("unet", "text_encoder") if config.method.train_text_encoder else ("unet",)
     original = {name: value for name, value in params.items() if name not in names}
-    frozen = cast_host({**original, **({"reward": reward.params} if reward else {})}, config.dtype)
+    frozen = cast_frozen(config, pipeline, {**original, **({"reward": reward.params} if reward else {})})
     loss = make_denoising_loss(pipeline)
 
     def loss_on_pairs(trainable, frozen, batches, key):

@@ -18,7 +18,12 @@ from imagereward_jax.training.sheets import contact_sheet, to_uint8
 def open_pipeline(config):
     """(pipeline, params) of `config.model`."""
     model = config.model
-    return load_pipeline(model.path, dtype=config.dtype, remat=model.remat, variant=model.variant)
+    return load_pipeline(
+        model.path,
+        variant=model.variant,
+        dtype=config.dtype,
+        remat=model.remat,
+    )
 
 
 def open_reward(config):
@@ -76,6 +81,13 @@ def cast_host(tree, dtype):
     return jax.tree.map(convert, tree)
 
 
+def cast_frozen(config, pipeline, frozen):
+    """The frozen networks on the host in the compute dtype, the VAE in its own."""
+    return {
+        name: cast_host(part, pipeline.vae_dtype if name == "vae" else config.dtype) for name, part in frozen.items()
+    }
+
+
 def load_pairs_of(config):
     """The image-text pairs that `config.data` names."""
     data = config.data
@@ -131,7 +143,7 @@ class SampleEvaluation:
         images = self.pipeline.sample(
             params,
             batch["input_ids"],
-            batch["negative_ids"] if self.config.guidance_scale != 1.0 else None,
+            batch["negative_ids"] if self.config.guidance_scale > 1.0 else None,
             jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys),
             sampler=self.sampler,
             guidance_scale=self.config.guidance_scale,

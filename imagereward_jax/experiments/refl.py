@@ -6,7 +6,7 @@ from imagereward_jax.data.prompts import load_prompts
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.experiments.parts import (
     SampleEvaluation,
-    cast_host,
+    cast_frozen,
     open_pipeline,
     open_reward,
     pair_stream,
@@ -26,7 +26,7 @@ def build(config, mesh):
     reward = open_reward(config)
     sampler = make_sampler(method.sampler, pipeline.scheduler_config, method.num_steps)
     original = {name: value for name, value in params.items() if name != "unet"}
-    frozen = cast_host({**original, "reward": reward.params}, config.dtype)
+    frozen = cast_frozen(config, pipeline, {**original, "reward": reward.params})
     streams = {"prompts": stream(config, prompts, lambda batch: prompt_batch(pipeline, reward, method, batch))}
     if method.pretrain != "off":
         streams["pairs"] = pair_stream(config, pipeline)

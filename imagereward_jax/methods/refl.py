@@ -52,15 +52,15 @@ def make_refl_loss(pipeline, reward, sampler, config):
         config: `config.method`.
 
     Returns:
-        (trainable, frozen, batch, key) -> (loss, metrics). batch: "input_ids" [B, L] and "negative_ids" [B, L] for the
-        text encoder, "reward" the reward's tokens. frozen holds "reward" beside the pipeline's frozen networks.
+        (trainable, frozen, batch, key) -> (loss, metrics). batch: "input_ids" and "negative_ids" from the pipeline's
+        `tokenize`, "reward" the reward's tokens. frozen holds "reward" beside the pipeline's frozen networks.
     """
     latent_shape = pipeline.latent_shape(config.height, config.width)
 
     def loss(trainable, frozen, batch, key):
         params = {**frozen, **trainable}
         cond = pipeline.encode_prompts(params, batch["input_ids"])
-        guided = config.guidance_scale != 1.0
+        guided = config.guidance_scale > 1.0
         negative = pipeline.encode_prompts(params, batch["negative_ids"]) if guided else None
         stop_key, image_key = jax.random.split(key)
         stop = draw_stop(stop_key, batch["input_ids"].shape[0], config.stop_min, config.stop_max)

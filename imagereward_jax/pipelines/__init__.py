@@ -10,7 +10,7 @@ def load_pipeline(name_or_path, *, variant=None, **options):
     Args:
         name_or_path: a diffusers folder, a built-in model, or a name on the hub.
         variant: which weight files, e.g. "fp16".
-        options: `dtype` and `remat`, see `StableDiffusion1.load`.
+        options: `dtype`, `vae_dtype`, `remat` and `prediction_type`, see `TextToImage.load`.
 
     Returns:
         (pipeline, params).
@@ -20,8 +20,14 @@ def load_pipeline(name_or_path, *, variant=None, **options):
         ValueError: the family, or a setting of it, is not implemented.
     """
     from imagereward_jax.pipelines.sd1 import StableDiffusion1
+    from imagereward_jax.pipelines.sdxl import StableDiffusionXL
 
-    families = {"StableDiffusionPipeline": StableDiffusion1, "FlaxStableDiffusionPipeline": StableDiffusion1}
+    families = {
+        "StableDiffusionPipeline": StableDiffusion1,
+        "FlaxStableDiffusionPipeline": StableDiffusion1,
+        "StableDiffusionXLPipeline": StableDiffusionXL,
+        "FlaxStableDiffusionXLPipeline": StableDiffusionXL,
+    }
     folder = diffusers.resolve_pipeline(name_or_path, variant=variant)
     index = folder / diffusers.INDEX
     if not index.is_file():

@@ -108,6 +108,13 @@ def tokenizers_of(folder):
     return {name: Path(folder) / name for name in ("tokenizer", "tokenizer_2") if (Path(folder) / name).is_dir()}
 
 
+def load_index_fields(folder):
+    """What a folder's model_index.json, where there is one, says beside the parts: settings of the XL pipeline."""
+    path = Path(folder) / INDEX
+    index = read_json(path) if path.is_file() else {}
+    return {name: index[name] for name in ("force_zeros_for_empty_prompt",) if name in index}
+
+
 def load_scheduler_config(folder):
     """The content of a folder's scheduler/scheduler_config.json."""
     return read_json(Path(folder) / "scheduler" / "scheduler_config.json")
@@ -130,7 +137,7 @@ def save_component(folder, name, config, tensors, *, overwrite=False):
         write_safetensors(partial / f"{_stem(name, 'safetensors')}.safetensors", tensors)
 
 
-def save_pipeline_index(folder, *, scheduler_config, tokenizers):
+def save_pipeline_index(folder, *, scheduler_config, tokenizers, index_fields=None):
     """Writes what is beside the networks: model_index.json, the scheduler's settings and the tokenizers' files.
 
     Call it last: the networks that `folder` holds by then go into model_index.json.
@@ -138,6 +145,7 @@ def save_pipeline_index(folder, *, scheduler_config, tokenizers):
     Args:
         scheduler_config: the content of scheduler_config.json; its `_class_name` says how diffusers samples.
         tokenizers: folder to copy by name, e.g. {"tokenizer": path}.
+        index_fields: what the pipeline's class takes beside its parts, e.g. {"force_zeros_for_empty_prompt": True}.
 
     Raises:
         ValueError: the scheduler's class is not said. FileNotFoundError: a tokenizer folder is absent.
@@ -155,16 +163,16 @@ def save_pipeline_index(folder, *, scheduler_config, tokenizers):
     if "text_encoder_2" not in parts:
         absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
         index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False} | absent
-    _write_json(folder / INDEX, index | parts)
+    _write_json(folder / INDEX, index | (index_fields or {}) | parts)
 
 
-def save_pipeline(folder, components, *, scheduler_config, tokenizers, overwrite=False):
+def save_pipeline(folder, components, *, scheduler_config, tokenizers, index_fields=None, overwrite=False):
     """Writes a whole diffusers folder, which appears whole or not at all.
 
     Args:
         components: by name, (config, tensors) as `save_component` takes them; may be an iterator of
             (name, (config, tensors)), so that no more than one need be in memory.
-        scheduler_config, tokenizers: as for `save_pipeline_index`.
+        scheduler_config, tokenizers, index_fields: as for `save_pipeline_index`.
 
     Raises:
         FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is no diffusers folder.
@@ -174,7 +182,9 @@ def save_pipeline(folder, components, *, scheduler_config, tokenizers, overwrite
     with new_folder(folder, overwrite=overwrite, marker=INDEX) as partial:
         for name, (config, tensors) in pairs:
             save_component(partial, name, config, tensors)
-        save_pipeline_index(partial, scheduler_config=scheduler_config, tokenizers=tokenizers)
+        save_pipeline_index(
+            partial, scheduler_config=scheduler_config, tokenizers=tokenizers, index_fields=index_fields
+        )
 
 
 def flax_to_torch(tensors):

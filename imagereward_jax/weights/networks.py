@@ -1,5 +1,6 @@
 """Which network reads which component of a pipeline."""
 
+import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import clip, unet, vae
@@ -13,16 +14,37 @@ _NETWORKS = {
 }
 
 
-def abstract_network(name, config):
-    """The network of a component, with shapes instead of arrays.
+def read_settings(name, config):
+    """The config dataclass of a component: "unet", "vae", "text_encoder" or "text_encoder_2".
 
     Args:
-        name: "unet", "vae", "text_encoder" or "text_encoder_2".
         config: the content of its config.json.
 
     Raises:
         ValueError: a setting that is not implemented.
     """
-    config_class, network = _NETWORKS[name]
-    settings = config_class.from_dict(config)
-    return mapping.abstract(lambda: network(settings, rngs=nnx.Rngs(0)))
+    return _NETWORKS[name][0].from_dict(config)
+
+
+def build_network(name, settings, *, rngs, dtype=jnp.float32, remat="none"):
+    """The network of a component with random weights.
+
+    Args:
+        settings: from `read_settings`. rngs: `nnx.Rngs`.
+        dtype: of the arithmetic. remat: see `models.remat`; text encoders, through which no gradient goes, have none.
+    """
+    options = {"remat": remat} if name in ("unet", "vae") else {}
+    return _NETWORKS[name][1](settings, dtype=dtype, rngs=rngs, **options)
+
+
+def abstract_network(name, config):
+    """The network of a component, with shapes instead of arrays.
+
+    Args:
+        name, config: as for `read_settings`.
+
+    Raises:
+        ValueError: a setting that is not implemented.
+    """
+    settings = read_settings(name, config)
+    return mapping.abstract(lambda: build_network(name, settings, rngs=nnx.Rngs(0)))

@@ -25,13 +25,14 @@ FORMAT = "imagereward-jax pipeline 1"
 _CHUNK_BYTES = 4 * 2**20
 
 
-def save_pipeline_checkpoint(folder, components, *, scheduler_config, tokenizers, overwrite=False):
+def save_pipeline_checkpoint(folder, components, *, scheduler_config, tokenizers, index_fields=None, overwrite=False):
     """Writes a pipeline as an Orbax checkpoint, whole or not at all.
 
     Args:
         components: iterable of (name, config.json's content, params), one read at a time, so that no more than one
             network need be in memory. jax arrays are written with less memory than numpy arrays.
         scheduler_config: the content of scheduler_config.json. tokenizers: folder to copy by name.
+        index_fields: settings of the pipeline, from `diffusers.load_index_fields`.
 
     Raises:
         FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is no such checkpoint.
@@ -49,6 +50,7 @@ def save_pipeline_checkpoint(folder, components, *, scheduler_config, tokenizers
             "components": configs,
             "scheduler": scheduler_config,
             "tokenizers": sorted(tokenizers),
+            "index_fields": index_fields or {},
             "bytes": {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

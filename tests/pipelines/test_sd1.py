@@ -236,7 +236,7 @@ def test_parts_that_do_not_fit_are_refused(made, part, fields, message):
     }
     parts[part] = parts[part] | fields
     with pytest.raises(ValueError) as caught:
-        StableDiffusion1.from_configs(**parts, tokenizer_folder=pipeline.tokenizer_folder)
+        StableDiffusion1.from_configs(**parts, tokenizer_folder=pipeline.tokenizer_folders["tokenizer"])
     assert message in str(caught.value)
 
 

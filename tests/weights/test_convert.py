@@ -269,3 +269,19 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, pipeline_folder, small_di
     message = run("to_diffusers.py", checkpoint, small_disk / "out", code=2)
     assert re.match(rf"error: {small_disk}/out/unet/\S+: could not be written .*No space left on device.*\n$", message)
     assert not os.listdir(small_disk)
+
+
+def test_sdxl_there_and_back(tmp_path):
+    """Both text encoders and tokenizers, every number of the weights, and the zeroing of empty prompts."""
+    import tiny_sdxl
+
+    from imagereward_jax.pipelines import load_pipeline
+
+    pipeline, params = tiny_sdxl.make(tmp_path / "tokenizers", force_zeros_for_empty_prompt=False)
+    pipeline.save(tmp_path / "saved", params)
+    run("from_diffusers.py", tmp_path / "saved", tmp_path / "checkpoint")
+    run("to_diffusers.py", tmp_path / "checkpoint", tmp_path / "back")
+    back, back_params = load_pipeline(tmp_path / "back")
+    assert back.family == "sdxl" and not back.force_zeros_for_empty_prompt
+    jax.tree.map(np.testing.assert_array_equal, back_params, params)
+    np.testing.assert_array_equal(back.tokenize(["a red circle"]), pipeline.tokenize(["a red circle"]))
