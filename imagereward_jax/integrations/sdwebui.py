@@ -1,0 +1,209 @@
+"""A script for the Stable Diffusion web UI (AUTOMATIC1111): scores, filters and sorts what was generated.
+
+Install this package into the web UI's environment, copy this file into its `scripts` folder, restart it, and choose
+"ImageReward scores" under Script. Pictures are saved once they are scored, with the score among their parameters, and
+those below the limit are neither shown nor saved.
+"""
+
+import gc
+import math
+import os
+import re
+
+import gradio as gr
+from modules import images, prompt_parser, scripts
+from modules.processing import process_images
+from modules.shared import opts
+
+# The web UI's own model is on the same device: XLA takes only what it needs, and gives it back.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+
+LABEL = "ImageReward score"
+MODEL = "ImageReward-v1.0"
+DEVICES = ("default", "cpu")
+ROW_FIELDS = ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds")
+loaded = {}  # {(model, device): scorer}, of one; both tabs of the web UI share it
+
+
+def load_model(name, device):
+    """The scorer, loaded at its first use in place of any other."""
+    key = (name.strip() or MODEL, device)
+    if key not in loaded:
+        import imagereward_jax
+
+        unload_model()
+        loaded[key] = imagereward_jax.load(key[0], device=None if device == "default" else device)
+    return loaded[key]
+
+
+def unload_model():
+    """Frees the scorer's memory; returns what to tell the user."""
+    if not loaded:
+        return "No model is loaded."
+    import jax
+
+    loaded.clear()
+    jax.clear_caches()
+    gc.collect()
+    return "The model is unloaded."
+
+
+def plain_prompt(prompt):
+    """The prompt as a person would say it: without `<lora:...>` and the marks of emphasis."""
+    prompt = re.sub(r"<\w+:[^>]*>", "", prompt)
+    parts = prompt_parser.parse_prompt_attention(prompt)
+    return "".join(", " if text == "BREAK" else text for text, _ in parts).strip()
+
+
+def with_score(infotext, score):
+    """The picture's parameters with the score behind the last of them, where the web UI can still read them."""
+    return f"{infotext}, {LABEL}: {score:.4f}" if infotext else f"{LABEL}: {score:.4f}"
+
+
+def chosen(scores, limit, sort):
+    """Numbers of the pictures to show: those not below `limit` (None for no limit), best first if `sort`."""
+    kept = [i for i, score in enumerate(scores) if limit is None or score >= limit]
+    return sorted(kept, key=lambda i: -scores[i]) if sort else kept
+
+
+class Script(scripts.Script):
+    """What the web UI shows and calls; see `modules.scripts.Script`."""
+
+    def title(self):
+        return "ImageReward scores"
+
+    def show(self, is_img2img):
+        return True
+
+    def ui(self, is_img2img):
+        with gr.Row():
+            filter_low = gr.Checkbox(value=False, label="Leave out pictures below the limit")
+            limit = gr.Number(value=0.0, label="Limit (a score of 0 is average, 1 is good)")
+            sort = gr.Checkbox(value=True, label="Best first")
+        with gr.Row():
+            model = gr.Textbox(value=MODEL, label="Model: a name, ImageReward.pt, or a folder")
+            device = gr.Dropdown(choices=list(DEVICES), value=DEVICES[0], label="Device")
+        with gr.Row():
+            unload = gr.Button(value="Unload the model from memory")
+            status = gr.HTML(value="")
+        unload.click(fn=unload_model, inputs=[], outputs=[status])
+        return [filter_low, limit, sort, model, device]
+
+    def run(self, p, filter_low, limit, sort, model, device):
+        """Generates, scores, and returns what is kept.
+
+        Args:
+            p: `StableDiffusionProcessing`.
+            filter_low, limit, sort, model, device: values of the components of `ui`.
+
+        Returns:
+            The `Processed` of the generation with its pictures and all that goes with them chosen and put in order.
+        """
+        limit = self._limit(filter_low, limit)
+        scorer = load_model(model, device)
+        processed = _generate_unsaved(p)
+        extras = _take_extras(processed)
+        prompts = [plain_prompt(prompt) for prompt in processed.all_prompts[: len(processed.images)]]
+        scores = scorer.score(prompts, [image.convert("RGB") for image in processed.images]) if prompts else []
+        _add_scores(processed, scores)
+        kept = chosen(scores, limit, sort)
+        _keep(processed, kept)
+        if len(kept) < len(scores):
+            low = f"{len(scores) - len(kept)} of {len(scores)} pictures scored below {limit:g}"
+            processed.comments = f"{processed.comments}{low} (the best {max(scores):.4f})\n"
+        _save(p, processed)
+        _add_grid(p, processed)
+        processed.images += extras
+        return processed
+
+    def _limit(self, filter_low, limit):
+        if not filter_low:
+            return None
+        if limit is None or not math.isfinite(limit):
+            raise ValueError("ImageReward: the limit must be a number")
+        return float(limit)
+
+
+def _generate_unsaved(p):
+    """`process_images`, without writing files or a grid: both are made of the pictures that are kept."""
+    before = p.do_not_save_samples, p.do_not_save_grid
+    p.do_not_save_samples = p.do_not_save_grid = True
+    try:
+        return process_images(p)
+    finally:
+        p.do_not_save_samples, p.do_not_save_grid = before
+
+
+def _take_extras(processed):
+    """Takes away what other scripts put behind the pictures (maps, masks), which has no parameters and no score."""
+    count = min(len(processed.images), len(processed.infotexts), len(processed.all_prompts))
+    extras = processed.images[count:]
+    processed.images = processed.images[:count]
+    return extras
+
+
+def _add_scores(processed, scores):
+    processed.infotexts = [with_score(text, score) for text, score in zip(processed.infotexts, scores)]
+    for image, text in zip(processed.images, processed.infotexts):
+        if opts.enable_pnginfo:
+            image.info["parameters"] = text
+
+
+def _keep(processed, kept):
+    """Leaves only the pictures `kept`, in that order. Without any the texts stay, since the web UI shows the first."""
+    processed.images = [processed.images[i] for i in kept]
+    if not kept:
+        return
+    processed.infotexts = [processed.infotexts[i] for i in kept]
+    for name in ROW_FIELDS:
+        setattr(processed, name, [getattr(processed, name)[i] for i in kept])
+    processed.info = processed.infotexts[0]
+    processed.seed, processed.subseed = processed.all_seeds[0], processed.all_subseeds[0]
+
+
+def _save(p, processed):
+    """Writes the pictures, if the web UI is set to."""
+    if not p.save_samples():
+        return
+    for i, image in enumerate(processed.images):
+        p.batch_index = i
+        images.save_image(
+            image,
+            p.outpath_samples,
+            "",
+            processed.all_seeds[i],
+            processed.all_prompts[i],
+            opts.samples_format,
+            info=processed.infotexts[i],
+            p=p,
+        )
+
+
+def _add_grid(p, processed):
+    """Puts a sheet of the pictures before them and saves it, if the web UI is set to."""
+    count = len(processed.images)
+    if p.do_not_save_grid or count == 0 or (count < 2 and opts.grid_only_if_multiple):
+        return
+    if not (opts.return_grid or opts.grid_save):
+        return
+    grid, text = images.image_grid(processed.images, p.batch_size), processed.infotexts[0]
+    if opts.grid_save:
+        images.save_image(
+            grid,
+            p.outpath_grids,
+            "grid",
+            processed.all_seeds[0],
+            processed.all_prompts[0],
+            opts.grid_format,
+            info=text,
+            short_filename=not opts.grid_extended_filename,
+            p=p,
+            grid=True,
+        )
+    if opts.return_grid:
+        if opts.enable_pnginfo:
+            grid.info["parameters"] = text
+        processed.images.insert(0, grid)
+        processed.infotexts.insert(0, text)
+        processed.index_of_first_image = 1
