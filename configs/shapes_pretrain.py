@@ -18,14 +18,15 @@ from imagereward_jax.training.config import default_config
 def get_config():
     """The recipe."""
     config = default_config("denoising")
-    config.steps = 6000
+    config.steps = 4000
     config.batch_size = 32
     config.model.path = "runs/shapes_vae/export"
     config.model.remat = "none"
     config.method.train_text_encoder = True
+    config.method.timestep_power = 0.6  # what is drawn, and where, is decided where the noise is strong
     config.data.pairs = "shapes:train"
     config.data.image_size = 32
-    config.data.caption_noise = 0.4
+    config.data.caption_noise = 0.2
     config.data.caption_dropout = 0.1
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"

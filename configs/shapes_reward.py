@@ -16,13 +16,13 @@ import ml_collections
 from imagereward_jax.training.config import default_config
 
 ARCHITECTURE = {
-    "vision": {"image_size": 32, "patch_size": 16, "width": 160, "depth": 4, "heads": 4},
+    "vision": {"image_size": 32, "patch_size": 8, "width": 96, "depth": 2, "heads": 4},
     "text": {
         "vocab_size": 131,
-        "hidden_size": 96,
+        "hidden_size": 64,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
-        "intermediate_size": 384,
+        "intermediate_size": 256,
         "max_position_embeddings": 32,
     },
     "projection_dim": 16,
@@ -36,13 +36,15 @@ ARCHITECTURE = {
 def get_config():
     """The recipe."""
     config = default_config("ranking")
-    config.steps = 6000
+    config.steps = 3000
     config.batch_size = 16
     config.reward.architecture = ml_collections.ConfigDict(ARCHITECTURE)
+    config.reward.unit_gain = True
     config.reward.position_scale = 25.0
     config.data.groups = "shapes:train"
     config.data.held_out_groups = "shapes:held_out"
-    config.optimizer.learning_rate = 5e-4
+    config.data.images_per_prompt = 5
+    config.optimizer.learning_rate = 4e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
     config.ema_decay = 0.99

@@ -59,7 +59,7 @@ ARCHITECTURE = {
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,
-        "prediction_type": "epsilon",
+        "prediction_type": "v_prediction",
     },
 }
 
@@ -72,6 +72,7 @@ def get_config():
     config.model.remat = "none"
     config.model.from_scratch = True
     config.model.architecture = ml_collections.ConfigDict(ARCHITECTURE)
+    config.model.conv_bias_std = 1.0
     config.method.kl_weight = 1e-4
     config.data.pairs = "shapes:train"
     config.data.image_size = 32

@@ -15,7 +15,7 @@ def build(config, mesh):
     names = ("unet", "text_encoder") if config.method.train_text_encoder else ("unet",)
     original = {name: value for name, value in params.items() if name not in names}
     frozen = cast_frozen(config, pipeline, {**original, **({"reward": reward.params} if reward else {})})
-    loss = make_denoising_loss(pipeline)
+    loss = make_denoising_loss(pipeline, timestep_power=config.method.timestep_power)
 
     def loss_on_pairs(trainable, frozen, batches, key):
         return loss(trainable, frozen, batches["pairs"], key)

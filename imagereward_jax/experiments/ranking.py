@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from imagereward_jax.data.groups import load_groups
+from imagereward_jax.data.prompts import SHAPES_PREFIX
 from imagereward_jax.experiments.parts import open_reward, stream
 from imagereward_jax.experiments.scratch import init_reward
 from imagereward_jax.methods.ranking import make_ranking_loss, pair_losses
@@ -29,10 +30,12 @@ def build(config, mesh):
         return {"images": batch["images"], "ranking": batch["ranking"], "reward": tokens}
 
     size = reward.config.vision.image_size
-    held_out = load_groups(config.data.held_out_groups, image_size=size)
+    held_out = load_groups(
+        config.data.held_out_groups, image_size=size, shapes=shapes_options(config, "held_out_groups")
+    )
     groups = [held_out[index] for index in range(min(config.eval.num_groups, len(held_out)))]
     evaluate = RankingEvaluation(reward, groups, mesh)
-    train_groups = load_groups(config.data.groups, image_size=size)
+    train_groups = load_groups(config.data.groups, image_size=size, shapes=shapes_options(config, "groups"))
 
     def export(trainable, folder):
         """Scores are standardised on held-out pictures: mean 0, standard deviation 1."""
@@ -54,6 +57,12 @@ def build(config, mesh):
         export_marker="config.json",
         images_per_step=config.batch_size * train_groups[0]["images"].shape[0],
     )
+
+
+def shapes_options(config, field):
+    """What `load_groups` takes as `shapes` for `config.data`'s source of that name."""
+    builtin = str(config.data[field]).startswith(SHAPES_PREFIX)
+    return {"images_per_prompt": config.data.images_per_prompt} if builtin else None
 
 
 class RankingEvaluation:

@@ -14,11 +14,13 @@ from flax import nnx
 
 from imagereward_jax.models import layers
 
+INIT_STD = 0.02  # of every matrix, before training
+
 
 class Linear(layers.Linear):
     """A Linear that starts from N(0, std) weights and zero biases, as ViT, BERT and the head do."""
 
-    def __init__(self, in_features, out_features, *, std=0.02, dtype, rngs):
+    def __init__(self, in_features, out_features, *, std=INIT_STD, dtype, rngs):
         self.dtype = dtype
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros((out_features,)))

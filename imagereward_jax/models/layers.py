@@ -7,38 +7,28 @@ Parameters are created in float32 and may be held in any dtype; a layer computes
 Normalisation statistics and softmax are always float32.
 """
 
-import contextlib
-import contextvars
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_target_platform = contextvars.ContextVar("target_platform", default=None)
+from imagereward_jax.models.attention import attention
+from imagereward_jax.models.platform import precision
 
-
-@contextlib.contextmanager
-def target_platform(platform):
-    """Traces what is inside for `platform` ("cpu", "gpu" or "tpu") instead of the default backend.
-
-    Needed where a program is compiled for hardware that this machine does not have.
-    """
-    token = _target_platform.set(platform)
-    try:
-        yield
-    finally:
-        _target_platform.reset(token)
-
-
-def current_platform():
-    """The platform that layers choose their kernels for."""
-    return _target_platform.get() or jax.default_backend()
-
-
-def precision(dtype):
-    """Full float32 products for float32 layers (TPUs and GPUs would otherwise round the inputs)."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+__all__ = [
+    "Conv",
+    "Embedding",
+    "GroupNorm",
+    "Keys",
+    "LayerNorm",
+    "Linear",
+    "attention",
+    "gelu",
+    "merge_heads",
+    "quick_gelu",
+    "split_heads",
+]
 
 
 def uniform_init(key, shape, fan_in):
@@ -171,29 +161,6 @@ def gelu(x):
 def quick_gelu(x):
     """`x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
-
-
-def attention(query, key, value, *, mask=None):
-    """Scaled dot-product attention with a float32 softmax.
-
-    Args:
-        query: [B, T, heads, head_dim]; key, value: [B, S, heads, head_dim].
-        mask: boolean, broadcastable to [B, heads, T, S]; True takes part.
-
-    Returns:
-        [B, T, heads, head_dim] in the dtype of `query`.
-    """
-    head_dim = query.shape[-1]
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if current_platform() in ("gpu", "cuda") and half and mask is None and head_dim % 8 == 0 and head_dim <= 128:
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    high = precision(query.dtype)
-    logits = jnp.einsum("bthd,bshd->bhts", query, key, precision=high, preferred_element_type=jnp.float32)
-    logits = logits / math.sqrt(head_dim)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    return jnp.einsum("bhts,bshd->bthd", weights, value, precision=high)
 
 
 def split_heads(x, heads):

@@ -126,6 +126,7 @@ def _refl_defaults(config):
 
 def _denoising_defaults(config):
     config.method.train_text_encoder = False
+    config.method.timestep_power = 1.0  # timesteps are T * u^power with u uniform: below 1, noisy ones come more often
     config.reward = ml_collections.ConfigDict()
     config.reward.path = ""  # scores the evaluation's samples; "" for none
     config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
@@ -136,6 +137,7 @@ def _denoising_defaults(config):
 
 def _autoencoder_defaults(config):
     config.model.from_scratch = False  # start from random networks of config.model.architecture
+    config.model.conv_bias_std = 0.0  # > 0: of the random UNet's convolution biases, which tell it where it is
     config.method.kl_weight = 1e-6
     _pairs_defaults(config)
     config.eval.num_images = 64
@@ -145,10 +147,12 @@ def _autoencoder_defaults(config):
 def _ranking_defaults(config):
     config.reward = ml_collections.ConfigDict()
     config.reward.path = ""  # what training starts from; "" for random weights of config.reward.architecture
+    config.reward.unit_gain = False  # random weights only: variance 1 / inputs, for networks far smaller than BLIP
     config.reward.position_scale = 1.0  # random weights only: times the vision transformer's initial positions
     config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
     config.data.groups = ""  # ranked groups: JSON of the protocol, or shapes:train
     config.data.held_out_groups = ""
+    config.data.images_per_prompt = 4  # shapes:train and shapes:held_out only: pictures in a group, 2 to 9
     config.eval.num_groups = 128
     config.eval.best = "eval/accuracy"
 
@@ -196,10 +200,13 @@ def validate(config):
             _at_least(config, field, 1)
     if config.method.name == "refl":
         _validate_refl(config)
-    elif config.method.name in ("denoising", "autoencoder"):
+    if config.method.name == "denoising" and config.method.timestep_power <= 0:
+        raise ConfigError(f"config.method.timestep_power={config.method.timestep_power}: expected a positive number")
+    if config.method.name in ("denoising", "autoencoder"):
         _given(config, "data.pairs")
     elif config.method.name == "ranking":
         _given(config, "data.groups")
+        _at_least(config, "data.images_per_prompt", 2)
 
 
 def _validate_refl(config):

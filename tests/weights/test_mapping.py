@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from imagereward_jax.models import layers
+from imagereward_jax.models.platform import target_platform
 from imagereward_jax.weights import mapping
 
 torch = pytest.importorskip("torch")
@@ -77,7 +78,7 @@ def test_outputs_agree(case, platform):
 
     layer = mapping.abstract(build)
     graphdef, _ = nnx.split(layer)
-    with layers.target_platform(platform):
+    with target_platform(platform):
         output = nnx.merge(graphdef, mapping.from_torch(layer, tensors))(inputs)
     assert output.shape == wanted.shape
     assert np.abs(output - wanted).max() < 1e-5 * np.abs(wanted).max()

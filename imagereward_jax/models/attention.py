@@ -1,0 +1,181 @@
+"""Scaled dot-product attention, by the way that suits the device and the shapes.
+
+- "cudnn": the fused kernel of NVIDIA GPUs, half precision.
+- "pallas": the flash kernel for TPUs that ships with jax.
+- "blocks": plain XLA, one block of queries after the other with the softmax's statistics kept for the backward pass, so
+  that no [T, S] matrix of a whole picture is ever stored (FlashAttention, arXiv 2205.14135). On the CPU a block fits
+  its caches, which is what makes it fast there.
+- "plain": everything at once; what short sequences and masks take.
+
+All take the softmax in float32 and agree within the rounding of the dtype.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from imagereward_jax.models.platform import current_platform, precision
+
+PATHS = ("plain", "blocks", "pallas", "cudnn")
+LONG = 256 * 256  # query-key pairs from which on the whole matrix of logits is not worth storing
+CPU_BLOCK, BLOCK = 256, 1024  # queries at once
+PALLAS_BLOCK = 512
+PROMPT = 128  # keys of an attention to a prompt: its logits are no larger than the activations around it
+SMALLEST_BLOCK = 64
+
+
+def attention(query, key, value, *, mask=None, path=None):
+    """Scaled dot-product attention with a float32 softmax.
+
+    Args:
+        query: [B, T, heads, head_dim]; key, value: [B, S, heads, head_dim].
+        mask: boolean, broadcastable to [B, heads, T, S]; True takes part.
+        path: one of `PATHS`; by default what `choose_path` says.
+
+    Returns:
+        [B, T, heads, head_dim] in the dtype of `query`.
+
+    Raises:
+        ValueError: there is no such path, or it takes no mask.
+    """
+    path = path or choose_path(current_platform(), query.shape, key.shape, query.dtype, masked=mask is not None)
+    if path not in PATHS:
+        raise ValueError(f"attention path {path!r}: expected one of {', '.join(PATHS)}")
+    if path == "plain":
+        return _plain(query, key, value, mask)
+    if mask is not None:
+        raise ValueError(f"attention path {path!r} takes no mask; 'plain' does")
+    if path == "cudnn":
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return _pallas(query, key, value) if path == "pallas" else _blocks(query, key, value)
+
+
+def choose_path(platform, query_shape, key_shape, dtype, *, masked=False):
+    """The path for arrays of these shapes on "cpu", "gpu", "cuda" or "tpu"."""
+    (_, queries, _, head_dim), keys = query_shape, key_shape[1]
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    if masked:
+        return "plain"
+    if platform in ("gpu", "cuda") and half and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    if queries * keys < LONG or (keys <= PROMPT and platform != "cpu"):
+        return "plain"
+    if platform == "tpu" and queries % PALLAS_BLOCK == 0 and keys % PALLAS_BLOCK == 0:
+        return "pallas"
+    return "blocks"
+
+
+def _plain(query, key, value, mask=None):
+    high = precision(query.dtype)
+    logits = jnp.einsum("bthd,bshd->bhts", query, key, precision=high, preferred_element_type=jnp.float32)
+    logits = logits / math.sqrt(query.shape[-1])
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return jnp.einsum("bhts,bshd->bthd", weights, value, precision=high)
+
+
+def _pallas(query, key, value):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    block = PALLAS_BLOCK
+    sizes = flash.BlockSizes(
+        block_q=block, block_k_major=block, block_k=block, block_b=1,
+        block_q_major_dkv=block, block_k_major_dkv=block, block_k_dkv=block, block_q_dkv=block,
+        block_k_major_dq=block, block_k_dq=block, block_q_dq=block,
+    )  # fmt: skip
+    heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
+    scale = 1 / math.sqrt(query.shape[-1])
+    return flash.flash_attention(*heads_first, sm_scale=scale, block_sizes=sizes).swapaxes(1, 2)
+
+
+def _block_size(queries):
+    """The largest divisor of `queries` that is not over the platform's block; all of them if it were tiny."""
+    limit = CPU_BLOCK if current_platform() == "cpu" else BLOCK
+    size = next(size for size in range(min(limit, queries), 0, -1) if queries % size == 0)
+    return size if size >= SMALLEST_BLOCK else queries
+
+
+@jax.custom_vjp
+def _blocks(query, key, value):
+    return _blocks_forward(query, key, value)[0]
+
+
+def _blocks_forward(query, key, value):
+    """(output, residuals): by the statistics log(sum(exp(logits))) the backward pass finds the weights again."""
+    scaled = query * jnp.asarray(1 / math.sqrt(query.shape[-1]), query.dtype)
+    block = _block_size(query.shape[1])
+    output, statistics = _over_heads(functools.partial(_forward_head, block=block), scaled, key, value)
+    return output, (scaled, key, value, output, statistics)
+
+
+def _forward_head(query, key, value, *, block):
+    """query [N, T, D], key, value [N, S, D] -> output [N, T, D], statistics [N, T, 1]."""
+    high = precision(query.dtype)
+
+    def step(part):
+        logits = jnp.einsum("ntd,nsd->nts", part, key, precision=high, preferred_element_type=jnp.float32)
+        largest = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = weights.sum(-1, keepdims=True)
+        mixed = jnp.einsum(
+            "nts,nsd->ntd", weights.astype(value.dtype), value, precision=high, preferred_element_type=jnp.float32
+        )
+        return (mixed / total).astype(part.dtype), largest + jnp.log(total)
+
+    return jax.tree.map(_join, jax.lax.map(step, _split(query, block)))
+
+
+def _blocks_backward(residuals, gradient):
+    scaled, key, value, output, statistics = residuals
+    # sum(weights * d_weights) of each query, which the softmax's gradient subtracts
+    shift = (output.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1, keepdims=True)
+    backward = functools.partial(_backward_head, block=_block_size(scaled.shape[1]))
+    d_query, d_key, d_value = _over_heads(backward, scaled, key, value, gradient, statistics, shift)
+    d_query = d_query * jnp.asarray(1 / math.sqrt(scaled.shape[-1]), d_query.dtype)
+    return tuple(d.astype(x.dtype) for d, x in zip((d_query, d_key, d_value), (scaled, key, value)))
+
+
+def _backward_head(query, key, value, gradient, statistics, shift, *, block):
+    high = precision(query.dtype)
+    product = functools.partial(jnp.einsum, precision=high, preferred_element_type=jnp.float32)
+
+    def step(sums, part):
+        query, gradient, statistics, shift = part
+        weights = jnp.exp(product("ntd,nsd->nts", query, key) - statistics)
+        d_logits = weights * (product("ntd,nsd->nts", gradient, value) - shift)
+        weights, d_logits = weights.astype(query.dtype), d_logits.astype(query.dtype)
+        d_key = sums[0] + product("nts,ntd->nsd", d_logits, query)
+        d_value = sums[1] + product("nts,ntd->nsd", weights, gradient)
+        return (d_key, d_value), product("nts,nsd->ntd", d_logits, key)
+
+    parts = tuple(_split(x, block) for x in (query, gradient, statistics, shift))
+    zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
+    (d_key, d_value), d_query = jax.lax.scan(step, zeros, parts)
+    return _join(d_query), d_key, d_value
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _split(x, block):
+    """[N, T, D] -> [T / block, N, block, D]."""
+    return x.reshape(x.shape[0], -1, block, x.shape[-1]).swapaxes(0, 1)
+
+
+def _join(x):
+    """[blocks, N, block, D] -> [N, T, D]."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1])
+
+
+def _over_heads(function, *arrays):
+    """`function` on arrays [B, T, heads, D] as [N, T, D]: on the CPU head by head, elsewhere all at once."""
+    batch = arrays[0].shape[0]
+    arrays = tuple(x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[-1]) for x in arrays)
+    if current_platform() == "cpu":
+        results = jax.lax.map(lambda rows: tuple(y[0] for y in function(*(x[None] for x in rows))), arrays)
+    else:
+        results = function(*arrays)
+    return tuple(y.reshape(batch, -1, *y.shape[1:]).swapaxes(1, 2) for y in results)
