@@ -5,8 +5,8 @@
         --config.data.prompts=refl_data.json --config.data.pairs=/data/pairs --config.eval.prompts=held_out.json
 
 Inputs are those of refl_sd15.py. Of the UNet's 860 million parameters 797,184 train: rank 4 on the projections of its
-attention. The base is held in bfloat16 and has neither gradients nor moments; a checkpoint is a few megabytes.
-WORKDIR/export holds pytorch_lora_weights.safetensors, for `generate --lora`, convert/merge_lora.py and PyTorch
+attention. The base is held in bfloat16 and has neither gradients nor moments; weights and moments in a checkpoint are
+9 MiB. WORKDIR/export holds pytorch_lora_weights.safetensors, for `generate --lora`, convert/merge_lora.py and PyTorch
 diffusers' `load_lora_weights`.
 
 Hardware: what refl_sd15.py needs, less some 10 GB of master weights and moments. No run on the published weights has

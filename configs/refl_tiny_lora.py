@@ -2,6 +2,11 @@
 
 python -m imagereward_jax.train --config configs/refl_tiny_lora.py
 
+Of the UNet's 2,205,828 parameters 50,176 train: rank 8 on the projections of its attention. Measured on 64 held-out
+prompts, two pictures each, with guidance: the mean reward goes from 1.05 to 1.08 in 100 steps (1.03 after 50), less far
+than with all weights (refl_tiny.py), and the share of fully right pictures from 0.17 to 0.16. On the training prompts,
+without guidance, it goes from 0.77 to 1.02 (first and last 25 steps).
+
 WORKDIR/export holds pytorch_lora_weights.safetensors, which `generate --lora` and PyTorch diffusers'
 `load_lora_weights` take.
 """

@@ -31,7 +31,7 @@ def quick_compilation(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    pipeline, params = tiny_sd1.make(tmp_path_factory.mktemp("tokenizer"))
+    pipeline, params = tiny_sd1.make_one_level(tmp_path_factory.mktemp("tokenizer"))
     path = tmp_path_factory.mktemp("saved") / "tiny"
     pipeline.save(path, params)
     return path

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_sd1
+import tiny_sdxl
 from flax import nnx
 from PIL import Image
 
@@ -42,7 +43,7 @@ def quick_compilation(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The tiny model as `save` writes it."""
-    pipeline, params = tiny_sd1.make(tmp_path_factory.mktemp("tokenizer"))
+    pipeline, params = tiny_sd1.make_one_level(tmp_path_factory.mktemp("tokenizer"))
     path = tmp_path_factory.mktemp("saved") / "tiny"
     pipeline.save(path, params)
     return path
@@ -187,9 +188,14 @@ def test_a_kohya_file_says_the_same_as_peft_s_and_as_in_diffusers(folder, base, 
         assert np.isclose(read["unet"][name].scale, low_rank.scale, rtol=1e-6)
 
     pipe = torch_pipeline(folder, (tmp_path / "kohya.safetensors", 1.0))
-    pipe.fuse_lora(lora_scale=0.8)
-    ours = adapters.merge(pipeline.networks, params, read, 0.8)
-    for name in ("unet", "text_encoder"):
+    assert_fused_alike(pipe, pipeline, params, read, 0.8)
+
+
+def assert_fused_alike(pipe, pipeline, params, adapter, weight):
+    """The weights that diffusers fuses from the adapter that `pipe` has loaded are those of `merge`."""
+    pipe.fuse_lora(components=list(adapter), lora_scale=weight)
+    ours = adapters.merge(pipeline.networks, params, adapter, weight)
+    for name in adapter:
         theirs = {
             re.sub(r"\.base_layer", "", key): array.numpy()
             for key, array in getattr(pipe, name).state_dict().items()
@@ -201,7 +207,7 @@ def test_a_kohya_file_says_the_same_as_peft_s_and_as_in_diffusers(folder, base, 
         for key, array in expected.items():
             np.testing.assert_allclose(theirs[_there(theirs, key)], array, atol=1e-6, err_msg=key)
             changed += not np.array_equal(array, before[key])
-        assert changed == len(read[name])
+        assert changed == len(adapter[name])
 
 
 def _there(tensors, key):
@@ -336,3 +342,42 @@ def test_a_broken_header_is_refused(base, exported, tmp_path):
     write_safetensors(tmp_path / "rs.safetensors", tensors, {"format": "pt", "lora_adapter_metadata": settings})
     read = adapters.read_adapter(tmp_path / "rs.safetensors", base[0].networks)["unet"]
     assert {round(low_rank.scale, 6) for low_rank in read.values()} == {round(3**0.5, 6)}
+
+
+def test_an_sdxl_file_of_kohya_s_is_fused_as_in_diffusers(tmp_path):
+    """Stability's block numbers and both text encoders: every weight within 1e-6 of what diffusers fuses."""
+    pipeline, params = tiny_sdxl.make(tmp_path / "tokenizers")
+    pipeline.save(tmp_path / "saved", params)
+    rng, tensors = np.random.default_rng(3), {}
+    stems = {
+        "unet": {f"lora_unet_{name}": name for name in SDXL_LAYERS},
+        "text_encoder": {f"lora_te1_{name}": name for name in TEXT_LAYERS},
+        "text_encoder_2": {f"lora_te2_{name}": name for name in TEXT_LAYERS},
+    }
+    aliases = layer_aliases(pipeline.networks)
+    for network, names in stems.items():
+        for stem in names:
+            shape = mapping.torch_layout(pipeline.networks[network])[f"{aliases[stem][1]}.weight"].torch_shape
+            tensors[f"{stem}.lora_down.weight"] = rng.standard_normal((2, shape[1])).astype(np.float32)
+            tensors[f"{stem}.lora_up.weight"] = rng.standard_normal((shape[0], 2)).astype(np.float32)
+            tensors[f"{stem}.alpha"] = np.float32(1)
+    write_safetensors(tmp_path / "sdxl.safetensors", tensors)
+    read = adapters.read_adapter(tmp_path / "sdxl.safetensors", pipeline.networks)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "saved")
+    pipe.load_lora_weights(tmp_path / "sdxl.safetensors")
+    assert_fused_alike(pipe, pipeline, params, read, 1.0)
+
+
+# Two levels of blocks with one layer each: input_blocks 0 to 3, output_blocks 0 to 3.
+SDXL_LAYERS = (
+    "input_blocks_3_1_transformer_blocks_1_attn1_to_q",
+    "input_blocks_3_1_proj_in",
+    "middle_block_1_transformer_blocks_0_attn2_to_k",
+    "output_blocks_0_1_transformer_blocks_0_ff_net_0_proj",
+    "output_blocks_1_1_transformer_blocks_1_attn1_to_out_0",
+)
+TEXT_LAYERS = (
+    "text_model_encoder_layers_0_self_attn_q_proj",
+    "text_model_encoder_layers_1_self_attn_out_proj",
+    "text_model_encoder_layers_1_mlp_fc2",
+)
