@@ -37,6 +37,13 @@ def parse_args(argv=None):
     prompts.add_argument("--prompts", metavar="FILE", help="one a line (.txt), or .json, .csv, ... with prompt and id")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="an adapter that diffusers, kohya or this package wrote; may be given several times",
+    )
     parser.add_argument("--negative-prompt", default="", help="what to stay away from")
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="1: none, faster by half")
     parser.add_argument("--sampler", default="ddim", help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m")
@@ -62,6 +69,7 @@ def generate(args):
         GenerationError: a picture has values that are not numbers.
     """
     _check_numbers(args)
+    adapters = [parse_lora(text) for text in args.lora]
     prompts = read_prompts(args)
     _check_absent(args, [args.out / f"{name}_{k}.png" for name in prompts for k in range(args.num_images)])
 
@@ -71,6 +79,8 @@ def generate(args):
     from imagereward_jax.pipelines import load_pipeline
 
     pipeline, params = load_pipeline(args.model, dtype=jnp.dtype(args.dtype), variant=args.variant)
+    for path, weight in adapters:
+        params = add_lora(pipeline, params, path, weight)
     shape = pipeline.latent_shape(args.height or pipeline.default_size, args.width or pipeline.default_size)
     sampler = make_sampler(args.sampler, pipeline.scheduler_config, args.steps, eta=args.eta)
     pictures = plan(args, prompts, read_noise(args.noise, (len(prompts) * args.num_images, *shape)))
@@ -98,6 +108,31 @@ def _check_numbers(args):
             f"--negative-prompt has no effect with --guidance-scale {args.guidance_scale}; raise it above 1"
         )
     check_sampler(args.sampler)
+
+
+def parse_lora(text):
+    """(path, weight) of a --lora; the weight is 1 if it is not given.
+
+    Raises:
+        ValueError: the weight is not a finite number.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or not path or "/" in weight or "\\" in weight:
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"--lora {text}: the weight after the colon, {weight!r}, should be a number, usually 0 to 1")
+    return path, value
+
+
+def add_lora(pipeline, params, path, weight):
+    """The model's weights with an adapter added, in float32, so that pictures cost nothing more."""
+    from imagereward_jax.weights import lora
+
+    return lora.merge(pipeline.networks, params, lora.read_adapter(path, pipeline.networks), weight)
 
 
 def _check_absent(args, paths):
@@ -232,6 +267,8 @@ def save_png(picture, image, args):
         "model": args.model,
         **{name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance_scale", "dtype")},
     }
+    if args.lora:
+        settings["lora"] = " ".join(args.lora)
     text = PngInfo()
     for name, value in settings.items():
         text.add_itxt(name, str(value))

@@ -61,6 +61,20 @@ def make(folder, scheduler=SCHEDULER):
     return pipeline, random_params(pipeline)
 
 
+def make_one_level(folder):
+    """As `make`, of one level of blocks, so that the VAE halves nothing: it compiles in half the time."""
+    unet = {"block_out_channels": [16], "down_block_types": ["CrossAttnDownBlock2D"]}
+    vae = {"block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"], "layers_per_block": 1}
+    pipeline = StableDiffusion1.from_configs(
+        UNET | unet | {"up_block_types": ["CrossAttnUpBlock2D"]},
+        VAE | vae | {"up_block_types": ["UpDecoderBlock2D"]},
+        text_encoder(write_clip_tokenizer(folder)),
+        SCHEDULER,
+        folder,
+    )
+    return pipeline, random_params(pipeline)
+
+
 def random_params(pipeline):
     """Weights of unit gain for any pipeline; norms and biases are random too."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Training a text-to-image model on image-text pairs by the denoising loss."""
 
 from imagereward_jax.experiments.parts import SampleEvaluation, cast_frozen, open_pipeline, open_reward, pair_stream
+from imagereward_jax.experiments.weights import divide
 from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.training.loop import Experiment
 from imagereward_jax.training.step import Phase
@@ -13,23 +14,21 @@ def build(config, mesh):
     if config.reward.path:
         reward = open_reward(config)
     names = ("unet", "text_encoder") if config.method.train_text_encoder else ("unet",)
-    original = {name: value for name, value in params.items() if name not in names}
-    frozen = cast_frozen(config, pipeline, {**original, **({"reward": reward.params} if reward else {})})
+    weights = divide(config, pipeline, params, names)
+    frozen = cast_frozen(config, pipeline, {**weights.frozen, **({"reward": reward.params} if reward else {})})
     loss = make_denoising_loss(pipeline, timestep_power=config.method.timestep_power)
 
     def loss_on_pairs(trainable, frozen, batches, key):
         return loss(trainable, frozen, batches["pairs"], key)
 
-    def export(trainable, folder):
-        pipeline.save(folder, {**original, **trainable})
-
     size = (config.data.image_size, config.data.image_size)
     return Experiment(
-        trainable={name: params[name] for name in names},
+        trainable=weights.trainable,
         frozen=frozen,
         phases=(Phase("denoising", loss_on_pairs),),
         streams={"pairs": pair_stream(config, pipeline)},
         evaluate=SampleEvaluation(config, pipeline, reward, size, mesh),
-        export=export,
+        export=weights.export,
+        export_marker=weights.export_marker,
         images_per_step=config.batch_size,
     )

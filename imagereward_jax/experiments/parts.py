@@ -9,6 +9,7 @@ from imagereward_jax.data.pipeline import make_iterator
 from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.models.params import join
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.training.loop import Evaluation
 from imagereward_jax.training.mesh import put_whole, replicated
@@ -153,7 +154,7 @@ class SampleEvaluation:
         return images, rewards
 
     def __call__(self, trainable, frozen):
-        params = {**frozen, **trainable}
+        params = join(frozen, trainable)
         images, rewards = [], []
         for start in range(0, len(self.prompts), self.batch):
             chosen = [min(i, len(self.prompts) - 1) for i in range(start, start + self.batch)]

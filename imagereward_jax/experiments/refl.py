@@ -12,6 +12,7 @@ from imagereward_jax.experiments.parts import (
     pair_stream,
     stream,
 )
+from imagereward_jax.experiments.weights import divide
 from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.methods.refl import make_refl_loss
 from imagereward_jax.training.loop import Experiment
@@ -25,22 +26,20 @@ def build(config, mesh):
     pipeline, params = open_pipeline(config)
     reward = open_reward(config)
     sampler = make_sampler(method.sampler, pipeline.scheduler_config, method.num_steps)
-    original = {name: value for name, value in params.items() if name != "unet"}
-    frozen = cast_frozen(config, pipeline, {**original, "reward": reward.params})
+    weights = divide(config, pipeline, params, ("unet",))
+    frozen = cast_frozen(config, pipeline, {**weights.frozen, "reward": reward.params})
     streams = {"prompts": stream(config, prompts, lambda batch: prompt_batch(pipeline, reward, method, batch))}
     if method.pretrain != "off":
         streams["pairs"] = pair_stream(config, pipeline)
 
-    def export(trainable, folder):
-        pipeline.save(folder, {**original, **trainable})
-
     return Experiment(
-        trainable={"unet": params["unet"]},
+        trainable=weights.trainable,
         frozen=frozen,
         phases=make_phases(pipeline, reward, sampler, method),
         streams=streams,
         evaluate=SampleEvaluation(config, pipeline, reward, (method.height, method.width), mesh),
-        export=export,
+        export=weights.export,
+        export_marker=weights.export_marker,
         images_per_step=config.batch_size,
         reward_metric="refl/reward",
     )

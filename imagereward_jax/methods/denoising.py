@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from imagereward_jax.models.lora import dropout_key
+from imagereward_jax.models.params import join
+
 
 def draw_timesteps(key, batch, num_timesteps, power=1.0):
     """[batch] int32 in [0, num_timesteps): uniform for power 1, denser towards the noisy end below 1."""
@@ -23,13 +26,14 @@ def make_denoising_loss(pipeline, weight=1.0, timestep_power=1.0):
     num_timesteps = schedule.alphas_cumprod.shape[0]
 
     def loss(trainable, frozen, batch, key):
-        params = {**frozen, **trainable}
+        params = join(frozen, trainable)
         encode_key, noise_key, time_key = jax.random.split(key, 3)
         latents = jax.lax.stop_gradient(pipeline.encode(params, batch["image"], encode_key))
         noise = jax.random.normal(noise_key, latents.shape)
         timesteps = draw_timesteps(time_key, latents.shape[0], num_timesteps, timestep_power)
         cond = pipeline.encode_prompts(params, batch["input_ids"])
-        output = pipeline.denoise(params, schedule.add_noise(latents, noise, timesteps), timesteps, cond)
+        with dropout_key(jax.random.fold_in(key, 1)):
+            output = pipeline.denoise(params, schedule.add_noise(latents, noise, timesteps), timesteps, cond)
         error = jnp.mean(jnp.square(output - schedule.target(latents, noise, timesteps)))
         return weight * error, {"mse": error}
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from imagereward_jax.diffusion.rollout import rollout
+from imagereward_jax.models.lora import dropout_key
+from imagereward_jax.models.params import join
 
 
 def draw_stop(key, batch, stop_min, stop_max):
@@ -35,7 +37,8 @@ def predict_images(pipeline, sampler, params, conditions, key, *, stop, latent_s
     noise_key, sampler_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, (stop.shape[0], *latent_shape))
     state = rollout(denoise_frozen, sampler, noise, jax.random.split(sampler_key, stop.shape[0]), stop=stop)
-    output = denoise(params, sampler.model_input(state, stop), sampler.timestep(stop))
+    with dropout_key(jax.random.fold_in(key, 1)):
+        output = denoise(params, sampler.model_input(state, stop), sampler.timestep(stop))
     images = pipeline.decode(params, sampler.pred_original(state, output, stop))
     return jnp.clip(images, 0.0, 1.0)
 
@@ -58,7 +61,7 @@ def make_refl_loss(pipeline, reward, sampler, config):
     latent_shape = pipeline.latent_shape(config.height, config.width)
 
     def loss(trainable, frozen, batch, key):
-        params = {**frozen, **trainable}
+        params = join(frozen, trainable)
         cond = pipeline.encode_prompts(params, batch["input_ids"])
         guided = config.guidance_scale > 1.0
         negative = pipeline.encode_prompts(params, batch["negative_ids"]) if guided else None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models.attention import attention
+from imagereward_jax.models.lora import LoRASlot
 from imagereward_jax.models.platform import precision
 
 __all__ = [
@@ -52,10 +53,15 @@ class Keys:
         return jax.random.fold_in(self.key, self.count)
 
 
-class Linear(nnx.Module):
+class Linear(LoRASlot, nnx.Module):
     """`x @ kernel + bias` over the last axis. kernel: [in_features, out_features]."""
 
-    torch_names = {"kernel": ("weight", (1, 0)), "bias": ("bias", None)}
+    torch_names = {
+        "kernel": ("weight", (1, 0)),
+        "bias": ("bias", None),
+        "lora_A": ("lora_A.weight", (1, 0)),
+        "lora_B": ("lora_B.weight", (1, 0)),
+    }
 
     def __init__(self, in_features, out_features, *, bias=True, dtype=jnp.float32, rngs):
         self.dtype = dtype
@@ -63,18 +69,29 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(uniform_init(rngs.params(), (out_features,), in_features)) if bias else None
 
     def __call__(self, x):
-        y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), precision=precision(self.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        x = x.astype(self.dtype)
+        y = self._product(x, self.kernel[...].astype(self.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))
+
+    def _product(self, x, kernel):
+        return jnp.matmul(x, kernel, precision=precision(self.dtype))
 
 
-class Conv(nnx.Module):
+class Conv(LoRASlot, nnx.Module):
     """2-D convolution. x: [B, H, W, C_in]; kernel: [k, k, C_in, C_out].
 
     Args:
         padding: pixels of zeros on every side, or ((top, bottom), (left, right)).
     """
 
-    torch_names = {"kernel": ("weight", (3, 2, 0, 1)), "bias": ("bias", None)}
+    torch_names = {
+        "kernel": ("weight", (3, 2, 0, 1)),
+        "bias": ("bias", None),
+        "lora_A": ("lora_A.weight", (3, 2, 0, 1)),
+        "lora_B": ("lora_B.weight", (3, 2, 0, 1)),
+    }
 
     def __init__(
         self, in_channels, out_channels, kernel_size, *, stride=1, padding=0, bias=True, dtype=jnp.float32, rngs
@@ -89,8 +106,14 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(uniform_init(rngs.params(), (out_channels,), fan_in)) if bias else None
 
     def __call__(self, x):
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        y = jax.lax.conv_general_dilated(
+        x = x.astype(self.dtype)
+        y = self._product(x, self.kernel[...].astype(self.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))
+
+    def _product(self, x, kernel):
+        return jax.lax.conv_general_dilated(
             x,
             kernel,
             (self.stride, self.stride),
@@ -98,7 +121,6 @@ class Conv(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=precision(self.dtype),
         )
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class Embedding(nnx.Module):

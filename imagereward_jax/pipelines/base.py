@@ -14,6 +14,7 @@ from flax import nnx
 
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.schedule import NoiseSchedule
+from imagereward_jax.models import lora
 from imagereward_jax.weights import diffusers, mapping, networks
 
 
@@ -120,6 +121,16 @@ class TextToImage:
     def abstract_params(self):
         """The weights as `jax.ShapeDtypeStruct`."""
         return {name: mapping.params_of(network) for name, network in self.networks.items()}
+
+    def add_lora(self, name, targets, **options):
+        """Gives the network `name` low-rank parameters, which `params[name]` holds beside the others from then on.
+
+        Args:
+            targets, options: as for `models.lora.attach`, which this returns the names of.
+        """
+        names = lora.attach(self.networks[name], targets, **options)
+        self._graphdefs[name] = nnx.split(self.networks[name])[0]
+        return names
 
     def tokenize(self, prompts):
         """Token ids of a list of prompts, padded and cut to `max_tokens`: int32, prompts first."""

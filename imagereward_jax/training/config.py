@@ -5,16 +5,19 @@ overridden on the command line (`--config.optimizer.learning_rate=1e-4`).
 """
 
 import difflib
+import re
 
 import ml_collections
 
 from imagereward_jax.diffusion.samplers import SAMPLERS
+from imagereward_jax.models import lora
 
 METHODS = ("refl", "denoising", "autoencoder", "ranking")
 PRETRAIN_MODES = ("off", "alternate", "add")
 WRITERS = ("jsonl", "log", "tensorboard")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
+FILE_DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "blocks", "attention", "full")
 
 
@@ -89,6 +92,17 @@ def _sampling_defaults(config):
     config.eval.grid = 16  # pictures in samples/step_*.png
 
 
+def _lora_defaults(config):
+    config.lora = ml_collections.ConfigDict()
+    config.lora.rank = 0  # > 0 trains low-rank parameters alone, over a base held in config.dtype; 0: all weights
+    config.lora.alpha = ml_collections.config_dict.placeholder(float)  # updates are scaled by alpha / rank; None: rank
+    config.lora.targets = lora.ATTENTION  # regular expression: layers of the UNet whose names end so
+    config.lora.init = "gaussian"  # of A: gaussian (standard deviation 1 / rank) or kaiming; B is zero
+    config.lora.dropout = 0.0  # of A's input, in the steps that carry gradient
+    config.lora.dtype = "float32"  # of the exported file; the weights that train are float32
+    config.lora.path = ""  # an adapter to continue from: file, folder or hub name; rank, alpha, targets as its own
+
+
 def _pairs_defaults(config):
     config.data.pairs = ""  # image-text pairs: file, folder, `datasets` name, tfds:NAME or shapes:train
     config.data.pairs_image_column = ml_collections.config_dict.placeholder(str)
@@ -119,6 +133,7 @@ def _refl_defaults(config):
     method.scale = 1e-3
     method.pretrain = "alternate"  # denoising loss on pairs: off, alternate (an update of its own), add
     method.pretrain_weight = 1.0
+    _lora_defaults(config)
     _sampling_defaults(config)
     _pairs_defaults(config)
     config.eval.best = "eval/reward_mean"
@@ -130,6 +145,7 @@ def _denoising_defaults(config):
     config.reward = ml_collections.ConfigDict()
     config.reward.path = ""  # scores the evaluation's samples; "" for none
     config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
+    _lora_defaults(config)
     _sampling_defaults(config)
     _pairs_defaults(config)
     config.eval.best = "eval/checker_rate"
@@ -198,6 +214,8 @@ def validate(config):
         _choice(config, "eval.sampler", tuple(SAMPLERS))
         for field in ("eval.num_prompts", "eval.images_per_prompt", "eval.batch_size", "eval.num_steps", "eval.grid"):
             _at_least(config, field, 1)
+    if "lora" in config:
+        _validate_lora(config)
     if config.method.name == "refl":
         _validate_refl(config)
     if config.method.name == "denoising" and config.method.timestep_power <= 0:
@@ -207,6 +225,27 @@ def validate(config):
     elif config.method.name == "ranking":
         _given(config, "data.groups")
         _at_least(config, "data.images_per_prompt", 2)
+
+
+def _validate_lora(config):
+    _at_least(config, "lora.rank", 0)
+    _choice(config, "lora.init", lora.INITS)
+    _choice(config, "lora.dtype", FILE_DTYPES)
+    settings = config.lora
+    if settings.alpha is not None and settings.alpha <= 0:
+        raise ConfigError(f"config.lora.alpha={settings.alpha}: expected a number above 0; None stands for the rank")
+    if not 0 <= settings.dropout < 1:
+        raise ConfigError(f"config.lora.dropout={settings.dropout}: expected a number in [0, 1)")
+    try:
+        re.compile(settings.targets)
+    except re.error as error:
+        raise ConfigError(f"config.lora.targets={settings.targets!r} is no regular expression: {error}") from error
+    if settings.path and not settings.rank:
+        raise ConfigError(f"config.lora.path={settings.path!r} has no effect with config.lora.rank=0: pass its rank")
+    if settings.rank and config.method.get("train_text_encoder"):
+        raise ConfigError(
+            "config.method.train_text_encoder: adapters are the UNet's alone; set it to False, or config.lora.rank to 0"
+        )
 
 
 def _validate_refl(config):

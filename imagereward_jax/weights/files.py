@@ -63,6 +63,14 @@ def read_tensors(path):
     return readers[path.suffix](path)
 
 
+def read_metadata(path):
+    """The strings by name in the header of a `.safetensors` file that `read_tensors` has read without error."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
 def write_safetensors(path, tensors, metadata=None):
     """Writes a `.safetensors` file that appears whole or not at all.
 

@@ -33,16 +33,20 @@ def abstract(build):
     return nnx.eval_shape(build)
 
 
-def params_of(module):
-    """The parameters of a network as a nested dict of arrays (or shapes, for an abstract one)."""
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+def params_of(module, kind=nnx.Param):
+    """The parameters of a network as a nested dict of arrays (or shapes, for an abstract one); see `torch_layout`."""
+    return nnx.to_pure_dict(nnx.state(module, kind))
 
 
-def torch_layout(module):
-    """Maps each PyTorch key to the `Leaf` of `module` (abstract or not) that holds it."""
+def torch_layout(module, kind=nnx.Param):
+    """Maps each PyTorch key to the `Leaf` of `module` (abstract or not) that holds it.
+
+    Args:
+        kind: the type of variables: `nnx.Param` for the network's own weights, `models.lora.LoRAParam` for an adapter.
+    """
     modules = {path: node for path, node in nnx.iter_modules(module)}
     layout = {}
-    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(module, kind)):
         *parents, name = path
         torch_names = getattr(modules[tuple(parents)], "torch_names", {})
         torch_name, axes = torch_names.get(name, (name, None))
@@ -51,7 +55,7 @@ def torch_layout(module):
     return layout
 
 
-def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None):
+def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None, kind=nnx.Param):
     """Parameters for `module` from PyTorch tensors.
 
     Args:
@@ -60,6 +64,7 @@ def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None):
         what: how an error names the source (a file, a folder).
         ignore: regular expressions; matching keys of `tensors` are left out.
         dtype: converts floating-point tensors; None keeps each as it is.
+        kind: as for `torch_layout`.
 
     Returns:
         The nested dict of numpy arrays that `nnx.merge` takes.
@@ -67,7 +72,7 @@ def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None):
     Raises:
         CheckpointMismatch: naming every missing, unexpected and misshapen key.
     """
-    layout = torch_layout(module)
+    layout = torch_layout(module, kind)
     present = {key for key in tensors if not any(re.search(pattern, key) for pattern in ignore)}
     missing = sorted(layout.keys() - present)
     unexpected = sorted(present - layout.keys())
@@ -92,10 +97,10 @@ def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None):
     return params
 
 
-def to_torch(module, params):
+def to_torch(module, params, kind=nnx.Param):
     """PyTorch tensors (numpy arrays by key) from the parameters of `module`; the inverse of `from_torch`."""
     tensors = {}
-    for key, leaf in torch_layout(module).items():
+    for key, leaf in torch_layout(module, kind).items():
         node = params
         for part in leaf.path:
             node = node[part]

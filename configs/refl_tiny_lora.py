@@ -1,0 +1,51 @@
+"""ReFL on the built-in tiny model with low-rank parameters alone (LoRA).
+
+python -m imagereward_jax.train --config configs/refl_tiny_lora.py
+
+Of the UNet's 2,205,828 parameters 50,176 train: rank 8 on the projections of its attention. Measured on 64 held-out
+prompts, two pictures each, with guidance: the mean reward goes from 1.05 to 1.08 in 100 steps (1.03 after 50), less far
+than with all weights (refl_tiny.py), and the share of fully right pictures from 0.17 to 0.16. On the training prompts,
+without guidance, it goes from 0.77 to 1.02 (first and last 25 steps).
+
+WORKDIR/export holds pytorch_lora_weights.safetensors, which `generate --lora` and PyTorch diffusers'
+`load_lora_weights` take.
+"""
+
+from imagereward_jax.training.config import default_config
+
+
+def get_config():
+    """The recipe."""
+    config = default_config("refl")
+    config.steps = 100
+    config.batch_size = 32
+    config.model.path = "tiny-shapes"
+    config.model.remat = "none"
+    config.lora.rank = 8
+    config.reward.path = "tiny-shapes"
+    config.method.sampler = "ddim"
+    config.method.num_steps = 10
+    config.method.stop_min = 5
+    config.method.stop_max = 9
+    config.method.height = 32
+    config.method.width = 32
+    config.method.scale = 1.0
+    config.method.pretrain = "alternate"
+    config.data.prompts = "shapes:train"
+    config.data.pairs = "shapes:train"
+    config.data.image_size = 32
+    config.data.caption_noise = 0.4  # as the model was pretrained: the pairs teach nothing new
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 20
+    config.ema_decay = 0.95
+    config.eval.prompts = "shapes:held_out"
+    config.eval.num_prompts = 64
+    config.eval.images_per_prompt = 2
+    config.eval.batch_size = 64
+    config.eval.num_steps = 20
+    config.eval.guidance_scale = 2.0
+    config.eval.every = 50
+    config.checkpoint.every = 50
+    config.log_every = 5
+    config.writers = ("jsonl", "tensorboard")
+    return config

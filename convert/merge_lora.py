@@ -1,0 +1,56 @@
+"""Adds an adapter (LoRA) to a model's weights for good.
+
+    python convert/merge_lora.py SRC LORA OUT [--weight 0.8]
+
+SRC is a diffusers folder, a built-in model or a name on the hub; LORA an adapter that diffusers, kohya's sd-scripts or
+a training run of this package wrote. OUT is a diffusers folder of float32 weights, which PyTorch opens as well.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("src", help="the model")
+    parser.add_argument("lora", help="the adapter: a .safetensors file, its folder, or a name on the hub")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--weight", type=float, default=1.0, help="times the adapter (default: %(default)s)")
+    parser.add_argument("--variant", help='which weight files of the model, e.g. "fp16"')
+    parser.add_argument("--overwrite", action="store_true", help="replace an OUT that is a diffusers folder")
+    return parser.parse_args(argv)
+
+
+def merge(args):
+    """Reads both, adds and writes; returns how many layers the adapter has."""
+    from imagereward_jax.pipelines import load_pipeline
+    from imagereward_jax.weights import diffusers, lora
+    from imagereward_jax.weights.folders import refuse_existing
+
+    if not math.isfinite(args.weight):
+        raise ValueError(f"--weight {args.weight} should be a number, usually from 0 to 1")
+    refuse_existing(args.out, overwrite=args.overwrite, marker=diffusers.INDEX)
+    pipeline, params = load_pipeline(args.src, variant=args.variant)
+    adapter = lora.read_adapter(args.lora, pipeline.networks)
+    params = lora.merge(pipeline.networks, params, adapter, args.weight)
+    pipeline.save(args.out, params, overwrite=args.overwrite)
+    return sum(len(layers) for layers in adapter.values())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        count = merge(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}: {count} layers adapted")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # there is nothing to compute, and other devices may be in use
+    sys.exit(main())

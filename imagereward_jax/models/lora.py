@@ -1,0 +1,131 @@
+"""Low-rank adaptation, LoRA (arXiv 2106.09685): a frozen layer plus `scale * B(A(x))`, of which A and B train.
+
+`Linear` and `Conv` have a slot for A and B that is empty until `add_lora` fills it. The low-rank parameters are of a
+variable type of their own, so that checkpoints of the base and of the adapter are each read and written alone.
+"""
+
+import contextlib
+import contextvars
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+INITS = ("gaussian", "kaiming")
+ATTENTION = r"to_q|to_k|to_v|to_out\.0"  # the projections of the UNet's attention, PEFT's usual targets
+
+_dropout = contextvars.ContextVar("lora_dropout", default=None)
+
+
+class LoRAParam(nnx.Variable):
+    """A low-rank parameter."""
+
+
+class _Keys:
+    def __init__(self, key):
+        self.key, self.count = key, 0
+
+    def next(self):
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count)
+
+
+@contextlib.contextmanager
+def dropout_key(key):
+    """Switches the dropout of low-rank layers on for what is traced inside; each layer draws its own from `key`."""
+    token = _dropout.set(_Keys(key))
+    try:
+        yield
+    finally:
+        _dropout.reset(token)
+
+
+def _drop(x, rate):
+    keys = _dropout.get()
+    if keys is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(keys.next(), 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class LoRASlot:
+    """What a layer with a `kernel` [..., in, out] needs to be adapted.
+
+    lora_A: [..., in, rank], of the kernel's size in space. lora_B: [rank, out], with axes of 1 before it for a Conv.
+    """
+
+    lora_A = None
+    lora_B = None
+
+    def add_lora(self, rank, *, scale, dropout=0.0):
+        """Fills the slot of an abstract layer with the shapes of A and B."""
+        *space, features, out = self.kernel.shape
+        if rank > min(math.prod(space) * features, out):
+            raise ValueError(f"rank {rank} is more than a layer of {features} -> {out} features has")
+        self.lora_scale, self.lora_dropout = scale, dropout
+        self.lora_A = nnx.data(LoRAParam(jax.ShapeDtypeStruct((*space, features, rank), jnp.float32)))
+        self.lora_B = nnx.data(LoRAParam(jax.ShapeDtypeStruct((*[1] * len(space), rank, out), jnp.float32)))
+
+    def _low_rank(self, x, product, precision):
+        """`scale * B(A(dropout(x)))`; product(x, kernel) is the layer's own, without its bias."""
+        down = product(_drop(x, self.lora_dropout), self.lora_A[...].astype(self.dtype))
+        up = self.lora_B[...].astype(self.dtype).reshape(self.lora_B.shape[-2:])
+        return jnp.matmul(down, up, precision=precision) * self.lora_scale
+
+
+def slots(network):
+    """The layers of a network that can be adapted, by name ("down_blocks.0.attentions.0. ... .to_q")."""
+    return {
+        ".".join(map(str, path)): module for path, module in nnx.iter_modules(network) if isinstance(module, LoRASlot)
+    }
+
+
+def attach(network, targets, *, rank, alpha, dropout=0.0):
+    """Fills the slots of the layers whose names end in `targets`, in place.
+
+    Args:
+        network: an abstract network. targets: regular expression; it matches whole parts of names.
+        rank, alpha: the update is scaled by alpha / rank. dropout: of A's input, while `dropout_key` is given.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        ValueError: no layer matches, or one has fewer features than `rank`.
+    """
+    layers = slots(network)
+    names = [name for name in layers if re.search(rf"(?:^|\.)(?:{targets})$", name)]
+    if not names:
+        # Numbers go with the name before them: "to_out.0", "net.2".
+        endings = sorted({re.search(r"[^.]*?[^.\d][^.]*(?:\.\d+)?$", name).group() for name in layers})
+        raise ValueError(f"{targets!r} matches no layer; names of layers end in {', '.join(endings)}")
+    for name in names:
+        try:
+            layers[name].add_lora(rank, scale=alpha / rank, dropout=dropout)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return names
+
+
+def init(network, key, kind="gaussian"):
+    """Initial low-rank parameters of an adapted network, float32: B zero, so that the network is the base's.
+
+    Args:
+        kind: A "gaussian" of standard deviation 1 / rank, as diffusers' trainers have it, or "kaiming", PEFT's default:
+            uniform in +-1 / sqrt(features).
+    """
+    params = nnx.to_pure_dict(nnx.state(network, LoRAParam))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    values = []
+    for index, (path, leaf) in enumerate(leaves):
+        own = jax.random.fold_in(key, index)
+        if path[-1].key == "lora_B":
+            values.append(jnp.zeros(leaf.shape))
+        elif kind == "gaussian":
+            values.append(jax.random.normal(own, leaf.shape) / leaf.shape[-1])
+        else:
+            bound = 1 / math.sqrt(math.prod(leaf.shape[:-1]))
+            values.append(jax.random.uniform(own, leaf.shape, jnp.float32, -bound, bound))
+    return tree.unflatten(values)

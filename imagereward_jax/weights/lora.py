@@ -1,0 +1,229 @@
+"""Adapter files (LoRA): read in the layouts that people have, written in the one that diffusers loads, merged.
+
+An adapter is {network: {layer: LowRank}}, its arrays laid out as in PyTorch.
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from imagereward_jax.models.lora import LoRAParam
+from imagereward_jax.weights import files, hub, mapping
+from imagereward_jax.weights.files import WeightsError
+from imagereward_jax.weights.lora_names import layer_aliases, parse_key
+
+FILE = "pytorch_lora_weights.safetensors"
+_METADATA = "lora_adapter_metadata"
+
+
+class LowRank(NamedTuple):
+    """The update of one layer: `scale * up @ down`. down: [rank, in, ...]; up: [out, rank, ...]."""
+
+    down: np.ndarray
+    up: np.ndarray
+    scale: float
+
+    @property
+    def rank(self):
+        return self.down.shape[0]
+
+    def delta(self):
+        """What is added to the layer's PyTorch weight, float32 [out, in, ...]."""
+        down, up = (np.asarray(array, np.float32) for array in (self.down, self.up))
+        product = up.reshape(up.shape[0], self.rank) @ down.reshape(self.rank, -1)
+        return np.float32(self.scale) * product.reshape(up.shape[0], *down.shape[1:])
+
+
+def find_adapter(name_or_path):
+    """The file of an adapter: a file, a folder that holds `FILE` or one file of safetensors, or a name on the hub.
+
+    Raises:
+        FileNotFoundError: there is none; the message says what was looked for.
+    """
+    path = Path(str(name_or_path)).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if (path / FILE).is_file():
+            return path / FILE
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(each.name for each in found) or "no .safetensors file"
+        raise FileNotFoundError(f"{path}: expected {FILE}, found {names}; pass the path of the file")
+    name = str(name_or_path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name) and not path.suffix and not hub.looks_like_path(name):
+        return hub.resolve_file(name, FILE)
+    raise FileNotFoundError(f"{name}: no such adapter; expected a .safetensors file, or a folder with {FILE}")
+
+
+def read_adapter(name_or_path, networks):
+    """Reads an adapter for a model.
+
+    Args:
+        name_or_path: see `find_adapter`. networks: the model's, by name (`pipeline.networks`).
+
+    Returns:
+        {network: {layer: LowRank}} of the networks that the file adapts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: naming keys that fit no layer, halves that are absent, shapes that are wrong.
+    """
+    path = find_adapter(name_or_path)
+    parts = _gather(path, files.read_tensors(path), layer_aliases(networks))
+    settings = _settings(path)
+    adapter = defaultdict(dict)
+    for (network, name), tensors in sorted(parts.items()):
+        absent = [half for half in ("down", "up") if half not in tensors]
+        if absent:
+            raise WeightsError(f"{path}: layer {network}.{name} has no {absent[0]} weight (lora_A is down, lora_B up)")
+        down, up = tensors["down"], tensors["up"]
+        _check_shapes(path, f"{network}.{name}", down, up, _torch_kernel(networks[network], name))
+        scale = _scale(settings, network, name, down.shape[0], tensors.get("alpha"))
+        adapter[network][name] = LowRank(down, up, scale)
+    return dict(adapter)
+
+
+def _gather(path, tensors, aliases):
+    """{(network, layer): {"down", "up" and perhaps "alpha": array}} of a file."""
+    parts, unknown = defaultdict(dict), []
+    for key, array in tensors.items():
+        parsed = parse_key(key)
+        layer = aliases.get(parsed[0]) if parsed else None
+        if layer is None:
+            unknown.append(key)
+        else:
+            parts[layer][parsed[1]] = array
+    if unknown:
+        kinds = {"dora_scale": "DoRA", "lora_magnitude": "DoRA", "hada_": "LoHa", "lokr_": "LoKr"}
+        kind = next((kinds[mark] for mark in kinds if any(mark in key for key in unknown)), None)
+        why = f"a {kind} adapter, which is not implemented" if kind else "made for another model or family?"
+        shown = ", ".join(sorted(unknown)[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise WeightsError(f"{path}: {len(unknown)} of {len(tensors)} keys fit no layer of this model ({why}): {shown}")
+    if not parts:
+        raise WeightsError(f"{path}: holds no adapter")
+    return parts
+
+
+def _torch_kernel(network, name):
+    """Shape of a layer's weight in PyTorch."""
+    return mapping.torch_layout(network)[f"{name}.weight"].torch_shape
+
+
+def _check_shapes(path, layer, down, up, kernel):
+    ranks = {down.shape[0] if down.ndim else 0, up.shape[1] if up.ndim > 1 else 0}
+    if len(ranks) > 1:
+        raise WeightsError(
+            f"{path}: layer {layer} has a down weight of {list(down.shape)} and an up weight of {list(up.shape)}; the "
+            "first axis of one and the second of the other should be the rank"
+        )
+    if tuple(down.shape[1:]) == kernel[1:] and up.shape[0] == kernel[0] and up.size == kernel[0] * down.shape[0]:
+        return
+    context = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+    made_for = context.get(down.shape[1]) if re.search(r"attn2\.to_[kv]$", layer) and down.ndim == 2 else None
+    why = f" (it seems to be made for {made_for})" if made_for else " (made for another model or family?)"
+    raise WeightsError(
+        f"{path}: layer {layer} is adapted from {list(down.shape[1:])} to {up.shape[0]} features, but has "
+        f"{list(kernel[1:])} and {kernel[0]} in this model{why}"
+    )
+
+
+def _settings(path):
+    """PEFT's settings by network, {"unet": {"lora_alpha": ...}}, from a file's header; {} where there are none."""
+    text = files.read_metadata(path).get(_METADATA) if path.suffix == ".safetensors" else None
+    if text is None:
+        return {}
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {_METADATA} in its header is not valid JSON ({error})") from error
+    settings = defaultdict(dict)
+    for name, value in entries.items():
+        network, dot, field = name.partition(".")
+        settings[network if dot else "unet"][field if dot else name] = value
+    return dict(settings)
+
+
+def _scale(settings, network, name, rank, alpha):
+    """alpha / rank: alpha is beside the weights (kohya), in the settings (PEFT), or else the rank."""
+    own = settings.get(network, {})
+    if alpha is not None:
+        return float(np.asarray(alpha, np.float64).reshape(())) / rank
+    value = own.get("lora_alpha", rank)
+    for pattern, special in (own.get("alpha_pattern") or {}).items():
+        if re.search(rf"(?:^|\.){pattern}$", name):
+            value = special
+            break
+    return value / rank**0.5 if own.get("use_rslora") else value / rank
+
+
+def merge(networks, params, adapter, weight=1.0):
+    """Weights of a model with `weight` times an adapter added; `params` stays as it was.
+
+    Args:
+        networks, params: by name, of the whole model; params float32, of which the adapted ones are copied.
+        adapter: from `read_adapter`. weight: 0 leaves the model as it is, 1 is the adapter as trained.
+    """
+    merged = dict(params)
+    for network, layers in adapter.items():
+        layout = mapping.torch_layout(networks[network])
+        for name, low_rank in layers.items():
+            leaf = layout[f"{name}.weight"]
+            delta = np.float32(weight) * low_rank.delta().transpose(np.argsort(leaf.to_torch))
+            merged = _replace(merged, (network, *leaf.path), lambda kernel, delta=delta: np.asarray(kernel) + delta)
+    return merged
+
+
+def _replace(tree, path, function):
+    """`tree` with `function` of the leaf at `path`; what is on the way there is copied."""
+    head, *rest = path
+    return {**tree, head: _replace(tree[head], rest, function) if rest else function(tree[head])}
+
+
+def low_rank_params(network, layers, *, rank, alpha, what):
+    """Parameters of an adapted network that continue from an adapter, nested, float32.
+
+    Args:
+        network: with the slots filled (`models.lora.attach`). layers: {layer: LowRank}. rank, alpha: of the network.
+        what: how an error names the adapter.
+
+    Raises:
+        WeightsError, mapping.CheckpointMismatch: it has other layers, another rank or another alpha.
+    """
+    for name, low_rank in layers.items():
+        if low_rank.rank != rank or not np.isclose(low_rank.scale * low_rank.rank, alpha):
+            raise WeightsError(
+                f"{what}: layer {name} has rank {low_rank.rank} and alpha {low_rank.scale * low_rank.rank:g}, but "
+                f"config.lora has rank={rank} and alpha={alpha:g}: to continue from it set both to the adapter's"
+            )
+    tensors = {}
+    for name, low_rank in layers.items():
+        tensors |= {f"{name}.lora_A.weight": low_rank.down, f"{name}.lora_B.weight": low_rank.up}
+    return mapping.from_torch(network, tensors, what=what, dtype=np.float32, kind=LoRAParam)
+
+
+def write_adapter(folder, networks, params, *, rank, alpha, dtype=np.float32):
+    """Writes `folder`/pytorch_lora_weights.safetensors, which diffusers' `load_lora_weights(folder)` loads.
+
+    The settings that PEFT builds its layers from (rank, alpha, layers) are in the header, as diffusers keeps them.
+
+    Args:
+        networks: adapted networks by name. params: their low-rank parameters, by the same names.
+        rank, alpha: of all layers. dtype: of the tensors in the file.
+
+    Raises:
+        WeightsError: it could not be written, or overflows in `dtype`.
+    """
+    tensors, settings = {}, {}
+    for name, tree in params.items():
+        layers = mapping.to_torch(networks[name], tree, kind=LoRAParam)
+        tensors |= {f"{name}.{key}": array for key, array in layers.items()}
+        targets = sorted(key.removesuffix(".lora_A.weight") for key in layers if key.endswith(".lora_A.weight"))
+        settings |= {f"{name}.r": rank, f"{name}.lora_alpha": alpha, f"{name}.target_modules": targets}
+    header = {"format": "pt", _METADATA: json.dumps(settings, indent=2, sort_keys=True)}
+    files.write_safetensors(Path(folder) / FILE, files.cast(tensors, dtype, what=str(folder)), header)
