@@ -149,7 +149,7 @@ def _table_1(args, data, names, order, options):
     results = {name: generator_means(rows, human_order=order, **options) for name, rows in scores.items()}
     count = len(next(iter(data.pictures.values()))[0])
     notes = [
-        f"{len(data.prompts)} prompts, {count} picture{'s' * (count > 1)} each by {len(data.pictures)} generators",
+        f"{len(data.prompts)} prompts, {count} pictures each by {len(data.pictures)} generators",
         f"[{args.level:.0%} interval, {args.resamples} bootstraps over prompts]",
     ]
     if order is None:

@@ -146,7 +146,7 @@ def test_the_page_shows_the_prompts_judged_worst_with_their_pictures(rankings, l
         pairs = [a[1] > b[1] for a in ranked for b in ranked if a[0] < b[0]]
         if pairs:
             wrong[row["prompt"]] = 1 - sum(pairs) / len(pairs)
-    worst = [prompt for prompt in sorted(wrong, key=lambda prompt: -wrong[prompt]) if wrong[prompt]][:2]
+    worst = sorted(wrong, key=lambda prompt: -wrong[prompt])[:2]
     places = [page.text.index(prompt) for prompt in worst]
     assert places == sorted(places)
     labels = [attrs["alt"] for attrs in pictures]

@@ -24,7 +24,9 @@ def load_pairs(
     split="train",
     shapes=None,
 ):
-    """Image-text pairs: item i is {"image": float32 [S, S, 3] in [0, 1], "prompt": str}.
+    """Image-text pairs: item i is {"image", "prompt", "original_size", "crop_top_left"}.
+
+    The image is float32 [S, S, 3] in [0, 1]; the sizes are as `pictures.fit_and_locate` gives them.
 
     Args:
         source: a table as for `load_prompts`, whose image column holds paths relative to the file (or absolute), or
@@ -82,7 +84,9 @@ class Pairs:
     def _item(self, index, **options):
         where = self.table.where(index)
         image = pictures.open_picture(self._picture(index, where), where)
-        return {"image": pictures.fit(image, self.image_size, **options), "prompt": self.prompts[index]}
+        image, original_size, corner = pictures.fit_and_locate(image, self.image_size, **options)
+        prompt = self.prompts[index]
+        return {"image": image, "prompt": prompt, "original_size": original_size, "crop_top_left": corner}
 
     def _picture(self, index, where):
         if self.found is not None:

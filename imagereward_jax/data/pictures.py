@@ -92,6 +92,17 @@ def fit(image, size, *, crop="center", flip=False, rng=None):
     Returns:
         float32 [size, size, 3] in [0, 1].
     """
+    return fit_and_locate(image, size, crop=crop, flip=flip, rng=rng)[0]
+
+
+def fit_and_locate(image, size, *, crop="center", flip=False, rng=None):
+    """The same picture as `fit` gives, and where it comes from, which SDXL is told.
+
+    Returns:
+        (picture, original_size, crop_top_left): int32 [2] each, (height, width) of `image` before it was resized, and
+        (top, left) of the crop in the resized picture, in its mirror image if it was flipped.
+    """
+    original_size = np.array([image.height, image.width], np.int32)
     scale = size / min(image.size)
     width, height = (max(size, round(length * scale)) for length in image.size)
     if (width, height) != image.size:
@@ -100,4 +111,6 @@ def fit(image, size, *, crop="center", flip=False, rng=None):
     if crop == "random":
         left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
     array = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / np.float32(255)
-    return array[:, ::-1].copy() if flip and rng.random() < 0.5 else array
+    if flip and rng.random() < 0.5:
+        array, left = array[:, ::-1].copy(), width - size - left
+    return array, original_size, np.array([top, left], np.int32)

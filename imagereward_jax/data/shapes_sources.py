@@ -38,7 +38,8 @@ def _check_index(index, size):
 
 
 class ShapesPairs:
-    """Captioned pictures: item i is {"image": float32 [S, S, 3] in [0, 1], "prompt": str}.
+    """Captioned pictures: item i is {"image": float32 [S, S, 3] in [0, 1], "prompt": str} and, as other pairs have it,
+    "original_size" (S, S) and "crop_top_left" (0, 0).
 
     Args:
         size: number of items.
@@ -64,7 +65,8 @@ class ShapesPairs:
         image = draw(caption, rng, self.image_size)
         if rng.random() < self.caption_noise:
             caption = with_wrong_words(caption, 1, rng)
-        return {"image": to_float(image), "prompt": caption.text}
+        size, corner = np.full(2, self.image_size, np.int32), np.zeros(2, np.int32)
+        return {"image": to_float(image), "prompt": caption.text, "original_size": size, "crop_top_left": corner}
 
 
 class ShapesGroups:

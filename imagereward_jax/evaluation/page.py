@@ -56,23 +56,20 @@ def _table(header, rows):
 
 
 def worst_first(groups, scores):
-    """Numbers of the prompts that the models order otherwise than people, those that are furthest from them first.
+    """Numbers of the prompts, those that the models order least like people first.
 
-    What the baseline "random" says is left out, unless it is alone.
+    Prompts without a pair are left out, and so is what the baseline "random" says, unless it is alone.
     """
     judged = [rows for model, rows in scores.items() if model != RANDOM] or list(scores.values())
     wrong = disagreement(groups, judged)
     order = np.argsort(-np.where(np.isnan(wrong), -1, wrong), kind="stable")
-    return [int(i) for i in order if wrong[i] > 0]  # not so for NaN, a prompt without a pair
+    return [int(i) for i in order if not np.isnan(wrong[i])]
 
 
 def _worst_prompts(groups, scores, shown):
-    worst = worst_first(groups, scores)
-    order = worst[:shown]
-    if not order:
-        return "<h2>The models order every prompt's pictures as people do</h2>"
+    order = worst_first(groups, scores)[:shown]
     head = (
-        f"<h2>Where the models disagree most with people: {len(order)} of {len(worst)} prompts</h2>"
+        f"<h2>Where the models disagree most with people: {len(order)} of {len(groups)} prompts</h2>"
         '<p class="note">Best picture by people first. Beside each model\'s score is the place that it gives the '
         "picture; red where it puts a picture on the wrong side of more than half of the others.</p>"
     )

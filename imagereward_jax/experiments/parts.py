@@ -11,6 +11,7 @@ from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.models.params import join
 from imagereward_jax.pipelines import load_pipeline
+from imagereward_jax.pipelines.base import make_time_ids
 from imagereward_jax.training.loop import Evaluation
 from imagereward_jax.training.mesh import put_whole, replicated
 from imagereward_jax.training.sheets import contact_sheet, to_uint8
@@ -22,7 +23,9 @@ def open_pipeline(config):
     return load_pipeline(
         model.path,
         variant=model.variant,
+        prediction_type=model.prediction_type,
         dtype=config.dtype,
+        vae_dtype=model.vae_dtype,
         remat=model.remat,
     )
 
@@ -109,10 +112,16 @@ def pair_stream(config, pipeline):
     def drop_caption(item, rng):
         return {**item, "prompt": ""} if rng.random() < config.data.caption_dropout else item
 
-    def tokenize(batch):
-        return {"image": batch["image"], "input_ids": pipeline.tokenize(batch["prompt"])}
+    return stream(config, load_pairs_of(config), lambda batch: pair_batch(pipeline, batch), item_transform=drop_caption)
 
-    return stream(config, load_pairs_of(config), tokenize, item_transform=drop_caption)
+
+def pair_batch(pipeline, batch):
+    """A batch of pairs for `make_denoising_loss`."""
+    inputs = {"image": batch["image"], "input_ids": pipeline.tokenize(batch["prompt"])}
+    if pipeline.micro_conditioned:
+        size = np.full_like(batch["original_size"], batch["image"].shape[1])
+        inputs["time_ids"] = make_time_ids(batch["original_size"], batch["crop_top_left"], size)
+    return inputs
 
 
 class SampleEvaluation:

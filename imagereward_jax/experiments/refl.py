@@ -4,12 +4,12 @@ import numpy as np
 
 from imagereward_jax.data.prompts import load_prompts
 from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.experiments.cached import training_pairs
 from imagereward_jax.experiments.parts import (
     SampleEvaluation,
     cast_frozen,
     open_pipeline,
     open_reward,
-    pair_stream,
     stream,
 )
 from imagereward_jax.experiments.weights import divide
@@ -30,7 +30,7 @@ def build(config, mesh):
     frozen = cast_frozen(config, pipeline, {**weights.frozen, "reward": reward.params})
     streams = {"prompts": stream(config, prompts, lambda batch: prompt_batch(pipeline, reward, method, batch))}
     if method.pretrain != "off":
-        streams["pairs"] = pair_stream(config, pipeline)
+        streams["pairs"] = training_pairs(config, pipeline, params)
 
     return Experiment(
         trainable=weights.trainable,
@@ -59,7 +59,7 @@ def prompt_batch(pipeline, reward, method, batch):
 def make_phases(pipeline, reward, sampler, method):
     """The losses of a step, as `method.pretrain` says: ReFL's alone, the two in turn, or their sum."""
     refl = make_refl_loss(pipeline, reward, sampler, method)
-    denoising = make_denoising_loss(pipeline, method.pretrain_weight)
+    denoising = make_denoising_loss(pipeline, method.pretrain_weight, snr_gamma=method.snr_gamma)
 
     def refl_on_prompts(trainable, frozen, batches, key):
         return refl(trainable, frozen, batches["prompts"], key)

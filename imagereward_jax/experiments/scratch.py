@@ -4,35 +4,49 @@ import tempfile
 import zlib
 
 import jax
+import numpy as np
 
 from imagereward_jax.data.shapes import write_bert_vocab, write_clip_tokenizer
 from imagereward_jax.experiments.parts import open_pipeline
 from imagereward_jax.models.blip import INIT_STD
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
+from imagereward_jax.pipelines.sdxl import StableDiffusionXL
 from imagereward_jax.rewards.imagereward import ImageReward
+from imagereward_jax.weights import mapping
+from imagereward_jax.weights.diffusers import load_component, resolve_pipeline
 
 
 def load_or_init_pipeline(config):
-    """(pipeline, params) of `config.model.path`, or random ones of `config.model.architecture`."""
-    if not config.model.from_scratch:
+    """(pipeline, params) of `config.model.path`, or random ones of `config.model.architecture`.
+
+    An architecture with "text_encoder_2" makes an SDXL. Where `config.model.vae_from` names a model, the autoencoder is
+    that model's, weights and settings.
+    """
+    model = config.model
+    if not model.from_scratch:
         return open_pipeline(config)
-    tokenizer = tempfile.mkdtemp(prefix="shapes-tokenizer-")
-    write_clip_tokenizer(tokenizer)
-    architecture = config.model.architecture.to_dict()
-    pipeline = StableDiffusion1.from_configs(
-        architecture["unet"],
-        architecture["vae"],
-        architecture["text_encoder"],
-        architecture["scheduler"],
-        tokenizer,
-        dtype=config.dtype,
-        remat=config.model.remat,
-    )
+    architecture, vae_tensors = model.architecture.to_dict(), None
+    if model.vae_from:
+        architecture["vae"], vae_tensors = load_component(resolve_pipeline(model.vae_from), "vae")
+    pipeline = _new_pipeline(architecture, dtype=config.dtype, vae_dtype=model.vae_dtype, remat=model.remat)
     key = jax.random.key(config.seed)
     params = pipeline.init(key)
-    if config.model.conv_bias_std:
-        params["unet"] = with_conv_biases(params["unet"], config.model.conv_bias_std, jax.random.fold_in(key, 1))
+    if model.conv_bias_std:
+        params["unet"] = with_conv_biases(params["unet"], model.conv_bias_std, jax.random.fold_in(key, 1))
+    if vae_tensors is not None:
+        what = f"the autoencoder of {model.vae_from}"
+        params["vae"] = mapping.from_torch(pipeline.networks["vae"], vae_tensors, what=what, dtype=np.float32)
     return pipeline, params
+
+
+def _new_pipeline(architecture, **options):
+    """A pipeline of config.json's by network, and "scheduler", with the tokenizer of the shapes world."""
+    tokenizer = tempfile.mkdtemp(prefix="shapes-tokenizer-")
+    write_clip_tokenizer(tokenizer)
+    if "text_encoder_2" in architecture:
+        options["tokenizer_2_folder"] = tokenizer
+        return StableDiffusionXL.from_configs(**architecture, tokenizer_folder=tokenizer, **options)
+    return StableDiffusion1.from_configs(**architecture, tokenizer_folder=tokenizer, **options)
 
 
 def with_conv_biases(unet, std, key):

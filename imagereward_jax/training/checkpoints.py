@@ -44,6 +44,12 @@ class Checkpoints:
         """The step of the best checkpoint that has metrics, or None."""
         return self._manager.best_step()
 
+    def best_metrics(self):
+        """The evaluation of the best checkpoint, or None."""
+        self.wait()
+        step = self._manager.best_step()
+        return None if step is None else self._manager.metrics(step)
+
     def save(self, step, state, loop, metrics=None):
         """Writes in the background; a checkpoint that is there already stays.
 

@@ -10,6 +10,7 @@ import re
 import ml_collections
 
 from imagereward_jax.diffusion.samplers import SAMPLERS
+from imagereward_jax.diffusion.schedule import PREDICTION_TYPES
 from imagereward_jax.models import lora
 
 METHODS = ("refl", "denoising", "autoencoder", "ranking")
@@ -42,6 +43,8 @@ def default_config(method):
     config.model = ml_collections.ConfigDict()
     config.model.path = ""  # diffusers folder, hub name, or "tiny-shapes"
     config.model.variant = ml_collections.config_dict.placeholder(str)  # "fp16" reads *.fp16.safetensors
+    config.model.vae_dtype = ml_collections.config_dict.placeholder(str)  # by default config.dtype; never "float16"
+    config.model.prediction_type = ml_collections.config_dict.placeholder(str)  # instead of what the scheduler says
     config.model.remat = "blocks"  # what the backward pass computes again: none, blocks, attention, full
 
     config.mesh = ml_collections.ConfigDict()
@@ -50,6 +53,7 @@ def default_config(method):
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-5
+    config.optimizer.scale_by_batch = False  # times config.batch_size: the rate is then that of one sample
     config.optimizer.schedule = "constant"  # after the warm-up: constant, linear or cosine (to 0)
     config.optimizer.warmup_steps = 0
     config.optimizer.b1 = 0.9
@@ -69,6 +73,7 @@ def default_config(method):
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = 100
     config.checkpoint.keep = 2  # the latest ones; the best (by config.eval.best) is kept as well
+    config.checkpoint.best_only = False  # save only what evaluates better than all before, and export the best
     config.eval = ml_collections.ConfigDict()
     config.eval.every = 100
     config.profile = ml_collections.ConfigDict()
@@ -114,6 +119,10 @@ def _pairs_defaults(config):
     config.data.caption_noise = 0.0  # shapes:train only: share of captions with one wrong word
 
 
+def _cache_defaults(config):
+    config.data.cache = ""  # folder for the pairs' latents and encoded prompts, computed once, crops included
+
+
 def _refl_defaults(config):
     config.reward = ml_collections.ConfigDict()
     config.reward.path = "ImageReward-v1.0"  # a name, ImageReward.pt, a converted folder or "tiny-shapes"
@@ -125,7 +134,7 @@ def _refl_defaults(config):
     method.num_steps = 40  # sampler steps of a whole generation
     method.stop_min = 30  # the step that carries the gradient is drawn for each sample in [stop_min, stop_max]
     method.stop_max = 39
-    method.guidance_scale = 1.0  # 1: no guidance while training, half the work
+    method.guidance_scale = 1.0  # at most 1: no guidance while training, half the work
     method.negative_prompt = ""
     method.height = 512
     method.width = 512
@@ -133,27 +142,37 @@ def _refl_defaults(config):
     method.scale = 1e-3
     method.pretrain = "alternate"  # denoising loss on pairs: off, alternate (an update of its own), add
     method.pretrain_weight = 1.0
+    method.snr_gamma = 0.0  # > 0: min-SNR weights of the denoising loss; 5 is usual
     _lora_defaults(config)
     _sampling_defaults(config)
     _pairs_defaults(config)
+    _cache_defaults(config)
     config.eval.best = "eval/reward_mean"
 
 
+def _scratch_defaults(config):
+    config.model.from_scratch = False  # start from random networks of config.model.architecture
+    config.model.conv_bias_std = 0.0  # > 0: of the random UNet's convolution biases, which tell it where it is
+    config.model.vae_from = ""  # with from_scratch: the model whose autoencoder is taken; "" for a random one
+
+
 def _denoising_defaults(config):
+    _scratch_defaults(config)
     config.method.train_text_encoder = False
     config.method.timestep_power = 1.0  # timesteps are T * u^power with u uniform: below 1, noisy ones come more often
+    config.method.snr_gamma = 0.0  # > 0: min-SNR weights of the loss; 5 is usual
     config.reward = ml_collections.ConfigDict()
     config.reward.path = ""  # scores the evaluation's samples; "" for none
     config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
     _lora_defaults(config)
     _sampling_defaults(config)
     _pairs_defaults(config)
+    _cache_defaults(config)
     config.eval.best = "eval/checker_rate"
 
 
 def _autoencoder_defaults(config):
-    config.model.from_scratch = False  # start from random networks of config.model.architecture
-    config.model.conv_bias_std = 0.0  # > 0: of the random UNet's convolution biases, which tell it where it is
+    _scratch_defaults(config)
     config.method.kl_weight = 1e-6
     _pairs_defaults(config)
     config.eval.num_images = 64
@@ -190,6 +209,8 @@ def validate(config):
     _choice(config, "method.name", METHODS)
     _choice(config, "dtype", DTYPES)
     _choice(config, "model.remat", REMAT)
+    _choice(config, "model.vae_dtype", (None, *DTYPES))
+    _choice(config, "model.prediction_type", (None, *PREDICTION_TYPES))
     _choice(config, "optimizer.schedule", SCHEDULES)
     for field in ("steps", "batch_size", "accumulation", "max_skipped", "log_every"):
         _at_least(config, field, 1)
@@ -216,10 +237,14 @@ def validate(config):
             _at_least(config, field, 1)
     if "lora" in config:
         _validate_lora(config)
+    if "snr_gamma" in config.method:
+        _at_least(config, "method.snr_gamma", 0.0)
     if config.method.name == "refl":
         _validate_refl(config)
     if config.method.name == "denoising" and config.method.timestep_power <= 0:
         raise ConfigError(f"config.method.timestep_power={config.method.timestep_power}: expected a positive number")
+    if config.method.get("train_text_encoder") and config.data.cache:
+        raise ConfigError("config.data.cache holds encoded prompts: it cannot be used with method.train_text_encoder")
     if config.method.name in ("denoising", "autoencoder"):
         _given(config, "data.pairs")
     elif config.method.name == "ranking":
@@ -283,7 +308,7 @@ def _choice(config, path, choices):
     value = field(config, path)
     if value not in choices:
         raise ConfigError(
-            f"config.{path}={value!r}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}"
+            f"config.{path}={value!r}: expected one of {', '.join(map(str, choices))}{did_you_mean(value, choices)}"
         )
 
 

@@ -106,7 +106,8 @@ def train(config, build, workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
-    manager = ckpt.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best=config.eval.best)
+    keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
+    manager = ckpt.Checkpoints(workdir / "checkpoints", keep=keep, best=config.eval.best)
     try:
         with catch_signals() as caught:
             _Run(config, experiment, workdir, mesh, manager, caught).run()
@@ -191,7 +192,7 @@ class _Run:
         self.mesh = mesh
         self.dtype = jnp.dtype(config.dtype)
         self.main = jax.process_index() == 0
-        self.optimizer = make_optimizer(config.optimizer, config.steps * len(experiment.phases))
+        self.optimizer = make_optimizer(config.optimizer, config.steps * len(experiment.phases), config.batch_size)
         self.meter = Meter()
         self.state = self._initial_state()
         experiment.trainable = None  # the state holds it now
@@ -308,13 +309,23 @@ class _Run:
             for writer in self.writers.values():
                 writer.write(self.step, row)
 
-    def _save(self, evaluation):
+    def _save(self, evaluation, *, always=False):
+        """Saves the state; with `best_only` nothing but the best evaluated so far, unless `always`."""
+        if self.config.checkpoint.best_only and not (always or self._is_best(evaluation)):
+            return
         loop = {
             "meter": self.meter.get_state(),
             "streams": self.positions,
             "config": json.loads(self.config.to_json()),
         }
         self.manager.save(self.step, self.state, loop, metrics=evaluation or None)
+
+    def _is_best(self, evaluation):
+        if not evaluation:
+            return False
+        best = self.manager.best_metrics()
+        name = self.config.eval.best
+        return best is None or evaluation[name] > best[name]
 
     def _stop_if_asked(self):
         caught = self.caught[-1] if self.caught else 0
@@ -323,13 +334,13 @@ class _Run:
 
             caught = int(multihost_utils.process_allgather(np.int32(caught)).max())
         if caught:
-            self._save({})
+            self._save({}, always=True)
             self.manager.wait()
             raise Interrupted(caught, self.step)
 
     def _give_up(self, skipped):
         self.state = self.state.replace(skipped_in_row=jnp.zeros_like(self.state.skipped_in_row))
-        self._save({})
+        self._save({}, always=True)
         self.manager.wait()
         raise RunError(
             f"{skipped} updates in a row had gradients that are not finite (config.max_skipped): the weights of the "
@@ -339,6 +350,9 @@ class _Run:
 
     def _export(self):
         self.manager.wait()
+        if self.config.checkpoint.best_only and self.manager.best() not in (None, self.step):
+            self._say(f"exporting the best checkpoint, of step {self.manager.best()}")
+            self.state, _ = self.manager.restore(self.manager.best(), ckpt.abstract(self.state, self.shardings))
         averaged = jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(self.state.averaged)
         weights = jax.device_get(averaged)
         if self.main:

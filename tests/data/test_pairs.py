@@ -137,6 +137,25 @@ def test_random_crops_and_mirroring_come_from_the_generator(folder):
     check(pairs)  # indexing alone stays at the center
 
 
+def test_sizes_and_corners_say_where_a_picture_comes_from(folder):
+    """The original size, and the corner in the resized picture or, of a mirrored one, in its mirror image."""
+    pairs = load_pairs(write(folder / "p.json", rows()), image_size=32, crop="random", flip=True)
+    array = np.asarray(picture(0), np.float32) / 255
+    both, seen = (array, array[:, ::-1]), set()
+    for seed in range(20):
+        item = pairs.fetch(0, np.random.default_rng(seed))
+        assert item["original_size"].tolist() == list(array.shape[:2]) == [32, 48]
+        top, left = item["crop_top_left"]
+        assert top == 0
+        windows = [image[:, left : left + 32] for image in both]
+        seen.add(next(i for i, window in enumerate(windows) if np.allclose(item["image"], window, atol=1e-6)))
+    assert seen == {0, 1}
+    halved = load_pairs(write(folder / "p.json", rows()), image_size=16)[0]
+    assert (halved["original_size"].tolist(), halved["crop_top_left"].tolist()) == ([32, 48], [0, 4])
+    shape = load_pairs("shapes:train", image_size=32)[0]
+    assert (shape["original_size"].tolist(), shape["crop_top_left"].tolist()) == ([32, 32], [0, 0])
+
+
 def test_resizing_is_antialiased_bicubic(folder):
     """Against torch's own antialiased bicubic kernel; 1.5 levels allow for PIL's 8-bit arithmetic."""
     torch = pytest.importorskip("torch")

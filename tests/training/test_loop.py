@@ -16,7 +16,7 @@ pytest.importorskip("grain")
 from toy import build_toy, main, toy_config
 
 from imagereward_jax.training.checkpoints import CheckpointError
-from imagereward_jax.training.loop import Interrupted, RunError, WorkdirError, train
+from imagereward_jax.training.loop import Evaluation, Interrupted, RunError, WorkdirError, train
 from imagereward_jax.training.metrics import Meter, read_rows
 
 TIMES = ("time", "images_per_second")
@@ -158,3 +158,25 @@ def test_an_open_log_window_that_is_being_saved_is_not_changed_by_later_steps():
     saved = meter.get_state()
     meter.add({"loss": 2.0})
     assert saved == {"totals": {"loss": 1.0}, "count": 1}
+
+
+def test_best_only_keeps_and_exports_the_best(tmp_path):
+    """Scores 0, 2, 1, 3, 1 at steps 0, 4, 8, 12, 16: steps 4 and 12 are saved in turn, and 12 is exported."""
+    weights, scores = {}, dict(zip((0, 4, 8, 12, 16), (0.0, 2.0, 1.0, 3.0, 1.0)))
+
+    def build(config, mesh):
+        experiment = build_toy(config, mesh)
+
+        def evaluate(trainable, frozen):
+            step = 4 * len(weights)
+            weights[step] = np.asarray(trainable["net"]["w"])
+            return Evaluation({"eval/good": scores[step]})
+
+        experiment.evaluate = evaluate
+        return experiment
+
+    changes = {"steps": 16, "eval.every": 4, "checkpoint.best_only": True}
+    train(toy_config(**changes), build, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["12"]
+    np.testing.assert_array_equal(np.load(tmp_path / "run/export/w.npy"), weights[12])
+    assert not np.array_equal(weights[12], weights[16])

@@ -47,3 +47,8 @@ def test_schedules_by_hand(schedule, expected):
     """Warm-up over 10 updates, then what the name says up to update 30."""
     rate = make_schedule(settings(learning_rate=1.0, schedule=schedule, warmup_steps=10), 30)
     np.testing.assert_allclose([rate(step) for step in (0, 5, 10, 20, 30)], expected, atol=1e-6)
+
+
+def test_the_rate_of_one_sample_times_the_batch():
+    rates = [make_schedule(settings(learning_rate=1e-3, scale_by_batch=scaled), 30, 128)(5) for scaled in (False, True)]
+    np.testing.assert_allclose(rates, [1e-3, 0.128])
