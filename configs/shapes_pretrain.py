@@ -3,13 +3,11 @@
     python -m imagereward_jax.train --config configs/shapes_vae.py
     python -m imagereward_jax.train --config configs/shapes_pretrain.py
 
-Starts from the first command's autoencoder and random UNet and text encoder. As with captions from the web, many are
-wrong in a word (`config.data.caption_noise`), so the model draws shapes well but heeds its prompts only half: what
-tuning by reward then mends. The export is the diffusion half of the built-in model `tiny-shapes`.
+Starts from the first command's autoencoder and random UNet and text encoder. As with captions from the web, one in five
+is wrong in a word (`config.data.caption_noise`). The model draws shapes well, but without guidance it heeds its prompts
+only half: what tuning by reward then mends. The export is the diffusion half of the built-in model `tiny-shapes`.
 
-Hardware: 2 CPU cores, some 25 minutes. Result to expect: eval/checker_rate 0.17. Colours, sizes and shapes follow the
-prompt in most pictures, places hardly yet. The shipped weights come from a run of 6,000 steps whose last step was set
-to 3,000, 7,000 and 6,000 in turn, which stretched its cosine schedule: a straight run is not the same bit for bit.
+Hardware: 2 CPU cores, some 20 minutes. Result to expect: eval/checker_rate 0.70 with guidance 2 (0.34 without).
 """
 
 from imagereward_jax.training.config import default_config
