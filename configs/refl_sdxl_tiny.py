@@ -19,7 +19,7 @@ def get_config():
     config.reward.path = "tiny-shapes"
     config.method.sampler = "ddim"
     config.method.num_steps = 10
-    config.method.stop_min = 5
+    config.method.stop_min = 2
     config.method.stop_max = 9
     config.method.height = 32
     config.method.width = 32
@@ -28,15 +28,15 @@ def get_config():
     config.data.pairs = "shapes:train"
     config.data.image_size = 32
     config.data.caption_noise = 0.2  # as the model was pretrained: the pairs teach nothing new
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 2e-4
     config.optimizer.warmup_steps = 20
     config.ema_decay = 0.95
     config.eval.prompts = "shapes:held_out"
     config.eval.num_prompts = 64
-    config.eval.images_per_prompt = 2
+    config.eval.images_per_prompt = 4
     config.eval.batch_size = 64
     config.eval.num_steps = 20
-    config.eval.guidance_scale = 2.0
+    config.eval.guidance_scale = 1.0
     config.eval.every = 50
     config.checkpoint.every = 50
     config.log_every = 5

@@ -36,7 +36,7 @@ def get_config():
     config.ema_decay = 0.95
     config.eval.prompts = "shapes:held_out"
     config.eval.num_prompts = 64
-    config.eval.images_per_prompt = 2
+    config.eval.images_per_prompt = 4
     config.eval.batch_size = 64
     config.eval.num_steps = 20
     config.eval.guidance_scale = 1.0

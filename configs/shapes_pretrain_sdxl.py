@@ -64,7 +64,7 @@ ARCHITECTURE = {
 def get_config():
     """The recipe."""
     config = default_config("denoising")
-    config.steps = 4000
+    config.steps = 2000
     config.batch_size = 32
     config.model.from_scratch = True
     config.model.vae_from = "tiny-shapes"
@@ -88,7 +88,7 @@ def get_config():
     config.eval.num_steps = 20
     config.eval.guidance_scale = 2.0
     config.writers = ("jsonl",)
-    config.eval.every = 1000
+    config.eval.every = 2000
     config.checkpoint.every = 1000
     config.log_every = 50
     return config
