@@ -89,6 +89,7 @@ class ShapesGroups:
             raise ValueError(f"images_per_prompt must be in 2..{MAX_IMAGES}; got {images_per_prompt}")
         self.size, self.seed = size, seed
         self.images_per_prompt, self.image_size = images_per_prompt, image_size
+        self.largest = images_per_prompt
 
     def __len__(self):
         return self.size

@@ -13,7 +13,7 @@ def build(config, mesh):
     """See `experiments.build`."""
     pipeline, params = load_or_init_pipeline(config)
     reward = None
-    if config.reward.path:
+    if config.reward.path or config.reward.terms:
         reward = open_reward(config)
     names = ("unet", *pipeline.text_encoders) if config.method.train_text_encoder else ("unet",)
     weights = divide(config, pipeline, params, names)

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 
-import imagereward_jax
 from imagereward_jax.data.pairs import load_pairs
 from imagereward_jax.data.pipeline import make_iterator
 from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
@@ -12,6 +11,10 @@ from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.models.params import join
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.pipelines.base import make_time_ids
+from imagereward_jax.rewards import registry
+from imagereward_jax.rewards.mixed import MixedReward, Term, apply_terms
+from imagereward_jax.rewards.rules import is_rule
+from imagereward_jax.training.config import ConfigError
 from imagereward_jax.training.loop import Evaluation
 from imagereward_jax.training.mesh import put_whole, replicated
 from imagereward_jax.training.sheets import contact_sheet, to_uint8
@@ -31,8 +34,28 @@ def open_pipeline(config):
 
 
 def open_reward(config):
-    """The reward of `config.reward`."""
-    return imagereward_jax.load(config.reward.path, tokenizer=config.reward.tokenizer, dtype=config.dtype)
+    """The reward of `config.reward`: the one at its path, or the mixture of its terms.
+
+    Raises:
+        ConfigError: it cannot be differentiated, which all that calls this needs.
+    """
+    settings = config.reward
+    if not settings.terms:
+        return _open_differentiable(settings, "config.reward", config.dtype)
+    terms = {}
+    for name, term in settings.terms.items():
+        reward = _open_differentiable(term, f"config.reward.terms.{name}", config.dtype)
+        terms[name] = Term(reward, weight=term.weight, mean=term.mean, std=term.std, clip=term.clip)
+    return MixedReward(terms)
+
+
+def _open_differentiable(settings, where, dtype):
+    if is_rule(settings.path):
+        raise ConfigError(
+            f"{where}.path={settings.path!r} is computed by rule and has no gradient: it is for policy-gradient "
+            "methods; take a reward that is a network, e.g. 'ImageReward-v1.0' or 'PickScore'"
+        )
+    return registry.open_reward(settings.path, weights=settings.weights, tokenizer=settings.tokenizer, dtype=dtype)
 
 
 def stream(config, source, transform, item_transform=None):
@@ -134,8 +157,9 @@ class SampleEvaluation:
         mesh: batches are sharded over it.
 
     Calling it with (trainable, frozen) gives an `Evaluation` with `eval/reward_mean`, `eval/reward_std` (over
-    prompts, of each prompt's mean) and, where the prompts are the shapes world's, `eval/checker_rate`, the share of
-    pictures in which the rule-based checker finds all four words.
+    prompts, of each prompt's mean), of a mixture `eval/reward_NAME` (each term's mean score), and, where the prompts
+    are the shapes world's, `eval/checker_rate`, the share of pictures in which the rule-based checker finds all four
+    words.
     """
 
     def __init__(self, config, pipeline, reward, size, mesh):
@@ -159,12 +183,12 @@ class SampleEvaluation:
             guidance_scale=self.config.guidance_scale,
             key=keys,
         )
-        rewards = self.reward.apply(params["reward"], images, batch["reward"]) if self.reward else None
-        return images, rewards
+        scores = apply_terms(self.reward, params["reward"], images, batch["reward"]) if self.reward else None
+        return images, scores
 
     def __call__(self, trainable, frozen):
         params = join(frozen, trainable)
-        images, rewards = [], []
+        images, scores = [], []
         for start in range(0, len(self.prompts), self.batch):
             chosen = [min(i, len(self.prompts) - 1) for i in range(start, start + self.batch)]
             prompts = [self.prompts[i] for i in chosen]
@@ -174,13 +198,14 @@ class SampleEvaluation:
                 "negative_ids": self.pipeline.tokenize([""] * len(prompts)),
                 "reward": self.reward.tokenize(prompts) if self.reward else {},
             }
-            batch_images, batch_rewards = jax.device_get(self._sample(params, put_whole(self.mesh, batch)))
+            batch_images, batch_scores = jax.device_get(self._sample(params, put_whole(self.mesh, batch)))
             images.append(batch_images)
-            rewards.append(batch_rewards)
+            scores.append(batch_scores)
         images = np.concatenate(images)[: len(self.prompts)]
         metrics, captions = {}, list(self.prompts)
         if self.reward:
-            rewards = np.concatenate(rewards)[: len(self.prompts)]
+            rewards, terms = jax.tree.map(lambda *rows: np.concatenate(rows)[: len(self.prompts)], *scores)
+            metrics |= {f"eval/reward_{name}": values.mean() for name, values in terms.items()}
             per_prompt = rewards.reshape(-1, self.config.images_per_prompt).mean(1)
             metrics |= {"eval/reward_mean": per_prompt.mean(), "eval/reward_std": per_prompt.std()}
             captions = [f"{reward:+.2f} {prompt}" for prompt, reward in zip(self.prompts, rewards)]

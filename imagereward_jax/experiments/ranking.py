@@ -1,16 +1,20 @@
 """Training an ImageReward on ranked groups of pictures."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 
-from imagereward_jax.data.groups import load_groups
+from imagereward_jax.data.groups import Pairs, load_groups, padded
 from imagereward_jax.data.prompts import SHAPES_PREFIX
-from imagereward_jax.experiments.parts import open_reward, stream
+from imagereward_jax.experiments.parts import stream
 from imagereward_jax.experiments.scratch import init_reward
-from imagereward_jax.methods.ranking import make_ranking_loss, pair_losses
+from imagereward_jax.methods.ranking import make_ranking_loss, pair_losses, trainable_mask
+from imagereward_jax.models.params import join, split
+from imagereward_jax.rewards.checkpoint import load
 from imagereward_jax.rewards.imagereward import ImageReward
+from imagereward_jax.rewards.scores import imagereward_from_blip
 from imagereward_jax.training.loop import Evaluation, Experiment
 from imagereward_jax.training.mesh import put_whole, replicated
 from imagereward_jax.training.sheets import contact_sheet
@@ -19,8 +23,20 @@ from imagereward_jax.training.step import Phase
 
 def build(config, mesh):
     """See `experiments.build`."""
-    reward = open_reward(config) if config.reward.path else init_reward(config)
-    loss = make_ranking_loss(reward)
+    reward = open_trained(config)
+    train_groups, held_out = open_groups(config, reward, "groups"), open_groups(config, reward, "held_out_groups")
+    tested = open_groups(config, reward, "test_groups") if config.data.test_groups else None
+    count = config.eval.num_groups or len(held_out)
+    evaluate = RankingEvaluation(reward, held_out, mesh, count)
+    source = Pairs(train_groups) if config.method.mode == "pairs" else train_groups
+    if config.eval.per_epoch:
+        config.eval.every = max(1, len(source) // config.batch_size // config.eval.per_epoch)
+    method = config.method
+    loss = make_ranking_loss(
+        reward, dropout=method.dropout, drop_path=method.drop_path, head_dropout=method.head_dropout
+    )
+    mask = trainable_mask(reward.params, config.reward.fix_rate)
+    trainable, frozen = split({"reward": reward.params}, {"reward": mask})
 
     def loss_on_groups(trainable, frozen, batches, key):
         return loss(trainable, frozen, batches["groups"], key)
@@ -29,78 +45,128 @@ def build(config, mesh):
         tokens = reward.tokenize(batch["prompt"])
         return {"images": batch["images"], "ranking": batch["ranking"], "reward": tokens}
 
-    size = reward.config.vision.image_size
-    held_out = load_groups(
-        config.data.held_out_groups, image_size=size, shapes=shapes_options(config, "held_out_groups")
-    )
-    groups = [held_out[index] for index in range(min(config.eval.num_groups, len(held_out)))]
-    evaluate = RankingEvaluation(reward, groups, mesh)
-    train_groups = load_groups(config.data.groups, image_size=size, shapes=shapes_options(config, "groups"))
+    def test(trainable, frozen):
+        found = RankingEvaluation(reward, tested, mesh, len(tested))(trainable, frozen).metrics
+        return {name.replace("eval/", "test/"): value for name, value in found.items()}
 
     def export(trainable, folder):
         """Scores are standardised on held-out pictures: mean 0, standard deviation 1."""
-        scores = evaluate.scores(trainable)
-        config = dataclasses.replace(
+        params = join(frozen, trainable)["reward"]
+        scores = evaluate.scores(jax.device_put({"reward": params}, replicated(mesh)))
+        settings = dataclasses.replace(
             reward.config,
             score_mean=reward.config.score_mean + reward.config.score_std * float(scores.mean()),
             score_std=reward.config.score_std * float(scores.std()),
         )
-        ImageReward(config, trainable["reward"], reward.tokenizer).save(folder)
+        ImageReward(settings, params, reward.tokenizer).save(folder)
 
     return Experiment(
-        trainable={"reward": reward.params},
-        frozen={},
+        trainable=trainable,
+        frozen=frozen,
         phases=(Phase("ranking", loss_on_groups),),
-        streams={"groups": stream(config, train_groups, transform)},
+        streams={
+            "groups": stream(config, source, transform, item_transform=functools.partial(pad_item, size=source.largest))
+        },
         evaluate=evaluate,
         export=export,
         export_marker="config.json",
-        images_per_step=config.batch_size * train_groups[0]["images"].shape[0],
+        images_per_step=config.batch_size * source.largest,
+        test=None if tested is None else test,
     )
 
 
-def shapes_options(config, field):
-    """What `load_groups` takes as `shapes` for `config.data`'s source of that name."""
-    builtin = str(config.data[field]).startswith(SHAPES_PREFIX)
-    return {"images_per_prompt": config.data.images_per_prompt} if builtin else None
+def open_trained(config):
+    """The ImageReward that training starts from: of config.reward.path, of BLIP's weights, or random."""
+    settings = config.reward
+    if settings.path:
+        return load(settings.path, tokenizer=settings.tokenizer)
+    if settings.blip:
+        return imagereward_from_blip(settings.blip, jax.random.key(config.seed), tokenizer=settings.tokenizer)
+    return init_reward(config)
+
+
+def open_groups(config, reward, name):
+    """The ranked groups of config.data's source `name`."""
+    data = config.data
+    source = str(data[name])
+    if source.startswith(SHAPES_PREFIX):
+        shapes = {"images_per_prompt": data.images_per_prompt}
+        return load_groups(source, image_size=reward.image_size, shapes=shapes)
+    return load_groups(
+        source,
+        image_size=reward.image_size,
+        split=data[f"{name.removesuffix('_groups')}_split"],
+        images=data.images_folder or None,
+        cache=data.cache or None,
+    )
+
+
+def pad_item(item, rng, *, size):
+    """A group with as many pictures as the largest, so that they stack."""
+    return padded(item, size)
 
 
 class RankingEvaluation:
-    """Held-out `eval/accuracy` (share of pairs ordered as people did; ties are wrong) and `eval/loss`."""
+    """`eval/accuracy` (share of pairs ordered as people did; ties are wrong) and `eval/loss` over ranked groups.
 
-    def __init__(self, reward, groups, mesh):
-        self.groups, self.mesh = groups, mesh
-        self.prompts = [group["prompt"] for group in groups for _ in group["images"]]
-        self.images = np.concatenate([group["images"] for group in groups])
-        self.tokens = reward.tokenize(self.prompts)
+    Args:
+        groups: random access to groups; the first `count` are read at each evaluation, a batch at a time.
+    """
+
+    batch = 64
+    shown = 6
+    remembered = 2**28  # bytes of pictures that are kept from one evaluation to the next
+
+    def __init__(self, reward, groups, mesh, count):
+        self.reward, self.groups, self.mesh = reward, groups, mesh
+        self.count, self.columns = min(count, len(groups)), groups.largest
+        if self.count * groups.largest * reward.image_size**2 * 12 <= self.remembered:
+            self.groups = [groups[index] for index in range(self.count)]
         self._score = jax.jit(
             lambda params, images, tokens: reward.apply(params["reward"], images, tokens),
             out_shardings=replicated(mesh),
         )
 
-    def scores(self, trainable, batch=64):
-        """[N] the score of every held-out picture."""
-        batch = -(-batch // self.mesh.size) * self.mesh.size
+    def scores(self, params):
+        """[N] the score of every picture; params: {"reward": the reward's parameters}."""
+        return np.concatenate([scores for _, scores in self._scored(params)])
+
+    def _scored(self, params):
+        """(group, its scores) for every group."""
+        waiting, pictures = [], 0
+        for index in range(self.count):
+            waiting.append(self.groups[index])
+            pictures += len(waiting[-1]["ranking"])
+            if pictures >= self.batch or index == self.count - 1:
+                yield from self._score_groups(params, waiting)
+                waiting, pictures = [], 0
+
+    def _score_groups(self, params, groups):
+        images = np.concatenate([group["images"] for group in groups])
+        tokens = self.reward.tokenize([group["prompt"] for group in groups for _ in group["ranking"]])
+        batch = -(-self.batch // self.mesh.size) * self.mesh.size
         scores = []
-        for start in range(0, len(self.images), batch):
-            rows = np.minimum(np.arange(start, start + batch), len(self.images) - 1)
-            tokens = {name: ids[rows] for name, ids in self.tokens.items()}
-            placed = put_whole(self.mesh, {"images": self.images[rows], "tokens": tokens})
-            scores.append(np.asarray(self._score(trainable, placed["images"], placed["tokens"])))
-        return np.concatenate(scores)[: len(self.images)]
+        for start in range(0, len(images), batch):
+            rows = np.minimum(np.arange(start, start + batch), len(images) - 1)
+            part = {"images": images[rows], "tokens": {name: ids[rows] for name, ids in tokens.items()}}
+            part = put_whole(self.mesh, part)
+            scores.append(np.asarray(self._score(params, part["images"], part["tokens"])))
+        scores = np.concatenate(scores)[: len(images)]
+        ends = np.cumsum([len(group["ranking"]) for group in groups])
+        return zip(groups, np.split(scores, ends[:-1]))
 
     def __call__(self, trainable, frozen):
-        scores, start, losses, correct = self.scores(trainable), 0, [], []
-        captions = [f"{score:+.2f} {prompt}" for score, prompt in zip(scores, self.prompts)]
-        for group in self.groups:
-            part = scores[start : start + len(group["images"])]
-            start += len(part)
-            loss, right, pairs = (np.asarray(x) for x in pair_losses(part, np.asarray(group["ranking"])))
+        losses, correct, images, captions = [], [], [], []
+        for group, scores in self._scored(join(frozen, trainable)):
+            loss, right, pairs = (np.asarray(x) for x in pair_losses(scores, group["ranking"]))
             losses.append(loss[pairs])
             correct.append(right[pairs])
+            if len(losses) <= self.shown:
+                images += list(padded(group, self.columns)["images"])
+                captions += [f"{score:+.2f} {group['prompt']}" for score in scores]
+                captions += [""] * (self.columns - len(scores))
         metrics = {
             "eval/accuracy": float(np.concatenate(correct).mean()),
             "eval/loss": float(np.concatenate(losses).mean()),
         }
-        columns = len(self.groups[0]["images"])
-        return Evaluation(metrics, contact_sheet(self.images[: 6 * columns], captions[: 6 * columns], columns=columns))
+        return Evaluation(metrics, contact_sheet(np.stack(images), captions, columns=self.columns))

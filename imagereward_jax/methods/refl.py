@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.models.lora import dropout_key
 from imagereward_jax.models.params import join
+from imagereward_jax.rewards.mixed import apply_terms
 
 
 def draw_stop(key, batch, stop_min, stop_max):
@@ -77,8 +78,9 @@ def make_refl_loss(pipeline, reward, sampler, config):
             latent_shape=latent_shape,
             guidance_scale=config.guidance_scale,
         )
-        rewards = reward.apply(params["reward"], images, batch["reward"])
+        rewards, terms = apply_terms(reward, params["reward"], images, batch["reward"])
         value = refl_loss(rewards, threshold=config.threshold, scale=config.scale)
-        return value, {"reward": rewards.mean(), "reward_std": rewards.std(), "stop": stop.mean()}
+        metrics = {"reward": rewards.mean(), "reward_std": rewards.std(), "stop": stop.mean()}
+        return value, metrics | {f"reward_{name}": scores.mean() for name, scores in terms.items()}
 
     return loss

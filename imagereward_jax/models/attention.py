@@ -26,12 +26,13 @@ PROMPT = 128  # keys of an attention to a prompt: its logits are no larger than 
 SMALLEST_BLOCK = 64
 
 
-def attention(query, key, value, *, mask=None, path=None):
+def attention(query, key, value, *, mask=None, drop=None, path=None):
     """Scaled dot-product attention with a float32 softmax.
 
     Args:
         query: [B, T, heads, head_dim]; key, value: [B, S, heads, head_dim].
         mask: boolean, broadcastable to [B, heads, T, S]; True takes part.
+        drop: what is done to the weights [B, heads, T, S] before they are used, e.g. dropout; None for nothing.
         path: one of `PATHS`; by default what `choose_path` says.
 
     Returns:
@@ -40,13 +41,14 @@ def attention(query, key, value, *, mask=None, path=None):
     Raises:
         ValueError: there is no such path, or it takes no mask.
     """
-    path = path or choose_path(current_platform(), query.shape, key.shape, query.dtype, masked=mask is not None)
+    whole = mask is not None or drop is not None
+    path = path or choose_path(current_platform(), query.shape, key.shape, query.dtype, masked=whole)
     if path not in PATHS:
         raise ValueError(f"attention path {path!r}: expected one of {', '.join(PATHS)}")
     if path == "plain":
-        return _plain(query, key, value, mask)
-    if mask is not None:
-        raise ValueError(f"attention path {path!r} takes no mask; 'plain' does")
+        return _plain(query, key, value, mask, drop)
+    if whole:
+        raise ValueError(f"attention path {path!r} takes no mask and drops nothing; 'plain' does")
     if path == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     return _pallas(query, key, value) if path == "pallas" else _blocks(query, key, value)
@@ -67,13 +69,14 @@ def choose_path(platform, query_shape, key_shape, dtype, *, masked=False):
     return "blocks"
 
 
-def _plain(query, key, value, mask=None):
+def _plain(query, key, value, mask=None, drop=None):
     high = precision(query.dtype)
     logits = jnp.einsum("bthd,bshd->bhts", query, key, precision=high, preferred_element_type=jnp.float32)
     logits = logits / math.sqrt(query.shape[-1])
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    weights = weights if drop is None else drop(weights)
     return jnp.einsum("bhts,bshd->bthd", weights, value, precision=high)
 
 

@@ -4,8 +4,12 @@ A vision transformer (timm's key names) reads the picture; a BERT encoder with c
 (post-norm) reads the prompt while looking at the picture; an MLP turns the feature of the first token into the
 score. Follows ImageReward (arXiv 2304.05977) and BLIP (arXiv 2201.12086). Attribute names are the keys of
 `ImageReward.pt`, so `imagereward_jax.weights.mapping` converts it without a table.
+
+Inside `dropout.noise` it trains as the original: "text" is BERT's dropout, "path" the drop path of the last vision
+block (the first has none, those between rise evenly), "head" the three rates of the head.
 """
 
+import functools
 import itertools
 
 import jax
@@ -13,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import layers
+from imagereward_jax.models.dropout import drop, drops
 
 INIT_STD = 0.02  # of every matrix, before training
 
@@ -59,17 +64,19 @@ class VisionMlp(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. path_scale: its share of the drop path rate, 0 to 1."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config, path_scale, *, dtype, rngs):
+        self.path_scale = path_scale
         self.norm1 = layers.LayerNorm(config.width, eps=config.layer_norm_eps, dtype=dtype)
         self.attn = VisionAttention(config, dtype=dtype, rngs=rngs)
         self.norm2 = layers.LayerNorm(config.width, eps=config.layer_norm_eps, dtype=dtype)
         self.mlp = VisionMlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        drop_path = functools.partial(drop, kind="path", scale=self.path_scale, per_sample=True)
+        x = x + drop_path(self.attn(self.norm1(x)))
+        return x + drop_path(self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(nnx.Module):
@@ -80,7 +87,8 @@ class VisionTransformer(nnx.Module):
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, config.width)))
         self.pos_embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, config.tokens, config.width)))
-        self.blocks = nnx.List([VisionBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
+        last = max(1, config.depth - 1)
+        self.blocks = nnx.List([VisionBlock(config, i / last, dtype=dtype, rngs=rngs) for i in range(config.depth)])
         self.norm = layers.LayerNorm(config.width, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, pixels):
@@ -104,7 +112,8 @@ class TextEmbeddings(nnx.Module):
         self.LayerNorm = layers.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, ids):
-        return self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings(jnp.arange(ids.shape[1])))
+        x = self.word_embeddings(ids) + self.position_embeddings(jnp.arange(ids.shape[1]))
+        return drop(self.LayerNorm(x), "text")
 
 
 class AttentionCore(nnx.Module):
@@ -120,7 +129,8 @@ class AttentionCore(nnx.Module):
         query, key, value = (
             layers.split_heads(part, self.heads) for part in (self.query(x), self.key(source), self.value(source))
         )
-        return layers.merge_heads(layers.attention(query, key, value, mask=mask))
+        drop_weights = functools.partial(drop, kind="text") if drops("text") else None
+        return layers.merge_heads(layers.attention(query, key, value, mask=mask, drop=drop_weights))
 
 
 class ResidualOutput(nnx.Module):
@@ -131,7 +141,7 @@ class ResidualOutput(nnx.Module):
         self.LayerNorm = layers.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, x, residual):
-        return self.LayerNorm(self.dense(x) + residual)
+        return self.LayerNorm(drop(self.dense(x), "text") + residual)
 
 
 class TextAttention(nnx.Module):
@@ -160,9 +170,10 @@ class TextLayer(nnx.Module):
         self.intermediate = Intermediate(config, dtype=dtype, rngs=rngs)
         self.output = ResidualOutput(config, config.intermediate_size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, mask, image_embeds):
+    def __call__(self, x, mask, image_embeds=None):
         x = self.attention(x, x, mask)
-        x = self.crossattention(x, image_embeds)
+        if image_embeds is not None:
+            x = self.crossattention(x, image_embeds)
         return self.output(self.intermediate(x), x)
 
 
@@ -172,27 +183,30 @@ class TextLayers(nnx.Module):
             [TextLayer(config, vision_width, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
         )
 
-    def __call__(self, x, mask, image_embeds):
+    def __call__(self, x, mask, image_embeds=None):
         for layer in self.layer:
             x = layer(x, mask, image_embeds)
         return x
 
 
 class TextEncoder(nnx.Module):
-    """ids, mask [B, L] and image_embeds [B, S, vision_width] -> last hidden state [B, L, hidden]."""
+    """ids, mask [B, L] and image_embeds [B, S, vision_width] -> last hidden state [B, L, hidden].
+
+    Without image_embeds the cross-attention is skipped: BLIP's text-only mode.
+    """
 
     def __init__(self, config, vision_width, *, dtype, rngs):
         self.embeddings = TextEmbeddings(config, dtype=dtype, rngs=rngs)
         self.encoder = TextLayers(config, vision_width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids, mask, image_embeds):
+    def __call__(self, ids, mask, image_embeds=None):
         return self.encoder(self.embeddings(ids), mask[:, None, None, :].astype(bool), image_embeds)
 
 
 class Blip(nnx.Module):
-    """BLIP's two encoders. The projections belong to the checkpoint; the reward does not read them."""
+    """BLIP's two encoders and the projections to their common space, which ImageReward holds and does not read."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config, *, dtype=jnp.float32, rngs):
         vision, text = config.vision, config.text
         self.visual_encoder = VisionTransformer(vision, dtype=dtype, rngs=rngs)
         self.text_encoder = TextEncoder(text, vision.width, dtype=dtype, rngs=rngs)
@@ -200,22 +214,40 @@ class Blip(nnx.Module):
         self.text_proj = Linear(text.hidden_size, config.projection_dim, dtype=dtype, rngs=rngs)
 
 
-class Identity(nnx.Module):
-    """Holds the index that dropout has in the checkpoint's numbering."""
+class BlipScoreModel(Blip):
+    """BLIP's image-text contrastive score: the cosine of the two projected class tokens, in [-1, 1].
+
+    Attribute names are those of `model_large.pth`. config: a `blip_config.BlipScoreConfig`.
+    """
+
+    def encode_images(self, pixels):
+        """Normalised pixels [B, S, S, 3] -> unit vectors [B, projection_dim]."""
+        return layers.unit(self.vision_proj(self.visual_encoder(pixels)[:, 0]))
+
+    def score_prompts(self, image_embeds, input_ids, attention_mask):
+        """Cosines [B] float32 of `encode_images`' vectors with the prompts; input_ids, attention_mask: [B, L]."""
+        hidden = self.text_encoder(input_ids, attention_mask)
+        return (image_embeds * layers.unit(self.text_proj(hidden[:, 0]))).sum(-1)
+
+
+class HeadDropout(nnx.Module):
+    """Dropout number `index` of the head, which has a place in the checkpoint's numbering."""
+
+    def __init__(self, index):
+        self.index = index
 
     def __call__(self, x):
-        return x
+        return drop(x, "head", index=self.index)
 
 
 class RewardHead(nnx.Module):
     """Linear layers without activations, in float32: [B, hidden] -> [B]. Dropout follows the first three."""
 
-    def __init__(self, config, *, rngs):
-        features, std = config.text.hidden_size, 1 / (config.text.hidden_size + 1)
-        sizes = (features, *config.head_sizes, 1)
-        linears = [Linear(*pair, std=std, dtype=jnp.float32, rngs=rngs) for pair in itertools.pairwise(sizes)]
+    def __init__(self, features, sizes, *, rngs):
+        pairs = itertools.pairwise((features, *sizes, 1))
+        linears = [Linear(*pair, std=1 / (features + 1), dtype=jnp.float32, rngs=rngs) for pair in pairs]
         self.layers = nnx.List(
-            [linears[0], Identity(), linears[1], Identity(), linears[2], Identity(), linears[3], linears[4]]
+            [linears[0], HeadDropout(0), linears[1], HeadDropout(1), linears[2], HeadDropout(2), *linears[3:]]
         )
 
     def __call__(self, x):
@@ -236,7 +268,7 @@ class ImageRewardModel(nnx.Module):
     def __init__(self, config, *, dtype=jnp.float32, rngs):
         self.config = config
         self.blip = Blip(config, dtype=dtype, rngs=rngs)
-        self.mlp = RewardHead(config, rngs=rngs)
+        self.mlp = RewardHead(config.text.hidden_size, config.head_sizes, rngs=rngs)
 
     def encode_images(self, pixels):
         """Normalised pixels [B, S, S, 3] -> image_embeds [B, tokens, width], to be reused for many prompts."""

@@ -110,6 +110,21 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlipScoreConfig:
+    """BLIP's two encoders and projections; the defaults are BLIP large (`model_large.pth`).
+
+    Attributes:
+        projection_dim: width of the space in which pictures and prompts are compared.
+        max_prompt_tokens: prompts are padded and cut to this length.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    projection_dim: int = 256
+    max_prompt_tokens: int = 35
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageRewardConfig:
     """The whole scorer; the defaults are ImageReward v1.0.
 

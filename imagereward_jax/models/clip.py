@@ -20,7 +20,7 @@ from imagereward_jax.models.layers import (
     split_heads,
 )
 
-_ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 _ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _FIXED = {"attention_dropout": (0.0,), "dropout": (0.0,), "model_type": ("clip_text_model",)}
 # Fields that transformers writes into every config.json, or that only its initialisation uses.
@@ -64,7 +64,7 @@ class CLIPTextConfig:
             self, "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers",
             "num_attention_heads", "max_position_embeddings",
         )  # fmt: skip
-        check_choice(type(self), "hidden_act", self.hidden_act, tuple(_ACTIVATIONS))
+        check_choice(type(self), "hidden_act", self.hidden_act, tuple(ACTIVATIONS))
         for name in self.architectures:
             check_choice(type(self), "architectures", name, _ARCHITECTURES)
         if not isinstance(self.eos_token_id, int):
@@ -110,18 +110,18 @@ class CLIPTextEmbeddings(nnx.Module):
 
 
 class CLIPAttention(nnx.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention; `causal` (text) or to all tokens (pictures)."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config, *, causal=True, dtype, rngs):
         width = config.hidden_size
-        self.heads = config.num_attention_heads
+        self.heads, self.causal = config.num_attention_heads, causal
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, Linear(width, width, dtype=dtype, rngs=rngs))
 
     def __call__(self, x):
         query, key, value = (split_heads(layer(x), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        return self.out_proj(merge_heads(attention(query, key, value, mask=causal)))
+        mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)) if self.causal else None
+        return self.out_proj(merge_heads(attention(query, key, value, mask=mask)))
 
 
 class CLIPMLP(nnx.Module):
@@ -133,15 +133,15 @@ class CLIPMLP(nnx.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        return self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class CLIPEncoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config, *, causal=True, dtype, rngs):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
-        self.self_attn = CLIPAttention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = CLIPAttention(config, causal=causal, dtype=dtype, rngs=rngs)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
         self.mlp = CLIPMLP(config, dtype=dtype, rngs=rngs)
 
@@ -153,10 +153,9 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, config, *, dtype, rngs):
-        self.layers = nnx.List(
-            [CLIPEncoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
-        )
+    def __init__(self, config, *, causal=True, dtype, rngs):
+        depth = config.num_hidden_layers
+        self.layers = nnx.List([CLIPEncoderLayer(config, causal=causal, dtype=dtype, rngs=rngs) for _ in range(depth)])
 
     def __call__(self, x):
         """Returns the outputs of the last layer and of the one before."""

@@ -185,6 +185,13 @@ def quick_gelu(x):
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def unit(x):
+    """Vectors over the last axis, in float32, divided by their length or by 1e-12, as PyTorch's `normalize`."""
+    x = x.astype(jnp.float32)
+    # The square root of the bounded sum, not the bounded root: its gradient is finite at zero.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
 def split_heads(x, heads):
     """[B, T, heads * head_dim] -> [B, T, heads, head_dim]."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)

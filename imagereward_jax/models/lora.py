@@ -4,8 +4,6 @@
 variable type of their own, so that checkpoints of the base and of the adapter are each read and written alone.
 """
 
-import contextlib
-import contextvars
 import math
 import re
 
@@ -13,41 +11,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from imagereward_jax.models.dropout import drop, noise
+
 INITS = ("gaussian", "kaiming")
 ATTENTION = r"to_q|to_k|to_v|to_out\.0"  # the projections of the UNet's attention, PEFT's usual targets
-
-_dropout = contextvars.ContextVar("lora_dropout", default=None)
 
 
 class LoRAParam(nnx.Variable):
     """A low-rank parameter."""
 
 
-class _Keys:
-    def __init__(self, key):
-        self.key, self.count = key, 0
-
-    def next(self):
-        self.count += 1
-        return jax.random.fold_in(self.key, self.count)
-
-
-@contextlib.contextmanager
 def dropout_key(key):
     """Switches the dropout of low-rank layers on for what is traced inside; each layer draws its own from `key`."""
-    token = _dropout.set(_Keys(key))
-    try:
-        yield
-    finally:
-        _dropout.reset(token)
-
-
-def _drop(x, rate):
-    keys = _dropout.get()
-    if keys is None or rate == 0.0:
-        return x
-    kept = jax.random.bernoulli(keys.next(), 1.0 - rate, x.shape)
-    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+    return noise(key, lora=1.0)
 
 
 class LoRASlot:
@@ -70,7 +46,7 @@ class LoRASlot:
 
     def _low_rank(self, x, product, precision):
         """`scale * B(A(dropout(x)))`; product(x, kernel) is the layer's own, without its bias."""
-        down = product(_drop(x, self.lora_dropout), self.lora_A[...].astype(self.dtype))
+        down = product(drop(x, "lora", scale=self.lora_dropout), self.lora_A[...].astype(self.dtype))
         up = self.lora_B[...].astype(self.dtype).reshape(self.lora_B.shape[-2:])
         return jnp.matmul(down, up, precision=precision) * self.lora_scale
 

@@ -10,14 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig
-from imagereward_jax.rewards.imagereward import (
-    CONFIG_FILE,
-    VOCAB_FILE,
-    WEIGHTS_FILE,
-    ImageReward,
-    abstract_module,
-    named_dtype,
-)
+from imagereward_jax.rewards.base import named_dtype
+from imagereward_jax.rewards.imagereward import CONFIG_FILE, VOCAB_FILE, WEIGHTS_FILE, ImageReward, abstract_module
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, hub, mapping
 
@@ -80,7 +74,7 @@ def load(
     if med_config is not None:
         text = TextConfig.from_dict(files.read_json(med_config), str(med_config))
         config = dataclasses.replace(V1, text=text)
-    prompt_tokenizer = PromptTokenizer.from_file(tokenizer or _find_vocab(path.parent), config.max_prompt_tokens)
+    prompt_tokenizer = PromptTokenizer.from_file(tokenizer or find_vocab_near(path.parent), config.max_prompt_tokens)
     tensors = read_cached(path, root) if path.suffix in files.PICKLES else files.read_tensors(path)
     return _build(config, tensors, path, prompt_tokenizer, options)
 
@@ -154,7 +148,8 @@ def _find_med_config(path, name, root):
     return hub.resolve_file(HUB_REPO, MED_CONFIG_FILE, cache_dir=root) if name in HUB_MODELS else None
 
 
-def _find_vocab(folder):
+def find_vocab_near(folder):
+    """The BERT vocabulary in a checkpoint's folder, else bert-base-uncased's from the hub."""
     beside = folder / VOCAB_FILE
     if beside.is_file():
         return beside

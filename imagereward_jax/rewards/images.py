@@ -2,12 +2,15 @@
 
 Two ways in. `host_pixels` follows the original ImageReward step by step (Pillow, in the picture's own mode) and is
 what `score` uses. `device_pixels` does the same to arrays inside a compiled, differentiable program; it differs in
-that nothing is rounded to 8 bits.
+that nothing is rounded to 8 bits. HPSv2 fits the whole picture into the square instead (the `_padded` pair).
 """
 
+import functools
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -132,20 +135,18 @@ def crop_offset(length, size):
     return round((length - size) / 2.0)
 
 
-def host_pixels(image, size, name="image"):
+def host_pixels(image, size, name="image", *, rgb_first=False):
     """One picture, as the original preprocesses it: normalised float32 [size, size, 3].
 
     Args:
         image: whatever `open_image` takes.
+        rgb_first: as transformers does it: made RGB before it is resized (not after), offsets rounded down.
 
     Raises:
         ImageError: see `open_image`; also a picture with an empty side, or so long that resizing would not fit.
     """
-    picture = open_image(image, name)
-    name = image if isinstance(image, (str, os.PathLike)) else name
+    picture, name = _open_named(image, name)
     width, height = picture.size
-    if min(width, height) < 1:
-        raise ImageError(f"{name}: the picture is empty ({width} x {height} pixels)")
     new_height, new_width = resized_shape(height, width, size)
     if Image.MAX_IMAGE_PIXELS and new_height * new_width > 2 * Image.MAX_IMAGE_PIXELS:
         raise ImageError(
@@ -153,18 +154,89 @@ def host_pixels(image, size, name="image"):
             f"would be {new_width} x {new_height}. Crop it first"
         )
     try:
+        picture = picture.convert("RGB") if rgb_first else picture
         if (new_width, new_height) != picture.size:
             picture = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
-        left, top = crop_offset(new_width, size), crop_offset(new_height, size)
+        left, top = (
+            ((new_width - size) // 2, (new_height - size) // 2)
+            if rgb_first
+            else (
+                crop_offset(new_width, size),
+                crop_offset(new_height, size),
+            )
+        )
         picture = picture.crop((left, top, left + size, top + size)).convert("RGB")
     except (ValueError, OSError) as error:
         raise ImageError(f"{name}: Pillow cannot resize a picture of mode {picture.mode} ({error})") from error
-    pixels = np.asarray(picture, dtype=np.float32) / 255
-    return (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    return _normalise(np.asarray(picture, dtype=np.float32) / 255, np)
+
+
+def host_pixels_padded(image, size, name="image"):
+    """One picture as HPSv2 preprocesses it: the whole of it, its longer side resized, the rest filled with black.
+
+    Args:
+        image: whatever `open_image` takes.
+
+    Returns:
+        Normalised float32 [size, size, 3]. Resized in floating point (antialiased bicubic), and not clipped.
+
+    Raises:
+        ImageError: see `open_image`; also a picture with an empty side.
+    """
+    picture, name = _open_named(image, name)
+    try:
+        pixels = np.asarray(picture.convert("RGB"), np.float32) / 255
+    except (ValueError, OSError) as error:
+        raise ImageError(f"{name}: Pillow cannot convert a picture of mode {picture.mode} ({error})") from error
+    height, width = fitted_shape(*pixels.shape[:2], size)
+    if (height, width) != pixels.shape[:2]:
+        planes = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
+        planes = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes]
+        pixels = np.stack(planes, axis=-1)
+    return _normalise(np.pad(pixels, _margins(height, width, size)), np)
+
+
+def _open_named(image, name):
+    """The opened picture and how an error names it; refuses empty ones."""
+    picture = open_image(image, name)
+    name = image if isinstance(image, (str, os.PathLike)) else name
+    if min(picture.size) < 1:
+        raise ImageError(f"{name}: the picture is empty ({picture.size[0]} x {picture.size[1]} pixels)")
+    return picture, name
+
+
+def fitted_shape(height, width, size):
+    """Height and width once the longer side is `size`; the shorter is rounded, to at least one pixel."""
+    scale = size / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _margins(height, width, size):
+    """Padding for [height, width, 3] that makes it square."""
+    top, left = (size - height) // 2, (size - width) // 2
+    return (top, size - height - top), (left, size - width - left), (0, 0)
+
+
+def _normalise(pixels, numpy):
+    return (pixels - numpy.float32(CLIP_MEAN)) / numpy.float32(CLIP_STD)
+
+
+def _check_batch(images):
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise ImageError(f"expected images [B, H, W, 3], not {list(images.shape)}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ImageError(f"expected floating-point images in [0, 1], not {images.dtype}; divide uint8 by 255")
+
+
+def _resize(images, height, width):
+    if (height, width) == images.shape[1:3]:
+        return images.astype(jnp.float32)
+    shape = (images.shape[0], height, width, images.shape[3])
+    return jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
 
 
 def device_pixels(images, size):
-    """The same for a batch of arrays, differentiable and to be compiled.
+    """`host_pixels` for a batch of arrays, differentiable and to be compiled.
 
     Args:
         images: [B, H, W, 3] floating point in [0, 1].
@@ -176,15 +248,32 @@ def device_pixels(images, size):
     Raises:
         ImageError: the shape or dtype is another.
     """
-    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise ImageError(f"expected images [B, H, W, 3], not {list(images.shape)}")
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ImageError(f"expected floating-point images in [0, 1], not {images.dtype}; divide uint8 by 255")
-    batch, height, width, channels = images.shape
-    new_height, new_width = resized_shape(height, width, size)
-    images = images.astype(jnp.float32)
-    if (new_height, new_width) != (height, width):
-        images = jax.image.resize(images, (batch, new_height, new_width, channels), "cubic", antialias=True)
-    top, left = crop_offset(new_height, size), crop_offset(new_width, size)
-    images = images[:, top : top + size, left : left + size]
-    return (images - jnp.float32(CLIP_MEAN)) / jnp.float32(CLIP_STD)
+    _check_batch(images)
+    height, width = resized_shape(*images.shape[1:3], size)
+    images = _resize(images, height, width)
+    top, left = crop_offset(height, size), crop_offset(width, size)
+    return _normalise(images[:, top : top + size, left : left + size], jnp)
+
+
+def device_pixels_padded(images, size):
+    """`host_pixels_padded` for a batch of arrays; see `device_pixels`."""
+    _check_batch(images)
+    height, width = fitted_shape(*images.shape[1:3], size)
+    images = _resize(images, height, width)
+    return _normalise(jnp.pad(images, ((0, 0), *_margins(height, width, size))), jnp)
+
+
+class Preprocess(NamedTuple):
+    """How a network wants its pictures.
+
+    host: (image, size, name) -> normalised float32 [size, size, 3], exactly as the network's authors do it.
+    device: (images [B, H, W, 3] in [0, 1], size) -> normalised [B, size, size, 3], differentiable.
+    """
+
+    host: Callable
+    device: Callable
+
+
+CROP = Preprocess(host_pixels, device_pixels)
+RGB_CROP = Preprocess(functools.partial(host_pixels, rgb_first=True), device_pixels)
+PAD = Preprocess(host_pixels_padded, device_pixels_padded)

@@ -1,5 +1,6 @@
-"""BERT's lower-case WordPiece tokens for prompts, with the two tokens that BLIP adds."""
+"""Prompts as tokens: BERT's lower-case WordPiece with the two tokens that BLIP adds, and CLIP's byte pairs."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,18 @@ def find_vocab(path):
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a vocab.txt of BERT, or its folder")
     return file
+
+
+def check_prompts(prompts):
+    """The prompts without lone surrogates (halves of characters, as broken JSON escapes give), as BertTokenizer does.
+
+    Raises:
+        ValueError: a prompt is not text.
+    """
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt {index} must be text, not {type(prompt).__name__}: {prompt!r}")
+    return [prompt.encode("utf-8", "ignore").decode("utf-8") for prompt in prompts]
 
 
 class PromptTokenizer:
@@ -78,13 +91,100 @@ class PromptTokenizer:
         Raises:
             ValueError: a prompt is not text.
         """
-        for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompt {index} must be text, not {type(prompt).__name__}: {prompt!r}")
-        # Lone surrogates (halves of characters, as broken JSON escapes give) are dropped, as BertTokenizer does.
-        prompts = [prompt.encode("utf-8", "ignore").decode("utf-8") for prompt in prompts]
-        encodings = self._tokenizer.encode_batch(prompts)
+        encodings = self._tokenizer.encode_batch(check_prompts(prompts))
         return {
             "input_ids": np.array([encoding.ids for encoding in encodings], np.int32),
             "attention_mask": np.array([encoding.attention_mask for encoding in encodings], np.int32),
         }
+
+
+# OpenAI's vocabulary file lists more merges than CLIP's tokenizer takes.
+CLIP_MERGES = 49152 - 256 - 2
+CLIP_FILES = ("vocab.json", "merges.txt")
+CLIP_BPE = "bpe_simple_vocab_16e6.txt.gz"
+
+
+def find_clip_vocab(path):
+    """The CLIP vocabulary at `path`: a folder with vocab.json and merges.txt, or OpenAI's gzipped list of merges.
+
+    Raises:
+        FileNotFoundError: it is neither, nor a folder that holds one.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() and all((path / name).is_file() for name in CLIP_FILES):
+        return path
+    file = path / CLIP_BPE if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path}: no CLIP vocabulary; expected a folder with {' and '.join(CLIP_FILES)}, or {CLIP_BPE}"
+        )
+    return file
+
+
+class CLIPPromptTokenizer:
+    """Prompts -> ids of CLIP: lower case, byte pairs, cut to `max_length` with the end-of-text token last.
+
+    Characters are normalised as transformers' `CLIPTokenizer` does; OpenAI's also repairs broken encodings with ftfy.
+
+    Args:
+        path: what `find_clip_vocab` takes.
+        max_length: prompts are padded (with the end-of-text token) and cut to this length.
+
+    Raises:
+        FileNotFoundError: there is no such vocabulary. TokenizerError: it cannot be used.
+    """
+
+    def __init__(self, path, max_length):
+        from transformers import CLIPTokenizer
+
+        self.max_length = max_length
+        file = find_clip_vocab(path)
+        try:
+            if file.is_dir():
+                self._tokenizer = CLIPTokenizer.from_pretrained(file)
+            else:
+                vocab, merges = read_clip_bpe(file)
+                self._tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{file}: not a CLIP vocabulary ({error})") from error
+
+    @property
+    def vocab_size(self):
+        """Number of tokens."""
+        return len(self._tokenizer)
+
+    def __call__(self, prompts):
+        """{"input_ids"}: int32 [B, max_length].
+
+        Raises:
+            ValueError: a prompt is not text.
+        """
+        encoded = self._tokenizer(
+            check_prompts(prompts), padding="max_length", truncation=True, max_length=self.max_length
+        )
+        return {"input_ids": np.array(encoded["input_ids"], np.int32)}
+
+
+def read_clip_bpe(path):
+    """(vocab, merges) of OpenAI's `bpe_simple_vocab_16e6.txt.gz`: token -> id, and pairs of tokens in order."""
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: not a whole gzipped vocabulary ({error})") from error
+    merges = [tuple(line.split()) for line in lines[1 : CLIP_MERGES + 1]]  # the first line is a version
+    merges = [pair for pair in merges if len(pair) == 2]
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = 256 - len(printable)
+    characters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(others)]
+    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+class NoTokens:
+    """The tokenizer of a score that does not read prompts: no arrays."""
+
+    def __call__(self, prompts):
+        """{}, once the prompts are seen to be texts."""
+        check_prompts(prompts)
+        return {}

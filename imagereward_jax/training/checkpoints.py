@@ -12,27 +12,35 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says where and why."""
 
 
+def goodness(metrics, best):
+    """The number that is largest for the best evaluation: the metric `best`, or with a minus before it, its negative."""
+    return -metrics[best[1:]] if best.startswith("-") else metrics[best]
+
+
 class Checkpoints:
     """The folder WORKDIR/checkpoints.
 
     Args:
         folder: made if absent.
         keep: how many of the latest stay; the best by `best` stays as well.
-        best: name of the metric whose largest value is best.
+        best: name of the metric whose largest value is best; with a minus before it, the smallest.
     """
 
     def __init__(self, folder, *, keep, best):
+        def value(metrics):
+            return goodness(metrics, best)
+
         self.folder = Path(folder).absolute()
         logging.getLogger("absl").addFilter(_not_orbax)
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),
-                BestN(get_metric_fn=lambda metrics: metrics[best], n=1, keep_checkpoints_without_metrics=False),
+                BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=lambda metrics: metrics[best]),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=value),
             item_names=("state", "loop"),
         )
 

@@ -19,6 +19,7 @@ WRITERS = ("jsonl", "log", "tensorboard")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
 FILE_DTYPES = ("float32", "bfloat16", "float16")
+RANKING_MODES = ("groups", "pairs")
 REMAT = ("none", "blocks", "attention", "full")
 
 
@@ -74,6 +75,7 @@ def default_config(method):
     config.checkpoint.every = 100
     config.checkpoint.keep = 2  # the latest ones; the best (by config.eval.best) is kept as well
     config.checkpoint.best_only = False  # save only what evaluates better than all before, and export the best
+    config.checkpoint.export = "last"  # what is exported and tested: "last", or "best" by config.eval.best
     config.eval = ml_collections.ConfigDict()
     config.eval.every = 100
     config.profile = ml_collections.ConfigDict()
@@ -123,10 +125,32 @@ def _cache_defaults(config):
     config.data.cache = ""  # folder for the pairs' latents and encoded prompts, computed once, crops included
 
 
-def _refl_defaults(config):
+def _reward_defaults(config, path):
     config.reward = ml_collections.ConfigDict()
-    config.reward.path = "ImageReward-v1.0"  # a name, ImageReward.pt, a converted folder or "tiny-shapes"
-    config.reward.tokenizer = ml_collections.config_dict.placeholder(str)  # vocab.txt or its folder
+    config.reward.path = path
+    config.reward.weights = ""  # where the weights of a score are ("CLIP", "PickScore", ...), if not downloaded
+    config.reward.tokenizer = ml_collections.config_dict.placeholder(str)  # the vocabulary, if not the reward's own
+    config.reward.terms = ml_collections.ConfigDict()  # instead of path: a mixture, {name: reward_term(...)}
+
+
+def reward_term(path, *, weight=1.0, mean=0.0, std=1.0, clip=0.0, weights="", tokenizer=None):
+    """One reward of a mixture, config.reward.terms.NAME: it counts as `weight * clip((score - mean) / std)`.
+
+    Args:
+        path, weights, tokenizer: as in config.reward.
+        mean, std: of its scores, so that rewards on different scales can be added.
+        clip: bound on the normalised score, beyond which it is not rewarded further; 0 for none.
+    """
+    term = ml_collections.ConfigDict(
+        {"path": path, "weights": weights, "weight": weight, "mean": mean, "std": std, "clip": clip}
+    )
+    term.tokenizer = ml_collections.config_dict.placeholder(str)
+    term.tokenizer = tokenizer
+    return term
+
+
+def _refl_defaults(config):
+    _reward_defaults(config, "ImageReward-v1.0")  # a name, ImageReward.pt, a converted folder, a score, "tiny-shapes"
     config.data.prompts = ""  # training prompts: file, `datasets` name, tfds:NAME or shapes:train
     config.data.prompts_column = ml_collections.config_dict.placeholder(str)
     method = config.method
@@ -161,9 +185,7 @@ def _denoising_defaults(config):
     config.method.train_text_encoder = False
     config.method.timestep_power = 1.0  # timesteps are T * u^power with u uniform: below 1, noisy ones come more often
     config.method.snr_gamma = 0.0  # > 0: min-SNR weights of the loss; 5 is usual
-    config.reward = ml_collections.ConfigDict()
-    config.reward.path = ""  # scores the evaluation's samples; "" for none
-    config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
+    _reward_defaults(config, "")  # scores the evaluation's samples; "" for none
     _lora_defaults(config)
     _sampling_defaults(config)
     _pairs_defaults(config)
@@ -185,11 +207,24 @@ def _ranking_defaults(config):
     config.reward.unit_gain = False  # random weights only: variance 1 / inputs, for networks far smaller than BLIP
     config.reward.position_scale = 1.0  # random weights only: times the vision transformer's initial positions
     config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
-    config.data.groups = ""  # ranked groups: JSON of the protocol, or shapes:train
-    config.data.held_out_groups = ""
+    config.reward.blip = ""  # BLIP's model_large.pth, to start from its encoders with a new head (path must be "")
+    config.reward.fix_rate = 0.0  # share of both transformers' layers, from the first, that stays as it is
+    config.method.mode = "groups"  # a batch is of groups, each picture encoded once, or of "pairs" (more work)
+    config.method.dropout = 0.0  # BERT's, in hidden states and attention; 0.1 in the original
+    config.method.drop_path = 0.0  # of the last vision block, rising evenly from 0; 0.1 in the original
+    config.method.head_dropout = (0.0, 0.0, 0.0)  # of the head; 0.2, 0.2, 0.1 in the original
+    config.data.groups = ""  # ranked groups: JSON of the protocol, ImageRewardDB (see data/groups.py), or shapes:train
+    config.data.held_out_groups = ""  # for validation
+    config.data.test_groups = ""  # for the accuracy of what is exported; "" for none
+    config.data.groups_split = "train"  # of sources that have splits
+    config.data.held_out_split = "validation"
+    config.data.test_split = "test"
+    config.data.images_folder = ""  # what paths are relative to; "" for the folder of the file
+    config.data.cache = ""  # folder that keeps the resized pictures; "" decodes them each time
     config.data.images_per_prompt = 4  # shapes:train and shapes:held_out only: pictures in a group, 2 to 9
-    config.eval.num_groups = 128
-    config.eval.best = "eval/accuracy"
+    config.eval.num_groups = 128  # of the held-out ones, from the first; 0 for all
+    config.eval.per_epoch = 0  # > 0 sets config.eval.every, so that an epoch has so many evaluations
+    config.eval.best = "eval/accuracy"  # a minus before the name: the smallest is best, e.g. -eval/loss
 
 
 _METHOD_DEFAULTS = {
@@ -212,6 +247,7 @@ def validate(config):
     _choice(config, "model.vae_dtype", (None, *DTYPES))
     _choice(config, "model.prediction_type", (None, *PREDICTION_TYPES))
     _choice(config, "optimizer.schedule", SCHEDULES)
+    _choice(config, "checkpoint.export", ("last", "best"))
     for field in ("steps", "batch_size", "accumulation", "max_skipped", "log_every"):
         _at_least(config, field, 1)
     for field in ("checkpoint.every", "checkpoint.keep", "eval.every", "mesh.fsdp"):
@@ -239,6 +275,8 @@ def validate(config):
         _validate_lora(config)
     if "snr_gamma" in config.method:
         _at_least(config, "method.snr_gamma", 0.0)
+    if "terms" in config.get("reward", {}):
+        _validate_terms(config)
     if config.method.name == "refl":
         _validate_refl(config)
     if config.method.name == "denoising" and config.method.timestep_power <= 0:
@@ -248,8 +286,27 @@ def validate(config):
     if config.method.name in ("denoising", "autoencoder"):
         _given(config, "data.pairs")
     elif config.method.name == "ranking":
-        _given(config, "data.groups")
-        _at_least(config, "data.images_per_prompt", 2)
+        _validate_ranking(config)
+
+
+def _validate_ranking(config):
+    _given(config, "data.groups")
+    _given(config, "data.held_out_groups")
+    _choice(config, "method.mode", RANKING_MODES)
+    _at_least(config, "data.images_per_prompt", 2)
+    if config.reward.path and config.reward.blip:
+        raise ConfigError("config.reward.path and config.reward.blip are both given: training starts from one of them")
+    _at_least(config, "eval.num_groups", 0)
+    _at_least(config, "eval.per_epoch", 0)
+    if not 0 <= config.reward.fix_rate <= 1:
+        raise ConfigError(f"config.reward.fix_rate={config.reward.fix_rate}: expected a share in [0, 1]")
+    if len(config.method.head_dropout) != 3:
+        raise ConfigError(f"config.method.head_dropout={config.method.head_dropout}: expected three rates")
+    for rate in (config.method.dropout, config.method.drop_path, *config.method.head_dropout):
+        if not 0 <= rate < 1:
+            raise ConfigError(
+                f"config.method: a rate of {rate} in dropout, drop_path or head_dropout; expected numbers in [0, 1)"
+            )
 
 
 def _validate_lora(config):
@@ -276,7 +333,8 @@ def _validate_lora(config):
 def _validate_refl(config):
     method = config.method
     _given(config, "model.path")
-    _given(config, "reward.path")
+    if not config.reward.terms:
+        _given(config, "reward.path", " (or name several in config.reward.terms)")
     _given(config, "data.prompts")
     _given(config, "eval.prompts")
     _choice(config, "method.sampler", tuple(SAMPLERS))
@@ -289,6 +347,30 @@ def _validate_refl(config):
             f"config.method: stop_min={method.stop_min}, stop_max={method.stop_max} must satisfy "
             f"0 <= stop_min <= stop_max < num_steps={method.num_steps}"
         )
+
+
+def _validate_terms(config):
+    """Checks the mixture of config.reward.terms; its rewards are opened later."""
+    terms = config.reward.terms
+    if terms and config.reward.path:
+        raise ConfigError(
+            f"config.reward.path={config.reward.path!r} and config.reward.terms ({', '.join(terms)}) are both given: "
+            "pass --config.reward.path= (empty) for the mixture"
+        )
+    for name, term in terms.items():
+        where = f"config.reward.terms.{name}"
+        if name in ("mean", "std"):
+            raise ConfigError(f"{where}: its curve would be called reward_{name}, which is the mixture's: rename it")
+        missing = sorted(set(reward_term("")) - set(term))
+        unknown = sorted(set(term) - set(reward_term("")))
+        if missing or unknown:
+            raise ConfigError(f"{where} is not what reward_term() makes: missing {missing}, unknown {unknown}")
+        if not term.path:
+            raise ConfigError(f"{where}.path is empty: pass --{where}.path=...")
+        if not term.std > 0:
+            raise ConfigError(f"{where}.std={term.std}: expected a number above 0")
+        if term.clip < 0:
+            raise ConfigError(f"{where}.clip={term.clip}: expected 0 (no clipping) or more")
 
 
 def did_you_mean(word, choices):

@@ -66,6 +66,7 @@ class Experiment:
         evaluate: (trainable, frozen) -> Evaluation; arrays are on the mesh, trainable in the compute dtype.
         export: (trainable as numpy, empty folder) -> None.
         export_marker: a file that every export of this kind holds.
+        test: (trainable, frozen) -> metrics ("test/...") of what is exported, once at the end, or None.
         images_per_step: how many pictures a step trains on, for images/s.
         reward_metric: the metric that the progress bar calls reward, or None.
     """
@@ -79,6 +80,7 @@ class Experiment:
     images_per_step: int
     reward_metric: str | None = None
     export_marker: str = "model_index.json"
+    test: Callable | None = None
 
 
 def train(config, build, workdir):
@@ -325,7 +327,7 @@ class _Run:
             return False
         best = self.manager.best_metrics()
         name = self.config.eval.best
-        return best is None or evaluation[name] > best[name]
+        return best is None or ckpt.goodness(evaluation, name) > ckpt.goodness(best, name)
 
     def _stop_if_asked(self):
         caught = self.caught[-1] if self.caught else 0
@@ -348,12 +350,22 @@ class _Run:
             "use config.dtype='float32', and start in another --workdir"
         )
 
+    def _exported_state(self):
+        """The state to export: the last, or as config.checkpoint says that of the best evaluation."""
+        best, settings = self.manager.best(), self.config.checkpoint
+        if (settings.export == "last" and not settings.best_only) or best in (None, self.step):
+            return self.state
+        self._say(f"exporting the best checkpoint, of step {best}")
+        return self.manager.restore(best, ckpt.abstract(self.state, self.shardings))[0]
+
     def _export(self):
         self.manager.wait()
-        if self.config.checkpoint.best_only and self.manager.best() not in (None, self.step):
-            self._say(f"exporting the best checkpoint, of step {self.manager.best()}")
-            self.state, _ = self.manager.restore(self.manager.best(), ckpt.abstract(self.state, self.shardings))
-        averaged = jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(self.state.averaged)
+        state = self._exported_state()
+        if self.experiment.test is not None:
+            metrics = self.experiment.test(jax.jit(lambda tree: cast(tree, self.dtype))(state.averaged), self.frozen)
+            self._log(metrics)
+            self._say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        averaged = jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(state.averaged)
         weights = jax.device_get(averaged)
         if self.main:
             self._say(f"exporting to {self.workdir / 'export'}")

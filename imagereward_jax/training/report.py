@@ -32,6 +32,7 @@ def write_report(workdir):
         f"<h1>{html.escape(workdir.name)}</h1>",
         f"<p>{html.escape(config['method']['name'])}, step {rows[-1]['step'] if rows else 0} of {config['steps']}</p>",
         _evaluations(rows),
+        _test(rows),
         _samples(samples),
         _curves(rows),
         f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>",
@@ -59,6 +60,19 @@ def _evaluations(rows):
     )
 
 
+def _test(rows):
+    """The numbers of the test set, which are computed once."""
+    tested = [row for row in rows if any(name.startswith("test/") for name in row)]
+    if not tested:
+        return ""
+    cells = [
+        f"<tr><td>{html.escape(name)}</td><td>{_number(value)}</td></tr>"
+        for name, value in tested[-1].items()
+        if name.startswith("test/")
+    ]
+    return f"<h2>Test set, with what was exported</h2><table>{''.join(cells)}</table>"
+
+
 def _number(value):
     return "" if value is None else f"{value:.4g}"
 
@@ -76,7 +90,7 @@ def _samples(paths):
 
 
 def _curves(rows):
-    names = {name for row in rows for name in row if name not in HIDDEN}
+    names = {name for row in rows for name in row if name not in HIDDEN and not name.startswith("test/")}
     names = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
     if not names:
         return ""

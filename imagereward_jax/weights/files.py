@@ -12,6 +12,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from imagereward_jax.weights.torchscript import RefusedPickle, is_torchscript, read_torchscript
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _SAFETENSORS_DTYPES = {
@@ -42,8 +44,8 @@ def read_tensors(path):
 
     Args:
         path: `.safetensors` (mapped into memory: only what is used is read), `.bin`, `.pt`, `.pth` or `.ckpt`
-            (PyTorch pickles, tensors only; one enclosing "state_dict" or "model" is taken off), or `.msgpack`
-            (Flax; nested names joined by dots).
+            (PyTorch pickles, tensors only; one enclosing "state_dict" or "model" is taken off; also TorchScript
+            archives, see `weights.torchscript`), or `.msgpack` (Flax; nested names joined by dots).
 
     Returns:
         dict of name to numpy array, each in the dtype of the file (bfloat16 as `ml_dtypes.bfloat16`).
@@ -185,6 +187,8 @@ def _view(path, name, entry, data):
 
 def _read_pickle(path):
     """Reads a PyTorch file without running anything that it holds."""
+    if is_torchscript(path):
+        return _read_torchscript(path)
     import torch
 
     try:
@@ -204,6 +208,19 @@ def _read_pickle(path):
     if others:
         raise WeightsError(f"{path}: expected tensors only, but these entries are not: {', '.join(others[:10])}")
     return {name: _torch_to_numpy(tensor) for name, tensor in loaded.items()}
+
+
+def _read_torchscript(path):
+    """Reads the tensors of an archive of `torch.jit.save`; `weights_only=True` refuses that format."""
+    try:
+        return read_torchscript(path)
+    except RefusedPickle as error:
+        raise WeightsError(
+            f"{path}: refused: this TorchScript archive holds Python objects other than tensors ({error})"
+        ) from error
+    except Exception as error:  # a damaged zip or pickle raises one of a dozen kinds
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise WeightsError(f"{path}: not a whole TorchScript archive ({reason}); fetch it again") from error
 
 
 def _why_unsafe(error):

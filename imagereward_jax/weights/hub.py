@@ -2,7 +2,10 @@
 
 import difflib
 import fnmatch
+import os
 import re
+import shutil
+import urllib.request
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -56,6 +59,34 @@ def resolve_file(repo_id, filename, *, cache_dir=None):
     """
     repo, _, revision = repo_id.partition("@")
     return _download(repo, revision, [filename], cache_dir) / filename
+
+
+def resolve_url(url, path):
+    """The file at `path`, downloaded from `url` first if it is not there; it appears whole or not at all.
+
+    Raises:
+        ModelNotFound: it is not there and could not be downloaded.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as source, open(partial, "wb") as target:
+            shutil.copyfileobj(source, target)
+            expected = source.headers.get("Content-Length")
+            if expected is not None and target.tell() != int(expected):
+                raise OSError(f"{target.tell():,} of {int(expected):,} bytes arrived")
+        os.replace(partial, path)
+    except OSError as error:  # urllib's errors are of this kind, too
+        raise ModelNotFound(
+            f"there is no {path}, and {url} could not be downloaded to it ({_why(error)}): put the file there, or pass "
+            "its path"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
 
 
 def looks_like_path(name):

@@ -187,7 +187,7 @@ def test_bfloat16_stays_near_float32_and_scores_are_float32(scorer, tiny_reward_
 
 def test_the_head_starts_as_published():
     """Weights N(0, 1 / (hidden + 1)), biases 0."""
-    first = RewardHead(ImageRewardConfig(), rngs=nnx.Rngs(0)).layers[0]
+    first = RewardHead(768, (1024, 128, 64, 16), rngs=nnx.Rngs(0)).layers[0]
     np.testing.assert_allclose(np.std(first.kernel[...]), 1 / 769, rtol=0.01)
     assert not np.any(first.bias[...])
 

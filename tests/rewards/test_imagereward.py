@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 import imagereward_jax
-from imagereward_jax.rewards.imagereward import ImageReward, cast_params, local_devices, ranks_of
+from imagereward_jax.rewards.base import cast_params, local_devices, ranks_of
+from imagereward_jax.rewards.imagereward import ImageReward
 
 DEVICES_PROGRAM = """
 import json, sys

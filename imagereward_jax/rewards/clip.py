@@ -1,0 +1,72 @@
+"""Scores that are read off CLIP: CLIP score, PickScore, HPSv2.1 and the aesthetic predictor."""
+
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+
+from imagereward_jax.models.clip_score import AestheticModel, CLIPScoreModel
+from imagereward_jax.rewards import images as pictures
+from imagereward_jax.rewards.base import Reward
+from imagereward_jax.weights import mapping
+
+
+class CLIPScore(Reward):
+    """The cosine of CLIP's embeddings of picture and prompt, from -1 to 1 (about 0.2 for a picture that fits).
+
+    Args:
+        config: a `clip_score.CLIPConfig`.
+        params: nested dict of arrays.
+        tokenizer: a `CLIPPromptTokenizer`.
+        **options: those of `Reward`.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the network.
+    """
+
+    def __init__(self, config, params, tokenizer, **options):
+        if tokenizer.vocab_size > config.text.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, the network {config.text.vocab_size:,}; pass the "
+                "vocabulary that the network was trained with"
+            )
+        super().__init__(config, params, tokenizer, **options)
+
+    @staticmethod
+    def abstract(config, dtype):
+        """See `Reward.abstract`."""
+        return abstract_clip(CLIPScoreModel, config, dtype)
+
+
+class PickScore(CLIPScore):
+    """PickScore (arXiv 2305.01569): the cosine times the learnt scale, about 20; trained on 500,000 choices."""
+
+    preprocess = pictures.RGB_CROP
+
+
+class HPSv2(CLIPScore):
+    """Human preference score v2 (arXiv 2306.09341): the cosine, about 0.28; the picture is padded, not cropped."""
+
+    preprocess = pictures.PAD
+
+
+class AestheticScore(Reward):
+    """LAION's aesthetic predictor: how beautiful a picture is, about 1 to 10. The prompt is not read.
+
+    Args:
+        config: a `clip_score.CLIPConfig`; its text tower is not used.
+        params: nested dict of arrays.
+        tokenizer: a `tokens.NoTokens`.
+        **options: those of `Reward`.
+    """
+
+    @staticmethod
+    def abstract(config, dtype):
+        """See `Reward.abstract`."""
+        return abstract_clip(AestheticModel, config, dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_clip(network, config, dtype=jnp.float32):
+    """A CLIP network's structure without arrays; only to be read, as it is shared."""
+    return mapping.abstract(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -1,0 +1,105 @@
+"""A weighted sum of several rewards, each brought to a common scale first."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from imagereward_jax.rewards.base import ranks_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One reward of a mixture: it counts as `weight * clip((score - mean) / std)`.
+
+    Attributes:
+        reward: a `rewards.base.Reward`.
+        weight: any number; negative to avoid what it rewards.
+        mean, std: of its scores, so that rewards on different scales can be added.
+        clip: bound on the normalised score, beyond which there is no gradient; 0 for none.
+
+    Raises:
+        ValueError: std is not positive, or clip is negative.
+    """
+
+    reward: Any
+    weight: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+    clip: float = 0.0
+
+    def __post_init__(self):
+        if not self.std > 0:
+            raise ValueError(f"std={self.std}: expected a number above 0")
+        if not self.clip >= 0:
+            raise ValueError(f"clip={self.clip}: expected 0 (no clipping) or more")
+
+    def contribution(self, scores, numpy=jnp):
+        """What scores [B] add to the mixture."""
+        normalised = (scores - self.mean) / self.std
+        return self.weight * (numpy.clip(normalised, -self.clip, self.clip) if self.clip else normalised)
+
+
+class MixedReward:
+    """The sum of several rewards' contributions; takes the place of a `Reward`.
+
+    Args:
+        terms: {name: `Term`}.
+
+    Raises:
+        ValueError: there is no term.
+    """
+
+    def __init__(self, terms):
+        if not terms:
+            raise ValueError("a mixture needs at least one reward")
+        self.members = dict(terms)
+
+    @property
+    def params(self):
+        """The terms' parameters by name."""
+        return {name: term.reward.params for name, term in self.members.items()}
+
+    @property
+    def differentiable(self):
+        """Whether every term is."""
+        return all(term.reward.differentiable for term in self.members.values())
+
+    def tokenize(self, prompts):
+        """The terms' tokens by name."""
+        return {name: term.reward.tokenize(prompts) for name, term in self.members.items()}
+
+    def apply_terms(self, params, images, tokens):
+        """(mixture [B], {name: scores [B]}); the terms' scores are as they come, not normalised."""
+        scores = {name: term.reward.apply(params[name], images, tokens[name]) for name, term in self.members.items()}
+        return sum(term.contribution(scores[name]) for name, term in self.members.items()), scores
+
+    def apply(self, params, images, tokens):
+        """The mixture [B] float32; see `Reward.apply`."""
+        return self.apply_terms(params, images, tokens)[0]
+
+    def score(self, prompt, image):
+        """See `Reward.score`."""
+        parts = [term.contribution(np.asarray(term.reward.score(prompt, image)), np) for term in self.members.values()]
+        return sum(parts).tolist()
+
+    def inference_rank(self, prompt, images):
+        """See `Reward.inference_rank`."""
+        parts = [
+            term.contribution(np.asarray(term.reward.inference_rank(prompt, images)[1]), np)
+            for term in self.members.values()
+        ]
+        rewards = sum(parts).tolist()
+        return ranks_of(rewards), rewards
+
+    def score_grad(self, prompts, images):
+        """See `Reward.score_grad`."""
+        return sum(term.contribution(term.reward.score_grad(prompts, images)) for term in self.members.values())
+
+
+def apply_terms(reward, params, images, tokens):
+    """(scores [B], scores of each term by name): of one reward, which has no terms, or of a mixture."""
+    if isinstance(reward, MixedReward):
+        return reward.apply_terms(params, images, tokens)
+    return reward.apply(params, images, tokens), {}

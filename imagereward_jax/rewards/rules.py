@@ -1,0 +1,128 @@
+"""Rewards that are computed by rule and have no gradient: for methods that learn from scores alone.
+
+Each has `score`, `inference_rank` and `score_arrays`, and `differentiable` is false.
+"""
+
+import importlib
+import io
+import re
+
+import numpy as np
+from PIL import Image
+
+from imagereward_jax.rewards import images as pictures
+from imagereward_jax.rewards.base import pair_prompts, ranks_of
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class RuleReward:
+    """What rules share. A subclass says in `score_arrays` what it computes."""
+
+    differentiable = False
+
+    def score_arrays(self, images, prompts):
+        """Scores of a batch.
+
+        Args:
+            images: [B, H, W, 3] uint8, or floating point in [0, 1], NumPy.
+            prompts: list of B texts.
+
+        Returns:
+            [B] float32.
+        """
+        raise NotImplementedError
+
+    def score(self, prompt, image):
+        """As `rewards.base.Reward.score`; pictures keep their size."""
+        images, single = pictures.as_image_list(image)
+        prompts = pair_prompts(prompt, images)
+        opened = [np.asarray(pictures.open_image(one, f"image {i}").convert("RGB")) for i, one in enumerate(images)]
+        opened = opened * len(prompts) if len(opened) == 1 else opened
+        scores = [float(self.score_arrays(one[None], [text])[0]) for one, text in zip(opened, prompts, strict=True)]
+        return scores[0] if single and isinstance(prompt, str) else scores
+
+    def inference_rank(self, prompt, images):
+        """As `rewards.base.Reward.inference_rank`."""
+        scores = self.score(prompt, pictures.as_image_list(images)[0])
+        return ranks_of(scores), scores
+
+
+class JPEGSize(RuleReward):
+    """How well a picture compresses (DDPO, arXiv 2305.13301): its size as a JPEG in kB (1,000 bytes).
+
+    Args:
+        sign: -1 rewards small files (compressibility), 1 large ones (incompressibility).
+        quality: of the JPEG.
+    """
+
+    def __init__(self, sign, quality=95):
+        self.sign, self.quality = sign, quality
+
+    def score_arrays(self, images, prompts):
+        """See `RuleReward.score_arrays`."""
+        return np.array([self.sign * self._kilobytes(image) for image in _as_uint8(images)], np.float32)
+
+    def _kilobytes(self, image):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=self.quality)
+        return file.tell() / 1000
+
+
+class PythonReward(RuleReward):
+    """A user's function (images uint8 [B, H, W, 3], prompts) -> B numbers.
+
+    Args:
+        name: "module:function"; the module is imported.
+
+    Raises:
+        ValueError: the module or function is not there, or cannot be called.
+    """
+
+    def __init__(self, name):
+        self.name = name
+        module, _, function = name.partition(":")
+        try:
+            self.function = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"reward {name!r}: {error}; expected module:function that Python can import") from error
+        if not callable(self.function):
+            raise ValueError(f"reward {name!r}: {function} is not a function but {type(self.function).__name__}")
+
+    def score_arrays(self, images, prompts):
+        """See `RuleReward.score_arrays`.
+
+        Raises:
+            ValueError: the function did not return a finite number for each picture.
+        """
+        scores = np.asarray(self.function(_as_uint8(images), list(prompts)))
+        if scores.shape != (len(prompts),) or scores.dtype.kind not in "buif" or not np.isfinite(scores).all():
+            raise ValueError(
+                f"reward {self.name!r} must return {len(prompts)} finite numbers, one a picture; it returned an array "
+                f"of shape {scores.shape} and type {scores.dtype}: {scores.ravel()[:4]}"
+            )
+        return scores.astype(np.float32)
+
+
+RULES = {
+    "jpeg-compressibility": lambda: JPEGSize(-1),
+    "jpeg-incompressibility": lambda: JPEGSize(1),
+}
+
+
+def is_rule(name):
+    """Whether `name` is a rule's, or names a Python function."""
+    return name in RULES or _FUNCTION.fullmatch(str(name)) is not None
+
+
+def open_rule(name):
+    """The rule called `name`, or the Python function at module:function."""
+    return RULES[name]() if name in RULES else PythonReward(name)
+
+
+def _as_uint8(images):
+    """[B, H, W, 3] uint8 of arrays that are so already, or floating point in [0, 1]."""
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    return np.round(np.clip(images.astype(np.float32), 0, 1) * 255).astype(np.uint8)

@@ -1,0 +1,245 @@
+"""Finds and reads the published weights of the scores that ImageReward is compared with."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from imagereward_jax.models.blip import RewardHead
+from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig, TextConfig
+from imagereward_jax.models.clip import CLIPTextConfig
+from imagereward_jax.models.clip_score import CLIPConfig, CLIPVisionConfig
+from imagereward_jax.rewards.base import named_dtype
+from imagereward_jax.rewards.blip import BlipScore
+from imagereward_jax.rewards.checkpoint import DEFAULT_ROOT, IGNORED_KEYS, MED_CONFIG_FILE, find_vocab_near, read_cached
+from imagereward_jax.rewards.clip import AestheticScore, CLIPScore, HPSv2, PickScore
+from imagereward_jax.rewards.imagereward import ImageReward
+from imagereward_jax.rewards.tokens import CLIP_BPE, CLIP_FILES, CLIPPromptTokenizer, NoTokens, PromptTokenizer
+from imagereward_jax.weights import clip_layouts, files, hub, mapping
+
+BLIP_LARGE = BlipScoreConfig()
+BLIP_URL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large.pth"
+AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+AESTHETIC_URL = (
+    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+)
+CLIP_REPO = "openai/clip-vit-large-patch14"
+# BLIP's checkpoint also holds momentum copies, queues, a decoder and a matching head.
+BLIP_UNUSED = (r"_m\.", r"^(text_decoder|itm_head)\.", r"^(temp|image_queue|text_queue|queue_ptr|ptr_queue)$")
+CLIP_UNUSED = (*IGNORED_KEYS, *clip_layouts.BOOKKEEPING)
+
+
+class Tower(NamedTuple):
+    """What a CLIP's weights do not show: the width of an attention head in each tower, and the activation."""
+
+    vision_head: int
+    text_head: int
+    hidden_act: str
+
+
+class Published(NamedTuple):
+    """Where a CLIP score is published. local: its file's name. hub: (repository, file or None for a folder)."""
+
+    score: type
+    local: str
+    hub: tuple
+    tower: Tower
+    scaled: bool = False
+
+
+VIT_L, VIT_H = Tower(64, 64, "quick_gelu"), Tower(80, 64, "gelu")
+CLIPS = {
+    "CLIP": Published(CLIPScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
+    "Aesthetic": Published(AestheticScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
+    "PickScore": Published(PickScore, "PickScore_v1", ("yuvalkirstain/PickScore_v1", None), VIT_H, scaled=True),
+    "HPSv2.1": Published(HPSv2, "HPS_v2.1_compressed.pt", ("xswu/HPSv2", "HPS_v2.1_compressed.pt"), VIT_H),
+}
+SCORES = ("CLIP", "BLIP", "Aesthetic", "PickScore", "HPSv2.1")
+
+
+def available_scores():
+    """Names that `load_score` knows."""
+    return list(SCORES)
+
+
+def load_score(
+    name="CLIP",
+    device=None,
+    download_root=None,
+    *,
+    path=None,
+    head=None,
+    tokenizer=None,
+    dtype="float32",
+    batch_size=16,
+):
+    """Loads one of the scores that ImageReward is compared with; it has the methods of what `load` gives.
+
+    Without `path` the published file is taken from `download_root`, where the original package keeps it, or else
+    downloaded. CLIP weights may be OpenAI's (`ViT-L-14.pt`), OpenCLIP's, or a folder of transformers.
+
+    Args:
+        name: one of `available_scores()`.
+        device, dtype, batch_size: as for `load`.
+        download_root: where downloads are kept; ~/.cache/ImageReward by default.
+        path: file or folder of the network's weights: CLIP's for all but BLIP.
+        head: Aesthetic only: path of `sac+logos+ava1-l14-linearMSE.pth`.
+        tokenizer: path of the vocabulary: for BLIP a vocab.txt or its folder, else a folder with vocab.json and
+            merges.txt, or `bpe_simple_vocab_16e6.txt.gz`. By default the one beside the weights, else the hub's.
+
+    Returns:
+        A `rewards.base.Reward`.
+
+    Raises:
+        FileNotFoundError: no such score, file or vocabulary (`hub.ModelNotFound`).
+        ValueError: the files do not fit each other, or are not what they should be.
+    """
+    if name not in SCORES:
+        close = difflib.get_close_matches(str(name), SCORES, n=1, cutoff=0.4)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise hub.ModelNotFound(f"no score {name!r}{hint}; known: {', '.join(SCORES)}")
+    if head is not None and name != "Aesthetic":
+        raise ValueError(f"head= is for the Aesthetic score alone, not {name}")
+    root = Path(download_root or DEFAULT_ROOT).expanduser()
+    options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    if name == "BLIP":
+        return _load_blip(path, tokenizer, root, options)
+    return _load_clip(name, path, head, tokenizer, root, options)
+
+
+def _load_blip(path, vocab, root, options):
+    path = _existing(path) if path is not None else hub.resolve_url(BLIP_URL, root / "model_large.pth")
+    config, med_config = BLIP_LARGE, path.with_name(MED_CONFIG_FILE)
+    if med_config.is_file():
+        text = TextConfig.from_dict(files.read_json(med_config), str(med_config))
+        config = dataclasses.replace(config, text=text)
+    tokenizer = PromptTokenizer.from_file(vocab or find_vocab_near(path.parent), config.max_prompt_tokens)
+    module = BlipScore.abstract(config, named_dtype(options["dtype"]))
+    tensors = _read(path, root)
+    params = mapping.from_torch(module, tensors, what=str(path), ignore=(*IGNORED_KEYS, *BLIP_UNUSED), dtype=np.float32)
+    return BlipScore(config, params, tokenizer, **options)
+
+
+def imagereward_from_blip(path, key, *, tokenizer=None):
+    """An ImageReward to be trained: the encoders of `model_large.pth`, and a head that starts anew.
+
+    Args:
+        path: BLIP's checkpoint; a med_config.json beside it is heeded.
+        key: a `jax.random` key for the head.
+        tokenizer: as for `load_score`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_score`.
+    """
+    root = Path(DEFAULT_ROOT).expanduser()
+    blip = _load_blip(path, tokenizer, root, {"device": "cpu", "dtype": "float32", "batch_size": 1})
+    sizes = {field.name: getattr(blip.config, field.name) for field in dataclasses.fields(blip.config)}
+    config = ImageRewardConfig(**sizes, score_mean=0.0, score_std=1.0)
+    head = RewardHead(config.text.hidden_size, config.head_sizes, rngs=nnx.Rngs(params=key))
+    return ImageReward(config, {"blip": blip.params, "mlp": mapping.params_of(head)}, blip.tokenizer)
+
+
+def _load_clip(name, path, head, vocab, root, options):
+    published = CLIPS[name]
+    path = _existing(path) if path is not None else _find_clip(published, root)
+    tensors, config = read_clip(path, root, published.tower)
+    config = dataclasses.replace(config, scaled=published.scaled)
+    ignore = CLIP_UNUSED
+    if name == "Aesthetic":
+        head = _existing(head) if head is not None else hub.resolve_url(AESTHETIC_URL, root / AESTHETIC_FILE)
+        tensors = {**tensors, **{f"mlp.{key}": array for key, array in _read(head, root).items()}}
+        ignore = (*ignore, r"^text_", r"^logit_scale$")
+        tokenizer = NoTokens()
+    else:
+        tokenizer = CLIPPromptTokenizer(vocab or _clip_vocab_near(path), config.text.max_position_embeddings)
+    module = published.score.abstract(config, named_dtype(options["dtype"]))
+    what = f"{path} with {head}" if name == "Aesthetic" else str(path)
+    params = mapping.from_torch(module, tensors, what=what, ignore=ignore, dtype=np.float32)
+    return published.score(config, params, tokenizer, **options)
+
+
+def read_clip(path, root, tower):
+    """(tensors under transformers' names, `CLIPConfig`) of a CLIP in any published layout.
+
+    Args:
+        path: a file, or a folder of transformers with config.json.
+        root: where converted copies of pickles go if not beside them.
+        tower: a `Tower`, for files without a config.json beside them.
+    """
+    if not path.is_dir():
+        tensors = clip_layouts.to_transformers(_read(path, root))
+        return tensors, _config_of(tensors, tower, str(path))
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
+        raise hub.ModelNotFound(f"{path}: no weights; expected {' or '.join(names)} in it")
+    settings = files.read_json(path / "config.json")
+    return clip_layouts.to_transformers(_read(file, root)), _config_from_json(settings, str(path / "config.json"))
+
+
+def _config_of(tensors, tower, what):
+    sizes = clip_layouts.sizes_of(tensors, what)
+    for name, head in (("vision", tower.vision_head), ("text", tower.text_head)):
+        if name in sizes:
+            sizes[name] |= {"num_attention_heads": sizes[name]["hidden_size"] // head, "hidden_act": tower.hidden_act}
+    return CLIPConfig(
+        CLIPTextConfig(**sizes.get("text", {})), CLIPVisionConfig(**sizes["vision"]), sizes["projection_dim"]
+    )
+
+
+def _config_from_json(settings, what):
+    """A `CLIPConfig` from transformers' config.json.
+
+    Files of 2022 repeat every setting of text generation in both towers, so fields that are no sizes are passed over;
+    that the weights have just these sizes is checked when they are mapped.
+    """
+    parts = []
+    for name, config_class in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+        values = settings.get(name) or {}
+        known = {field.name for field in dataclasses.fields(config_class)} - {"architectures"}
+        try:
+            parts.append(config_class(**{key: value for key, value in values.items() if key in known}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what}: {name}: {error}") from error
+    return CLIPConfig(*parts, projection_dim=settings.get("projection_dim", 512))
+
+
+def _read(path, root):
+    return read_cached(path, root) if path.suffix in files.PICKLES else files.read_tensors(path)
+
+
+def _existing(path):
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise hub.ModelNotFound(f"{path}: no such file or folder")
+    return path
+
+
+def _find_clip(published, root):
+    local = root / published.local
+    if local.exists():
+        return local
+    repo, file = published.hub
+    if file is not None:
+        return hub.resolve_file(repo, file, cache_dir=root)
+    patterns = ["config.json", "model.safetensors", *CLIP_FILES, "tokenizer_config.json", "special_tokens_map.json"]
+    return hub.resolve_model(repo, allow_patterns=patterns, cache_dir=root)
+
+
+def _clip_vocab_near(path):
+    """The CLIP vocabulary in the weights' folder, else the hub's."""
+    folder = path if path.is_dir() else path.parent
+    if all((folder / name).is_file() for name in CLIP_FILES):
+        return folder
+    if (folder / CLIP_BPE).is_file():
+        return folder / CLIP_BPE
+    try:
+        return hub.resolve_model(CLIP_REPO, allow_patterns=[*CLIP_FILES, "tokenizer_config.json"])
+    except hub.ModelNotFound as error:
+        raise hub.ModelNotFound(
+            f"no CLIP vocabulary: {folder} has neither {' and '.join(CLIP_FILES)} nor {CLIP_BPE}, and {CLIP_REPO} "
+            f"could not be had from the hub; pass `tokenizer=`, the path of one ({error})"
+        ) from error
