@@ -25,7 +25,11 @@ def get_config():
     config = default_config("ranking")
     config.steps = 20_000  # ten epochs of some 8,000 prompts
     config.batch_size = 4
+    config.reward.blip = "model_large.pth"
     config.reward.fix_rate = 0.7
+    config.data.groups = "ImageRewardDB/train.json"
+    config.data.held_out_groups = "ImageRewardDB/valid.json"
+    config.data.test_groups = "ImageRewardDB/test.json"
     config.method.dropout = 0.1
     config.method.drop_path = 0.1
     config.method.head_dropout = (0.2, 0.2, 0.1)

@@ -42,6 +42,7 @@ def files(tmp_path_factory):
 def train(files, workdir, reward, *options):
     arguments = [
         *("train", f"--config={CONFIG}", f"--workdir={workdir}", f"--config.reward.path={reward}"),
+        "--config.reward.blip=",
         *(f"--config.data.groups={files['train']}", f"--config.data.held_out_groups={files['held_out']}"),
         *(f"--config.data.test_groups={files['test']}", f"--config.data.cache={workdir.parent / 'cache'}"),
         *("--config.data.workers=0", "--config.writers=('jsonl',)", "--config.log_every=1"),
@@ -152,6 +153,7 @@ def test_training_starts_from_blip(vocab_file, tmp_path, tiny_reward_config):
 def test_settings_that_cannot_work_are_refused(files, tmp_path, tiny_reward_folder, option, message, capsys):
     arguments = [
         *("train", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", f"--config.reward.path={tiny_reward_folder}"),
+        "--config.reward.blip=",
         *(f"--config.data.groups={files['train']}", f"--config.data.held_out_groups={files['held_out']}", option),
     ]
     assert main(arguments) == 2
