@@ -20,6 +20,8 @@ from imagereward_jax.training.mesh import put_whole, replicated
 from imagereward_jax.training.sheets import contact_sheet
 from imagereward_jax.training.step import Phase
 
+TEST_SHAPES = {"size": 512, "seed": 1}  # the shapes world has no end: so many groups, drawn for the test alone
+
 
 def build(config, mesh):
     """See `experiments.build`."""
@@ -90,7 +92,7 @@ def open_groups(config, reward, name):
     data = config.data
     source = str(data[name])
     if source.startswith(SHAPES_PREFIX):
-        shapes = {"images_per_prompt": data.images_per_prompt}
+        shapes = {"images_per_prompt": data.images_per_prompt, **(TEST_SHAPES if name == "test_groups" else {})}
         return load_groups(source, image_size=reward.image_size, shapes=shapes)
     return load_groups(
         source,

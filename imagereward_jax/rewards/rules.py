@@ -20,6 +20,7 @@ class RuleReward:
     """What rules share. A subclass says in `score_arrays` what it computes."""
 
     differentiable = False
+    batch_size = 16
 
     def score_arrays(self, images, prompts):
         """Scores of a batch.
@@ -37,10 +38,19 @@ class RuleReward:
         """As `rewards.base.Reward.score`; pictures keep their size."""
         images, single = pictures.as_image_list(image)
         prompts = pair_prompts(prompt, images)
-        opened = [np.asarray(pictures.open_image(one, f"image {i}").convert("RGB")) for i, one in enumerate(images)]
+        opened = [self.prepare(one, f"image {i}") for i, one in enumerate(images)]
         opened = opened * len(prompts) if len(opened) == 1 else opened
-        scores = [float(self.score_arrays(one[None], [text])[0]) for one, text in zip(opened, prompts, strict=True)]
+        scores = self.score_prepared(prompts, opened).tolist()
         return scores[0] if single and isinstance(prompt, str) else scores
+
+    def prepare(self, image, name="image"):
+        """As `rewards.base.Reward.prepare`: uint8 [H, W, 3], of the picture's own size."""
+        return np.asarray(pictures.open_image(image, name).convert("RGB"))
+
+    def score_prepared(self, prompts, pixels):
+        """As `rewards.base.Reward.score_prepared`: [B] float32, NumPy. Pictures may differ in size, so one by one."""
+        pairs = zip(pixels, prompts, strict=True)
+        return np.concatenate([self.score_arrays(picture[None], [prompt]) for picture, prompt in pairs])
 
     def inference_rank(self, prompt, images):
         """As `rewards.base.Reward.inference_rank`."""

@@ -29,13 +29,13 @@ class RandomScorer:
 
 
 def open_scorer(name, *, tokenizer=None, dtype="float32", batch_size=16, seed=0):
-    """The scorer called `name`: "random", or whatever `imagereward_jax.load` takes.
+    """The scorer called `name`: "random", or whatever `rewards.registry.open_reward` takes.
 
     Raises:
-        FileNotFoundError, ValueError: as `load`.
+        FileNotFoundError, ValueError: as `open_reward`.
     """
     if name == RANDOM:
         return RandomScorer(seed, batch_size)
-    from imagereward_jax.rewards.checkpoint import load
+    from imagereward_jax.rewards.registry import open_reward
 
-    return load(name, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size)
+    return open_reward(name, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size)

@@ -13,7 +13,7 @@ class CheckpointError(RuntimeError):
 
 
 def goodness(metrics, best):
-    """The number that is largest for the best evaluation: the metric `best`, or with a minus before it, its negative."""
+    """What is largest for the best evaluation: the metric `best`, or with a minus before the name, its negative."""
     return -metrics[best[1:]] if best.startswith("-") else metrics[best]
 
 

@@ -48,6 +48,16 @@ def test_jpeg_size_is_that_of_the_file_both_ways(images):
     assert incompressible.inference_rank("x", list(images))[0] == [2, 1]
 
 
+def test_commands_take_scores_and_rules_by_name(images):
+    """What `evaluate` and `score` open: prepare and score_prepared of a rule, whose pictures differ in size."""
+    from imagereward_jax.scoring.scorers import open_scorer
+
+    scorer = open_scorer("jpeg-incompressibility", batch_size=2)
+    prepared = [scorer.prepare(images[0]), scorer.prepare(images[1][:8])]
+    alone = [scorer.score("x", images[0]), scorer.score("x", images[1][:8])]
+    np.testing.assert_allclose(scorer.score_prepared(["x", "y"], prepared), alone)
+
+
 def test_a_users_function_scores(images, module):
     reward = open_reward("my_rewards:brightness")
     expected = [133.0, float(images[1].mean()) + 3]
