@@ -17,7 +17,7 @@ class Masks:
         self.masks = iter(masks)
 
     def __call__(self, x, rate, shape):
-        mask = torch.from_numpy(next(self.masks))
+        mask = torch.from_numpy(next(self.masks).copy())
         assert tuple(mask.shape) == tuple(shape), (mask.shape, shape)
         return x * mask / (1 - rate)
 

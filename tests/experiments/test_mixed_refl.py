@@ -79,7 +79,7 @@ def run(tmp_path_factory, tiny_reward_folder):
                 *("train", f"--config={CONFIG}", f"--workdir={folder / 'run'}"),
                 *(
                     f"--config.model.path={folder / 'model'}",
-                    f"--config.reward.terms.trained.path={tiny_reward_folder}",
+                    *(f"--config.reward.terms.{name}.path={tiny_reward_folder}" for name in ("builtin", "trained")),
                 ),
                 *("--config.steps=2", "--config.batch_size=2", "--config.log_every=1", "--config.method.num_steps=2"),
                 *("--config.method.stop_min=0", "--config.method.stop_max=1", "--config.method.pretrain=off"),
