@@ -2,9 +2,9 @@
 
 - "cudnn": the fused kernel of NVIDIA GPUs, half precision.
 - "pallas": the flash kernel for TPUs that ships with jax.
-- "blocks": plain XLA, one block of queries after the other with the softmax's statistics kept for the backward pass, so
-  that no [T, S] matrix of a whole picture is ever stored (FlashAttention, arXiv 2205.14135). On the CPU a block fits
-  its caches, which is what makes it fast there.
+- "blocks": plain XLA, one block of queries (or, backward, of keys) after the other, with the softmax's statistics kept
+  for the backward pass, so that no [T, S] matrix of a whole picture is ever stored (FlashAttention, arXiv 2205.14135).
+  On the CPU a block fits its caches, which is what makes it fast there.
 - "plain": everything at once; what short sequences and masks take.
 
 All take the softmax in float32 and agree within the rounding of the dtype.
@@ -94,11 +94,11 @@ def _pallas(query, key, value):
     return flash.flash_attention(*heads_first, sm_scale=scale, block_sizes=sizes).swapaxes(1, 2)
 
 
-def _block_size(queries):
-    """The largest divisor of `queries` that is not over the platform's block; all of them if it were tiny."""
+def _block_size(length):
+    """The largest divisor of `length` that is not over the platform's block; all of it if that were tiny."""
     limit = CPU_BLOCK if current_platform() == "cpu" else BLOCK
-    size = next(size for size in range(min(limit, queries), 0, -1) if queries % size == 0)
-    return size if size >= SMALLEST_BLOCK else queries
+    size = next(size for size in range(min(limit, length), 0, -1) if length % size == 0)
+    return size if size >= SMALLEST_BLOCK else length
 
 
 @jax.custom_vjp
@@ -135,29 +135,31 @@ def _blocks_backward(residuals, gradient):
     scaled, key, value, output, statistics = residuals
     # sum(weights * d_weights) of each query, which the softmax's gradient subtracts
     shift = (output.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1, keepdims=True)
-    backward = functools.partial(_backward_head, block=_block_size(scaled.shape[1]))
+    backward = functools.partial(_backward_head, block=_block_size(key.shape[1]))
     d_query, d_key, d_value = _over_heads(backward, scaled, key, value, gradient, statistics, shift)
-    d_query = d_query * jnp.asarray(1 / math.sqrt(scaled.shape[-1]), d_query.dtype)
+    d_query = d_query * (1 / math.sqrt(scaled.shape[-1]))
     return tuple(d.astype(x.dtype) for d, x in zip((d_query, d_key, d_value), (scaled, key, value)))
 
 
 def _backward_head(query, key, value, gradient, statistics, shift, *, block):
-    high = precision(query.dtype)
-    product = functools.partial(jnp.einsum, precision=high, preferred_element_type=jnp.float32)
+    """Block after block of keys, with keys as rows: so only one of the five products has to transpose a large matrix.
 
-    def step(sums, part):
-        query, gradient, statistics, shift = part
-        weights = jnp.exp(product("ntd,nsd->nts", query, key) - statistics)
-        d_logits = weights * (product("ntd,nsd->nts", gradient, value) - shift)
+    All [N, T or S, D], statistics and shift [N, T, 1] -> float32 gradients by query, key and value.
+    """
+    product = functools.partial(jnp.einsum, precision=precision(query.dtype), preferred_element_type=jnp.float32)
+    statistics, shift = statistics.swapaxes(1, 2), shift.swapaxes(1, 2)
+
+    def step(d_query, part):
+        key, value = part
+        weights = jnp.exp(product("nsd,ntd->nst", key, query) - statistics)
+        d_logits = weights * (product("nsd,ntd->nst", value, gradient) - shift)
         weights, d_logits = weights.astype(query.dtype), d_logits.astype(query.dtype)
-        d_key = sums[0] + product("nts,ntd->nsd", d_logits, query)
-        d_value = sums[1] + product("nts,ntd->nsd", weights, gradient)
-        return (d_key, d_value), product("nts,nsd->ntd", d_logits, key)
+        d_key, d_value = product("nst,ntd->nsd", d_logits, query), product("nst,ntd->nsd", weights, gradient)
+        return d_query + product("nst,nsd->ntd", d_logits, key), (d_key, d_value)
 
-    parts = tuple(_split(x, block) for x in (query, gradient, statistics, shift))
-    zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
-    (d_key, d_value), d_query = jax.lax.scan(step, zeros, parts)
-    return _join(d_query), d_key, d_value
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    d_query, (d_key, d_value) = jax.lax.scan(step, zeros, (_split(key, block), _split(value, block)))
+    return d_query, _join(d_key), _join(d_value)
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
