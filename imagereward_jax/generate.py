@@ -204,6 +204,8 @@ def make_draw(pipeline, params, sampler, shape, args):
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+    from imagereward_jax.models.platform import batch_over
+
     devices = jax.local_devices()
     mesh = Mesh(np.asarray(devices), ("data",))
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
@@ -214,9 +216,10 @@ def make_draw(pipeline, params, sampler, shape, args):
 
     @jax.jit
     def images(params, ids, negative_ids, noise, keys):
-        return pipeline.sample(
-            params, ids, negative_ids, noise, sampler=sampler, guidance_scale=args.guidance_scale, key=keys
-        )
+        with batch_over(mesh):
+            return pipeline.sample(
+                params, ids, negative_ids, noise, sampler=sampler, guidance_scale=args.guidance_scale, key=keys
+            )
 
     def draw(pictures):
         filled = pictures + [pictures[-1]] * (batch - len(pictures))  # one shape: compiled once

@@ -54,14 +54,14 @@ def run(config, workdir):
     return 0
 
 
-def parse_flags(argv):
+def parse_flags(argv, usage=USAGE):
     """(config, workdir) from the command line.
 
     Raises:
         ValueError: an unknown flag or field (with its nearest neighbour), a value of another type.
         FileNotFoundError: the config file is not there.
     """
-    _check_config_file(argv)
+    _check_config_file(argv, usage)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of the run; default runs/NAME", flag_values=values)
@@ -72,13 +72,13 @@ def parse_flags(argv):
     except (flags.Error, KeyError, TypeError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
     if len(rest) > 1:
-        raise ValueError(f"unexpected argument {rest[1]!r}; {USAGE}")
+        raise ValueError(f"unexpected argument {rest[1]!r}; {usage}")
     config = values.config
     workdir = values.workdir or Path("runs") / Path(values["config"].config_filename).stem
     return config, Path(workdir)
 
 
-def _check_config_file(argv):
+def _check_config_file(argv, usage):
     given = [
         argument for argument in argv[1:] if argument in ("--config", "-config") or argument.startswith("--config=")
     ]
@@ -86,7 +86,7 @@ def _check_config_file(argv):
         print(f"{__doc__}\n{USAGE}")
         raise SystemExit(0)
     if not given:
-        raise ValueError(f"--config is missing; {USAGE}")
+        raise ValueError(f"--config is missing; {usage}")
     if given[0].startswith("--config="):
         path = given[0].partition("=")[2]
     else:

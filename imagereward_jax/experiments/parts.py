@@ -9,6 +9,7 @@ from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.models.params import join
+from imagereward_jax.models.platform import batch_over
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.pipelines.base import make_time_ids
 from imagereward_jax.rewards import registry
@@ -174,15 +175,16 @@ class SampleEvaluation:
 
     def _sample_batch(self, params, batch):
         keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(self.config.seed), index))(batch["index"])
-        images = self.pipeline.sample(
-            params,
-            batch["input_ids"],
-            batch["negative_ids"] if self.config.guidance_scale > 1.0 else None,
-            jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys),
-            sampler=self.sampler,
-            guidance_scale=self.config.guidance_scale,
-            key=keys,
-        )
+        with batch_over(self.mesh):
+            images = self.pipeline.sample(
+                params,
+                batch["input_ids"],
+                batch["negative_ids"] if self.config.guidance_scale > 1.0 else None,
+                jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys),
+                sampler=self.sampler,
+                guidance_scale=self.config.guidance_scale,
+                key=keys,
+            )
         scores = apply_terms(self.reward, params["reward"], images, batch["reward"]) if self.reward else None
         return images, scores
 

@@ -15,8 +15,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from imagereward_jax.models.platform import current_platform, precision
+from imagereward_jax.models.platform import batch_mesh, current_platform, precision
 
 PATHS = ("plain", "blocks", "pallas", "cudnn")
 LONG = 256 * 256  # query-key pairs from which on the whole matrix of logits is not worth storing
@@ -56,7 +57,7 @@ def attention(query, key, value, *, mask=None, drop=None, path=None):
 
 def choose_path(platform, query_shape, key_shape, dtype, *, masked=False):
     """The path for arrays of these shapes on "cpu", "gpu", "cuda" or "tpu"."""
-    (_, queries, _, head_dim), keys = query_shape, key_shape[1]
+    (batch, queries, _, head_dim), keys = query_shape, key_shape[1]
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if masked:
         return "plain"
@@ -64,9 +65,15 @@ def choose_path(platform, query_shape, key_shape, dtype, *, masked=False):
         return "cudnn"
     if queries * keys < LONG or (keys <= PROMPT and platform != "cpu"):
         return "plain"
-    if platform == "tpu" and queries % PALLAS_BLOCK == 0 and keys % PALLAS_BLOCK == 0:
+    if platform == "tpu" and queries % PALLAS_BLOCK == 0 and keys % PALLAS_BLOCK == 0 and _can_split(batch):
         return "pallas"
     return "blocks"
+
+
+def _can_split(batch):
+    """Whether each device can be given whole rows of the batch; on several devices only a known mesh tells how."""
+    mesh = batch_mesh()
+    return jax.device_count() == 1 if mesh is None else batch % mesh.size == 0
 
 
 def _plain(query, key, value, mask=None, drop=None):
@@ -90,8 +97,12 @@ def _pallas(query, key, value):
         block_k_major_dq=block, block_k_dq=block, block_q_dq=block,
     )  # fmt: skip
     heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
-    scale = 1 / math.sqrt(query.shape[-1])
-    return flash.flash_attention(*heads_first, sm_scale=scale, block_sizes=sizes).swapaxes(1, 2)
+    kernel = functools.partial(flash.flash_attention, sm_scale=1 / math.sqrt(query.shape[-1]), block_sizes=sizes)
+    mesh = batch_mesh()
+    if mesh is not None and mesh.size > 1:  # the compiler cannot split the kernel by itself
+        rows = PartitionSpec(mesh.axis_names)
+        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False)
+    return kernel(*heads_first).swapaxes(1, 2)
 
 
 def _block_size(length):

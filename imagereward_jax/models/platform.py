@@ -1,4 +1,4 @@
-"""Which hardware a program is traced for: layers choose kernels and precision by it."""
+"""Which hardware a program is traced for, and over which devices: layers choose kernels and precision by it."""
 
 import contextlib
 import contextvars
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 _target_platform = contextvars.ContextVar("target_platform", default=None)
+_batch_mesh = contextvars.ContextVar("batch_mesh", default=None)
 
 
 @contextlib.contextmanager
@@ -20,6 +21,24 @@ def target_platform(platform):
         yield
     finally:
         _target_platform.reset(token)
+
+
+@contextlib.contextmanager
+def batch_over(mesh):
+    """Says that in what is traced inside, batches are split over all axes of `mesh` (None: that nothing is known).
+
+    The compiler splits most operations by itself, but not hand-written TPU kernels, which have to be told.
+    """
+    token = _batch_mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _batch_mesh.reset(token)
+
+
+def batch_mesh():
+    """The mesh that batches are split over, or None."""
+    return _batch_mesh.get()
 
 
 def current_platform():

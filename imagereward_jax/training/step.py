@@ -9,6 +9,8 @@ import optax
 from flax import struct
 from jax.sharding import PartitionSpec
 
+from imagereward_jax.models.platform import batch_over
+
 
 @struct.dataclass
 class TrainState:
@@ -71,7 +73,8 @@ def make_train_step(phases, optimizer, *, dtype=jnp.float32, accumulation=1, ema
 
     def gradient(phase, params, frozen, batches, key):
         def loss(params, batches, key):
-            return phase.loss(cast(params, dtype), frozen, batches, key)
+            with batch_over(mesh):
+                return phase.loss(cast(params, dtype), frozen, batches, key)
 
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         if accumulation == 1:

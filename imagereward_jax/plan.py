@@ -1,0 +1,94 @@
+"""What a run will need, before it is paid for: memory, FLOPs, collectives, compile time, on hardware that is not here.
+
+    python -m imagereward_jax.plan --config configs/refl_sdxl_lora.py --topology v5e:2x4 [--config.field=value ...]
+
+Compiles the real training step of a config for a topology, from shapes: no weights, no download, no accelerator. TPU
+slices are v4:, v5e:, v5p: or v6e: and a shape (v5e:16x16, v5p:2x2x2), GPUs a100:, h100:, h200: or b200: and a number
+(h200:8), and cpu:N is this machine as N virtual devices. Models are folders, whose config.json files are read, or
+published names such as stabilityai/stable-diffusion-xl-base-1.0. TPUs need the extra `tpu` (or libtpu alone), GPUs
+`cuda13` (or jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cudnn-cu13).
+
+Exit status: 0 it fits; 3 it does not; 2 bad input.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+
+USAGE = "usage: python -m imagereward_jax.plan --config FILE.py --topology NAME [--json] [--config.field=value ...]"
+
+
+def parse_args(argv):
+    """(this command's arguments, those that belong to the config)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m imagereward_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--topology", required=True, help="v5e:2x4, v5p:2x2x2, h200:8, cpu:8, ...")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="also find the largest batch and the smallest slice that fit, by doubling; each try compiles",
+    )
+    return parser.parse_known_args(argv)
+
+
+def main(argv=None):
+    """Parses, plans, prints; returns the exit status."""
+    args, rest = parse_args(sys.argv[1:] if argv is None else argv)
+    _use_virtual_devices(args.topology)
+    from imagereward_jax.training.config import validate
+
+    try:
+        from imagereward_jax.planning.topologies import find_topology
+        from imagereward_jax.train import parse_flags
+
+        topology = find_topology(args.topology)
+        config, _ = parse_flags(["plan", *rest], usage=USAGE)
+        validate(config)
+        figures = run(config, topology, args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if figures["fits"] else 3
+
+
+def run(config, topology, args):
+    """Plans and prints; returns the figures."""
+    import jax
+
+    from imagereward_jax.planning import report
+
+    def say(text):
+        print(text, file=sys.stderr)
+
+    try:
+        figures = report.plan(config, topology)
+        if args.search:
+            samples, batch = report.largest_batch(config, topology, say)
+            figures["largest_batch"] = {"samples_per_chip": samples, "batch_size": batch}
+            figures["smallest_slice"] = report.smallest_slice(config, topology, say)
+    except jax.errors.JaxRuntimeError as error:
+        raise report.as_error(error) from error
+    print(json.dumps(figures, indent=2) if args.json else report.as_text(figures, config))
+    if args.search and not args.json:
+        print(f"largest batch that fits: {batch} ({samples} sample(s) a chip at a time)")
+        print(f"smallest slice that fits: {figures['smallest_slice'] or 'none of this kind'}")
+    return figures
+
+
+def _use_virtual_devices(name):
+    """Makes jax see only the CPU, as the N devices of "cpu:N"; what compiles for other hardware needs no device."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if found := re.fullmatch(r"cpu:([1-9]\d*)", name):
+        others = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
+        os.environ["XLA_FLAGS"] = f"{others} --xla_force_host_platform_device_count={found[1]}".strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Counts read off shapes, the traced program and the compiled one: bytes, FLOPs, collectives."""
+
+import math
+import re
+
+import jax
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0}
+
+
+def bytes_on_a_device(tree, shardings):
+    """Bytes of one device's part of a tree of arrays or shapes."""
+    sizes = jax.tree.map(
+        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize,
+        tree,
+        shardings,
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def flops(jaxpr, while_trips=1):
+    """Floating-point operations of the products and convolutions of a traced program, over all devices together.
+
+    Args:
+        jaxpr: a `ClosedJaxpr` or `Jaxpr`. Loops of static length count as often as they run.
+        while_trips: how often a loop of traced length runs.
+    """
+    return sum(_flops_of(equation, while_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+
+
+def _flops_of(equation, while_trips):
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        taps = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+        # of a dilated input (a strided convolution's gradient) only one in prod(dilation) taps meets a number
+        return 2 * math.prod(equation.outvars[0].aval.shape) * taps // math.prod(params["lhs_dilation"])
+    if name.startswith("dot_product_attention"):  # cuDNN's kernel: two products forward, five backward
+        (batch, queries, heads, size), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+        return 2 * batch * heads * queries * keys * size * (5 if "bwd" in name else 2)
+    inner = [flops(sub, while_trips) for sub in _inner(params)]
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "while":
+        return while_trips * sum(inner)
+    if name == "cond":
+        return max(inner, default=0)
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * sum(inner)
+    return sum(inner)
+
+
+def _inner(params):
+    """The programs that an equation's parameters hold."""
+    for value in params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
+                yield part
+
+
+def collective_bytes(text, while_trips=1):
+    """Bytes that each kind of collective moves in one run of a compiled program, as one device sees it.
+
+    A collective counts with the larger of what goes in and what comes out (an all-gather's result, a reduce-scatter's
+    operand), as often as the loops around it run.
+
+    Args:
+        text: of the compiled module (`Compiled.as_text()`).
+        while_trips: how often a loop runs whose length the text does not tell.
+
+    Returns:
+        {kind of `COLLECTIVES`: bytes}, the kinds that occur.
+    """
+    module = _Module(text)
+    totals = module.totals(module.entry, while_trips)
+    return {kind: totals[kind] for kind in COLLECTIVES if totals.get(kind)}
+
+
+class _Module:
+    """The computations of a module, as far as collectives need them."""
+
+    header = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
+    instruction = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+)\s*=\s*(\([^=]*?\)|\S+)\s+([\w\-]+)\((.*)$")
+    called = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+    branches = re.compile(r"(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
+
+    def __init__(self, text):
+        self.lines, self.types, self.entry, current = {}, {}, None, None
+        for line in text.splitlines():
+            if header := self.header.match(line):
+                current = header[2]
+                self.lines[current] = []
+                self.entry = current if header[1] else self.entry
+            elif current and (found := self.instruction.match(line)):
+                self.lines[current].append((found[1], found[2], found[3], found[4]))
+                self.types[found[1]] = found[2]
+        self.cache = {}
+
+    def totals(self, name, while_trips):
+        """{kind: bytes} of a computation and of what it calls."""
+        if name not in self.cache:
+            self.cache[name] = {}  # computations do not recurse
+            totals = {}
+            for _, result, operation, rest in self.lines.get(name, ()):
+                kind = operation.removesuffix("-start")
+                if kind in COLLECTIVES:
+                    totals[kind] = totals.get(kind, 0) + self._payload(result, operation, rest)
+                if operation.endswith("-done") or operation == "async-update":
+                    continue
+                times = self._trips(rest, while_trips) if operation == "while" else 1
+                for callee in self._callees(rest):
+                    for kind, amount in self.totals(callee, while_trips).items():
+                        totals[kind] = totals.get(kind, 0) + times * amount
+            self.cache[name] = totals
+        return self.cache[name]
+
+    def _callees(self, rest):
+        listed = [name.strip().lstrip("%") for group in self.branches.findall(rest) for name in group.split(",")]
+        return [*self.called.findall(rest), *listed]
+
+    def _payload(self, result, operation, rest):
+        operands = sum(_bytes(self.types.get(name, "")) for name in re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
+        if operation == "collective-permute-start":
+            return operands
+        # the start of an asynchronous gather holds its operands beside its result
+        results = _bytes(result) - (operands if operation == "all-gather-start" and result.startswith("(") else 0)
+        return max(operands, results)
+
+    def _trips(self, rest, unknown):
+        if found := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', rest):
+            return int(found[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", rest)
+        lines = self.lines.get(condition[1], ()) if condition else ()
+        constants = {name: tail for name, _, operation, tail in lines if operation == "constant"}
+        for _, _, operation, tail in lines:
+            if operation == "compare" and "direction=LT" in tail:
+                for name in re.findall(r"%([\w.\-]+)", tail.partition(")")[0]):
+                    if name in constants:
+                        return int(constants[name].partition(")")[0])
+        return unknown
+
+
+def _bytes(type_text):
+    """Bytes of a type as HLO writes it, tuples summed."""
+    total = 0
+    for name, shape in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", type_text):
+        bits = ITEM_BITS.get(name) or int((re.search(r"\d+", name) or ["8"])[0])
+        total += math.prod(int(size) for size in shape.split(",") if size) * bits // 8
+    return total
+
+
+def used_at_overflow(message):
+    """Bytes that a program would have taken, from the compiler's message that they are too many; None if not said."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return int(float(found[1]) * units[found[2]]) if found else None

@@ -1,0 +1,161 @@
+"""Pipelines and rewards as shapes: of local folders by their config.json, of published models by the tables here.
+
+Nothing is read from the hub, and no weight from anywhere.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from imagereward_jax.data.shapes_tokenizers import write_clip_tokenizer
+from imagereward_jax.models.blip_config import ImageRewardConfig
+from imagereward_jax.pipelines.base import override_prediction_type
+from imagereward_jax.pipelines.sd1 import StableDiffusion1
+from imagereward_jax.pipelines.sdxl import StableDiffusionXL
+from imagereward_jax.rewards import images as pictures
+from imagereward_jax.rewards.base import cast_params
+from imagereward_jax.rewards.checkpoint import V1
+from imagereward_jax.rewards.imagereward import CONFIG_FILE, abstract_module
+from imagereward_jax.rewards.rules import is_rule
+from imagereward_jax.rewards.scores import SCORES
+from imagereward_jax.training.config import ConfigError, did_you_mean
+from imagereward_jax.weights import diffusers, hub, mapping
+from imagereward_jax.weights.files import read_json
+
+# config.json of the published networks, what their class has as default left out.
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 1024,
+}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+SD1 = {
+    "unet": {"sample_size": 64, "cross_attention_dim": 768},
+    "vae": VAE,
+    "text_encoder": CLIP_L,
+}
+SDXL = {
+    "unet": {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae": VAE | {"scaling_factor": 0.13025},
+    "text_encoder": CLIP_L,
+    "text_encoder_2": {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_attention_heads": 20,
+        "num_hidden_layers": 32,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+}
+SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+
+
+FAMILIES = {"sd1": (StableDiffusion1, SD1), "sdxl": (StableDiffusionXL, SDXL)}
+# Published models of exactly these sizes.
+PUBLISHED = {
+    "CompVis/stable-diffusion-v1-4": "sd1",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
+    "runwayml/stable-diffusion-v1-5": "sd1",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/sdxl-turbo": "sdxl",
+}
+
+
+def abstract_pipeline(config):
+    """The pipeline that `config.model` names, without weights.
+
+    Raises:
+        ConfigError: it is neither a folder, nor built in, nor a published model whose sizes are known here, or starts
+            from scratch.
+        FileNotFoundError, ValueError: the folder lacks a config, or has one that is not implemented.
+    """
+    model = config.model
+    if model.get("from_scratch"):
+        raise ConfigError(
+            "config.model.from_scratch: plans are made for models that exist; pass --config.model.from_scratch=False "
+            "and --config.model.path"
+        )
+    options = {"dtype": config.dtype, "vae_dtype": model.vae_dtype, "remat": model.remat}
+    name = str(model.path).partition("@")[0]
+    folder = Path(name).expanduser()
+    folder = hub.ASSETS / name if name in hub.builtin_models() else folder
+    if folder.is_dir():
+        return _from_folder(folder, model.prediction_type, options)
+    if name not in PUBLISHED:
+        raise ConfigError(
+            f"config.model.path={model.path!r}: no folder, and none of the models whose sizes are known here"
+            f"{did_you_mean(name, PUBLISHED)}; pass its folder (only the config.json files are read) or one of "
+            f"{', '.join(PUBLISHED)}"
+        )
+    family, networks = FAMILIES[PUBLISHED[name]]
+    scheduler = override_prediction_type(SCHEDULER, model.prediction_type)
+    with tempfile.TemporaryDirectory() as tokenizer:
+        _write_tokenizer(Path(tokenizer))
+        folders = {f"{name}_folder": tokenizer for name in family.text_encoders.values()}
+        return family.from_configs(**networks, scheduler=scheduler, **folders, **options)
+
+
+def _from_folder(folder, prediction_type, options):
+    index = read_json(folder / diffusers.INDEX) if (folder / diffusers.INDEX).is_file() else {}
+    family = StableDiffusionXL if "XL" in index.get("_class_name", "") else StableDiffusion1
+    networks = {name: read_json(folder / name / "config.json") for name in family.components}
+    scheduler = override_prediction_type(diffusers.load_scheduler_config(folder), prediction_type)
+    folders = {f"{name}_folder": folder / name for name in family.text_encoders.values()}
+    return family.from_configs(**networks, scheduler=scheduler, **folders, **family.read_index(folder), **options)
+
+
+def _write_tokenizer(folder):
+    """A tokenizer that stands for CLIP's: only the length of what it gives matters."""
+    write_clip_tokenizer(folder)
+    settings = read_json(folder / "tokenizer_config.json") | {"model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def abstract_reward(settings, dtype):
+    """The reward of `config.reward` without weights: `params` are shapes, `config` its sizes, `apply` as
+    `ImageReward`'s.
+
+    A folder (or a built-in reward) has the sizes of its config.json; a file is taken for ImageReward v1.0.
+
+    Raises:
+        ConfigError: a mixture, or another score.
+    """
+    name = str(settings.path)
+    if settings.terms or name in SCORES or is_rule(name):
+        raise ConfigError(
+            f"config.reward: {', '.join(settings.terms) or name!r} cannot be planned, only ImageReward's network; pass "
+            "--config.reward.path=ImageReward-v1.0"
+        )
+    folder = hub.ASSETS / name / "reward" if name in hub.builtin_models() else Path(name).expanduser()
+    config = V1
+    if (folder / CONFIG_FILE).is_file():
+        config = ImageRewardConfig.from_dict(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    module = abstract_module(config, jnp.dtype(dtype))
+    graphdef = nnx.graphdef(module)
+
+    def apply(params, images, tokens):
+        pixels = pictures.device_pixels(images, config.vision.image_size)
+        return nnx.merge(graphdef, params)(pixels, tokens["input_ids"], tokens["attention_mask"])
+
+    params = jax.eval_shape(lambda params: cast_params(params, jnp.dtype(dtype)), mapping.params_of(module))
+    return SimpleNamespace(params=params, config=config, apply=apply)

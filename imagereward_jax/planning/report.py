@@ -1,0 +1,193 @@
+"""What a run needs on a topology, as figures and as text; the largest batch and the smallest slice that fit."""
+
+import time
+
+import jax
+from jax.sharding import AbstractMesh
+
+from imagereward_jax.planning import counts, program
+from imagereward_jax.planning.topologies import GIB, sizes_of_kind
+from imagereward_jax.training.config import ConfigError
+from imagereward_jax.training.mesh import check_batch, make_mesh
+
+
+def plan(config, topology):
+    """Compiles a config's training step for a `Topology` and counts.
+
+    Returns:
+        dict for JSON; bytes and FLOPs are those of one chip and one training step. "fits": whether the step can run.
+        "hbm_bytes": memory of a chip, "usable_bytes": what of it a program may take. "bytes_per_chip": by kind;
+        "temporaries" (also "temp_bytes") are what the step needs beside its arguments, None where the step was not
+        compiled because its arguments alone are too much, or where the compiler did not say. "flops_per_chip": of
+        products and convolutions, recomputed ones included, the sampler's loop at its longest; an equal share of
+        what all chips compute. "flops_per_image": of all chips, divided by the batch. "compiled_flops": as the
+        compiler counts them, each loop's body once; None for NVIDIA's. "collective_bytes": by kind.
+
+    Raises:
+        ConfigError: mesh or batch do not fit the number of chips. TopologyError: see `Topology.devices`.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, list(topology.devices()))
+    check_batch(mesh, config.batch_size, config.accumulation)
+    recipe = program.abstract_recipe(config)
+    sizes = program.arguments_on_a_device(recipe, mesh)
+    start = time.monotonic()
+    traced = program.trace(recipe, mesh, topology.platform)
+    total_flops = counts.flops(traced.jaxpr, program.rollout_steps(config))
+    figures = {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.batch_size,
+        "samples_per_chip": config.batch_size // topology.chips // config.accumulation,
+        "accumulation": config.accumulation,
+        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(recipe.state.params)),
+        "fits": False,
+        "hbm_bytes": topology.hbm_bytes,
+        "usable_bytes": topology.usable_bytes,
+        "bytes_per_chip": {**sizes, "temporaries": None, "total": sum(sizes.values())},
+        "temp_bytes": None,
+        "flops_per_chip": total_flops // topology.chips,
+        "flops_per_image": total_flops // config.batch_size,
+        "compiled_flops": None,
+        "collective_bytes": None,
+        "trace_seconds": round(time.monotonic() - start, 1),
+        "compile_seconds": None,
+    }
+    if sum(sizes.values()) <= topology.usable_bytes:
+        _compile(figures, config, traced)
+    return figures
+
+
+def _compile(figures, config, traced):
+    """Fills in what the compiled step tells."""
+    lowered = traced.lower()
+    start = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        figures["compile_seconds"] = round(time.monotonic() - start, 1)
+        if used := counts.used_at_overflow(str(error)):
+            _set_total(figures, used)
+        return
+    figures["compile_seconds"] = round(time.monotonic() - start, 1)
+    memory = compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    kept = memory.argument_size_in_bytes + outputs + memory.generated_code_size_in_bytes
+    _set_total(figures, kept + memory.temp_size_in_bytes)
+    figures["temp_bytes"] = figures["bytes_per_chip"]["temporaries"] = memory.temp_size_in_bytes
+    figures["fits"] = figures["bytes_per_chip"]["total"] <= figures["usable_bytes"]
+    figures["collective_bytes"] = counts.collective_bytes(compiled.as_text(), program.rollout_steps(config))
+    if flops := (compiled.cost_analysis() or {}).get("flops"):
+        figures["compiled_flops"] = int(flops)
+
+
+def _set_total(figures, total):
+    sizes = figures["bytes_per_chip"]
+    arguments = sum(sizes[name] for name in ("parameters", "moments", "ema", "frozen", "batch"))
+    sizes["total"] = total
+    figures["temp_bytes"] = sizes["temporaries"] = max(0, total - arguments)
+
+
+def largest_batch(config, topology, say):
+    """(samples a chip at a time, batch size) of the largest that fits, found by doubling; (0, 0) if one does not."""
+    best = (0, 0)
+    samples = 1
+    while True:
+        tried = config.copy_and_resolve_references()
+        tried.batch_size = samples * topology.chips * config.accumulation
+        figures = plan(tried, topology)
+        say(f"{samples} sample(s) a chip: {verdict(figures)}")
+        if not figures["fits"]:
+            return best
+        best = (samples, tried.batch_size)
+        samples *= 2
+
+
+def smallest_slice(config, topology, say):
+    """Name of the smallest topology of this kind of chip that fits, with the samples a chip and the accumulation of the
+    config and, where it has fsdp > 1, every chip along fsdp; None if none does."""
+    samples = max(1, config.batch_size // topology.chips // config.accumulation)
+    for other in sizes_of_kind(topology.name):
+        tried = config.copy_and_resolve_references()
+        tried.batch_size = samples * other.chips * config.accumulation
+        tried.mesh.data, tried.mesh.fsdp = (1, other.chips) if config.mesh.fsdp > 1 else (-1, 1)
+        mesh = AbstractMesh((other.chips // tried.mesh.fsdp, tried.mesh.fsdp), ("data", "fsdp"))
+        arguments = sum(program.arguments_on_a_device(program.abstract_recipe(tried), mesh).values())
+        if arguments > other.usable_bytes:
+            say(f"{other.name}: weights, moments and batch alone take {_gib(arguments)} a chip")
+            continue
+        figures = plan(tried, other)
+        say(f"{other.name}: {verdict(figures)}")
+        if figures["fits"]:
+            return other.name
+    return None
+
+
+def verdict(figures):
+    """One line: whether it fits, with which numbers."""
+    sizes = figures["bytes_per_chip"]
+    if figures["fits"]:
+        free = figures["usable_bytes"] - sizes["total"]
+        return f"fits: {_gib(sizes['total'])} of {_gib(figures['hbm_bytes'])} a chip, {_gib(free)} free"
+    if figures["compile_seconds"] is None:
+        return (
+            f"does not fit: weights, moments and batch alone take {_gib(sizes['total'])} a chip, of which a program "
+            f"may have {_gib(figures['usable_bytes'])}"
+        )
+    return f"does not fit: {_gib(sizes['total'])} a chip, of which a program may have {_gib(figures['usable_bytes'])}"
+
+
+def advice(figures, config):
+    """What to change so that it fits, most effective first."""
+    sizes, ways = figures["bytes_per_chip"], []
+    arguments = sizes["parameters"] + sizes["moments"] + sizes["ema"] + sizes["frozen"]
+    if config.mesh.fsdp < figures["chips"]:
+        saved = arguments - arguments * config.mesh.fsdp // figures["chips"]
+        ways.append(f"--config.mesh.fsdp={figures['chips']} (about {_gib(saved)} a chip less)")
+    if figures["samples_per_chip"] > 1:
+        rounds = config.accumulation * figures["samples_per_chip"]
+        ways.append(f"--config.accumulation={rounds}, one sample a chip at a time")
+    if config.model.remat != "full":
+        ways.append("--config.model.remat=full, which computes more again")
+    if not config.lora.rank:
+        ways.append("--config.lora.rank=4, which trains low-rank parameters alone")
+    ways.append("a larger slice, or chips with more memory (--search names the smallest that fits)")
+    return ways
+
+
+def as_text(figures, config):
+    """The figures for a person."""
+    sizes = figures["bytes_per_chip"]
+    lines = [
+        f"{figures['topology']}: {figures['chips']} chip(s), mesh "
+        + " x ".join(f"{name} {size}" for name, size in figures["mesh"].items())
+        + f", batch {figures['batch_size']} in {figures['accumulation']} round(s) of "
+        f"{figures['samples_per_chip']} sample(s) a chip",
+        verdict(figures),
+        "",
+        "memory a chip",
+    ]
+    for name, size in sizes.items():
+        lines.append(f"  {name:<20}{'not known' if size is None else _gib(size):>12}")
+    lines += ["", f"FLOPs a chip and step   {figures['flops_per_chip'] / 1e12:.4g} T"]
+    lines.append(f"FLOPs an image          {figures['flops_per_image'] / 1e12:.4g} T")
+    if figures["collective_bytes"] is not None:
+        lines.append("bytes moved a chip and step, by collective")
+        moved = figures["collective_bytes"]
+        lines += [f"  {name:<20}{_gib(size):>12}" for name, size in moved.items()] or ["  none"]
+    if figures["compile_seconds"] is not None:
+        lines.append(f"traced in {figures['trace_seconds']} s, compiled in {figures['compile_seconds']} s")
+    if not figures["fits"]:
+        lines += ["", "What would help:", *(f"- {way}" for way in advice(figures, config))]
+    return "\n".join(lines)
+
+
+def as_error(error):
+    """The first line of a compiler's error, as a `ConfigError`."""
+    return ConfigError(f"the step does not compile for this hardware: {str(error).splitlines()[0]}")
+
+
+def _gib(size):
+    return f"{size / GIB:.2f} GiB"

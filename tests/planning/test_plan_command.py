@@ -1,0 +1,92 @@
+"""The whole command on virtual CPU devices, and what it says of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_sd1
+
+pytest.importorskip("ml_collections")
+
+from imagereward_jax.planning import report, topologies
+from imagereward_jax.planning.topologies import TopologyError, find_topology
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "shapes_pretrain.py")
+
+
+def command(*arguments):
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    line = [sys.executable, "-m", "imagereward_jax.plan", "--config", CONFIG, *map(str, arguments)]
+    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory, tiny_reward_folder):
+    folder = tmp_path_factory.mktemp("plan")
+    pipeline, params = tiny_sd1.make(folder / "tokenizer")
+    pipeline.save(folder / "model", params)
+    for weights in (folder / "model").rglob("*.safetensors"):
+        weights.unlink()  # plans need none
+    return [
+        f"--config.model.path={folder / 'model'}",
+        f"--config.reward.path={tiny_reward_folder}",
+        *("--config.model.from_scratch=False", "--config.model.vae_from=", "--config.data.image_size=16"),
+        *("--config.batch_size=16", "--config.mesh.fsdp=4"),
+    ]
+
+
+def test_plans_for_virtual_devices(options):
+    done = command("--topology", "cpu:8", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["fits"] and figures["mesh"] == {"data": 2, "fsdp": 4} and figures["samples_per_chip"] == 2
+    sizes = figures["bytes_per_chip"]
+    total = sizes.pop("total")
+    assert sizes["temporaries"] == figures["temp_bytes"] > 0
+    assert sizes["moments"] >= 2 * sizes["parameters"] > figures["trainable_parameters"]  # between 4 / 4 and 4 bytes
+    assert 0 < total <= figures["usable_bytes"] <= figures["hbm_bytes"]
+    assert figures["flops_per_chip"] * 8 == pytest.approx(figures["flops_per_image"] * 16, rel=1e-6)
+    assert figures["collective_bytes"]["all-reduce"] > 0 and figures["compile_seconds"] > 0
+
+
+def test_bad_input_is_refused(options):
+    """Before anything is compiled, with status 2 and one line."""
+    done = command("--topology", "cpu:3", *options)
+    assert done.returncode == 2 and done.stderr.startswith("error: config.mesh: data=1 x fsdp=4")
+    done = command("--topology", "v5e:2x5")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --topology v5e:2x5: unknown (did you mean 'v5e:2x4'?); v5e comes as v5e:1x1,")
+
+
+def test_unknown_topologies_name_the_nearest():
+    with pytest.raises(TopologyError, match=r"did you mean 'h200:8'.*h200 comes as h200:1, h200:2, h200:4, h200:8"):
+        find_topology("h200:9")
+    with pytest.raises(TopologyError, match=r"kinds: v4, v5e, v5p, v6e, a100, h100, h200, b200, cpu"):
+        find_topology("gtx1080")
+
+
+@pytest.mark.parametrize("name, extra", [("v5e:2x4", "tpu"), ("h200:8", "cuda13")])
+def test_what_to_install_is_said(name, extra, monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TopologyError, match=rf"pip install 'imagereward-jax\[{extra}\]'"):
+        find_topology(name).devices()
+
+
+def test_says_what_does_not_fit_and_what_would_help():
+    from imagereward_jax.training.config import default_config
+
+    gib, config = 2**30, default_config("refl")
+    config.accumulation = 2
+    sizes = {"parameters": 4 * gib, "moments": 8 * gib, "ema": 0, "frozen": 2 * gib, "batch": 0}
+    figures = {
+        "topology": "v5e:2x4", "chips": 8, "mesh": {"data": 8, "fsdp": 1}, "batch_size": 32, "accumulation": 2,
+        "samples_per_chip": 2, "fits": False, "hbm_bytes": 16 * gib, "usable_bytes": 15.75 * gib,
+        "bytes_per_chip": {**sizes, "temporaries": 6 * gib, "total": 20 * gib}, "flops_per_chip": 1e12,
+        "flops_per_image": 1e12, "collective_bytes": None, "trace_seconds": 1, "compile_seconds": 2,
+    }  # fmt: skip
+    text = report.as_text(figures, config)
+    assert "does not fit: 20.00 GiB a chip, of which a program may have 15.75 GiB" in text
+    assert "- --config.mesh.fsdp=8 (about 12.25 GiB a chip less)\n- --config.accumulation=4, one sample" in text

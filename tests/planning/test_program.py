@@ -1,0 +1,96 @@
+"""What a recipe holds on each device, from shapes alone, at the sizes of the published models."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+pytest.importorskip("ml_collections")
+
+from imagereward_jax.planning import program
+from imagereward_jax.planning.published import abstract_pipeline, abstract_reward
+from imagereward_jax.training.config import ConfigError, default_config
+from imagereward_jax.training.mesh import make_mesh
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def recipe_of(name, **changes):
+    path = CONFIGS / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update_from_flattened_dict(changes)
+    return program.abstract_recipe(config)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def on(recipe, devices):
+    return program.arguments_on_a_device(recipe, AbstractMesh((1, devices), ("data", "fsdp")))
+
+
+def test_bytes_of_full_sdxl_by_hand():
+    """4 bytes a weight, 8 of moments, 2 a frozen weight; with 8 devices an eighth of it, but for vectors too small to
+    split (0.5 %)."""
+    recipe = recipe_of("refl_sdxl")
+    unet, frozen = 2_567_463_684, 83_653_863 + 123_060_480 + 694_659_840 + 446_665_953
+    assert (count(recipe.state.params), count(recipe.frozen)) == (unet, frozen)
+    one, eight = on(recipe, 1), on(recipe, 8)
+    assert one["parameters"] == 4 * unet and one["ema"] == 0 and one["frozen"] == 2 * frozen
+    assert 8 * unet <= one["moments"] < 8 * unet + 100
+    ids, tokens, pictures = 2 * 77 * 4, 35 * 4, 1024 * 1024 * 3 * 4
+    assert one["batch"] == 128 * (3 * ids + 2 * tokens + pictures + 6 * 4)
+    assert eight["batch"] == one["batch"] // 8
+    weights = ("parameters", "moments", "frozen")
+    total = sum(one[kind] for kind in weights)
+    assert total / 8 < sum(eight[kind] for kind in weights) < 1.005 * total / 8
+
+
+def test_an_adapter_alone_has_moments():
+    recipe = recipe_of("refl_sd15_lora")
+    assert count(recipe.state.params) == 797_184
+    assert count(recipe.frozen) == 859_520_964 + 83_653_863 + 123_060_480 + 446_665_953
+
+
+def test_cached_pairs_need_no_pictures():
+    cached = recipe_of("refl_sdxl_lora", **{"data.cache": "folder"}).batches["pairs"]
+    assert {name: leaf.shape[1:] for name, leaf in cached["cond"].items()} == {
+        "prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)
+    }  # fmt: skip
+    assert cached["latent_mean"].shape == (128, 128, 128, 4) and "image" not in cached
+
+
+def test_built_in_models_are_as_their_config_says():
+    config = default_config("denoising")
+    config.model.path = config.reward.path = "tiny-shapes"
+    assert abstract_pipeline(config).configs["unet"].block_out_channels[0] < 320
+    assert count(abstract_reward(config.reward, "float32").params) < 1e7
+
+
+def test_a_model_of_unknown_sizes_is_refused():
+    config = default_config("refl")
+    config.model.path = "stabilityai/stable-diffusion-xl-base"
+    with pytest.raises(ConfigError, match=r"did you mean 'stabilityai/stable-diffusion-xl-base-1.0'"):
+        abstract_pipeline(config)
+    config.reward.path = "PickScore"
+    with pytest.raises(ConfigError, match="'PickScore' cannot be planned, only ImageReward"):
+        abstract_reward(config.reward, "float32")
+    with pytest.raises(ConfigError, match="only refl, denoising can be planned"):
+        program.abstract_recipe(default_config("ranking"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["refl_sdxl", "refl_sdxl_lora"])
+def test_the_full_size_step_lowers(name):
+    """Both losses at 1024 px, the sampler, the reward and AdamW in one program; it takes every weight and batch."""
+    recipe = recipe_of(name, batch_size=1, accumulation=1)
+    lowered = program.trace(recipe, make_mesh(1, 1), "cpu").lower()
+    given = (recipe.state, recipe.frozen, recipe.batches)
+    assert len(jax.tree.leaves(lowered.args_info)) == len(jax.tree.leaves(given)) > 3000
+    assert lowered.as_text().count("stablehlo.convolution") > 300
