@@ -61,7 +61,8 @@ def choose_path(platform, query_shape, key_shape, dtype, *, masked=False):
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if masked:
         return "plain"
-    if platform in ("gpu", "cuda") and half and head_dim % 8 == 0 and head_dim <= 128:
+    even = queries % 2 == 0 and keys % 2 == 0  # jax (0.10) refuses cuDNN's gradient for others, such as 77 tokens
+    if platform in ("gpu", "cuda") and half and even and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     if queries * keys < LONG or (keys <= PROMPT and platform != "cpu"):
         return "plain"

@@ -82,6 +82,8 @@ def test_blocks_store_no_matrix_of_all_pairs():
         ("cpu", 64, 77, 8, "float32", "plain"),
         ("cuda", 4096, 4096, 40, "bfloat16", "cudnn"),
         ("cuda", 64, 77, 160, "bfloat16", "plain"),
+        ("cuda", 4096, 77, 40, "bfloat16", "plain"),
+        ("cuda", 577, 577, 64, "bfloat16", "blocks"),
         ("cuda", 4096, 4096, 512, "bfloat16", "blocks"),
         ("cuda", 4096, 4096, 64, "float32", "blocks"),
         ("tpu", 4096, 4096, 64, "bfloat16", "pallas"),
