@@ -66,16 +66,19 @@ def runs(tmp_path_factory):
         "--config.reward.architecture.vision.width=32",
         "--config.reward.architecture.text.num_hidden_layers=1",
     )
+    terms = [f"--config.reward.terms.{name}" for name in ("builtin", "trained")]
     rows["refl"] = train(
-        "refl_tiny",
+        "refl_tiny_mix",
         root / "refl",
+        "--config.log_every=1",
         "--config.steps=4",
         "--config.batch_size=4",
         "--config.method.num_steps=3",
         "--config.method.stop_min=0",
         "--config.method.stop_max=2",
         f"--config.model.path={root / 'pretrain/export'}",
-        f"--config.reward.path={root / 'reward/export'}",
+        *(f"{term}.path={root / 'reward/export'}" for term in terms),
+        *(f"{term}.clip=0.0" for term in terms),
         *SMALL_SAMPLES,
     )
     return root, rows
@@ -127,3 +130,21 @@ def test_refl_logs_what_the_issue_asks_for(runs):
     for row in (first, last):
         assert {"step", "time", "eval/reward_mean", "eval/reward_std", "eval/checker_rate"} <= row.keys()
     assert {"refl/reward", "refl/loss", "denoising/loss", "skipped", "images_per_second"} <= last.keys()
+
+
+def test_every_reward_of_a_mixture_is_logged_at_every_step_and_in_the_evaluation(runs):
+    """Weights 1 and 0.5 of the same reward: the mixture is one and a half of it."""
+    rows = runs[1]["refl"]
+    for row in (rows[0], rows[-1]):
+        assert {"eval/reward_mean", "eval/reward_builtin", "eval/reward_trained"} <= row.keys()
+        np.testing.assert_allclose(row["eval/reward_mean"], 1.5 * row["eval/reward_trained"], atol=1e-4)
+    assert len(rows) == 5
+    for row in rows[1:]:
+        np.testing.assert_allclose(row["refl/reward_builtin"], row["refl/reward_trained"], atol=1e-5)
+        np.testing.assert_allclose(row["refl/reward"], 1.5 * row["refl/reward_trained"], atol=1e-4)
+
+
+def test_the_report_draws_the_curve_of_every_reward(runs):
+    page = (runs[0] / "refl" / "report.html").read_text()
+    for name in ("refl/reward_builtin", "refl/reward_trained", "eval/reward_builtin", "eval/reward_trained"):
+        assert f"<!-- {name} -->" in page, name  # matplotlib writes each title beside its outlines

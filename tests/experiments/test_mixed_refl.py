@@ -1,4 +1,4 @@
-"""Several rewards at once: their sum, and a ReFL run that logs and draws each."""
+"""Several rewards at once: their sum, and the mixtures that are refused (tests/test_recipes.py trains with one)."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny_sd1
 
 for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)
 
 from imagereward_jax.rewards.mixed import MixedReward, Term, apply_terms
 from imagereward_jax.train import main
-from imagereward_jax.training.metrics import read_rows
 
 CONFIG = Path(__file__).parents[2] / "configs" / "refl_tiny_mix.py"
 
@@ -65,51 +63,6 @@ def test_a_term_needs_a_scale():
         Term(None, std=0)
     with pytest.raises(ValueError, match="clip=-1"):
         Term(None, clip=-1)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_reward_folder):
-    """Two ReFL steps with a mixture of two rewards."""
-    folder = tmp_path_factory.mktemp("mixed")
-    pipeline, params = tiny_sd1.make(folder / "tokenizer")
-    pipeline.save(folder / "model", params)
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        status = main(
-            [
-                *("train", f"--config={CONFIG}", f"--workdir={folder / 'run'}"),
-                *(
-                    f"--config.model.path={folder / 'model'}",
-                    *(f"--config.reward.terms.{name}.path={tiny_reward_folder}" for name in ("builtin", "trained")),
-                ),
-                *("--config.steps=2", "--config.batch_size=2", "--config.log_every=1", "--config.method.num_steps=2"),
-                *("--config.method.stop_min=0", "--config.method.stop_max=1", "--config.method.pretrain=off"),
-                *("--config.eval.num_prompts=2", "--config.eval.images_per_prompt=1", "--config.eval.num_steps=1"),
-                *("--config.eval.batch_size=2", "--config.writers=('jsonl',)"),
-            ]
-        )
-    assert status == 0
-    return folder / "run"
-
-
-def test_every_term_is_logged_at_every_step_and_in_the_evaluation(run):
-    rows = read_rows(run / "metrics.jsonl")
-    names = ("reward", "reward_builtin", "reward_trained")
-    assert all({f"refl/{name}" for name in names} <= row.keys() for row in rows[1:])
-    for row in (rows[0], rows[-1]):
-        assert {"eval/reward_mean", "eval/reward_builtin", "eval/reward_trained"} <= row.keys()
-
-
-def test_the_mixture_adds_up(run):
-    """Weights 1 and 0.5, no clip."""
-    for row in read_rows(run / "metrics.jsonl")[1:]:
-        total = row["refl/reward_builtin"] + 0.5 * row["refl/reward_trained"]
-        np.testing.assert_allclose(row["refl/reward"], total, atol=1e-4)
-
-
-def test_the_report_draws_both_curves(run):
-    page = (run / "report.html").read_text()
-    for name in ("refl/reward_builtin", "refl/reward_trained", "eval/reward_builtin", "eval/reward_trained"):
-        assert f"<!-- {name} -->" in page, name  # matplotlib writes each title beside its outlines
 
 
 @pytest.mark.parametrize(

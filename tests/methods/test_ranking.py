@@ -24,8 +24,8 @@ from imagereward_jax.training.optimizer import make_optimizer, make_schedule
 from imagereward_jax.weights import mapping
 
 CONFIG = ImageRewardConfig(
-    vision=VisionConfig(image_size=16, patch_size=8, width=16, depth=3, heads=2),
-    text=TextConfig(30, 12, 3, 2, 24, max_position_embeddings=10),
+    vision=VisionConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2),
+    text=TextConfig(30, 12, 2, 2, 24, max_position_embeddings=10),
     projection_dim=6,
     head_sizes=(16, 12, 8, 4),
     max_prompt_tokens=6,
@@ -50,6 +50,9 @@ class Reward:
     def apply(self, params, images, tokens):
         pixels = (images - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
         return nnx.merge(nnx.graphdef(self.module), params)(pixels, **tokens)
+
+
+STEP = quick_jit(jax.value_and_grad(make_ranking_loss(Reward()), has_aux=True))  # compiled once for equal shapes
 
 
 def reference(rates=None):
@@ -129,8 +132,7 @@ def test_loss_accuracy_and_gradients_are_the_originals():
     batch = groups(2, 4)
     loss, accuracy = torch_loss(model, batch)
     loss.backward()
-    step = quick_jit(jax.value_and_grad(make_ranking_loss(Reward()), has_aux=True))
-    (value, metrics), gradient = step({"reward": params}, {}, batch, jax.random.key(0))
+    (value, metrics), gradient = STEP({"reward": params}, {}, batch, jax.random.key(0))
     np.testing.assert_allclose([value, metrics["accuracy"]], [loss.item(), accuracy.item()], rtol=1e-5)
     assert 0 < metrics["accuracy"] < 1
     assert_gradients(as_tensors(gradient["reward"]), model)
@@ -147,9 +149,8 @@ def test_groups_and_pairs_have_the_same_loss_and_gradient():
         "reward": {name: ids[[g for g, _, _ in listed]] for name, ids in batch["reward"].items()},
     }
     assert len(listed) == 3 + 5
-    step = quick_jit(jax.value_and_grad(make_ranking_loss(Reward()), has_aux=True))
-    (one, _), by_group = step({"reward": params}, {}, batch, jax.random.key(0))
-    (other, _), by_pair = step({"reward": params}, {}, pairs, jax.random.key(0))
+    (one, _), by_group = STEP({"reward": params}, {}, batch, jax.random.key(0))
+    (other, _), by_pair = STEP({"reward": params}, {}, pairs, jax.random.key(0))
     np.testing.assert_allclose(one, other, rtol=1e-5)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(by_pair))
     for a, b in zip(jax.tree.leaves(by_group), jax.tree.leaves(by_pair), strict=True):
@@ -171,8 +172,8 @@ def test_dropout_and_drop_path_are_the_originals(monkeypatch):
     step = quick_jit(jax.value_and_grad(loss_of, has_aux=True)).lower({"reward": params}, {}, batch, key)
     masks = [np.asarray(keep_mask(jax.random.fold_in(key, i + 1), *call)) for i, call in enumerate(drawn)]
     (value, _), gradient = step.compile()({"reward": params}, {}, batch, key)
-    # Two blocks with drop path (the first has none) of two, then the embeddings, 3 layers of 2 x 2 + 1, the head's 3.
-    assert [rate for rate, _ in drawn] == pytest.approx([0.15, 0.15, 0.3, 0.3] + [0.1] * 16 + [0.2, 0.2, 0.1])
+    # The second block's two drop paths (the first has none), the embeddings, 2 layers of 2 x 2 + 1, the head's 3.
+    assert [rate for rate, _ in drawn] == pytest.approx([0.3, 0.3] + [0.1] * 11 + [0.2, 0.2, 0.1])
     monkeypatch.setattr(torch_blip.Noise, "masks", torch_blip.Masks(masks))
     loss, _ = torch_loss(model.train(), batch)
     loss.backward()
@@ -193,9 +194,9 @@ def test_masks_keep_the_share_that_they_should():
     assert dropout.drop(x, "text") is x
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.7, 1.0])
 def test_what_freezes_is_what_the_original_freezes(rate):
-    """Name by name. Both networks have three layers, so 0.7 freezes two layers and one tensor of the third."""
+    """Name by name. Both networks have two layers, so 0.7 freezes one layer and one tensor of the second."""
     model, params = reference()
     model.freeze(rate)
     theirs = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
