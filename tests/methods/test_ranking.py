@@ -33,6 +33,7 @@ CONFIG = ImageRewardConfig(
     score_std=1.0,
 )
 TRAINED_TENSORS, TRAINED_NUMBERS = 210, 140_488_929  # of 624 and 446,665,953
+CONFIG24 = VisionConfig(image_size=16, patch_size=8, width=16, depth=24, heads=2)
 RATES = {"dropout": 0.1, "drop_path": 0.3, "head_dropout": (0.2, 0.2, 0.1)}
 
 
@@ -227,6 +228,9 @@ def test_what_trains_at_full_size():
     assert sum(map(math.prod, theirs.values())) == sum(counts) == TRAINED_NUMBERS
     assert "blip.visual_encoder.blocks.16.norm1.weight" not in theirs
     assert "blip.visual_encoder.blocks.16.norm1.bias" in theirs
+    scales = [block.path_scale for block in module.blip.visual_encoder.blocks]
+    published = [block.drop_path.rate for block in torch_blip.VisionTransformer(CONFIG24, 0.1).blocks]
+    np.testing.assert_allclose(0.1 * np.array(scales), published)
 
 
 def recipe():
