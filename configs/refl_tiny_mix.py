@@ -6,7 +6,7 @@
 The metrics have refl/reward (the mixture) beside refl/reward_builtin and refl/reward_trained, the evaluation likewise;
 report.html draws them all. Weight, normalisation and clip of a term: --config.reward.terms.trained.weight=0.5.
 
-Hardware: as refl_tiny, some four minutes on 2 CPU cores.
+Hardware: that of refl_tiny; each picture is scored twice. Only runs of a few steps have been made, by the tests.
 """
 
 import importlib.util
