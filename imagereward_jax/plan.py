@@ -49,7 +49,7 @@ def main(argv=None):
         from imagereward_jax.train import parse_flags
 
         topology = find_topology(args.topology)
-        config, _ = parse_flags(["plan", *rest], usage=USAGE)
+        config, *_ = parse_flags(["plan", *rest], usage=USAGE)
         validate(config)
         figures = run(config, topology, args)
     except (ValueError, FileNotFoundError) as error:

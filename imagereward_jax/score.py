@@ -108,10 +108,9 @@ def _process(args):
         return 0, 1
     import jax
 
-    try:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"--distributed: {str(error).splitlines()[0]}") from error
+    from imagereward_jax.distributed import join
+
+    join(args.coordinator, args.num_processes, args.process_id)
     return jax.process_index(), jax.process_count()
 
 

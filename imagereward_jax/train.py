@@ -3,18 +3,24 @@
 Trains what the config describes. Without --workdir the run lives in runs/NAME, NAME being the config file's. The same
 command again continues an interrupted run, or says that it is complete.
 
+On several machines every process is given the same command: on TPU pods and in Slurm jobs with --distributed, elsewhere
+with --coordinator HOST:PORT --num-processes N --process-id I (see launch/). WORKDIR is on a file system that all share.
+
 Exit status: 0 done or complete already; 2 bad input; 1 the run failed; 128 + signal after SIGTERM or Ctrl-C, when
 everything is saved.
 """
 
+import os
 import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from imagereward_jax.distributed import join
 from imagereward_jax.training.config import did_you_mean, validate
 
+DASHES = {"--num-processes": "--num_processes", "--process-id": "--process_id"}  # absl's flags have underscores
 USAGE = "usage: python -m imagereward_jax.train --config FILE.py [--workdir DIR] [--config.field=value ...]"
 
 
@@ -22,8 +28,10 @@ def main(argv=None):
     """Parses flags, builds, trains; prints one line and returns the exit status on an error."""
     argv = list(sys.argv if argv is None else argv)
     try:
-        config, workdir = parse_flags(argv)
+        config, workdir, processes = parse_flags(argv)
         validate(config)
+        if processes is not None:
+            join(*processes)
         return run(config, workdir)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -37,7 +45,7 @@ def run(config, workdir):
     """Trains and says how it ended."""
     from imagereward_jax.experiments import build
     from imagereward_jax.training.checkpoints import CheckpointError
-    from imagereward_jax.training.loop import Interrupted, RunError, train
+    from imagereward_jax.training.loop import Interrupted, ProcessLost, RunError, train
 
     try:
         if not train(config, build, workdir):
@@ -48,6 +56,10 @@ def run(config, workdir):
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
+    except ProcessLost as error:
+        # At once: on the way out jax would wait for the process that is gone.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except (RunError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -55,16 +67,21 @@ def run(config, workdir):
 
 
 def parse_flags(argv, usage=USAGE):
-    """(config, workdir) from the command line.
+    """(config, workdir, processes) from the command line; processes are what `distributed.join` takes, or None.
 
     Raises:
         ValueError: an unknown flag or field (with its nearest neighbour), a value of another type.
         FileNotFoundError: the config file is not there.
     """
+    argv = [DASHES.get(name, name) + equals + value for name, equals, value in (text.partition("=") for text in argv)]
     _check_config_file(argv, usage)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of the run; default runs/NAME", flag_values=values)
+    flags.DEFINE_boolean("distributed", False, "join the other processes of a TPU pod or Slurm job", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "elsewhere: HOST:PORT of process 0,", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many processes there are,", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "and which one this is, from 0", flag_values=values)
     try:
         rest = values(argv)
     except AttributeError as error:  # how ml_collections reports an unknown field
@@ -75,7 +92,9 @@ def parse_flags(argv, usage=USAGE):
         raise ValueError(f"unexpected argument {rest[1]!r}; {usage}")
     config = values.config
     workdir = values.workdir or Path("runs") / Path(values["config"].config_filename).stem
-    return config, Path(workdir)
+    processes = (values.coordinator, values.num_processes, values.process_id)
+    joins = values.distributed or any(value is not None for value in processes)
+    return config, Path(workdir), processes if joins else None
 
 
 def _check_config_file(argv, usage):

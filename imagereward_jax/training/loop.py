@@ -24,12 +24,18 @@ from imagereward_jax.training.report import write_report
 from imagereward_jax.training.step import cast, init_state, make_train_step
 from imagereward_jax.weights.folders import new_folder
 
+# How collectives over TCP (gloo), NCCL and jax's coordination service say that a peer is gone.
+SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Gloo", "NCCL", "UNAVAILABLE")
 CONFIG, DONE = "config.json", "done.json"
 MAY_CHANGE = ("steps", "log_every", "writers", "checkpoint", "eval", "data.workers", "mesh", "max_skipped", "profile")
 
 
 class RunError(RuntimeError):
     """A run cannot go on; the message says why and what to do."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of this run ended, so that this one cannot go on; the message says so and what to do."""
 
 
 class WorkdirError(ValueError):
@@ -96,6 +102,7 @@ def train(config, build, workdir):
     Raises:
         WorkdirError: the workdir belongs to another run.
         RunError: too many updates in a row were not finite.
+        ProcessLost: another process of the run ended.
         Interrupted: after a signal; everything is saved.
     """
     workdir = Path(workdir)
@@ -104,18 +111,48 @@ def train(config, build, workdir):
     check_workdir(workdir, config)
     if is_complete(workdir, config):
         return False
+    _together("checked the workdir")  # before process 0 writes into it
     experiment = build(config, mesh)  # before anything is written: a bad path leaves no workdir behind
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
     keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
     manager = ckpt.Checkpoints(workdir / "checkpoints", keep=keep, best=config.eval.best)
+    with _closing(manager), catch_signals() as caught:
+        _Run(config, experiment, workdir, mesh, manager, caught).run()
+    return True
+
+
+@contextlib.contextmanager
+def _closing(manager):
+    """Closes the checkpoints at the end, unless a process is gone: that would wait for it.
+
+    Raises:
+        ProcessLost: a collective operation failed in a run of several processes.
+    """
     try:
-        with catch_signals() as caught:
-            _Run(config, experiment, workdir, mesh, manager, caught).run()
-        return True
-    finally:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if jax.process_count() > 1 and any(sign in str(error) for sign in SIGNS_OF_LOSS):
+            reason = str(error).splitlines()[0][:200]
+            raise ProcessLost(
+                f"process {jax.process_index()} of {jax.process_count()} lost another process of this run ({reason}); "
+                "start them all again with the same command: the run continues from its latest checkpoint"
+            ) from error
         manager.close()
+        raise
+    except BaseException:
+        manager.close()
+        raise
+    manager.close()
+
+
+def _together(name):
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"imagereward_jax train: {name}")
 
 
 def is_complete(workdir, config):

@@ -4,14 +4,16 @@ import os
 import signal
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from imagereward_jax.data.pipeline import make_iterator
+from imagereward_jax.distributed import join
 from imagereward_jax.experiments.parts import Stream
 from imagereward_jax.training.config import default_config
-from imagereward_jax.training.loop import Evaluation, Experiment, Interrupted, RunError, train
+from imagereward_jax.training.loop import Evaluation, Experiment, Interrupted, ProcessLost, RunError, train
 from imagereward_jax.training.step import Phase
 
 
@@ -36,9 +38,9 @@ def toy_config(**changes):
     return config
 
 
-def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, terminate_at=None):
+def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, die_on=0, terminate_at=None):
     """The experiment. nan_from, nan_until: batches in between hold a NaN. die_at, terminate_at: SIGKILL or SIGTERM
-    there."""
+    there, the first to process die_on."""
 
     def predict(params, x):
         return x @ params["w"] + jnp.sum(params["big"])
@@ -62,13 +64,15 @@ def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, terminat
             index = self.get_state()["examples"] // config.batch_size
             if nan_from is not None and nan_from < index <= nan_until:
                 batch = {**batch, "y": batch["y"] * np.nan}
-            if index == die_at:
+            if index == die_at and jax.process_index() == die_on:
                 os.kill(os.getpid(), signal.SIGKILL)
             if index == terminate_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return batch
 
-    rows = Watched(make_iterator(Rows(), batch_size=config.batch_size, seed=config.seed), transform)
+    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    size = config.batch_size // jax.process_count()
+    rows = Watched(make_iterator(Rows(), batch_size=size, seed=config.seed, **shares), transform)
     rng = np.random.default_rng(0)
     trainable = {"net": {"w": rng.normal(size=64).astype(np.float32), "big": np.zeros((256, 128), np.float32)}}
 
@@ -92,8 +96,16 @@ def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, terminat
     )
 
 
+JOINING = ("--coordinator=", "--num-processes=", "--process-id=")
+
+
 def main(workdir, *options):
-    """--steps=..., --config fields by name, and build_toy's faults as --fault.NAME=INT."""
+    """--steps=..., --config fields by name, build_toy's faults as --fault.NAME=INT, and flags of `distributed.join`."""
+    processes = dict(option.lstrip("-").split("=") for option in options if option.startswith(JOINING))
+    options = [option for option in options if not option.startswith(JOINING)]
+    if processes:
+        number, index = int(processes["num-processes"]), int(processes["process-id"])
+        join(processes["coordinator"], number, index)
     pairs = [option.lstrip("-").split("=") for option in options]
     faults = {name.removeprefix("fault."): int(value) for name, value in pairs if name.startswith("fault.")}
     config = toy_config(
@@ -105,6 +117,9 @@ def main(workdir, *options):
     except (RunError, Interrupted) as error:
         print(f"{type(error).__name__}: {error}")
         return 3
+    except ProcessLost as error:
+        print(f"error: {error}", flush=True)
+        os._exit(1)
     return 0
 
 
