@@ -1,11 +1,10 @@
 """ReFL on the built-in tiny model with the built-in tiny reward: the whole of the main job in minutes, on a CPU.
 
-python -m imagereward_jax.train --config configs/refl_tiny.py
+    python -m imagereward_jax.train --config configs/refl_tiny.py
 
-Hardware: 2 CPU cores, some four minutes. Result to expect: on held-out prompts the mean reward rises from 1.05 to 1.19
-(its standard deviation over prompts is 0.52 at the start) and colours, sizes and shapes become right; places do not, so
-the share of fully right pictures stays near 0.15. With config.method.pretrain="off" the reward rises further (1.37
-after 240 steps) and the pictures get worse (0.07 fully right): the reward is being exploited.
+Hardware: 2 CPU cores, four to six minutes. Result to expect: on held-out prompts, without guidance, the mean reward rises
+from 1.05 to 1.69 (its standard deviation over prompts is 0.49 at the start) and the share of fully right pictures from
+0.29 to 0.62.
 """
 
 from imagereward_jax.training.config import default_config

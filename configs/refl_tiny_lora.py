@@ -1,11 +1,11 @@
 """ReFL on the built-in tiny model with low-rank parameters alone (LoRA).
 
-python -m imagereward_jax.train --config configs/refl_tiny_lora.py
+    python -m imagereward_jax.train --config configs/refl_tiny_lora.py
 
-Of the UNet's 2,205,828 parameters 50,176 train: rank 8 on the projections of its attention. Measured on 64 held-out
-prompts, two pictures each, with guidance: the mean reward goes from 1.05 to 1.08 in 100 steps (1.03 after 50), less far
-than with all weights (refl_tiny.py), and the share of fully right pictures from 0.17 to 0.16. On the training prompts,
-without guidance, it goes from 0.77 to 1.02 (first and last 25 steps).
+Of the UNet's 2,205,828 parameters 50,176 train: rank 8 on the projections of its attention. Hardware: 2 CPU cores, some
+five minutes. Result to expect: on 64 held-out prompts, four pictures each, without guidance, the mean reward rises from
+1.05 to 1.65 in 100 steps (standard deviation over prompts at the start 0.49) and the share of fully right pictures from
+0.29 to 0.61, nearly as far as with all weights (refl_tiny.py).
 
 WORKDIR/export holds pytorch_lora_weights.safetensors, which `generate --lora` and PyTorch diffusers'
 `load_lora_weights` take.
