@@ -110,10 +110,15 @@ def cast_host(tree, dtype):
 
 
 def cast_frozen(config, pipeline, frozen):
-    """The frozen networks on the host in the compute dtype, the VAE in its own."""
-    return {
-        name: cast_host(part, pipeline.vae_dtype if name == "vae" else config.dtype) for name, part in frozen.items()
-    }
+    """The frozen networks on the host in the compute dtype; the VAE in its own, the reward as it was opened: its norms
+    and head stay float32."""
+
+    def convert(name, part):
+        if name == "reward":
+            return jax.tree.map(np.asarray, part)
+        return cast_host(part, pipeline.vae_dtype if name == "vae" else config.dtype)
+
+    return {name: convert(name, part) for name, part in frozen.items()}
 
 
 def load_pairs_of(config):
