@@ -167,12 +167,18 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,)))
 
     def __call__(self, x):
-        shape, features = x.shape, x.shape[-1]
-        x = x.astype(jnp.float32).reshape(shape[0], -1, self.groups, features // self.groups)
-        mean = x.mean((1, 3), keepdims=True)
-        variance = jnp.square(x - mean).mean((1, 3), keepdims=True)
-        x = ((x - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(shape)
-        return (x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+        # Sums over space first, channel by channel, so that the large array is never laid out by groups.
+        space = tuple(range(1, x.ndim - 1))
+        x = x.astype(jnp.float32)
+        mean = self._over_group(x.mean(space, keepdims=True))
+        variance = self._over_group(jnp.square(x - mean).mean(space, keepdims=True))
+        x = (x - mean) * (jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32))
+        return (x + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+    def _over_group(self, x):
+        """Each channel's entry of [..., C] replaced by the mean over its group's."""
+        grouped = x.reshape(*x.shape[:-1], self.groups, -1)
+        return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(x.shape)
 
 
 def gelu(x):
