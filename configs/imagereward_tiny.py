@@ -8,16 +8,12 @@ groups that no evaluation has seen.
 Hardware: 2 CPU cores, as shapes_reward, whose accuracy is to be expected; a whole run of this file was not timed.
 """
 
-import importlib.util
-from pathlib import Path
+from imagereward_jax.training.config import recipe_beside
 
 
 def get_config():
     """The recipe."""
-    spec = importlib.util.spec_from_file_location("shapes_reward", Path(__file__).with_name("shapes_reward.py"))
-    shapes_reward = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shapes_reward)
-    config = shapes_reward.get_config()
+    config = recipe_beside(__file__, "shapes_reward")
     config.data.test_groups = "shapes:held_out"
     config.eval.best = "-eval/loss"
     config.checkpoint.export = "best"

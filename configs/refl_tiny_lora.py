@@ -11,41 +11,12 @@ WORKDIR/export holds pytorch_lora_weights.safetensors, which `generate --lora` a
 `load_lora_weights` take.
 """
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.training.config import recipe_beside
 
 
 def get_config():
     """The recipe."""
-    config = default_config("refl")
-    config.steps = 100
-    config.batch_size = 32
-    config.model.path = "tiny-shapes"
-    config.model.remat = "none"
+    config = recipe_beside(__file__, "refl_tiny")
     config.lora.rank = 8
-    config.reward.path = "tiny-shapes"
-    config.method.sampler = "ddim"
-    config.method.num_steps = 10
-    config.method.stop_min = 2
-    config.method.stop_max = 9
-    config.method.height = 32
-    config.method.width = 32
-    config.method.scale = 1.0
-    config.method.pretrain = "alternate"
-    config.data.prompts = "shapes:train"
-    config.data.pairs = "shapes:train"
-    config.data.image_size = 32
-    config.data.caption_noise = 0.2  # as the model was pretrained: the pairs teach nothing new
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 20
-    config.ema_decay = 0.95
-    config.eval.prompts = "shapes:held_out"
-    config.eval.num_prompts = 64
-    config.eval.images_per_prompt = 4
-    config.eval.batch_size = 64
-    config.eval.num_steps = 20
-    config.eval.guidance_scale = 1.0
-    config.eval.every = 50
-    config.checkpoint.every = 50
-    config.log_every = 5
-    config.writers = ("jsonl", "tensorboard")
     return config

@@ -9,18 +9,12 @@ report.html draws them all. Weight, normalisation and clip of a term: --config.r
 Hardware: that of refl_tiny; each picture is scored twice. Only runs of a few steps have been made, by the tests.
 """
 
-import importlib.util
-from pathlib import Path
-
-from imagereward_jax.training.config import reward_term
+from imagereward_jax.training.config import recipe_beside, reward_term
 
 
 def get_config():
     """The recipe."""
-    spec = importlib.util.spec_from_file_location("refl_tiny", Path(__file__).with_name("refl_tiny.py"))
-    refl_tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(refl_tiny)
-    config = refl_tiny.get_config()
+    config = recipe_beside(__file__, "refl_tiny")
     config.reward.path = ""
     config.reward.terms.builtin = reward_term("tiny-shapes", clip=2.0)
     config.reward.terms.trained = reward_term("runs/imagereward_tiny/export", weight=0.5, clip=2.0)

@@ -5,7 +5,9 @@ overridden on the command line (`--config.optimizer.learning_rate=1e-4`).
 """
 
 import difflib
+import importlib.util
 import re
+from pathlib import Path
 
 import ml_collections
 
@@ -85,6 +87,14 @@ def default_config(method):
     config.method.name = method
     _METHOD_DEFAULTS[method](config)
     return config
+
+
+def recipe_beside(file, name):
+    """The config of the recipe `name`.py in the folder of `file`, for recipes that change a few fields of another."""
+    spec = importlib.util.spec_from_file_location(name, Path(file).with_name(f"{name}.py"))
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    return recipe.get_config()
 
 
 def _sampling_defaults(config):
