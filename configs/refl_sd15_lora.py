@@ -13,27 +13,12 @@ Hardware: what refl_sd15.py needs, less some 10 GB of master weights and moments
 been measured by us yet, so no figure is promised here.
 """
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.training.config import recipe_beside
 
 
 def get_config():
     """The recipe."""
-    config = default_config("refl")
-    config.steps = 156  # 20,000 prompts in batches of 128
-    config.batch_size = 128
-    config.accumulation = 16
-    config.dtype = "bfloat16"
-    config.model.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    config = recipe_beside(__file__, "refl_sd15")
     config.lora.rank = 4
-    config.reward.path = "ImageReward-v1.0"
-    config.data.prompts = "refl_data.json"
-    config.data.pairs = "pairs"
-    config.data.image_size = 512
-    config.data.workers = 4
     config.optimizer.learning_rate = 1e-4  # of the size that low-rank parameters are trained with
-    config.eval.prompts = "held_out.json"
-    config.eval.num_prompts = 64
-    config.eval.every = 25
-    config.checkpoint.every = 25
-    config.log_every = 1
     return config

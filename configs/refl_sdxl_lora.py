@@ -14,30 +14,14 @@ Hardware: one GPU, with --config.accumulation=128 for one sample at a time; with
 on the published weights has been measured by us yet, so no figure is promised here.
 """
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.training.config import recipe_beside
 
 
 def get_config():
     """The recipe."""
-    config = default_config("refl")
-    config.steps = 156  # 20,000 prompts in batches of 128
-    config.batch_size = 128
-    config.accumulation = 16
-    config.dtype = "bfloat16"
-    config.model.path = "stabilityai/stable-diffusion-xl-base-1.0"
+    config = recipe_beside(__file__, "refl_sdxl")
     config.lora.rank = 4
-    config.reward.path = "ImageReward-v1.0"
-    config.method.height = 1024
-    config.method.width = 1024
-    config.data.prompts = "refl_data.json"
-    config.data.pairs = "pairs"
-    config.data.image_size = 1024
-    config.data.workers = 4
     config.optimizer.learning_rate = 1e-4  # of the size that low-rank parameters are trained with
-    config.eval.prompts = "held_out.json"
+    config.data.random_crop = False
     config.eval.num_prompts = 64
-    config.eval.guidance_scale = 5.0
-    config.eval.every = 25
-    config.checkpoint.every = 25
-    config.log_every = 1
     return config

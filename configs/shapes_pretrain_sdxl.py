@@ -11,7 +11,7 @@ Hardware: 2 CPU cores, some 20 minutes. Result to expect: eval/checker_rate 0.59
 
 import ml_collections
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.training.config import recipe_beside
 
 _TEXT = {
     "vocab_size": 589,
@@ -63,32 +63,12 @@ ARCHITECTURE = {
 
 def get_config():
     """The recipe."""
-    config = default_config("denoising")
+    config = recipe_beside(__file__, "shapes_pretrain")
     config.steps = 2000
-    config.batch_size = 32
+    config.model.path = ""
     config.model.from_scratch = True
     config.model.vae_from = "tiny-shapes"
     config.model.architecture = ml_collections.ConfigDict(ARCHITECTURE)
     config.model.conv_bias_std = 1.0
-    config.model.remat = "none"
-    config.method.train_text_encoder = True
-    config.method.timestep_power = 0.6  # what is drawn, and where, is decided where the noise is strong
-    config.data.pairs = "shapes:train"
-    config.data.image_size = 32
-    config.data.caption_noise = 0.2
-    config.data.caption_dropout = 0.1
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 200
-    config.ema_decay = 0.999
-    config.eval.prompts = "shapes:held_out"
-    config.eval.num_prompts = 64
-    config.eval.images_per_prompt = 2
-    config.eval.batch_size = 64
-    config.eval.num_steps = 20
-    config.eval.guidance_scale = 2.0
-    config.writers = ("jsonl",)
     config.eval.every = 2000
-    config.checkpoint.every = 1000
-    config.log_every = 50
     return config
