@@ -35,7 +35,11 @@ class RunError(RuntimeError):
 
 
 class ProcessLost(RuntimeError):
-    """Another process of this run ended, so that this one cannot go on; the message says so and what to do."""
+    """Another process of this run ended, so that this one cannot go on; the message says so and what to do.
+
+    Raised where a collective operation fails. Where a process has several devices that wait for each other, it may not
+    fail: then jax ends the process after 100 s, saying "another task died", unless a launcher did so before.
+    """
 
 
 class WorkdirError(ValueError):

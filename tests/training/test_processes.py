@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,15 @@ TOY = [sys.executable, str(Path(__file__).parent / "toy.py")]
 OPTIONS = ["--mesh.fsdp=4", "--log_every=1", "--steps=8", "--checkpoint.every=2", "--optimizer.learning_rate=0.00001"]
 
 
-def run(workdir, *options, processes=1, devices=8):
-    """The toy with `devices` in all."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run(workdir, *options, processes=1, devices=8):
+    """The toy with `devices` in all."""
+    port = free_port()
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PORT": str(port), "XLA_FLAGS": ""}
     command = [*TOY, str(workdir), *OPTIONS, *options]
     if processes > 1:
@@ -67,6 +72,29 @@ def test_two_processes_give_the_losses_of_one_and_survive_a_kill(eight, tmp_path
     assert done.returncode == 0, done.stderr
     assert "[0] continuing from step" in done.stderr
     assert_same_losses(tmp_path / "two", eight[8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_whose_peer_is_gone_says_so_and_ends(tmp_path, killed):
+    """One device a process, and no launcher to stop it: the collective that fails ends it, long before jax's 100 s."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    options = ["--steps=8", "--fault.die_at=5", f"--fault.die_on={killed}", f"--coordinator=127.0.0.1:{free_port()}"]
+    command = [*TOY, str(tmp_path / "run"), *options, "--num-processes=2"]
+    processes = [
+        subprocess.Popen([*command, f"--process-id={i}"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for i in range(2)
+    ]
+    try:
+        processes[killed].wait(timeout=60)
+        begin = time.monotonic()
+        said = processes[1 - killed].communicate(timeout=60)[0].decode()
+        assert time.monotonic() - begin < 30
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1 - killed].returncode == 1, said
+    assert f"error: process {1 - killed} of 2 lost another process of this run (" in said
+    assert "start them all again with the same command: the run continues from its latest checkpoint" in said
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
