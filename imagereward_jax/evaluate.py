@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m imagereward_jax.evaluate", description=__doc__)
@@ -35,6 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--workers", type=int, help="threads that read pictures; by default one a core")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not the models' own")
+    add_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -202,6 +205,7 @@ def main(argv=None):
     from imagereward_jax.scoring.stream import ScoringError
 
     args = parse_args(argv)
+    use_compilation_cache(args.compilation_cache)
     try:
         outcome = evaluate(args)
         if args.html:

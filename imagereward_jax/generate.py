@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
+
 
 class GenerationError(RuntimeError):
     """The model made something that is no picture."""
@@ -58,6 +60,7 @@ def parse_args(argv=None):
     parser.add_argument("--variant", help='which weight files of the model, e.g. "fp16"')
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
     parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet, DIR/grid.png")
+    add_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -282,6 +285,7 @@ def save_png(picture, image, args):
 
 def main(argv=None):
     args = parse_args(argv)
+    use_compilation_cache(args.compilation_cache)
     try:
         count = generate(args)
     except (ValueError, OSError) as error:

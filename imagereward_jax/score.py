@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -26,6 +28,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not the model's own")
+    add_flag(parser)
     many = parser.add_argument_group("many rows")
     many.add_argument("--input", help=".csv, .tsv, .json, .jsonl, .parquet, or a folder of pictures with captions")
     many.add_argument("--output", type=Path, help="the same with a score column: .csv, .tsv, .json, .jsonl, .parquet")
@@ -138,6 +141,7 @@ def main(argv=None):
     from imagereward_jax.scoring.stream import ScoringError
 
     args = parse_args(argv)
+    use_compilation_cache(args.compilation_cache)
     try:
         if args.input is not None:
             _report(args, score_many(args))

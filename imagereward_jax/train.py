@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from imagereward_jax.compilation_cache import use_compilation_cache
 from imagereward_jax.distributed import join
 from imagereward_jax.training.config import did_you_mean, validate
 
@@ -30,6 +31,7 @@ def main(argv=None):
     try:
         config, workdir, processes = parse_flags(argv)
         validate(config)
+        use_compilation_cache(config.compilation_cache)
         if processes is not None:
             join(*processes)
         return run(config, workdir)

@@ -1,8 +1,12 @@
 """Fixtures that several folders of tests share."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
+
+os.environ["IMAGEREWARD_JAX_CACHE"] = "off"  # tests measure and compare what compiles; none fills the user's cache
 
 WORDS = ["a", "an", "cat", "dog", "red", "blue", "cube", "ball", "painting", "of", "the", "on", "ocean", ",", "."]
 

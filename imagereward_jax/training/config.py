@@ -41,6 +41,7 @@ def default_config(method):
     config.batch_size = 8  # samples an update, over all devices and accumulation rounds
     config.accumulation = 1  # rounds that a batch is split into: less memory, same gradient
     config.dtype = "float32"  # arithmetic; "bfloat16" keeps float32 master weights of what trains
+    config.compilation_cache = True  # keep compiled programs for the next start, in ~/.cache/imagereward_jax/compiled
     config.max_skipped = 20  # updates in a row that non-finite gradients may cost before the run stops
 
     config.model = ml_collections.ConfigDict()

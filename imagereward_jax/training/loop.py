@@ -27,7 +27,18 @@ from imagereward_jax.weights.folders import new_folder
 # How collectives over TCP (gloo), NCCL and jax's coordination service say that a peer is gone.
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Gloo", "NCCL", "UNAVAILABLE")
 CONFIG, DONE = "config.json", "done.json"
-MAY_CHANGE = ("steps", "log_every", "writers", "checkpoint", "eval", "data.workers", "mesh", "max_skipped", "profile")
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "writers",
+    "checkpoint",
+    "eval",
+    "data.workers",
+    "mesh",
+    "max_skipped",
+    "profile",
+    "compilation_cache",
+)
 
 
 class RunError(RuntimeError):
