@@ -100,7 +100,13 @@ JOINING = ("--coordinator=", "--num-processes=", "--process-id=")
 
 
 def main(workdir, *options):
-    """--steps=..., --config fields by name, build_toy's faults as --fault.NAME=INT, and flags of `distributed.join`."""
+    """--steps=..., --config fields by name, build_toy's faults as --fault.NAME=INT, and flags of `distributed.join`.
+
+    The exit status is that of `imagereward_jax.train`, but 3 for a RunError.
+    """
+    if "--distributed" in options:
+        join()
+        options = [option for option in options if option != "--distributed"]
     processes = dict(option.lstrip("-").split("=") for option in options if option.startswith(JOINING))
     options = [option for option in options if not option.startswith(JOINING)]
     if processes:
@@ -114,9 +120,12 @@ def main(workdir, *options):
     try:
         started = train(config, lambda config, mesh: build_toy(config, mesh, **faults), workdir)
         print("trained" if started else "complete")
-    except (RunError, Interrupted) as error:
+    except RunError as error:
         print(f"{type(error).__name__}: {error}")
         return 3
+    except Interrupted as stop:
+        print(stop)
+        return 128 + stop.signum
     except ProcessLost as error:
         print(f"error: {error}", flush=True)
         os._exit(1)
