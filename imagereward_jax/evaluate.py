@@ -20,7 +20,7 @@ from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m imagereward_jax.evaluate", description=__doc__)
     parser.add_argument(
-        "--model", action="append", required=True, help='what `load` takes, or "random"; may be given several times'
+        "--model", action="append", required=True, help="what `score` takes; may be given several times"
     )
     parser.add_argument("--data", required=True, metavar="FILE", help="rankings, prompts, or shapes:held_out")
     parser.add_argument("--images", type=Path, metavar="DIR", help="where the pictures are, if not beside the file")

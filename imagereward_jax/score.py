@@ -23,11 +23,16 @@ def parse_args(argv=None):
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files")
     parser.add_argument("--prompt", help="the text that the pictures were made for")
-    parser.add_argument("--model", default="ImageReward-v1.0", help="a known name, an ImageReward.pt, or a folder")
+    parser.add_argument(
+        "--model",
+        default="ImageReward-v1.0",
+        help="ImageReward-v1.0, tiny-shapes, CLIP, BLIP, Aesthetic, PickScore, HPSv2.1, jpeg-compressibility, "
+        "jpeg-incompressibility, module:function, random, an ImageReward.pt, or a folder",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, in the order of the command line")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not the model's own")
+    parser.add_argument("--tokenizer", help="the vocabulary or its folder, if not the model's own")
     add_flag(parser)
     many = parser.add_argument_group("many rows")
     many.add_argument("--input", help=".csv, .tsv, .json, .jsonl, .parquet, or a folder of pictures with captions")
@@ -72,11 +77,11 @@ def _check(parser, args):
 
 def score_files(args):
     """Loads the model and scores: one dict a picture (image, score, rank), in the order given."""
-    from imagereward_jax.rewards.checkpoint import load
     from imagereward_jax.rewards.images import as_image_list
+    from imagereward_jax.scoring.scorers import open_scorer
 
     as_image_list(args.images)  # a missing file is named before the model is loaded
-    model = load(args.model, tokenizer=args.tokenizer, dtype=args.dtype, batch_size=args.batch_size)
+    model = open_scorer(args.model, tokenizer=args.tokenizer, dtype=args.dtype, batch_size=args.batch_size)
     ranks, rewards = model.inference_rank(args.prompt, args.images)
     return [{"image": image, "score": score, "rank": rank} for image, score, rank in zip(args.images, rewards, ranks)]
 
@@ -86,8 +91,6 @@ def score_many(args):
     from imagereward_jax.scoring.run import score_table
     from imagereward_jax.scoring.scorers import open_scorer
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size} should be at least 1")
     return score_table(
         args.input,
         args.output,
@@ -143,6 +146,8 @@ def main(argv=None):
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
     try:
+        if args.batch_size < 1:
+            raise ValueError(f"--batch-size {args.batch_size} should be at least 1")
         if args.input is not None:
             _report(args, score_many(args))
             return 0

@@ -54,9 +54,13 @@ def test_the_table_is_sorted(printed_json, tiny_reward_folder, pictures, capsys)
     [
         (["{dir}/gone.png"], "{dir}/gone.png: no such picture"),
         (["{good}", "{dir}/broken.png"], "{dir}/broken.png: not a picture of a format that Pillow reads"),
-        (["{good}", "--batch-size", "0"], "batch_size must be a positive whole number, not 0"),
+        (["{good}", "--batch-size", "0"], "--batch-size 0 should be at least 1"),
         (["{good}", "--tokenizer", "{dir}/gone.txt"], "{dir}/gone.txt: no such file; expected a vocab.txt"),
         (["{good}", "--model", "ImageRewrad-v1.0"], "did you mean 'ImageReward-v1.0'?"),
+        (["{good}", "--model", "pickscroe"], "did you mean 'PickScore'?"),
+        (["{good}", "--model", "jpeg-compresibility"], "did you mean 'jpeg-compressibility'?"),
+        (["{good}", "--model", "randm"], "did you mean 'random'?"),
+        (["{good}", "--model", "{dir}/PickScore"], "{dir}/PickScore: no such file or folder"),
     ],
 )
 def test_errors_are_one_line(arguments, message, tiny_reward_folder, pictures, tmp_path, capsys):
@@ -74,3 +78,18 @@ def test_a_missing_prompt_is_asked_for(capsys):
         score.main(["picture.png"])
     assert exit_.value.code == 2
     assert "--prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["random", "jpeg-compressibility"])
+def test_a_table_and_the_command_line_give_the_same_scores(name, pictures, tmp_path, capsys):
+    """Of names that read no weights; those that do are in tests/rewards/test_scores.py."""
+    assert score.main(["--model", name, "--prompt", "a red cat", "--json", *pictures]) == 0
+    rows = json.loads(capsys.readouterr().out)["images"]
+    table = [{"prompt": "a red cat", "image": path} for path in pictures]
+    (tmp_path / "rows.json").write_text(json.dumps(table))
+    files = ["--input", str(tmp_path / "rows.json"), "--output", str(tmp_path / "out.json")]
+    assert score.main(["--model", name, *files]) == 0
+    scored = [row["score"] for row in json.loads((tmp_path / "out.json").read_text())]
+    np.testing.assert_allclose([row["score"] for row in rows], scored, rtol=1e-6)
+    assert len(set(scored)) == 3
+    assert [row["rank"] for row in rows] == [1 + sum(other > mine for other in scored) for mine in scored]

@@ -133,12 +133,17 @@ def _find(name, root):
         return path
     if name in available_models():
         return _builtin_folder(name)
-    if hub.looks_like_path(name) or path.suffix in (*files.PICKLES, ".safetensors"):
-        raise hub.ModelNotFound(f"{name}: no such file or folder")
-    lower = {known.lower(): known for known in available_models()}
+    raise unknown_model(name, available_models())
+
+
+def unknown_model(name, known):
+    """The `hub.ModelNotFound` for a name that is neither a path nor among `known`, with the nearest of them."""
+    if hub.looks_like_path(name) or Path(name).suffix in (*files.PICKLES, ".safetensors"):
+        return hub.ModelNotFound(f"{name}: no such file or folder")
+    lower = {one.lower(): one for one in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
     hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
-    raise hub.ModelNotFound(f"no model {name!r}{hint}; known: {', '.join(available_models())}, or the path of one")
+    return hub.ModelNotFound(f"no model {name!r}{hint}; known: {', '.join(known)}, or the path of one")
 
 
 def _find_med_config(path, name, root):

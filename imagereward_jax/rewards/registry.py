@@ -1,6 +1,8 @@
 """One door to every reward, by the name or path that a config or a command gives."""
 
-from imagereward_jax.rewards.checkpoint import available_models, load
+from pathlib import Path
+
+from imagereward_jax.rewards.checkpoint import available_models, load, unknown_model
 from imagereward_jax.rewards.rules import RULES, is_rule, open_rule
 from imagereward_jax.rewards.scores import SCORES, load_score
 
@@ -8,6 +10,20 @@ from imagereward_jax.rewards.scores import SCORES, load_score
 def available_rewards():
     """Names that `open_reward` knows, beside paths and module:function."""
     return [*available_models(), *SCORES, *RULES]
+
+
+def check_name(name, also=()):
+    """Refuses a name that `open_reward` cannot mean, before anything is read.
+
+    Args:
+        also: names that are known as well.
+
+    Raises:
+        FileNotFoundError: it is no known name, rule or path (`hub.ModelNotFound`); the message has the nearest name.
+    """
+    known = [*available_rewards(), *also]
+    if not (name in known or is_rule(name) or Path(name).expanduser().exists()):
+        raise unknown_model(str(name), known)
 
 
 def open_reward(name, *, weights=None, tokenizer=None, **options):
@@ -26,6 +42,7 @@ def open_reward(name, *, weights=None, tokenizer=None, **options):
     Raises:
         FileNotFoundError, ValueError: as `load` and `load_score`.
     """
+    check_name(name)
     if name in SCORES:
         return load_score(name, path=weights or None, tokenizer=tokenizer, **options)
     if weights:

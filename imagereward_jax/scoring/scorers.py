@@ -4,7 +4,8 @@ import hashlib
 
 import numpy as np
 
-from imagereward_jax.rewards.images import host_pixels
+from imagereward_jax.rewards.base import ranks_of
+from imagereward_jax.rewards.images import as_image_list, host_pixels
 
 RANDOM = "random"
 
@@ -23,6 +24,13 @@ class RandomScorer:
         """[B] float32 NumPy array."""
         return np.array([self._draw(prompt, picture) for prompt, picture in zip(prompts, pixels)], np.float32)
 
+    def inference_rank(self, prompt, images):
+        """As `rewards.base.Reward.inference_rank`."""
+        images = as_image_list(images)[0]
+        pixels = [self.prepare(image, f"image {i}") for i, image in enumerate(images)]
+        scores = self.score_prepared([prompt] * len(images), pixels).tolist()
+        return ranks_of(scores), scores
+
     def _draw(self, prompt, picture):
         digest = hashlib.sha256(f"{self.seed}\n{prompt}\n".encode("utf-8", "ignore") + picture.tobytes()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal()
@@ -36,6 +44,7 @@ def open_scorer(name, *, tokenizer=None, dtype="float32", batch_size=16, seed=0)
     """
     if name == RANDOM:
         return RandomScorer(seed, batch_size)
-    from imagereward_jax.rewards.registry import open_reward
+    from imagereward_jax.rewards.registry import check_name, open_reward
 
+    check_name(name, also=[RANDOM])
     return open_reward(name, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size)

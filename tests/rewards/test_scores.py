@@ -17,6 +17,7 @@ import torch_clip
 from PIL import Image
 
 import imagereward_jax
+from imagereward_jax import score
 from imagereward_jax.data.shapes import write_clip_tokenizer
 from imagereward_jax.models.blip import BlipScoreModel
 from imagereward_jax.models.blip_config import BlipScoreConfig
@@ -91,6 +92,62 @@ def openai(vocab, tmp_path_factory):
     return model, path
 
 
+def save_head(path):
+    """Aesthetic's head, over 24 numbers of a CLIP."""
+    torch.manual_seed(2)
+    head = torch_blip.Head(24, (1024, 128, 64, 16))
+    torch.save(head.state_dict(), path)
+    return head
+
+
+def save_openclip(path, vocab_size):
+    model = small_clip(vocab_size, 80, torch.nn.GELU, 3)
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, path)
+    return model
+
+
+def save_transformers(folder, vocab):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": vocab[1], "max_position_embeddings": LENGTH, "eos_token_id": vocab[1] - 1}
+    vision = {**sizes, "image_size": 28, "patch_size": 14, "hidden_act": "gelu"}
+    model = CLIPModel(CLIPConfig(text_config={**text, "hidden_act": "gelu"}, vision_config=vision, projection_dim=24))
+    model.eval().save_pretrained(folder)
+    copy_vocabulary(vocab[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"top_k": 50, "num_beams": 1, "bad_words_ids": None}  # as files of 2022 have them
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def copy_vocabulary(source, folder):
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((source / name).read_bytes())
+
+
+def save_blip(path, vocab_file):
+    """(reference, config, tokenizer) of a `model_large.pth` in small."""
+    from imagereward_jax.models.blip_config import TextConfig, VisionConfig
+
+    tokenizer = PromptTokenizer.from_file(vocab_file, 12)
+    text = TextConfig(tokenizer.vocab_size, 24, 2, 3, 48, max_position_embeddings=20)
+    config = BlipScoreConfig(VisionConfig(28, 14, 32, 2, 4), text, projection_dim=16, max_prompt_tokens=12)
+    torch.manual_seed(5)
+    model = torch_blip.Blip(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape)
+    tensors = model.state_dict()
+    extra = {key.replace(".", "_m.", 1): value for key, value in tensors.items()}
+    extra |= {"temp": torch.tensor(0.07), "image_queue": torch.zeros(16, 8), "queue_ptr": torch.zeros(1)}
+    extra |= {"itm_head.weight": torch.zeros(2, 24), "text_decoder.cls.bias": torch.zeros(3)}
+    extra |= {"text_encoder.embeddings.position_ids": torch.arange(20)[None]}
+    torch.save({"model": {**tensors, **extra}}, path)
+    return model, config, tokenizer
+
+
 def close(ours, reference):
     reference = reference.detach().numpy()
     assert np.ptp(reference) > 0.02  # pictures and prompts make a difference
@@ -119,9 +176,7 @@ def test_gradients_of_the_clip_score_by_the_pictures(openai, vocab, tmp_path):
 
 def test_aesthetic_reads_the_published_head_over_clip(openai, images, tmp_path):
     model, path = openai
-    torch.manual_seed(2)
-    head = torch_blip.Head(24, (1024, 128, 64, 16))
-    torch.save(head.state_dict(), tmp_path / "head.pth")
+    head = save_head(tmp_path / "head.pth")
     reward = imagereward_jax.load_score(
         "Aesthetic", path=path, head=tmp_path / "head.pth", download_root=tmp_path, device="cpu"
     )
@@ -133,28 +188,15 @@ def test_aesthetic_reads_the_published_head_over_clip(openai, images, tmp_path):
 
 def test_hpsv2_from_an_openclip_checkpoint(vocab, images, tmp_path):
     """Heads of 80 and exact GELU, as in ViT-H/14; the picture is padded to a square."""
-    model = small_clip(vocab[1], 80, torch.nn.GELU, 3)
     path = tmp_path / "HPS_v2.1_compressed.pt"
-    torch.save({"epoch": 3, "state_dict": model.state_dict()}, path)
+    model = save_openclip(path, vocab[1])
     reward = imagereward_jax.load_score("HPSv2.1", path=path, tokenizer=vocab[0], download_root=tmp_path, device="cpu")
     close(reward.score(PROMPTS, images), model(torch_pixels(images, pictures.PAD), torch_ids(vocab[0])))
 
 
 def test_pickscore_from_a_folder_of_transformers(vocab, images, tmp_path):
     """Its score is the cosine times the learnt scale."""
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(4)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {**sizes, "vocab_size": vocab[1], "max_position_embeddings": LENGTH, "eos_token_id": vocab[1] - 1}
-    vision = {**sizes, "image_size": 28, "patch_size": 14, "hidden_act": "gelu"}
-    model = CLIPModel(CLIPConfig(text_config={**text, "hidden_act": "gelu"}, vision_config=vision, projection_dim=24))
-    model.eval().save_pretrained(tmp_path)
-    for name in ("vocab.json", "merges.txt"):
-        (tmp_path / name).write_bytes((vocab[0] / name).read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["text_config"] |= {"top_k": 50, "num_beams": 1, "bad_words_ids": None}  # as files of 2022 have them
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = save_transformers(tmp_path, vocab)
     reward = imagereward_jax.load_score("PickScore", path=tmp_path, device="cpu")
     ids = torch.from_numpy(reward.tokenize(PROMPTS)["input_ids"].astype(np.int64))
     with torch.no_grad():
@@ -164,22 +206,7 @@ def test_pickscore_from_a_folder_of_transformers(vocab, images, tmp_path):
 
 def test_blip_from_the_pretraining_checkpoint(vocab_file, images, tmp_path):
     """`model_large.pth` in small, with the momentum copies and queues that it holds beside the two encoders."""
-    from imagereward_jax.models.blip_config import TextConfig, VisionConfig
-
-    tokenizer = PromptTokenizer.from_file(vocab_file, 12)
-    text = TextConfig(tokenizer.vocab_size, 24, 2, 3, 48, max_position_embeddings=20)
-    config = BlipScoreConfig(VisionConfig(28, 14, 32, 2, 4), text, projection_dim=16, max_prompt_tokens=12)
-    torch.manual_seed(5)
-    model = torch_blip.Blip(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape)
-    tensors = model.state_dict()
-    extra = {key.replace(".", "_m.", 1): value for key, value in tensors.items()}
-    extra |= {"temp": torch.tensor(0.07), "image_queue": torch.zeros(16, 8), "queue_ptr": torch.zeros(1)}
-    extra |= {"itm_head.weight": torch.zeros(2, 24), "text_decoder.cls.bias": torch.zeros(3)}
-    extra |= {"text_encoder.embeddings.position_ids": torch.arange(20)[None]}
-    torch.save({"model": {**tensors, **extra}}, tmp_path / "model_large.pth")
+    model, config, tokenizer = save_blip(tmp_path / "model_large.pth", vocab_file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "BLIP_LARGE", config)
         reward = imagereward_jax.load_score(
@@ -190,6 +217,43 @@ def test_blip_from_the_pretraining_checkpoint(vocab_file, images, tmp_path):
     close(
         reward.score(prompts, images), model.score(torch_pixels(images), tokens["input_ids"], tokens["attention_mask"])
     )
+
+
+@pytest.fixture(scope="module")
+def home(openai, vocab, vocab_file, tmp_path_factory):
+    """A home folder that holds every published file, in small, where `load_score` looks first."""
+    home = tmp_path_factory.mktemp("home")
+    root = home / ".cache" / "ImageReward"
+    (root / "PickScore_v1").mkdir(parents=True)
+    (root / "ViT-L-14.pt").write_bytes(openai[1].read_bytes())
+    copy_vocabulary(vocab[0], root)
+    (root / "vocab.txt").write_bytes(vocab_file.read_bytes())
+    save_head(root / scores.AESTHETIC_FILE)
+    save_openclip(root / "HPS_v2.1_compressed.pt", vocab[1])
+    save_transformers(root / "PickScore_v1", vocab)
+    config = save_blip(root / "model_large.pth", vocab_file)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setattr(scores, "BLIP_LARGE", config)
+        yield home
+
+
+@pytest.mark.parametrize("name", scores.SCORES)
+def test_the_score_command_takes_every_score_by_name(name, home, images, tmp_path, capsys):
+    """Pictures on the command line: the scores of `load_score`, which are those of the command's table."""
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path, image in zip(paths, images):
+        image.save(path)
+    assert score.main(["--model", name, "--prompt", "a red cat", "--json", *map(str, paths)]) == 0
+    printed = [row["score"] for row in json.loads(capsys.readouterr().out)["images"]]
+    expected = imagereward_jax.load_score(name, device="cpu").score("a red cat", paths)
+    np.testing.assert_allclose(printed, expected, atol=1e-5)
+    assert printed[0] != printed[1]
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "a red cat", "image": str(path)} for path in paths]))
+    flags = ["--input", str(tmp_path / "rows.json"), "--output", str(tmp_path / "out.json")]
+    assert score.main(["--model", name, *flags]) == 0
+    table = [row["score"] for row in json.loads((tmp_path / "out.json").read_text())]
+    np.testing.assert_allclose(table, printed, atol=1e-5)
 
 
 def shapes_of(tensors):
