@@ -17,71 +17,23 @@ held at most (GPU).
 import argparse
 import datetime
 import json
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
 
-PRESETS = {
-    "small": {
-        "size": 32,
-        "unet": {"block_out_channels": (64, 128, 256), "attention_head_dim": 8, "cross_attention_dim": 128},
-        "levels": ("CrossAttn", "CrossAttn", ""),
-        "vae": {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8},
-        "tokens": 77,
-        "remat": "none",
-    },
-    "sd15": {
-        "size": 64,
-        "unet": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768},
-        "levels": ("CrossAttn", "CrossAttn", "CrossAttn", ""),
-        "vae": {"block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32},
-        "tokens": 77,
-        "remat": "blocks",
-    },
-}
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-}
+from common import (
+    PRESETS,
+    SCHEDULER,
+    in_process,
+    peak_of_jax,
+    peak_of_torch,
+    resident,
+    unet_config,
+    vae_config,
+    versions,
+)
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers")
 TRAIN_STEPS, THRESHOLD, SCALE = 1000, 2.0, 1e-3
-
-
-def unet_config(preset):
-    """config.json of the UNet."""
-    levels = preset["levels"]
-    return {
-        "sample_size": preset["size"],
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 2,
-        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in levels),
-        "up_block_types": tuple(f"{kind}UpBlock2D" if kind else "UpBlock2D" for kind in reversed(levels)),
-        **preset["unet"],
-    }
-
-
-def vae_config(preset):
-    """config.json of the VAE."""
-    count = len(preset["vae"]["block_out_channels"])
-    return {
-        "sample_size": preset["size"] * 8,
-        "layers_per_block": 2,
-        "down_block_types": ("DownEncoderBlock2D",) * count,
-        "up_block_types": ("UpDecoderBlock2D",) * count,
-        **preset["vae"],
-    }
-
-
-def resident():
-    """Largest resident size so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run_ours(preset, batch, sampler_steps, iterations, dtype):
@@ -145,12 +97,10 @@ def run_ours(preset, batch, sampler_steps, iterations, dtype):
         state, metrics = compiled(state, frozen, batches)
         assert np.isfinite(float(metrics["refl/loss"])), "the loss is not finite"
         times.append(time.perf_counter() - start)
-    statistics_of = jax.devices()[0].memory_stats() or {}
-    peak = statistics_of.get("peak_bytes_in_use", resident() - before)
     return {
         "times": times[1:],
         "compile_seconds": compile_seconds,
-        "peak_bytes": peak,
+        "peak_bytes": peak_of_jax(before),
         "device": jax.devices()[0].device_kind,
     }
 
@@ -206,25 +156,7 @@ def run_torch(preset, batch, sampler_steps, iterations, dtype):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident() - before
-    return {"times": times[1:], "compile_seconds": 0.0, "peak_bytes": peak, "device": device}
-
-
-def in_process(side, arguments, batch):
-    """Runs one side in a process of its own; its figures."""
-    command = [sys.executable, __file__, "--side", side, "--preset", arguments.preset, "--dtype", arguments.dtype]
-    command += [
-        "--batch",
-        str(batch),
-        "--sampler-steps",
-        str(arguments.sampler_steps),
-        "--iterations",
-        str(arguments.iterations),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: {side} failed with batch {batch}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"times": times[1:], "compile_seconds": 0.0, "peak_bytes": peak_of_torch(before), "device": device}
 
 
 def summary(runs, batch):
@@ -237,14 +169,6 @@ def summary(runs, batch):
         "peak_mib": round(max(run["peak_bytes"] for run in runs) / 2**20),
         "device": runs[0]["device"],
     }
-
-
-def versions():
-    """Versions of what is compared."""
-    import importlib.metadata
-
-    names = ("jax", "jaxlib", "flax", "torch", "diffusers")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def main():
@@ -265,19 +189,25 @@ def main():
             json.dumps(run(preset, arguments.batch[0], arguments.sampler_steps, arguments.iterations, arguments.dtype))
         )
         return
+    options = {name: getattr(arguments, name) for name in ("preset", "dtype", "sampler_steps", "iterations")}
     results = []
     for batch in arguments.batch:
         runs = {"ours": [], "torch": []}
         for _ in range(arguments.rounds):
             for side in runs:
-                runs[side].append(in_process(side, arguments, batch))
+                runs[side].append(in_process(__file__, side, batch=batch, **options))
         sides = {side: summary(part, batch) for side, part in runs.items()}
         ratio = sides["ours"]["images_per_second"] / sides["torch"]["images_per_second"]
         results.append({"batch": batch, **sides, "ratio": round(ratio, 3)})
     settings = {name: value for name, value in vars(arguments).items() if name != "side"}
     print(
         json.dumps(
-            {"date": str(datetime.date.today()), "versions": versions(), "settings": settings, "results": results},
+            {
+                "date": str(datetime.date.today()),
+                "versions": versions(*PACKAGES),
+                "settings": settings,
+                "results": results,
+            },
             indent=2,
         )
     )
