@@ -37,6 +37,17 @@ def noise(key, **rates):
         _active.reset(token)
 
 
+@contextlib.contextmanager
+def layer_noise(index):
+    """Gives layer `index` (which may be traced) of a scan keys of its own; does nothing outside of `noise`."""
+    active = _active.get()
+    if active is None:
+        yield
+        return
+    with noise(jax.random.fold_in(active.next_key(), index), **active.rates):
+        yield
+
+
 def drops(kind):
     """Whether `drop` of this kind changes anything here."""
     active = _active.get()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from imagereward_jax.models import stack
 from imagereward_jax.models.dropout import drop, noise
 
 INITS = ("gaussian", "kaiming")
@@ -35,14 +36,15 @@ class LoRASlot:
     lora_A = None
     lora_B = None
 
-    def add_lora(self, rank, *, scale, dropout=0.0):
-        """Fills the slot of an abstract layer with the shapes of A and B."""
-        *space, features, out = self.kernel.shape
+    def add_lora(self, rank, *, scale, dropout=0.0, stacked=False):
+        """Fills the slot of an abstract layer with the shapes of A and B; stacked: it is one of a `models.stack`."""
+        layers, shape = (self.kernel.shape[:1], self.kernel.shape[1:]) if stacked else ((), self.kernel.shape)
+        *space, features, out = shape
         if rank > min(math.prod(space) * features, out):
             raise ValueError(f"rank {rank} is more than a layer of {features} -> {out} features has")
         self.lora_scale, self.lora_dropout = scale, dropout
-        self.lora_A = nnx.data(LoRAParam(jax.ShapeDtypeStruct((*space, features, rank), jnp.float32)))
-        self.lora_B = nnx.data(LoRAParam(jax.ShapeDtypeStruct((*[1] * len(space), rank, out), jnp.float32)))
+        self.lora_A = nnx.data(LoRAParam(jax.ShapeDtypeStruct((*layers, *space, features, rank), jnp.float32)))
+        self.lora_B = nnx.data(LoRAParam(jax.ShapeDtypeStruct((*layers, *[1] * len(space), rank, out), jnp.float32)))
 
     def _low_rank(self, x, product, precision):
         """`scale * B(A(dropout(x)))`; product(x, kernel) is the layer's own, without its bias."""
@@ -52,10 +54,13 @@ class LoRASlot:
 
 
 def slots(network):
-    """The layers of a network that can be adapted, by name ("down_blocks.0.attentions.0. ... .to_q")."""
-    return {
-        ".".join(map(str, path)): module for path, module in nnx.iter_modules(network) if isinstance(module, LoRASlot)
-    }
+    """The layers of a network that can be adapted, by PyTorch's name ("down_blocks.0.attentions.0. ... .to_q"), those
+    of a stack each: {name: (module, number in its stack or None)}."""
+    stacks, found = stack.depths(network), {}
+    for path, module in nnx.iter_modules(network):
+        if isinstance(module, LoRASlot):
+            found |= {".".join(map(str, key)): (module, index) for key, index in stack.numbered(path, stacks)}
+    return found
 
 
 def attach(network, targets, *, rank, alpha, dropout=0.0):
@@ -69,7 +74,8 @@ def attach(network, targets, *, rank, alpha, dropout=0.0):
         The names of the adapted layers.
 
     Raises:
-        ValueError: no layer matches, or one has fewer features than `rank`.
+        ValueError: no layer matches, or one has fewer features than `rank`, or of equal layers in a row some match and
+            some do not.
     """
     layers = slots(network)
     names = [name for name in layers if re.search(rf"(?:^|\.)(?:{targets})$", name)]
@@ -77,9 +83,17 @@ def attach(network, targets, *, rank, alpha, dropout=0.0):
         # Numbers go with the name before them: "to_out.0", "net.2".
         endings = sorted({re.search(r"[^.]*?[^.\d][^.]*(?:\.\d+)?$", name).group() for name in layers})
         raise ValueError(f"{targets!r} matches no layer; names of layers end in {', '.join(endings)}")
+    chosen = {id(layers[name][0]) for name in names}
+    if partly := [name for name, (module, _) in layers.items() if id(module) in chosen and name not in names]:
+        raise ValueError(
+            f"{targets!r} leaves out {partly[0]}, which is of one stack with layers that it matches; layers of a stack "
+            "(transformer_blocks.0, .1, ...) can only be adapted together"
+        )
     for name in names:
+        module, index = layers[name]
         try:
-            layers[name].add_lora(rank, scale=alpha / rank, dropout=dropout)
+            if not index:  # not of a stack, or the first of one
+                module.add_lora(rank, scale=alpha / rank, dropout=dropout, stacked=index is not None)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return names
@@ -94,14 +108,15 @@ def init(network, key, kind="gaussian"):
     """
     params = nnx.to_pure_dict(nnx.state(network, LoRAParam))
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    values = []
+    stacks, values = stack.depths(network), []
     for index, (path, leaf) in enumerate(leaves):
         own = jax.random.fold_in(key, index)
+        stacked = stack.numbered([part.key for part in path], stacks)[0][1] is not None
         if path[-1].key == "lora_B":
             values.append(jnp.zeros(leaf.shape))
         elif kind == "gaussian":
             values.append(jax.random.normal(own, leaf.shape) / leaf.shape[-1])
         else:
-            bound = 1 / math.sqrt(math.prod(leaf.shape[:-1]))
+            bound = 1 / math.sqrt(math.prod(leaf.shape[stacked:-1]))
             values.append(jax.random.uniform(own, leaf.shape, jnp.float32, -bound, bound))
     return tree.unflatten(values)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import remat as rematerialise
+from imagereward_jax.models import stack
 from imagereward_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention, gelu, merge_heads, split_heads
 
 
@@ -90,12 +91,9 @@ class Transformer2DModel(nnx.Module):
     ):
         self.norm = GroupNorm(groups, channels, eps=1e-6, dtype=dtype)
         self.proj_in = _projection(channels, linear, dtype, rngs)
-        self.transformer_blocks = nnx.List(
-            [
-                BasicTransformerBlock(channels, heads, context_features, remat=remat, dtype=dtype, rngs=rngs)
-                for _ in range(depth)
-            ]
-        )
+        options = {"remat": remat, "dtype": dtype, "rngs": rngs}
+        blocks = [BasicTransformerBlock(channels, heads, context_features, **options) for _ in range(depth)]
+        self.transformer_blocks = stack.stack(blocks) if blocks else None
         self.proj_out = _projection(channels, linear, dtype, rngs)
 
     def __call__(self, x, context):
@@ -103,8 +101,8 @@ class Transformer2DModel(nnx.Module):
         batch, height, width, channels = x.shape
         # A 1 x 1 convolution and a linear layer are the same here; only the shape of their weights differs.
         tokens = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        if self.transformer_blocks is not None:
+            tokens = stack.run(self.transformer_blocks, tokens, context)
         return x + self.proj_out(tokens.reshape(x.shape))
 
 

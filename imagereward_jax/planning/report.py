@@ -9,6 +9,7 @@ from imagereward_jax.planning import counts, program
 from imagereward_jax.planning.topologies import GIB, sizes_of_kind
 from imagereward_jax.training.config import ConfigError
 from imagereward_jax.training.mesh import check_batch, make_mesh
+from imagereward_jax.training.step import compile_options
 
 
 def plan(config, topology):
@@ -63,7 +64,7 @@ def _compile(figures, config, traced):
     lowered = traced.lower()
     start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compile_options(config))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -104,9 +104,10 @@ def _tpu_devices(name):
         raise TopologyError(
             f"--topology {name}: compiling for TPUs needs libtpu: pip install 'imagereward-jax[tpu]', or libtpu alone"
         )
-    # It would ask the metadata server of a cloud machine what it runs on.
+    # It would ask the metadata server of a cloud machine what it runs on, and refuse a second plan beside this one.
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
     ):

@@ -42,6 +42,7 @@ def default_config(method):
     config.accumulation = 1  # rounds that a batch is split into: less memory, same gradient
     config.dtype = "float32"  # arithmetic; "bfloat16" keeps float32 master weights of what trains
     config.compilation_cache = True  # keep compiled programs for the next start, in ~/.cache/imagereward_jax/compiled
+    config.compile_effort = 0.0  # -1 to 1: what the compiler spends on a fast step; -1 compiles TPU steps sooner
     config.max_skipped = 20  # updates in a row that non-finite gradients may cost before the run stops
 
     config.model = ml_collections.ConfigDict()
@@ -267,6 +268,8 @@ def validate(config):
     _at_least(config, "optimizer.learning_rate", 0.0)
     _at_least(config, "optimizer.clip_norm", 0.0)
     _at_least(config, "optimizer.warmup_steps", 0)
+    if not -1 <= config.compile_effort <= 1:
+        raise ConfigError(f"config.compile_effort={config.compile_effort}: expected a number in [-1, 1]; 0 is usual")
     if not 0 <= config.ema_decay < 1:
         raise ConfigError(f"config.ema_decay={config.ema_decay}: expected a number in [0, 1); 0 switches EMA off")
     for writer in config.writers:

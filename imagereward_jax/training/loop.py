@@ -21,7 +21,7 @@ from imagereward_jax.training.mesh import check_batch, make_mesh, put_batch, rep
 from imagereward_jax.training.metrics import Meter, make_writers
 from imagereward_jax.training.optimizer import make_optimizer
 from imagereward_jax.training.report import write_report
-from imagereward_jax.training.step import cast, init_state, make_train_step
+from imagereward_jax.training.step import cast, compile_options, init_state, make_train_step
 from imagereward_jax.weights.folders import new_folder
 
 # How collectives over TCP (gloo), NCCL and jax's coordination service say that a peer is gone.
@@ -309,7 +309,7 @@ class _Run:
         )
         start = time.monotonic()
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
-        compiled = jitted.lower(self.state, self.frozen, self.batches).compile()
+        compiled = jitted.lower(self.state, self.frozen, self.batches).compile(compile_options(self.config))
         self._say(f"compiled the training step in {time.monotonic() - start:.1f} s")
         return compiled
 

@@ -46,6 +46,11 @@ class Phase(NamedTuple):
     loss: Callable
 
 
+def compile_options(config):
+    """What a step of this config is compiled with, for `Lowered.compile`."""
+    return {"exec_time_optimization_effort": config.compile_effort} if config.compile_effort else None
+
+
 def init_state(params, optimizer, *, seed, ema):
     """The state before the first step."""
     return TrainState(

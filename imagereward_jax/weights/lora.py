@@ -171,12 +171,22 @@ def merge(networks, params, adapter, weight=1.0):
     """
     merged = dict(params)
     for network, layers in adapter.items():
-        layout = mapping.torch_layout(networks[network])
+        layout, by_path = mapping.torch_layout(networks[network]), defaultdict(list)
         for name, low_rank in layers.items():
             leaf = layout[f"{name}.weight"]
-            delta = np.float32(weight) * low_rank.delta().transpose(np.argsort(leaf.to_torch))
-            merged = _replace(merged, (network, *leaf.path), lambda kernel, delta=delta: np.asarray(kernel) + delta)
+            by_path[leaf.path].append((leaf, low_rank))
+        for path, updates in by_path.items():
+            merged = _replace(merged, (network, *path), lambda kernel, updates=updates: _add(kernel, updates, weight))
     return merged
+
+
+def _add(kernel, updates, weight):
+    """A copy of a kernel, or of a stack of them, with `weight` times each of `updates` [(leaf, LowRank)] added."""
+    kernel = np.array(kernel)
+    for leaf, low_rank in updates:
+        layer = kernel if leaf.index is None else kernel[leaf.index]
+        layer += np.float32(weight) * low_rank.delta().transpose(np.argsort(leaf.to_torch))
+    return kernel
 
 
 def _replace(tree, path, function):

@@ -5,11 +5,14 @@ the PyTorch checkpoint, the path to a layer is its key there; the layer's class 
 """
 
 import re
+from collections import defaultdict
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+
+from imagereward_jax.models import stack
 
 
 class CheckpointMismatch(ValueError):
@@ -17,11 +20,16 @@ class CheckpointMismatch(ValueError):
 
 
 class Leaf(NamedTuple):
-    """One parameter: its path in the network, its shape there, and the axes order that makes it PyTorch's."""
+    """One parameter: its path in the network, its shape there, and the axes order that makes it PyTorch's.
+
+    index: which layer's, where the parameter at `path` is that of a stack of layers (`models.stack`); shape and
+    to_torch are without the axis of the layers.
+    """
 
     path: tuple
     shape: tuple
     to_torch: tuple | None
+    index: int | None
 
     @property
     def torch_shape(self):
@@ -45,13 +53,16 @@ def torch_layout(module, kind=nnx.Param):
         kind: the type of variables: `nnx.Param` for the network's own weights, `models.lora.LoRAParam` for an adapter.
     """
     modules = {path: node for path, node in nnx.iter_modules(module)}
+    stacks = stack.depths(module)
     layout = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, kind)):
         *parents, name = path
         torch_names = getattr(modules[tuple(parents)], "torch_names", {})
         torch_name, axes = torch_names.get(name, (name, None))
         to_torch = None if axes is None else tuple(axes)
-        layout[".".join(map(str, [*parents, torch_name]))] = Leaf(path, tuple(variable.shape), to_torch)
+        for key, index in stack.numbered(parents, stacks):
+            shape = tuple(variable.shape if index is None else variable.shape[1:])
+            layout[".".join(map(str, [*key, torch_name]))] = Leaf(path, shape, to_torch, index)
     return layout
 
 
@@ -83,18 +94,26 @@ def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None, kin
     ]
     if missing or unexpected or misshapen:
         raise CheckpointMismatch(_describe(what, missing, unexpected, misshapen))
-    params = {}
+    params, layers = {}, defaultdict(list)
     for key, leaf in layout.items():
         array = np.asarray(tensors[key])
         if dtype is not None and (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
             array = array.astype(dtype)
         if leaf.to_torch is not None:
-            array = np.ascontiguousarray(array.transpose(np.argsort(leaf.to_torch)))
-        node = params
-        for part in leaf.path[:-1]:
-            node = node.setdefault(part, {})
-        node[leaf.path[-1]] = array
+            array = array.transpose(np.argsort(leaf.to_torch))
+        if leaf.index is None:
+            _put(params, leaf.path, np.ascontiguousarray(array))
+        else:
+            layers[leaf.path].append(array)  # the layout counts the layers up
+    for path in list(layers):
+        _put(params, path, np.stack(layers.pop(path)))
     return params
+
+
+def _put(tree, path, value):
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = value
 
 
 def to_torch(module, params, kind=nnx.Param):
@@ -104,7 +123,7 @@ def to_torch(module, params, kind=nnx.Param):
         node = params
         for part in leaf.path:
             node = node[part]
-        array = np.asarray(jax.device_get(node))
+        array = np.asarray(jax.device_get(node if leaf.index is None else node[leaf.index]))
         tensors[key] = array if leaf.to_torch is None else np.ascontiguousarray(array.transpose(leaf.to_torch))
     return tensors
 

@@ -1,0 +1,175 @@
+"""What compiling a UNet costs, for hardware that need not be here: seconds, temporary memory, FLOPs.
+
+    python benchmarks/compile.py --model sdxl --topology v5e:2x4                 # the gradient at 1024 px
+    python benchmarks/compile.py --model sd15 --topology h200:1 --batch 8 --remat none blocks
+    python benchmarks/compile.py --model sdxl --topology v5e:2x4 --pass forward
+
+The program is the gradient of a mean square by all weights, or the network alone: bfloat16 weights and arithmetic,
+weights and gradients on every chip whole, `--batch` pictures a chip. Topologies are those of `imagereward_jax.plan`
+("cpu:1" is this machine), with the same packages needed.
+
+`docs/benchmarks.md` compares with diffusers' last Flax models, compiled on the same machine in the same way. With
+`--torch` PyTorch's `torch.compile` of diffusers' UNet is timed on this machine in the same run (its first call, that
+is with one execution, at the same size and in float32): only for "cpu:1", and of use at small sizes (--model tiny).
+
+Prints JSON, a line for each `--remat`: trace_seconds, compile_seconds, compile_cpu_seconds (of all threads; what to
+compare on a machine that has other work), temp_bytes, argument_bytes, output_bytes,
+flops (of one chip, from the traced program), and what it ran on.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+import time
+
+SIZES = {"sd15": 512, "sdxl": 1024, "tiny": 64}
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 4],
+    "attention_head_dim": [2, 4],
+    "cross_attention_dim": 64,
+    "use_linear_projection": True,
+    "norm_num_groups": 8,
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SIZES, default="sdxl")
+    parser.add_argument("--topology", default="v5e:2x4")
+    parser.add_argument("--pass", dest="kind", choices=("gradient", "forward"), default="gradient")
+    parser.add_argument("--batch", type=int, default=1, help="pictures a chip")
+    parser.add_argument("--resolution", type=int, help="pixels; default: the model's own")
+    parser.add_argument("--remat", nargs="+", default=["blocks"], help="none, attention, blocks, full")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--effort", type=float, default=0.0, help="of the compiler, -1 to 1 (config.compile_effort)")
+    parser.add_argument("--torch", action="store_true", help="also torch.compile, on this machine")
+    return parser.parse_args()
+
+
+def unet_settings(model):
+    """config.json of the UNet."""
+    from imagereward_jax.planning.published import SD1, SDXL
+
+    return {"sd15": SD1["unet"], "sdxl": SDXL["unet"], "tiny": TINY}[model]
+
+
+def inputs(settings, batch, latents):
+    """Shapes of the network's inputs, by name."""
+    shapes = {"sample": (batch, latents, latents, 4), "context": (batch, 77, settings["cross_attention_dim"])}
+    if settings.get("addition_embed_type"):
+        shapes |= {"text_embeds": (batch, 1280), "time_ids": (batch, 6)}
+    return shapes
+
+
+def measure(args, remat):
+    """The figures of one program."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from imagereward_jax.models.platform import batch_over, target_platform
+    from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
+    from imagereward_jax.planning.counts import flops
+    from imagereward_jax.planning.topologies import find_topology
+    from imagereward_jax.training.mesh import batch_sharding, make_mesh, replicated
+    from imagereward_jax.training.step import cast
+
+    topology = find_topology(args.topology)
+    mesh = make_mesh(-1, 1, list(topology.devices()))
+    settings, dtype = unet_settings(args.model), jnp.dtype(args.dtype)
+    config = UNet2DConditionConfig.from_dict(settings)
+    network = nnx.eval_shape(lambda: UNet2DConditionModel(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    layout, params = nnx.split(network)
+    params = jax.eval_shape(lambda tree: cast(tree, dtype), nnx.to_pure_dict(params))
+
+    def forward(params, arrays):
+        added = {name: arrays[name] for name in ("text_embeds", "time_ids") if name in arrays} or None
+        return nnx.merge(layout, params)(arrays["sample"], arrays["timesteps"], arrays["context"], added)
+
+    def loss(params, arrays):
+        with batch_over(mesh):
+            return jnp.square(forward(params, arrays)).mean()
+
+    def placed(tree, sharding):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    batch = args.batch * topology.chips
+    shapes = inputs(settings, batch, (args.resolution or SIZES[args.model]) // 8)
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    arrays["timesteps"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    gradient = args.kind == "gradient"
+    outputs = replicated(mesh) if gradient else batch_sharding(mesh)
+    start = time.perf_counter()
+    with target_platform(topology.platform), batch_over(mesh):
+        jitted = jax.jit(jax.grad(loss) if gradient else forward, out_shardings=outputs)
+        traced = jitted.trace(placed(params, replicated(mesh)), placed(arrays, batch_sharding(mesh)))
+    lowered = traced.lower()
+    compiling, busy = time.perf_counter(), time.process_time()
+    compiled = lowered.compile({"exec_time_optimization_effort": args.effort} if args.effort else None)
+    done, busy = time.perf_counter(), time.process_time() - busy
+    memory = compiled.memory_analysis()
+    return {
+        "model": args.model,
+        "pass": args.kind,
+        "topology": topology.name,
+        "batch_per_chip": args.batch,
+        "resolution": args.resolution or SIZES[args.model],
+        "remat": remat,
+        "dtype": args.dtype,
+        "effort": args.effort,
+        "trace_seconds": round(compiling - start, 1),
+        "compile_seconds": round(done - compiling, 1),
+        "compile_cpu_seconds": round(busy, 1),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "flops": flops(traced.jaxpr) // topology.chips,
+        "jax": jax.__version__,
+    }
+
+
+def measure_torch(args):
+    """Seconds that `torch.compile` takes until the first result of the same pass."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    settings = unet_settings(args.model)
+    if settings.get("addition_embed_type"):
+        raise SystemExit("--torch: sd15 and tiny only")
+    unet = UNet2DConditionModel(**settings)
+    compiled = torch.compile(unet)
+    sample = torch.randn(args.batch, 4, *[(args.resolution or SIZES[args.model]) // 8] * 2)
+    context = torch.randn(args.batch, 77, settings["cross_attention_dim"])
+    start = time.perf_counter()
+    with torch.set_grad_enabled(args.kind == "gradient"):
+        loss = compiled(sample, 1, context).sample.square().mean()
+        if args.kind == "gradient":
+            loss.backward()
+    return {"torch_compile_seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__}
+
+
+def main():
+    args = parse_args()
+    if args.torch and args.topology != "cpu:1":
+        raise SystemExit("--torch compiles for this machine: pass --topology cpu:1")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # what compiles for other hardware needs no device
+    if found := re.fullmatch(r"cpu:([1-9]\d*)", args.topology):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={found[1]}"
+    for remat in args.remat:
+        figures = measure(args, remat)
+        if args.torch:
+            figures |= measure_torch(args)
+        figures |= {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
+        print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

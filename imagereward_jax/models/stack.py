@@ -1,0 +1,57 @@
+"""Repeated layers of one shape as one layer whose parameters are stacked along a new first axis.
+
+A scan runs them one after the other, so that a network of 70 transformer blocks is compiled as eleven. The PyTorch
+checkpoints number the layers ("transformer_blocks.3"); `weights.mapping` takes the stack apart and puts it together.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from imagereward_jax.models.dropout import layer_noise
+
+
+def stack(layers):
+    """One layer, of the class of `layers`, that holds the parameters of them all; `run` calls it."""
+    layout = nnx.graphdef(layers[0])
+    merged = nnx.merge(layout, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, layers)))
+    merged.stacked = len(layers)
+    return merged
+
+
+def run(stacked, x, *args):
+    """`x` through each layer of a `stack`, as `layer(x, *args)`; the result has the shape and dtype of `x`."""
+    layout, state = nnx.split(stacked)
+    if stacked.stacked == 1:
+        return nnx.merge(layout, jax.tree.map(lambda leaf: leaf[0], state))(x, *args)
+
+    def body(x, index_and_state):
+        index, state = index_and_state
+        with layer_noise(index):
+            return nnx.merge(layout, state)(x, *args), None
+
+    return jax.lax.scan(body, x, (jnp.arange(stacked.stacked), state))[0]
+
+
+def depths(network):
+    """{path: number of layers} of every stack of a network, abstract or not."""
+    return {
+        tuple(path): module.stacked
+        for path, module in nnx.iter_modules(network)
+        if getattr(module, "stacked", None) is not None
+    }
+
+
+def numbered(path, stacks):
+    """The paths that PyTorch has for what lies at `path` of a network.
+
+    Args:
+        path: of a layer or parameter. stacks: the network's `depths`.
+
+    Returns:
+        [(path with the number of the layer, that number)] for what is part of a stack; else [(path, None)].
+    """
+    for length in range(1, len(path) + 1):
+        if depth := stacks.get(tuple(path[:length])):
+            return [((*path[:length], index, *path[length:]), index) for index in range(depth)]
+    return [(tuple(path), None)]
