@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from imagereward_jax.models import stack
 from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
 from imagereward_jax.models.layers import (
     Embedding,
@@ -155,13 +156,12 @@ class CLIPEncoder(nnx.Module):
 
     def __init__(self, config, *, causal=True, dtype, rngs):
         depth = config.num_hidden_layers
-        self.layers = nnx.List([CLIPEncoderLayer(config, causal=causal, dtype=dtype, rngs=rngs) for _ in range(depth)])
+        layers = [CLIPEncoderLayer(config, causal=causal, dtype=dtype, rngs=rngs) for _ in range(depth)]
+        self.layers = stack.stack(layers)
 
     def __call__(self, x):
         """Returns the outputs of the last layer and of the one before."""
-        for layer in self.layers:
-            before, x = x, layer(x)
-        return x, before
+        return stack.scan(self.layers, lambda layer, outputs: (layer(outputs[0]), outputs[0]), (x, x))
 
 
 class CLIPTextTransformer(nnx.Module):

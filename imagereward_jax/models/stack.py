@@ -21,16 +21,21 @@ def stack(layers):
 
 def run(stacked, x, *args):
     """`x` through each layer of a `stack`, as `layer(x, *args)`; the result has the shape and dtype of `x`."""
+    return scan(stacked, lambda layer, x: layer(x, *args), x)
+
+
+def scan(stacked, function, carry):
+    """`carry = function(layer, carry)` for each layer of a `stack`, in order; `carry` keeps its shapes and dtypes."""
     layout, state = nnx.split(stacked)
     if stacked.stacked == 1:
-        return nnx.merge(layout, jax.tree.map(lambda leaf: leaf[0], state))(x, *args)
+        return function(nnx.merge(layout, jax.tree.map(lambda leaf: leaf[0], state)), carry)
 
-    def body(x, index_and_state):
+    def body(carry, index_and_state):
         index, state = index_and_state
         with layer_noise(index):
-            return nnx.merge(layout, state)(x, *args), None
+            return function(nnx.merge(layout, state), carry), None
 
-    return jax.lax.scan(body, x, (jnp.arange(stacked.stacked), state))[0]
+    return jax.lax.scan(body, carry, (jnp.arange(stacked.stacked), state))[0]
 
 
 def depths(network):
