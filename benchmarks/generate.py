@@ -9,9 +9,10 @@ and initial noise. PyTorch runs as it is (eager, with SDPA attention) and with U
 (`--torch`). Each side runs in a process of its own, one after the other, `--rounds` times in turn; the figures are
 medians over all calls.
 
-Prints JSON: images/s, seconds a call, seconds of compiling (PyTorch's: of its first call, less the median of the
-later ones) and peak memory of each side, ratios ours / PyTorch's, and the largest and mean difference of the
-pictures, whose values are in [0, 1]. Without diffusers and transformers our side runs alone.
+Prints JSON: images/s, seconds a call (and those of the CPU, which other work on the machine disturbs less), seconds of
+compiling (PyTorch's: of its first call, less the median of the later ones) and peak memory of each side, ratios ours /
+PyTorch's, and the largest and mean difference of the pictures, whose values are in [0, 1]. Without diffusers and
+transformers our side runs alone.
 """
 
 import argparse
@@ -121,14 +122,15 @@ class Ids:
 
 
 def timed(call, iterations):
-    """(pictures of the first call, its seconds, the seconds of `iterations` more)."""
-    times, pictures = [], None
+    """(pictures of the first call, its seconds, the figures of `iterations` more)."""
+    times, cpu_times, pictures = [], [], None
     for _ in range(iterations + 1):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result = call()
         times.append(time.perf_counter() - start)
+        cpu_times.append(time.process_time() - cpu_start)
         pictures = result if pictures is None else pictures
-    return pictures, times[0], times[1:]
+    return pictures, times[0], {"times": times[1:], "cpu_times": cpu_times[1:]}
 
 
 def run_ours(arguments):
@@ -163,10 +165,10 @@ def run_ours(arguments):
     start = time.perf_counter()
     compiled = jax.jit(sample).lower(*inputs).compile()
     compile_seconds = time.perf_counter() - start
-    pictures, _, times = timed(lambda: np.asarray(compiled(*inputs)), arguments.iterations)
+    pictures, _, measured = timed(lambda: np.asarray(compiled(*inputs)), arguments.iterations)
     device = jax.devices()[0].device_kind
     return pictures, {
-        "times": times,
+        **measured,
         "compile_seconds": compile_seconds,
         "peak_bytes": peak_of_jax(before),
         "device": device,
@@ -250,10 +252,10 @@ def run_torch(arguments):
         ).images
         return images.permute(0, 2, 3, 1).float().cpu().numpy()
 
-    pictures, first, times = timed(sample, arguments.iterations)
+    pictures, first, measured = timed(sample, arguments.iterations)
     return pictures, {
-        "times": times,
-        "compile_seconds": max(0.0, first - statistics.median(times)),
+        **measured,
+        "compile_seconds": max(0.0, first - statistics.median(measured["times"])),
         "peak_bytes": peak_of_torch(before),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
     }
@@ -265,6 +267,7 @@ def summary(runs, batch):
     return {
         "images_per_second": round(batch / seconds, 4),
         "seconds_per_call": round(seconds, 4),
+        "cpu_seconds_per_call": round(statistics.median([t for run in runs for t in run["cpu_times"]]), 4),
         "compile_seconds": round(statistics.median([run["compile_seconds"] for run in runs]), 1),
         "peak_mib": round(max(run["peak_bytes"] for run in runs) / 2**20),
         "device": runs[0]["device"],
