@@ -53,6 +53,7 @@ def plan(config, topology):
         "collective_bytes": None,
         "trace_seconds": round(time.monotonic() - start, 1),
         "compile_seconds": None,
+        "compiler_message": None,
     }
     if sum(sizes.values()) <= topology.usable_bytes:
         _compile(figures, config, traced)
@@ -69,6 +70,7 @@ def _compile(figures, config, traced):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         figures["compile_seconds"] = round(time.monotonic() - start, 1)
+        figures["compiler_message"] = str(error).splitlines()[0]
         if used := counts.used_at_overflow(str(error)):
             _set_total(figures, used)
         return

@@ -114,7 +114,9 @@ def _tpu_devices(name):
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    # the two cores of a v4 chip are one device, as a run on one sees them
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
 def _gpu_devices(kind, chips):

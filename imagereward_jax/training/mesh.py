@@ -5,6 +5,7 @@ Two axes: `data` splits the batch; `fsdp` splits the batch too, and also every l
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagereward_jax.training.config import ConfigError
@@ -13,7 +14,11 @@ SMALLEST_SHARDED = 2**14  # elements; below that a copy on every device costs le
 
 
 def make_mesh(data, fsdp, devices=None):
-    """A mesh ("data", "fsdp") over `devices` (default: all).
+    """A mesh ("data", "fsdp") over `devices` (default: all), neighbours along fsdp as near as they can be.
+
+    Of several TPU slices (or groups of GPUs that jax knows as such) each holds whole rows of fsdp, so that only
+    gradients cross the slower network between them, if data is a multiple of their number; else the order is that of
+    the processes. Within a TPU slice the order follows its torus.
 
     Args:
         data, fsdp: sizes of the axes; data=-1 takes the devices that fsdp leaves.
@@ -29,7 +34,18 @@ def make_mesh(data, fsdp, devices=None):
             f"config.mesh: data={data} x fsdp={fsdp} is not the {len(devices)} device(s) of this run; "
             "choose sizes whose product is that, or data=-1 with an fsdp that divides it"
         )
-    return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"))
+    return Mesh(_arranged(list(devices), data, fsdp), ("data", "fsdp"))
+
+
+def _arranged(devices, data, fsdp):
+    """`devices` as an array [data, fsdp]; see `make_mesh`."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and data % slices == 0:
+        inner, outer = (data // slices, fsdp), (slices, 1)
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    if slices == 1 and devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(data, fsdp)
 
 
 def replicated(mesh):
