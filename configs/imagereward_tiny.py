@@ -1,11 +1,19 @@
-"""The training of ImageReward in small: the recipe of the shapes world's reward, validated and tested as the original.
+"""The training of ImageReward in small, on groups that differ in their words, validated and tested as the original.
 
     python -m imagereward_jax.train --config configs/imagereward_tiny.py
+    python -m imagereward_jax.evaluate --model runs/imagereward_tiny/export --model tiny-shapes --model random \\
+        --data shapes:held_out --no-spoilt --limit 200
 
-Network and data are those of configs/shapes_reward.py; the best evaluation's weights are exported and then tested on
-groups that no evaluation has seen.
+The network is that of configs/shapes_reward.py. The five pictures of a group show 4, 3, 2, 1 and 0 of the caption's
+words (size, colour, shape, place), with the world's jitter, blur and noise; none is spoilt, for of two spoilt pictures
+the ranking often cannot be seen. Captions of validation and test are never trained on. The best evaluation's weights are
+exported and then tested on groups that no evaluation has seen.
 
-Hardware: 2 CPU cores, as shapes_reward, whose accuracy is to be expected; a whole run of this file was not timed.
+Hardware: one CPU core, 161 s of CPU time in all, nothing compiled before. Result to expect: test/accuracy 0.992 over
+the 5,120 pairs of 512 groups. The second command, other pictures of the held-out captions, four at a time (200 groups,
+95 % intervals): 99.0 % [98.4, 99.5], tiny-shapes 97.9 % [97.1, 98.7], random 51.3 % [48.0, 54.8]. With spoilt pictures,
+which tiny-shapes was trained on and this is not (100 groups, without --no-spoilt): 86.8 % [83.3, 90.2], tiny-shapes
+90.7 % [87.3, 93.5], random 49.0 % [44.8, 53.5].
 """
 
 from imagereward_jax.training.config import recipe_beside
@@ -14,7 +22,15 @@ from imagereward_jax.training.config import recipe_beside
 def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "shapes_reward")
+    config.steps = 1000
+    config.reward.architecture.max_prompt_tokens = 10  # as many as the longest caption has
+    config.reward.head_scale = 8.0
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 100
+    config.data.spoilt = False
     config.data.test_groups = "shapes:held_out"
     config.eval.best = "-eval/loss"
     config.checkpoint.export = "best"
+    config.eval.every = 250
+    config.checkpoint.every = 250
     return config

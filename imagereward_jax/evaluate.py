@@ -26,6 +26,9 @@ def parse_args(argv=None):
     parser.add_argument("--images", type=Path, metavar="DIR", help="where the pictures are, if not beside the file")
     parser.add_argument("--human-order", metavar="A,B,C", help="the generators as people rank them, best first")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument(
+        "--no-spoilt", dest="spoilt", action="store_false", help="shapes: pictures that differ in their words alone"
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4], help="the k of recall@k and filter@k")
     parser.add_argument("--json", action="store_true", help="print JSON, with the score of every picture")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the prompts judged worst")
@@ -55,7 +58,7 @@ def evaluate(args):
     from imagereward_jax.evaluation.page import short_names
     from imagereward_jax.evaluation.sources import Generations, load_evaluation
 
-    data = load_evaluation(args.data, args.images, args.limit)
+    data = load_evaluation(args.data, args.images, args.limit, args.spoilt)
     options = {"resamples": args.resamples, "level": args.level, "seed": args.seed}
     names = short_names(args.model)
     if isinstance(data, Generations):

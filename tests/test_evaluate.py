@@ -88,6 +88,24 @@ def test_models_come_out_in_the_right_order_on_shapes(capsys):
     assert models["random"]["accuracy"]["low"] < 0.5 < models["random"]["accuracy"]["high"]
 
 
+def test_shapes_without_spoilt_pictures_differ_in_their_words_alone():
+    """The rank is the number of words that the rule-based checker finds right, in every picture."""
+    from imagereward_jax.data.shapes import words_right
+    from imagereward_jax.evaluation.sources import load_evaluation
+
+    for group in load_evaluation("shapes:held_out", limit=20, spoilt=False):
+        right = [sum(words_right(group.prompt, picture).values()) for picture in group.pictures]
+        assert sorted(group.ranks) == [1, 2, 3, 4]
+        assert np.argsort(group.ranks).tolist() == np.argsort(right)[::-1].tolist()
+
+
+def test_an_export_is_called_by_its_run():
+    from imagereward_jax.evaluation.page import short_names
+
+    assert short_names(["runs/first/export", "tiny-shapes", "runs/second/export"]) == ["first", "tiny-shapes", "second"]
+    assert short_names(["a/first/export", "b/first"]) == ["a/first/export", "b/first"]
+
+
 def test_generators_are_ranked_by_mean_score(generations, tiny_reward, loaded, capsys):
     """Means within 1e-5 of `score`'s; rho 1 to that very order, -1 to its reverse."""
     folder = generations / "images"
@@ -170,6 +188,7 @@ BAD = {
         "expected each of alpha, beta, gamma once",
     ),
     "unknown shapes": (["--data", "shapes:heldout"], "shapes:held_out"),
+    "spoilt pictures of a file": (["--data", "{b}", "--no-spoilt"], "--no-spoilt is for shapes:held_out"),
     "model given twice": (["--data", "shapes:held_out", "--model", "random"], "twice"),
     "no folder for the page": (["--data", "shapes:held_out", "--html", "{b}/no/page.html"], "does not exist"),
     "level of 95": (["--data", "shapes:held_out", "--level", "95"], "between 0 and 1"),

@@ -10,6 +10,7 @@ from imagereward_jax.data.shapes_degrade import degrade
 from imagereward_jax.data.shapes_drawing import WORDS, all_captions, draw, draw_float, to_float, to_uint8
 
 MAX_IMAGES = 9
+MAX_CLEAN_IMAGES = 1 + len(WORDS)  # of one group: no wrong word, or one to four
 # One wrong word costs 1; a degradation costs this times its severity, so that at 1/4 it is as bad as a wrong word.
 SEVERITY_COST = 4.0
 MIN_SEVERITY = 0.12
@@ -81,13 +82,22 @@ class ShapesGroups:
         captions: list of `Caption` to draw from (default: all).
         images_per_prompt: K, 2 to 9.
         image_size: side in pixels.
+        spoilt: whether two groups in five hold spoilt pictures too; without them pictures differ in their words alone.
+
+    Raises:
+        ValueError: an argument is out of range: without spoilt pictures K is at most 5, as no two have the same rank.
     """
 
-    def __init__(self, size, seed=0, captions=None, images_per_prompt=4, image_size=64):
+    def __init__(self, size, seed=0, captions=None, images_per_prompt=4, image_size=64, spoilt=True):
         self.captions = _check_source(size, captions)
         if not 2 <= images_per_prompt <= MAX_IMAGES:
             raise ValueError(f"images_per_prompt must be in 2..{MAX_IMAGES}; got {images_per_prompt}")
-        self.size, self.seed = size, seed
+        if not spoilt and images_per_prompt > MAX_CLEAN_IMAGES:
+            raise ValueError(
+                f"images_per_prompt must be in 2..{MAX_CLEAN_IMAGES} without spoilt pictures, one for each number of "
+                f"wrong words; got {images_per_prompt}"
+            )
+        self.size, self.seed, self.spoilt = size, seed, spoilt
         self.images_per_prompt, self.image_size = images_per_prompt, image_size
         self.largest = images_per_prompt
 
@@ -107,9 +117,9 @@ class ShapesGroups:
 
     def _plan(self, rng):
         """K tuples (wrong words, severity) whose costs lie apart."""
-        mode = str(rng.choice(list(MODES), p=list(MODES.values())))
-        if mode == "words" and self.images_per_prompt <= 5:
-            return [(int(wrong), 0.0) for wrong in rng.permutation(5)[: self.images_per_prompt]]
+        mode = str(rng.choice(list(MODES), p=list(MODES.values()))) if self.spoilt else "words"
+        if mode == "words" and self.images_per_prompt <= MAX_CLEAN_IMAGES:
+            return [(int(wrong), 0.0) for wrong in rng.permutation(MAX_CLEAN_IMAGES)[: self.images_per_prompt]]
         base = int(rng.choice(3, p=(0.7, 0.2, 0.1)))
         plans = []
         while len(plans) < self.images_per_prompt:

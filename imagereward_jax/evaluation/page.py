@@ -124,6 +124,7 @@ def thumbnail(picture):
 
 
 def short_names(models):
-    """Last parts of paths, where they stay different; else the names as they are."""
-    short = [Path(name).name or name for name in models]
+    """Last parts of paths (of a run's export the run's), where they stay different; else the names as they are."""
+    paths = [Path(name).parent if Path(name).name == "export" else Path(name) for name in models]
+    short = [path.name or name for path, name in zip(paths, models)]
     return short if len(set(short)) == len(models) else list(models)

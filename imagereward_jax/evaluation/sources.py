@@ -34,7 +34,7 @@ class Generations(NamedTuple):
     pictures: dict
 
 
-def load_evaluation(source, images=None, limit=None):
+def load_evaluation(source, images=None, limit=None, spoilt=True):
     """Reads what to evaluate on.
 
     Args:
@@ -43,6 +43,7 @@ def load_evaluation(source, images=None, limit=None):
         images: the folder that the paths in "generations" are relative to (by default that of the file); without
             rankings the folder of MODEL/ID_K.png.
         limit: only the first so many prompts (shapes: 100 by default).
+        spoilt: for shapes alone, see `ShapesGroups`.
 
     Returns:
         A list of `RankedPrompt`, or `Generations`.
@@ -55,7 +56,9 @@ def load_evaluation(source, images=None, limit=None):
     if str(source).startswith(SHAPES_PREFIX):
         if images is not None:
             raise DataError(f"--images is for files; {source} draws its own pictures")
-        return _shapes(source, limit or SHAPES_GROUPS)
+        return _shapes(source, limit or SHAPES_GROUPS, spoilt)
+    if not spoilt:
+        raise DataError(f"--no-spoilt is for shapes:held_out and shapes:train; the data is {source}")
     if images is not None and not Path(images).is_dir():
         raise missing_file(images, "folder of pictures")
     table = read_table(source)
@@ -81,8 +84,8 @@ def load_evaluation(source, images=None, limit=None):
     return find_generations(table, prompts, ids[: len(prompts)], Path(images))
 
 
-def _shapes(source, count):
-    groups = load_groups(source, image_size=64, shapes={"size": count})
+def _shapes(source, count, spoilt):
+    groups = load_groups(source, image_size=64, shapes={"size": count, "spoilt": spoilt})
     items = (groups[i] for i in range(count))
     return [
         RankedPrompt(str(i), item["prompt"], tuple(item["images"]), tuple(int(rank) for rank in item["ranking"]))

@@ -92,7 +92,8 @@ def open_groups(config, reward, name):
     data = config.data
     source = str(data[name])
     if source.startswith(SHAPES_PREFIX):
-        shapes = {"images_per_prompt": data.images_per_prompt, **(TEST_SHAPES if name == "test_groups" else {})}
+        shapes = {"images_per_prompt": data.images_per_prompt, "spoilt": data.spoilt}
+        shapes |= TEST_SHAPES if name == "test_groups" else {}
         return load_groups(source, image_size=reward.image_size, shapes=shapes)
     return load_groups(
         source,

@@ -70,7 +70,8 @@ def init_reward(config):
 
     BLIP's initial weights, N(0, 0.02), suit networks a thousand wide; in a small one they leave signals so weak that
     it hardly learns to compare picture and prompt. `config.reward.unit_gain` scales each matrix to variance 1 / inputs,
-    `config.reward.position_scale` enlarges the vision transformer's initial positions.
+    `config.reward.position_scale` enlarges the vision transformer's initial positions, `config.reward.head_scale` the
+    head's initial matrices: five of N(0, 1 / (width + 1)) in a row give scores, and gradients, of almost nothing.
     """
     folder = tempfile.mkdtemp(prefix="shapes-vocabulary-")
     write_bert_vocab(folder)
@@ -82,6 +83,9 @@ def init_reward(config):
         blip = jax.tree_util.tree_map_with_path(_with_unit_gain, blip)
         reward.params["blip"] = blip
     blip["visual_encoder"]["pos_embed"] *= config.reward.position_scale
+    reward.params["mlp"] = jax.tree.map(
+        lambda weight: weight * config.reward.head_scale if weight.ndim == 2 else weight, reward.params["mlp"]
+    )
     return reward
 
 

@@ -218,6 +218,7 @@ def _ranking_defaults(config):
     config.reward.path = ""  # what training starts from; "" for random weights of config.reward.architecture
     config.reward.unit_gain = False  # random weights only: variance 1 / inputs, for networks far smaller than BLIP
     config.reward.position_scale = 1.0  # random weights only: times the vision transformer's initial positions
+    config.reward.head_scale = 1.0  # random weights only: times the head's initial matrices
     config.reward.tokenizer = ml_collections.config_dict.placeholder(str)
     config.reward.blip = ""  # BLIP's model_large.pth, to start from its encoders with a new head (path must be "")
     config.reward.fix_rate = 0.0  # share of both transformers' layers, from the first, that stays as it is
@@ -234,6 +235,7 @@ def _ranking_defaults(config):
     config.data.images_folder = ""  # what paths are relative to; "" for the folder of the file
     config.data.cache = ""  # folder that keeps the resized pictures; "" decodes them each time
     config.data.images_per_prompt = 4  # shapes:train and shapes:held_out only: pictures in a group, 2 to 9
+    config.data.spoilt = True  # shapes only: two groups in five hold spoilt pictures too; False: only words differ
     config.eval.num_groups = 128  # of the held-out ones, from the first; 0 for all
     config.eval.per_epoch = 0  # > 0 sets config.eval.every, so that an epoch has so many evaluations
     config.eval.best = "eval/accuracy"  # a minus before the name: the smallest is best, e.g. -eval/loss

@@ -161,6 +161,17 @@ def test_groups_are_ranked_without_ties(images_per_prompt):
         assert np.array_equal(group["images"], groups[i]["images"])
 
 
+@pytest.mark.parametrize("images_per_prompt", [2, 5])
+def test_without_spoilt_pictures_the_rank_is_the_number_of_right_words(images_per_prompt):
+    """As the checker counts them in every single picture: a better rank has more words right."""
+    groups = shapes.ShapesGroups(40, seed=0, images_per_prompt=images_per_prompt, spoilt=False)
+    for i in range(40):
+        group = groups[i]
+        right = [sum(shapes.words_right(group["prompt"], image).values()) for image in group["images"]]
+        assert len(set(right)) == images_per_prompt
+        assert list(np.argsort(group["ranking"])) == list(np.argsort(right)[::-1])
+
+
 def test_rank_follows_the_checker():
     """Where the checker sees a difference in the number of right words, the better picture ranks higher.
 
@@ -184,6 +195,7 @@ def test_rank_follows_the_checker():
         (lambda: shapes.ShapesPairs(1, captions=[]), "captions must not be empty"),
         (lambda: shapes.ShapesPairs(1, caption_noise=2), "caption_noise must be in"),
         (lambda: shapes.ShapesGroups(1, images_per_prompt=1), "images_per_prompt must be in 2..9"),
+        (lambda: shapes.ShapesGroups(1, images_per_prompt=6, spoilt=False), r"in 2..5 without spoilt pictures"),
         (lambda: shapes.Caption("huge", "red", "circle", "center"), "size must be one of small, large"),
         (lambda: shapes.split(held_out=200), "held_out must be at most"),
     ],

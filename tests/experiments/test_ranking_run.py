@@ -159,3 +159,22 @@ def test_settings_that_cannot_work_are_refused(files, tmp_path, tiny_reward_fold
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["head_scale", "position_scale"])
+def test_initial_weights_are_scaled_as_the_config_says(name):
+    """Three times the head's matrices, or the vision transformer's positions, and nothing else."""
+    from imagereward_jax.experiments.scratch import init_reward
+    from imagereward_jax.training.config import recipe_beside
+
+    config = recipe_beside(CONFIG, "imagereward_tiny")
+    config.reward[name] = 1.0
+    before = init_reward(config).params
+    config.reward[name] = 3.0
+    leaves = jax.tree_util.tree_flatten_with_path(before)[0]
+    after = jax.tree.leaves(init_reward(config).params)
+    assert len(after) == len(leaves)
+    for (path, was), now in zip(leaves, after):
+        keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+        scaled = (keys[0] == "mlp" and keys[-1] == "kernel") if name == "head_scale" else "pos_embed" in keys
+        np.testing.assert_allclose(now, was * (3.0 if scaled else 1.0), rtol=1e-6, err_msg="/".join(keys))
