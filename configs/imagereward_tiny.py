@@ -6,8 +6,8 @@
 
 The network is that of configs/shapes_reward.py. The five pictures of a group show 4, 3, 2, 1 and 0 of the caption's
 words (size, colour, shape, place), with the world's jitter, blur and noise; none is spoilt, for of two spoilt pictures
-the ranking often cannot be seen. Captions of validation and test are never trained on. The best evaluation's weights are
-exported and then tested on groups that no evaluation has seen.
+the ranking often cannot be seen. Captions of validation and test are never trained on. The best evaluation's weights
+are exported and then tested on groups that no evaluation has seen.
 
 Hardware: one CPU core, 161 s of CPU time in all, nothing compiled before. Result to expect: test/accuracy 0.992 over
 the 5,120 pairs of 512 groups. The second command, other pictures of the held-out captions, four at a time (200 groups,
