@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from imagereward_jax.models.platform import batch_mesh, current_platform, precision
+from imagereward_jax.models.platform import batch_mesh, current_platform, pinned, precision
 
 PATHS = ("plain", "blocks", "pallas", "cudnn")
 LONG = 256 * 256  # query-key pairs from which on the whole matrix of logits is not worth storing
@@ -42,6 +42,7 @@ def attention(query, key, value, *, mask=None, drop=None, path=None):
     Raises:
         ValueError: there is no such path, or it takes no mask.
     """
+    query, key, value = (pinned(x) for x in (query, key, value))
     whole = mask is not None or drop is not None
     path = path or choose_path(current_platform(), query.shape, key.shape, query.dtype, masked=whole)
     if path not in PATHS:
@@ -52,7 +53,7 @@ def attention(query, key, value, *, mask=None, drop=None, path=None):
         raise ValueError(f"attention path {path!r} takes no mask and drops nothing; 'plain' does")
     if path == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return _pallas(query, key, value) if path == "pallas" else _blocks(query, key, value)
+    return _on_each_device(_pallas if path == "pallas" else _blocks, query, key, value)
 
 
 def choose_path(platform, query_shape, key_shape, dtype, *, masked=False):
@@ -98,12 +99,17 @@ def _pallas(query, key, value):
         block_k_major_dq=block, block_k_dq=block, block_q_dq=block,
     )  # fmt: skip
     heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
-    kernel = functools.partial(flash.flash_attention, sm_scale=1 / math.sqrt(query.shape[-1]), block_sizes=sizes)
+    scale = 1 / math.sqrt(query.shape[-1])
+    return flash.flash_attention(*heads_first, sm_scale=scale, block_sizes=sizes).swapaxes(1, 2)
+
+
+def _on_each_device(function, *arrays):
+    """`function` of arrays [B, ...], each device with its rows, which the compiler does not find out by itself."""
     mesh = batch_mesh()
-    if mesh is not None and mesh.size > 1:  # the compiler cannot split the kernel by itself
+    if mesh is not None and mesh.size > 1 and arrays[0].shape[0] % mesh.size == 0:
         rows = PartitionSpec(mesh.axis_names)
-        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False)
-    return kernel(*heads_first).swapaxes(1, 2)
+        function = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return function(*arrays)
 
 
 def _block_size(length):

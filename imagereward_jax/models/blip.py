@@ -18,6 +18,7 @@ from flax import nnx
 
 from imagereward_jax.models import layers
 from imagereward_jax.models.dropout import drop, drops
+from imagereward_jax.models.platform import pinned
 
 INIT_STD = 0.02  # of every matrix, before training
 
@@ -75,8 +76,8 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x):
         drop_path = functools.partial(drop, kind="path", scale=self.path_scale, per_sample=True)
-        x = x + drop_path(self.attn(self.norm1(x)))
-        return x + drop_path(self.mlp(self.norm2(x)))
+        x = pinned(x + drop_path(self.attn(self.norm1(x))))
+        return pinned(x + drop_path(self.mlp(self.norm2(x))))
 
 
 class VisionTransformer(nnx.Module):
@@ -141,7 +142,7 @@ class ResidualOutput(nnx.Module):
         self.LayerNorm = layers.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, x, residual):
-        return self.LayerNorm(drop(self.dense(x), "text") + residual)
+        return pinned(self.LayerNorm(drop(self.dense(x), "text") + residual))
 
 
 class TextAttention(nnx.Module):

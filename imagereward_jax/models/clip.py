@@ -20,6 +20,7 @@ from imagereward_jax.models.layers import (
     quick_gelu,
     split_heads,
 )
+from imagereward_jax.models.platform import pinned
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 _ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -147,8 +148,8 @@ class CLIPEncoderLayer(nnx.Module):
         self.mlp = CLIPMLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = pinned(x + self.self_attn(self.layer_norm1(x)))
+        return pinned(x + self.mlp(self.layer_norm2(x)))
 
 
 class CLIPEncoder(nnx.Module):

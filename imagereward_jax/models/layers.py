@@ -15,7 +15,7 @@ from flax import nnx
 
 from imagereward_jax.models.attention import attention
 from imagereward_jax.models.lora import LoRASlot
-from imagereward_jax.models.platform import precision
+from imagereward_jax.models.platform import pinned, precision, whole
 
 __all__ = [
     "Conv",
@@ -70,7 +70,7 @@ class Linear(LoRASlot, nnx.Module):
 
     def __call__(self, x):
         x = x.astype(self.dtype)
-        y = self._product(x, self.kernel[...].astype(self.dtype))
+        y = self._product(x, whole(self.kernel[...].astype(self.dtype)))
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))
@@ -107,7 +107,7 @@ class Conv(LoRASlot, nnx.Module):
 
     def __call__(self, x):
         x = x.astype(self.dtype)
-        y = self._product(x, self.kernel[...].astype(self.dtype))
+        y = self._product(x, whole(self.kernel[...].astype(self.dtype)))
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))
@@ -133,7 +133,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
 
     def __call__(self, ids):
-        return jnp.asarray(self.embedding[...])[ids].astype(self.dtype)
+        return pinned(whole(jnp.asarray(self.embedding[...]))[ids].astype(self.dtype))
 
 
 class LayerNorm(nnx.Module):

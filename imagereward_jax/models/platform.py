@@ -1,10 +1,20 @@
-"""Which hardware a program is traced for, and over which devices: layers choose kernels and precision by it."""
+"""Which hardware a program is traced for, and over which devices: layers choose kernels and precision by it, and say
+how their arrays lie on the devices.
+
+A batch is split over all axes of the mesh; a large weight over its axis `fsdp`, and gathered for as long as one layer
+needs it. The compiler is told so layer by layer (`whole`, `pinned`): left to itself it gathers activations as well.
+"""
 
 import contextlib
 import contextvars
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+SMALLEST_SHARDED = 2**14  # elements; below that a copy on every device costs less than gathering it
 
 _target_platform = contextvars.ContextVar("target_platform", default=None)
 _batch_mesh = contextvars.ContextVar("batch_mesh", default=None)
@@ -49,3 +59,42 @@ def current_platform():
 def precision(dtype):
     """Full float32 products for float32 layers (TPUs and GPUs would otherwise round the inputs)."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def weight_spec(shape, fsdp):
+    """How a weight of this shape lies on `fsdp` devices: its largest axis that they divide is split, else none is."""
+    divisible = [axis for axis in sorted(range(len(shape)), key=lambda axis: -shape[axis]) if shape[axis] % fsdp == 0]
+    if fsdp == 1 or not divisible or math.prod(shape) < SMALLEST_SHARDED:
+        return PartitionSpec()
+    return PartitionSpec(*(("fsdp" if axis == divisible[0] else None) for axis in range(len(shape))))
+
+
+def pinned(x):
+    """`x` [B, ...], each device with its rows of the batch, and its gradient too."""
+    mesh = batch_mesh()
+    if mesh is None or mesh.size == 1 or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+
+
+def whole(weight):
+    """A weight on every device whole, as a layer uses it; its gradient is summed into the parts of `weight_spec`."""
+    mesh = batch_mesh()
+    spec = PartitionSpec() if mesh is None else weight_spec(weight.shape, mesh.shape.get("fsdp", 1))
+    return weight if spec == PartitionSpec() else _gathered(mesh, spec, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(mesh, spec, weight):
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec()))
+
+
+def _gathered_forward(mesh, spec, weight):
+    return _gathered(mesh, spec, weight), None
+
+
+def _gathered_backward(mesh, spec, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, spec)),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)

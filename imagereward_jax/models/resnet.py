@@ -6,6 +6,7 @@ from flax import nnx
 
 from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models.layers import Conv, GroupNorm, Linear
+from imagereward_jax.models.platform import pinned
 
 
 class ResnetBlock2D(nnx.Module):
@@ -29,11 +30,11 @@ class ResnetBlock2D(nnx.Module):
         return rematerialise.call(self._forward, x, time, remat=self.remat)
 
     def _forward(self, x, time):
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = pinned(self.conv1(jax.nn.silu(self.norm1(x))))
         if self.time_emb_proj is not None:
             y = y + self.time_emb_proj(time)[:, None, None, :]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return pinned(y + (x if self.conv_shortcut is None else self.conv_shortcut(x)))
 
 
 class Downsample2D(nnx.Module):
@@ -48,7 +49,7 @@ class Downsample2D(nnx.Module):
         self.conv = Conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        return rematerialise.call(self.conv, x, remat=self.remat)
+        return rematerialise.call(lambda x: pinned(self.conv(x)), x, remat=self.remat)
 
 
 class Upsample2D(nnx.Module):
@@ -60,7 +61,7 @@ class Upsample2D(nnx.Module):
 
     def __call__(self, x, size=None):
         """x: [B, H, W, C]; size: the height and width to end with, 2 H or 2 H - 1 (the same for W); None doubles."""
-        return rematerialise.call(lambda x: self.conv(nearest_double(x, size)), x, remat=self.remat)
+        return rematerialise.call(lambda x: pinned(self.conv(nearest_double(x, size))), x, remat=self.remat)
 
 
 def nearest_double(x, size=None):

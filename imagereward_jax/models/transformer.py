@@ -6,6 +6,7 @@ from flax import nnx
 from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models import stack
 from imagereward_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention, gelu, merge_heads, split_heads
+from imagereward_jax.models.platform import pinned
 
 
 class Placeholder(nnx.Module):
@@ -40,7 +41,7 @@ class GEGLU(nnx.Module):
         self.proj = Linear(in_features, 2 * out_features, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        value, gate = jnp.split(pinned(self.proj(x)), 2, axis=-1)
         return value * gelu(gate)
 
 
@@ -78,9 +79,9 @@ class BasicTransformerBlock(nnx.Module):
         return rematerialise.call(self._forward, x, context, remat=self.remat)
 
     def _forward(self, x, context):
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = pinned(x + self.attn1(self.norm1(x)))
+        x = pinned(x + self.attn2(self.norm2(x), context))
+        return pinned(x + self.ff(self.norm3(x)))
 
 
 class Transformer2DModel(nnx.Module):

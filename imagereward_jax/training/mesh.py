@@ -8,9 +8,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from imagereward_jax.models.platform import weight_spec
 from imagereward_jax.training.config import ConfigError
-
-SMALLEST_SHARDED = 2**14  # elements; below that a copy on every device costs less than gathering it
 
 
 def make_mesh(data, fsdp, devices=None):
@@ -59,19 +58,9 @@ def batch_sharding(mesh):
 
 
 def weight_shardings(mesh, tree):
-    """A sharding for each array (or shape) of `tree`: the largest axis that `fsdp` divides, else replicated."""
+    """A sharding for each array (or shape) of `tree`, by `weight_spec`."""
     size = mesh.shape["fsdp"]
-
-    def sharding(leaf):
-        axes = sorted(range(len(leaf.shape)), key=lambda axis: -leaf.shape[axis])
-        divisible = [axis for axis in axes if leaf.shape[axis] % size == 0]
-        if size == 1 or not divisible or np.prod(leaf.shape) < SMALLEST_SHARDED:
-            return replicated(mesh)
-        spec = [None] * len(leaf.shape)
-        spec[divisible[0]] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree.map(sharding, tree)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, weight_spec(leaf.shape, size)), tree)
 
 
 def check_batch(mesh, batch_size, accumulation):
