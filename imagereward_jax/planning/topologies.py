@@ -5,6 +5,8 @@ import importlib.util
 import math
 import os
 import re
+import sys
+from importlib import metadata
 
 import jax
 
@@ -114,9 +116,23 @@ def _tpu_devices(name):
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
+    if unfit := _libtpu_unfit():
+        print(f"warning: {unfit}", file=sys.stderr)
     # the two cores of a v4 chip are one device, as a run on one sees them
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+
+def _libtpu_unfit():
+    """What to say where libtpu is not of the version that jax was made for; None where it is."""
+    found = [re.match(r"libtpu==([\d.]+?)(\.\*)?\s*(;|$)", text) for text in metadata.requires("jax") or ()]
+    wanted, there = next((match[1] for match in found if match), None), metadata.version("libtpu")
+    if wanted is None or f"{there}.".startswith(f"{wanted}."):
+        return None
+    return (
+        f"libtpu {there} is installed, jax {jax.__version__} was made for {wanted}: if the step does not compile, "
+        f"pip install 'libtpu=={wanted}.*'"
+    )
 
 
 def _gpu_devices(kind, chips):

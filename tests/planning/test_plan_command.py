@@ -75,6 +75,15 @@ def test_what_to_install_is_said(name, extra, monkeypatch):
         find_topology(name).devices()
 
 
+@pytest.mark.parametrize("there, unfit", [("0.0.42.1", False), ("0.0.42", False), ("0.0.421", True), ("0.0.51", True)])
+def test_a_libtpu_of_another_version_is_named(there, unfit, monkeypatch):
+    monkeypatch.setattr(topologies.metadata, "version", lambda name: there)
+    monkeypatch.setattr(topologies.metadata, "requires", lambda name: ["x", "libtpu==0.0.42.*; extra == 'tpu'"])
+    said = topologies._libtpu_unfit()
+    assert (said is not None) is unfit
+    assert not unfit or (f"libtpu {there} is installed" in said and "pip install 'libtpu==0.0.42.*'" in said)
+
+
 def test_says_what_does_not_fit_and_what_would_help():
     from imagereward_jax.training.config import default_config
 
