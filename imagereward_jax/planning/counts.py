@@ -92,7 +92,7 @@ class _Module:
 
     def __init__(self, text):
         self.lines, self.types, self.entry, current = {}, {}, None, None
-        for line in text.splitlines():
+        for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # long tuples have comments that number their items
             if header := self.header.match(line):
                 current = header[2]
                 self.lines[current] = []
@@ -109,6 +109,8 @@ class _Module:
             totals = {}
             for _, result, operation, rest in self.lines.get(name, ()):
                 kind = operation.removesuffix("-start")
+                # how TPUs have a reduce-scatter: a fusion of this name, of an all-reduce and slices
+                kind = "reduce-scatter" if kind == "all-reduce" and name.startswith("all-reduce-scatter") else kind
                 if kind in COLLECTIVES:
                     totals[kind] = totals.get(kind, 0) + self._payload(result, operation, rest)
                 if operation.endswith("-done") or operation == "async-update":

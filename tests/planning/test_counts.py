@@ -187,6 +187,27 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
     assert counts.collective_bytes(text) == {"all-gather": 16 * 64 * 2, "all-reduce": 16}
 
 
+def test_long_tuples_and_a_tpus_reduce_scatter():
+    """libtpu's text: comments that number the items of a tuple; a reduce-scatter as a fusion of an all-reduce."""
+    text = """HloModule step
+
+%all-reduce-scatter.1.clone (x: bf16[64], y: bf16[64]) -> (bf16[8], bf16[8]) {
+  %x = bf16[64]{0} parameter(0)
+  %y = bf16[64]{0} parameter(1)
+  %sum = (bf16[64]{0:T(8,128)(2,1)}, bf16[64]{0:T(8,128)(2,1)}) all-reduce(%x, %y), to_apply=%add
+  ROOT %t = (bf16[8]{0}, bf16[8]{0}) tuple(%s, %s2)
+}
+
+ENTRY %main (a: bf16[64]) -> bf16[8] {
+  %a = bf16[64]{0} parameter(0)
+  %f = (bf16[8]{0}, bf16[8]{0}) fusion(%a, %a), kind=kCustom, calls=%all-reduce-scatter.1.clone
+  %all = (f32[1]{0}, f32[1]{0}, f32[1]{0}, f32[1]{0}, f32[1]{0}, /*index=5*/f32[3]{0}) all-reduce(%b), to_apply=%add
+  ROOT %r = bf16[8]{0} get-tuple-element(%f), index=0
+}
+"""
+    assert counts.collective_bytes(text) == {"all-reduce": 8 * 4, "reduce-scatter": 2 * 64 * 2}
+
+
 def test_reads_how_much_was_used_at_an_overflow():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded by 5.75G"
     assert counts.used_at_overflow(message) == int(21.5 * 2**30)
