@@ -51,6 +51,8 @@ def _flops_of(equation, while_trips):
         return while_trips * sum(inner)
     if name == "cond":
         return max(inner, default=0)
+    if name == "shard_map":  # its program is one device's
+        return params["mesh"].size * sum(inner)
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * sum(inner)
     return sum(inner)

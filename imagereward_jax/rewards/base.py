@@ -178,8 +178,10 @@ class Reward:
             self._placed = True
 
     def _chunk_size(self, count):
-        """Rows computed at a time: the batch size, or for fewer a power of two, so that few programs are compiled."""
-        rows = min(self.batch_size, 1 << (count - 1).bit_length())
+        """Rows computed at a time: the batch size, or for fewer `count` rounded up by less than a quarter, so that few
+        programs are compiled: 1 to 8, 10, 12, 14, 16, 20, 24, ..."""
+        step = 1 << max(0, (count - 1).bit_length() - 3)
+        rows = min(self.batch_size, -(-count // step) * step)
         return -(-rows // self._mesh.size) * self._mesh.size
 
     def _on_devices(self, array, rows):

@@ -114,6 +114,12 @@ with target_platform("tpu"), batch_over(mesh):
     gradient = jax.grad(lambda *x: attention(*x).astype(jnp.float32).sum(), (0, 1, 2))
     text = jax.jit(gradient).trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
     found["kernels"] = text.count("tpu_custom_call")
+
+def flops(over):
+    with batch_over(over):
+        return counts.flops(jax.jit(lambda *x: attention(*x, path="blocks")).trace(x, x, x).jaxpr)
+
+found["attention_flops"] = [flops(mesh), flops(None)]
 print(json.dumps(found))
 """
 
@@ -156,6 +162,12 @@ def test_counted_bytes_are_those_on_a_device(found):
 def test_tpu_attention_lowers_for_several_devices(found):
     """Forward, and the backward pass's two kernels; the compiler refuses kernels that it would have to split."""
     assert found["kernels"] >= 3
+
+
+def test_flops_of_a_program_written_for_one_device_count_on_all(found):
+    """Attention by `shard_map` has the operations of the same attention without."""
+    over_mesh, alone = found["attention_flops"]
+    assert over_mesh == alone == 2 * 2 * 8 * 2 * 1024 * 1024 * 64
 
 
 def test_a_tuple_of_asynchronous_gathers():
