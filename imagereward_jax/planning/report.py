@@ -56,16 +56,21 @@ def plan(config, topology):
         "compiler_message": None,
     }
     if sum(sizes.values()) <= topology.usable_bytes:
-        _compile(figures, config, traced)
+        _compile(figures, config, topology, traced)
     return figures
 
 
-def _compile(figures, config, traced):
+def _compile(figures, config, topology, traced):
     """Fills in what the compiled step tells."""
+    options = compile_options(config) or {}
+    if topology.platform == "gpu":
+        # A GPU would try out tiles for Triton's matrix products; without one the compiler takes a first guess, which
+        # does not divide some of ours. So all go to cuBLAS here.
+        options["xla_gpu_enable_triton_gemm"] = False
     lowered = traced.lower()
     start = time.monotonic()
     try:
-        compiled = lowered.compile(compile_options(config))
+        compiled = lowered.compile(options or None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

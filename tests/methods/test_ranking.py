@@ -1,6 +1,5 @@
 """The training of the reward model against the original's training code, written in PyTorch (tests/torch_blip.py)."""
 
-import functools
 import math
 
 import jax
@@ -12,6 +11,7 @@ from flax import nnx
 
 torch = pytest.importorskip("torch")
 import torch_blip
+from quick import quick_jit
 
 from imagereward_jax.methods.ranking import make_ranking_loss, pair_losses, trainable_mask
 from imagereward_jax.models import dropout
@@ -35,12 +35,6 @@ CONFIG = ImageRewardConfig(
 TRAINED_TENSORS, TRAINED_NUMBERS = 210, 140_488_929  # of 624 and 446,665,953
 CONFIG24 = VisionConfig(image_size=16, patch_size=8, width=16, depth=24, heads=2)
 RATES = {"dropout": 0.1, "drop_path": 0.3, "head_dropout": (0.2, 0.2, 0.1)}
-
-
-# Compiling takes most of the time of these tests; the results are run once or twice.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
 
 
 class Reward:

@@ -1,17 +1,10 @@
 """What the tests of the networks share: random PyTorch weights, their way into a network, measures of error."""
 
-import functools
-
 import jax
 import numpy as np
 from flax import nnx
 
 from imagereward_jax.weights import mapping
-
-# Compiling takes most of the time of these tests; the results are run once.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
 
 
 def randomise(torch_module, seed=0):

@@ -5,13 +5,15 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_same_layout, functional, quick_jit, randomise, relative_error, tensors_of
+from agreement import assert_same_layout, functional, randomise, relative_error, tensors_of
 from flax import nnx
+from quick import quick_jit
 
 from imagereward_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from imagereward_jax.weights import mapping
 
 torch = pytest.importorskip("torch")
+
 transformers = pytest.importorskip("transformers")
 
 # As CompVis published it with Stable Diffusion 1.4: eos_token_id is wrong there.

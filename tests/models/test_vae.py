@@ -11,7 +11,6 @@ from agreement import (
     count_checkpoints,
     from_torch_image,
     functional,
-    quick_jit,
     randomise,
     relative_error,
     tensors_of,
@@ -19,6 +18,7 @@ from agreement import (
     worst_gradient_error,
 )
 from flax import nnx
+from quick import quick_jit
 
 from imagereward_jax.models.remat import REMAT_POLICIES
 from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
