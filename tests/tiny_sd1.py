@@ -83,7 +83,8 @@ def random_params(pipeline):
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         if path[-1].key == "scale":
             return 1 + np.float32(0.2) * noise
-        return noise * np.float32(0.1 if len(leaf.shape) == 1 else np.prod(leaf.shape[:-1]) ** -0.5)
+        stacked = len(leaf.shape) in (3, 5)  # kernels of a stack of layers (models.stack)
+        return noise * np.float32(0.1 if path[-1].key == "bias" else np.prod(leaf.shape[stacked:-1]) ** -0.5)
 
     return jax.tree_util.tree_map_with_path(random, pipeline.abstract_params())
 

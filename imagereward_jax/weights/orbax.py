@@ -20,7 +20,7 @@ from imagereward_jax.weights.folders import new_folder
 from imagereward_jax.weights.mapping import CheckpointMismatch
 
 MANIFEST = "checkpoint.json"
-FORMAT = "imagereward-jax pipeline 1"
+FORMAT = "imagereward-jax pipeline 2"
 # Arrays are stored in pieces of at most this size, so that a device need not read much beyond its own part.
 _CHUNK_BYTES = 4 * 2**20
 
@@ -69,7 +69,9 @@ def read_manifest(folder):
         raise WeightsError(f"{folder}: no {MANIFEST}, so it is no checkpoint that convert/from_diffusers.py wrote")
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise WeightsError(f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}")
+        raise WeightsError(
+            f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}; convert it again"
+        )
     return manifest
 
 
