@@ -20,12 +20,14 @@ flops (of one chip, from the traced program), and what it ran on.
 import argparse
 import datetime
 import json
-import os
-import platform
-import re
-import sys
 import time
 
+from common import versions
+
+from imagereward_jax.plan import use_virtual_devices
+from imagereward_jax.planning.sizes import SD1, SDXL
+
+PACKAGES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin", "torch", "diffusers")
 SIZES = {"sd15": 512, "sdxl": 1024, "tiny": 64}
 TINY = {
     "sample_size": 8,
@@ -38,6 +40,7 @@ TINY = {
     "use_linear_projection": True,
     "norm_num_groups": 8,
 }
+UNETS = {"sd15": SD1["unet"], "sdxl": SDXL["unet"], "tiny": TINY}
 
 
 def parse_args():
@@ -52,13 +55,6 @@ def parse_args():
     parser.add_argument("--effort", type=float, default=0.0, help="of the compiler, -1 to 1 (config.compile_effort)")
     parser.add_argument("--torch", action="store_true", help="also torch.compile, on this machine")
     return parser.parse_args()
-
-
-def unet_settings(model):
-    """config.json of the UNet."""
-    from imagereward_jax.planning.published import SD1, SDXL
-
-    return {"sd15": SD1["unet"], "sdxl": SDXL["unet"], "tiny": TINY}[model]
 
 
 def inputs(settings, batch, latents):
@@ -78,13 +74,14 @@ def measure(args, remat):
     from imagereward_jax.models.platform import batch_over, target_platform
     from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
     from imagereward_jax.planning.counts import flops
+    from imagereward_jax.planning.program import placed
     from imagereward_jax.planning.topologies import find_topology
-    from imagereward_jax.training.mesh import batch_sharding, make_mesh, replicated
-    from imagereward_jax.training.step import cast
+    from imagereward_jax.training.mesh import batch_sharding, make_mesh, replicated, weight_shardings
+    from imagereward_jax.training.step import cast, compile_options
 
     topology = find_topology(args.topology)
     mesh = make_mesh(-1, 1, list(topology.devices()))
-    settings, dtype = unet_settings(args.model), jnp.dtype(args.dtype)
+    settings, dtype = UNETS[args.model], jnp.dtype(args.dtype)
     config = UNet2DConditionConfig.from_dict(settings)
     network = nnx.eval_shape(lambda: UNet2DConditionModel(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     layout, params = nnx.split(network)
@@ -98,9 +95,6 @@ def measure(args, remat):
         with batch_over(mesh):
             return jnp.square(forward(params, arrays)).mean()
 
-    def placed(tree, sharding):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
     batch = args.batch * topology.chips
     shapes = inputs(settings, batch, (args.resolution or SIZES[args.model]) // 8)
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
@@ -110,10 +104,11 @@ def measure(args, remat):
     start = time.perf_counter()
     with target_platform(topology.platform), batch_over(mesh):
         jitted = jax.jit(jax.grad(loss) if gradient else forward, out_shardings=outputs)
-        traced = jitted.trace(placed(params, replicated(mesh)), placed(arrays, batch_sharding(mesh)))
+        rows = jax.tree.map(lambda _: batch_sharding(mesh), arrays)
+        traced = jitted.trace(placed(params, weight_shardings(mesh, params)), placed(arrays, rows))
     lowered = traced.lower()
     compiling, busy = time.perf_counter(), time.process_time()
-    compiled = lowered.compile({"exec_time_optimization_effort": args.effort} if args.effort else None)
+    compiled = lowered.compile(compile_options(args.effort))
     done, busy = time.perf_counter(), time.process_time() - busy
     memory = compiled.memory_analysis()
     return {
@@ -132,7 +127,6 @@ def measure(args, remat):
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "flops": flops(traced.jaxpr) // topology.chips,
-        "jax": jax.__version__,
     }
 
 
@@ -141,7 +135,7 @@ def measure_torch(args):
     import torch
     from diffusers import UNet2DConditionModel
 
-    settings = unet_settings(args.model)
+    settings = UNETS[args.model]
     if settings.get("addition_embed_type"):
         raise SystemExit("--torch: sd15 and tiny only")
     unet = UNet2DConditionModel(**settings)
@@ -153,23 +147,21 @@ def measure_torch(args):
         loss = compiled(sample, 1, context).sample.square().mean()
         if args.kind == "gradient":
             loss.backward()
-    return {"torch_compile_seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__}
+    return {"torch_compile_seconds": round(time.perf_counter() - start, 1)}
 
 
 def main():
     args = parse_args()
     if args.torch and args.topology != "cpu:1":
         raise SystemExit("--torch compiles for this machine: pass --topology cpu:1")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # what compiles for other hardware needs no device
-    if found := re.fullmatch(r"cpu:([1-9]\d*)", args.topology):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={found[1]}"
+    use_virtual_devices(args.topology)
     for remat in args.remat:
         figures = measure(args, remat)
         if args.torch:
             figures |= measure_torch(args)
-        figures |= {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
+        figures |= {"date": datetime.date.today().isoformat(), "versions": versions(*PACKAGES)}
         print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -39,7 +39,8 @@ from common import (
     versions,
 )
 
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+from imagereward_jax.planning.sizes import SD1, SDXL
+
 MODELS = {
     "tiny": {
         "unet": unet_config(PRESETS["small"]),
@@ -51,37 +52,8 @@ MODELS = {
             "num_attention_heads": 4,
         },
     },
-    "sd15": {
-        "unet": unet_config(PRESETS["sd15"]),
-        "vae": vae_config(PRESETS["sd15"]),
-        "text_encoder": CLIP_L,
-    },
-    "sdxl": {
-        "unet": {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        "vae": vae_config(PRESETS["sd15"]) | {"scaling_factor": 0.13025},
-        "text_encoder": CLIP_L,
-        "text_encoder_2": {
-            "architectures": ("CLIPTextModelWithProjection",),
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 20,
-            "projection_dim": 1280,
-            "hidden_act": "gelu",
-        },
-    },
+    "sd15": SD1,
+    "sdxl": SDXL,
 }
 START, END, LENGTH = 49406, 49407, 77  # of CLIP's token ids
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers")

@@ -41,7 +41,7 @@ def parse_args(argv):
 def main(argv=None):
     """Parses, plans, prints; returns the exit status."""
     args, rest = parse_args(sys.argv[1:] if argv is None else argv)
-    _use_virtual_devices(args.topology)
+    use_virtual_devices(args.topology)
     from imagereward_jax.training.config import validate
 
     try:
@@ -82,7 +82,7 @@ def run(config, topology, args):
     return figures
 
 
-def _use_virtual_devices(name):
+def use_virtual_devices(name):
     """Makes jax see only the CPU, as the N devices of "cpu:N"; what compiles for other hardware needs no device."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if found := re.fullmatch(r"cpu:([1-9]\d*)", name):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from imagereward_jax.models.platform import batch_mesh, current_platform, pinned, precision
+from imagereward_jax.models.platform import batch_mesh, current_platform, pinned, precision, splitting_mesh
 
 PATHS = ("plain", "blocks", "pallas", "cudnn")
 LONG = 256 * 256  # query-key pairs from which on the whole matrix of logits is not worth storing
@@ -105,8 +105,8 @@ def _pallas(query, key, value):
 
 def _on_each_device(function, *arrays):
     """`function` of arrays [B, ...], each device with its rows, which the compiler does not find out by itself."""
-    mesh = batch_mesh()
-    if mesh is not None and mesh.size > 1 and arrays[0].shape[0] % mesh.size == 0:
+    mesh = splitting_mesh(arrays[0].shape[0])
+    if mesh is not None:
         rows = PartitionSpec(mesh.axis_names)
         function = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     return function(*arrays)

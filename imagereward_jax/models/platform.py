@@ -69,10 +69,16 @@ def weight_spec(shape, fsdp):
     return PartitionSpec(*(("fsdp" if axis == divisible[0] else None) for axis in range(len(shape))))
 
 
+def splitting_mesh(batch):
+    """The mesh over whose devices arrays of `batch` rows are split evenly; None where there is no such mesh."""
+    mesh = batch_mesh()
+    return mesh if mesh is not None and mesh.size > 1 and batch % mesh.size == 0 else None
+
+
 def pinned(x):
     """`x` [B, ...], each device with its rows of the batch, and its gradient too."""
-    mesh = batch_mesh()
-    if mesh is None or mesh.size == 1 or x.shape[0] % mesh.size:
+    mesh = splitting_mesh(x.shape[0])
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 

@@ -96,9 +96,9 @@ def trace(recipe, mesh, platform):
     )
     shardings = weight_shardings(mesh, recipe.state)
     arguments = (
-        _placed(recipe.state, shardings),
-        _placed(recipe.frozen, weight_shardings(mesh, recipe.frozen)),
-        _placed(recipe.batches, jax.tree.map(lambda _: batch_sharding(mesh), recipe.batches)),
+        placed(recipe.state, shardings),
+        placed(recipe.frozen, weight_shardings(mesh, recipe.frozen)),
+        placed(recipe.batches, jax.tree.map(lambda _: batch_sharding(mesh), recipe.batches)),
     )
     with target_platform(platform):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
@@ -164,7 +164,8 @@ def _in_dtype(tree, dtype):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree)
 
 
-def _placed(tree, shardings):
+def placed(tree, shardings):
+    """The shapes of `tree`, each with its sharding of a tree of the same structure."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
     )

@@ -62,7 +62,7 @@ def plan(config, topology):
 
 def _compile(figures, config, topology, traced):
     """Fills in what the compiled step tells."""
-    options = compile_options(config) or {}
+    options = compile_options(config.compile_effort)
     if topology.platform == "gpu":
         # A GPU would try out tiles for Triton's matrix products; without one the compiler takes a first guess, which
         # does not divide some of ours. So all go to cuBLAS here.
@@ -70,7 +70,7 @@ def _compile(figures, config, topology, traced):
     lowered = traced.lower()
     start = time.monotonic()
     try:
-        compiled = lowered.compile(options or None)
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -22,23 +22,11 @@ from imagereward_jax.training.metrics import Meter, make_writers
 from imagereward_jax.training.optimizer import make_optimizer
 from imagereward_jax.training.report import write_report
 from imagereward_jax.training.step import cast, compile_options, init_state, make_train_step
+from imagereward_jax.training.workdir import CONFIG, DONE, check_workdir, is_complete
 from imagereward_jax.weights.folders import new_folder
 
 # How collectives over TCP (gloo), NCCL and jax's coordination service say that a peer is gone.
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Gloo", "NCCL", "UNAVAILABLE")
-CONFIG, DONE = "config.json", "done.json"
-MAY_CHANGE = (
-    "steps",
-    "log_every",
-    "writers",
-    "checkpoint",
-    "eval",
-    "data.workers",
-    "mesh",
-    "max_skipped",
-    "profile",
-    "compilation_cache",
-)
 
 
 class RunError(RuntimeError):
@@ -51,10 +39,6 @@ class ProcessLost(RuntimeError):
     Raised where a collective operation fails. Where a process has several devices that wait for each other, it may not
     fail: then jax ends the process after 100 s, saying "another task died", unless a launcher did so before.
     """
-
-
-class WorkdirError(ValueError):
-    """The workdir belongs to another run, or to something else."""
 
 
 class Interrupted(Exception):
@@ -170,50 +154,6 @@ def _together(name):
         multihost_utils.sync_global_devices(f"imagereward_jax train: {name}")
 
 
-def is_complete(workdir, config):
-    """Whether the run reached its last step and left its export and report."""
-    done = workdir / DONE
-    return done.exists() and json.loads(done.read_text())["step"] >= config.steps
-
-
-def check_workdir(workdir, config):
-    """Refuses a workdir that is not this run's.
-
-    Raises:
-        WorkdirError: naming the fields that differ, or the files of something else.
-    """
-    path = workdir / CONFIG
-    if not path.exists():
-        if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
-            raise WorkdirError(f"{workdir} exists and is not the workdir of a run: choose another --workdir")
-        return
-    try:
-        there = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise WorkdirError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
-    there, now = (dict(_flat(tree)) for tree in (there, json.loads(config.to_json())))
-    names = sorted(name for name in there.keys() | now.keys() if not _may_change(name))
-    differ = [name for name in names if there.get(name) != now.get(name)]
-    if differ:
-        changes = "; ".join(f"config.{n}: {there.get(n)!r} there, {now.get(n)!r} now" for n in differ[:6])
-        more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
-        raise WorkdirError(
-            f"{workdir} holds another run ({changes}{more}): choose another --workdir, or pass what that run had"
-        )
-
-
-def _flat(tree, prefix=""):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _may_change(name):
-    return any(name == allowed or name.startswith(allowed + ".") for allowed in MAY_CHANGE)
-
-
 @contextlib.contextmanager
 def catch_signals():
     """A list that SIGTERM and SIGINT append to; a second Ctrl-C interrupts at once."""
@@ -309,7 +249,8 @@ class _Run:
         )
         start = time.monotonic()
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
-        compiled = jitted.lower(self.state, self.frozen, self.batches).compile(compile_options(self.config))
+        lowered = jitted.lower(self.state, self.frozen, self.batches)
+        compiled = lowered.compile(compile_options(self.config.compile_effort))
         self._say(f"compiled the training step in {time.monotonic() - start:.1f} s")
         return compiled
 

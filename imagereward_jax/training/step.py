@@ -46,9 +46,9 @@ class Phase(NamedTuple):
     loss: Callable
 
 
-def compile_options(config):
-    """What a step of this config is compiled with, for `Lowered.compile`."""
-    return {"exec_time_optimization_effort": config.compile_effort} if config.compile_effort else None
+def compile_options(effort):
+    """What `Lowered.compile` takes for `config.compile_effort`."""
+    return {"exec_time_optimization_effort": effort} if effort else {}
 
 
 def init_state(params, optimizer, *, seed, ema):

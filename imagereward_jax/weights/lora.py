@@ -77,13 +77,14 @@ def read_adapter(name_or_path, networks):
     path = find_adapter(name_or_path)
     parts = _gather(path, files.read_tensors(path), layer_aliases(networks))
     settings = _settings(path)
+    layouts = {network: mapping.torch_layout(networks[network]) for network in {name for name, _ in parts}}
     adapter = defaultdict(dict)
     for (network, name), tensors in sorted(parts.items()):
         absent = [half for half in ("down", "up") if half not in tensors]
         if absent:
             raise WeightsError(f"{path}: layer {network}.{name} has no {absent[0]} weight (lora_A is down, lora_B up)")
         down, up = tensors["down"], tensors["up"]
-        _check_shapes(path, f"{network}.{name}", down, up, _torch_kernel(networks[network], name))
+        _check_shapes(path, f"{network}.{name}", down, up, layouts[network][f"{name}.weight"].torch_shape)
         scale = _scale(settings, network, name, down.shape[0], tensors.get("alpha"))
         adapter[network][name] = LowRank(down, up, scale)
     return dict(adapter)
@@ -108,11 +109,6 @@ def _gather(path, tensors, aliases):
     if not parts:
         raise WeightsError(f"{path}: holds no adapter")
     return parts
-
-
-def _torch_kernel(network, name):
-    """Shape of a layer's weight in PyTorch."""
-    return mapping.torch_layout(network)[f"{name}.weight"].torch_shape
 
 
 def _check_shapes(path, layer, down, up, kernel):

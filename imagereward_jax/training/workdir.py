@@ -1,0 +1,65 @@
+"""Whose folder a workdir is: a run continues in its own, and in no other's."""
+
+import json
+
+CONFIG, DONE = "config.json", "done.json"
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "writers",
+    "checkpoint",
+    "eval",
+    "data.workers",
+    "mesh",
+    "max_skipped",
+    "profile",
+    "compilation_cache",
+)
+
+
+class WorkdirError(ValueError):
+    """The workdir belongs to another run, or to something else."""
+
+
+def is_complete(workdir, config):
+    """Whether the run reached its last step and left its export and report."""
+    done = workdir / DONE
+    return done.exists() and json.loads(done.read_text())["step"] >= config.steps
+
+
+def check_workdir(workdir, config):
+    """Refuses a workdir that is not this run's.
+
+    Raises:
+        WorkdirError: naming the fields that differ, or the files of something else.
+    """
+    path = workdir / CONFIG
+    if not path.exists():
+        if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+            raise WorkdirError(f"{workdir} exists and is not the workdir of a run: choose another --workdir")
+        return
+    try:
+        there = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise WorkdirError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
+    there, now = (dict(_flat(tree)) for tree in (there, json.loads(config.to_json())))
+    names = sorted(name for name in there.keys() | now.keys() if not _may_change(name))
+    differ = [name for name in names if there.get(name) != now.get(name)]
+    if differ:
+        changes = "; ".join(f"config.{n}: {there.get(n)!r} there, {now.get(n)!r} now" for n in differ[:6])
+        more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
+        raise WorkdirError(
+            f"{workdir} holds another run ({changes}{more}): choose another --workdir, or pass what that run had"
+        )
+
+
+def _flat(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _may_change(name):
+    return any(name == allowed or name.startswith(allowed + ".") for allowed in MAY_CHANGE)
