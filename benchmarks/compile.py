@@ -14,7 +14,8 @@ is with one execution, at the same size and in float32): only for "cpu:1", and o
 
 Prints JSON, a line for each `--remat`: trace_seconds, compile_seconds, compile_cpu_seconds (of all threads; what to
 compare on a machine that has other work), temp_bytes, argument_bytes, output_bytes,
-flops (of one chip, from the traced program), and what it ran on.
+flops (of one chip, from the traced program), and what it ran on; for a program that a chip has no room for, the
+compiler's words.
 """
 
 import argparse
@@ -108,9 +109,13 @@ def measure(args, remat):
         traced = jitted.trace(placed(params, weight_shardings(mesh, params)), placed(arrays, rows))
     lowered = traced.lower()
     compiling, busy = time.perf_counter(), time.process_time()
-    compiled = lowered.compile(compile_options(args.effort))
+    try:
+        memory = lowered.compile(compile_options(args.effort)).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"model": args.model, "topology": topology.name, "remat": remat, "error": str(error).splitlines()[0]}
     done, busy = time.perf_counter(), time.process_time() - busy
-    memory = compiled.memory_analysis()
     return {
         "model": args.model,
         "pass": args.kind,

@@ -33,7 +33,7 @@ def parse_args(argv):
     parser.add_argument(
         "--search",
         action="store_true",
-        help="also find the largest batch and the smallest slice that fit, by doubling; each try compiles",
+        help="also find the largest batch and the smallest slice that fit; each of some five tries compiles",
     )
     return parser.parse_known_args(argv)
 
@@ -62,7 +62,7 @@ def run(config, topology, args):
     """Plans and prints; returns the figures."""
     import jax
 
-    from imagereward_jax.planning import report
+    from imagereward_jax.planning import report, search
 
     def say(text):
         print(text, file=sys.stderr)
@@ -70,9 +70,9 @@ def run(config, topology, args):
     try:
         figures = report.plan(config, topology)
         if args.search:
-            samples, batch = report.largest_batch(config, topology, say)
+            samples, batch = search.largest_batch(config, topology, say, known=figures)
             figures["largest_batch"] = {"samples_per_chip": samples, "batch_size": batch}
-            figures["smallest_slice"] = report.smallest_slice(config, topology, say)
+            figures["smallest_slice"] = search.smallest_slice(config, topology, say, known=figures)
     except jax.errors.JaxRuntimeError as error:
         raise report.as_error(error) from error
     print(json.dumps(figures, indent=2) if args.json else report.as_text(figures, config))

@@ -1,12 +1,11 @@
-"""What a run needs on a topology, as figures and as text; the largest batch and the smallest slice that fit."""
+"""What a run needs on a topology, as figures and as text."""
 
 import time
 
 import jax
-from jax.sharding import AbstractMesh
 
 from imagereward_jax.planning import counts, program
-from imagereward_jax.planning.topologies import GIB, sizes_of_kind
+from imagereward_jax.planning.topologies import GIB
 from imagereward_jax.training.config import ConfigError
 from imagereward_jax.training.mesh import check_batch, make_mesh
 from imagereward_jax.training.step import compile_options
@@ -98,53 +97,18 @@ def _set_total(figures, total):
     figures["temp_bytes"] = sizes["temporaries"] = max(0, total - arguments)
 
 
-def largest_batch(config, topology, say):
-    """(samples a chip at a time, batch size) of the largest that fits, found by doubling; (0, 0) if one does not."""
-    best = (0, 0)
-    samples = 1
-    while True:
-        tried = config.copy_and_resolve_references()
-        tried.batch_size = samples * topology.chips * config.accumulation
-        figures = plan(tried, topology)
-        say(f"{samples} sample(s) a chip: {verdict(figures)}")
-        if not figures["fits"]:
-            return best
-        best = (samples, tried.batch_size)
-        samples *= 2
-
-
-def smallest_slice(config, topology, say):
-    """Name of the smallest topology of this kind of chip that fits, with the samples a chip and the accumulation of the
-    config and, where it has fsdp > 1, every chip along fsdp; None if none does."""
-    samples = max(1, config.batch_size // topology.chips // config.accumulation)
-    for other in sizes_of_kind(topology.name):
-        tried = config.copy_and_resolve_references()
-        tried.batch_size = samples * other.chips * config.accumulation
-        tried.mesh.data, tried.mesh.fsdp = (1, other.chips) if config.mesh.fsdp > 1 else (-1, 1)
-        mesh = AbstractMesh((other.chips // tried.mesh.fsdp, tried.mesh.fsdp), ("data", "fsdp"))
-        arguments = sum(program.arguments_on_a_device(program.abstract_recipe(tried), mesh).values())
-        if arguments > other.usable_bytes:
-            say(f"{other.name}: weights, moments and batch alone take {_gib(arguments)} a chip")
-            continue
-        figures = plan(tried, other)
-        say(f"{other.name}: {verdict(figures)}")
-        if figures["fits"]:
-            return other.name
-    return None
-
-
 def verdict(figures):
     """One line: whether it fits, with which numbers."""
     sizes = figures["bytes_per_chip"]
     if figures["fits"]:
         free = figures["usable_bytes"] - sizes["total"]
-        return f"fits: {_gib(sizes['total'])} of {_gib(figures['hbm_bytes'])} a chip, {_gib(free)} free"
+        return f"fits: {gib(sizes['total'])} of {gib(figures['hbm_bytes'])} a chip, {gib(free)} free"
     if figures["compile_seconds"] is None:
         return (
-            f"does not fit: weights, moments and batch alone take {_gib(sizes['total'])} a chip, of which a program "
-            f"may have {_gib(figures['usable_bytes'])}"
+            f"does not fit: weights, moments and batch alone take {gib(sizes['total'])} a chip, of which a program "
+            f"may have {gib(figures['usable_bytes'])}"
         )
-    return f"does not fit: {_gib(sizes['total'])} a chip, of which a program may have {_gib(figures['usable_bytes'])}"
+    return f"does not fit: {gib(sizes['total'])} a chip, of which a program may have {gib(figures['usable_bytes'])}"
 
 
 def advice(figures, config):
@@ -153,7 +117,7 @@ def advice(figures, config):
     arguments = sizes["parameters"] + sizes["moments"] + sizes["ema"] + sizes["frozen"]
     if config.mesh.fsdp < figures["chips"]:
         saved = arguments - arguments * config.mesh.fsdp // figures["chips"]
-        ways.append(f"--config.mesh.fsdp={figures['chips']} (about {_gib(saved)} a chip less)")
+        ways.append(f"--config.mesh.fsdp={figures['chips']} (about {gib(saved)} a chip less)")
     if figures["samples_per_chip"] > 1:
         rounds = config.accumulation * figures["samples_per_chip"]
         ways.append(f"--config.accumulation={rounds}, one sample a chip at a time")
@@ -178,13 +142,13 @@ def as_text(figures, config):
         "memory a chip",
     ]
     for name, size in sizes.items():
-        lines.append(f"  {name:<20}{'not known' if size is None else _gib(size):>12}")
+        lines.append(f"  {name:<20}{'not known' if size is None else gib(size):>12}")
     lines += ["", f"FLOPs a chip and step   {figures['flops_per_chip'] / 1e12:.4g} T"]
     lines.append(f"FLOPs an image          {figures['flops_per_image'] / 1e12:.4g} T")
     if figures["collective_bytes"] is not None:
         lines.append("bytes moved a chip and step, by collective")
         moved = figures["collective_bytes"]
-        lines += [f"  {name:<20}{_gib(size):>12}" for name, size in moved.items()] or ["  none"]
+        lines += [f"  {name:<20}{gib(size):>12}" for name, size in moved.items()] or ["  none"]
     if figures["compile_seconds"] is not None:
         lines.append(f"traced in {figures['trace_seconds']} s, compiled in {figures['compile_seconds']} s")
     if not figures["fits"]:
@@ -197,5 +161,6 @@ def as_error(error):
     return ConfigError(f"the step does not compile for this hardware: {str(error).splitlines()[0]}")
 
 
-def _gib(size):
+def gib(size):
+    """Bytes as text."""
     return f"{size / GIB:.2f} GiB"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,26 @@ def test_plans_for_virtual_devices(options):
     assert 0 < total <= figures["usable_bytes"] <= figures["hbm_bytes"]
     assert figures["flops_per_chip"] * 8 == pytest.approx(figures["flops_per_image"] * 16, rel=1e-6)
     assert figures["collective_bytes"]["all-reduce"] > 0 and figures["compile_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_searches_for_the_largest_batch_and_the_smallest_slice(options):
+    """With the real compiler: what one more step of the search would need is more than there is."""
+    done = command("--topology", "cpu:2", "--json", "--search", *options, "--config.mesh.fsdp=1")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    largest, tried = figures["largest_batch"], {}
+    for line in done.stderr.splitlines():
+        if found := re.match(r"(\d+) sample\(s\) a chip: (fits|does not fit): ([\d.]+) GiB", line):
+            tried[int(found[1])] = (found[2] == "fits", float(found[3]))
+    best, more = largest["samples_per_chip"], min(n for n, (fits, _) in tried.items() if not fits)
+    assert (
+        largest["batch_size"] == 2 * best
+        and tried[best][0]
+        and max(n for n, (fits, _) in tried.items() if fits) == best
+    )
+    assert tried[best][1] <= figures["usable_bytes"] / 2**30 < tried[more][1] and more - best <= best / 8
+    assert figures["smallest_slice"] == "cpu:1"
 
 
 def test_bad_input_is_refused(options):
