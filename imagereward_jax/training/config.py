@@ -42,7 +42,7 @@ def default_config(method):
     config.accumulation = 1  # rounds that a batch is split into: less memory, same gradient
     config.dtype = "float32"  # arithmetic; "bfloat16" keeps float32 master weights of what trains
     config.compilation_cache = True  # keep compiled programs for the next start, in ~/.cache/imagereward_jax/compiled
-    config.compile_effort = 0.0  # -1 to 1: what the compiler spends on a fast step; -1 compiles TPU steps sooner
+    config.compile_effort = 0.0  # -1 to 1: what the compiler spends on a fast step; -1 is for `plan` on TPUs
     config.max_skipped = 20  # updates in a row that non-finite gradients may cost before the run stops
 
     config.model = ml_collections.ConfigDict()
