@@ -2,6 +2,8 @@
 
 import json
 
+from imagereward_jax.training.config import default_config
+
 CONFIG, DONE = "config.json", "done.json"
 MAY_CHANGE = (
     "steps",
@@ -14,6 +16,7 @@ MAY_CHANGE = (
     "max_skipped",
     "profile",
     "compilation_cache",
+    "compile_effort",
 )
 
 
@@ -28,7 +31,7 @@ def is_complete(workdir, config):
 
 
 def check_workdir(workdir, config):
-    """Refuses a workdir that is not this run's.
+    """Refuses a workdir that is not this run's. A field that the run did not have yet had what is now its default.
 
     Raises:
         WorkdirError: naming the fields that differ, or the files of something else.
@@ -42,7 +45,8 @@ def check_workdir(workdir, config):
         there = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise WorkdirError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
-    there, now = (dict(_flat(tree)) for tree in (there, json.loads(config.to_json())))
+    now, default = (dict(_flat(json.loads(tree.to_json()))) for tree in (config, default_config(config.method.name)))
+    there = {name: default[name] for name in now.keys() & default.keys()} | dict(_flat(there))
     names = sorted(name for name in there.keys() | now.keys() if not _may_change(name))
     differ = [name for name in names if there.get(name) != now.get(name)]
     if differ:
