@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 
 import jax
 import numpy as np
@@ -21,41 +22,59 @@ def bytes_on_a_device(tree, shardings):
 
 
 def flops(jaxpr, while_trips=1):
-    """Floating-point operations of the products and convolutions of a traced program, over all devices together.
+    """Floating-point operations of the products and convolutions of a traced program, over all devices together; those
+    of integers count like others.
 
     Args:
         jaxpr: a `ClosedJaxpr` or `Jaxpr`. Loops of static length count as often as they run.
         while_trips: how often a loop of traced length runs.
     """
-    return sum(_flops_of(equation, while_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    return flops_by_dtype(jaxpr, while_trips).total()
+
+
+def flops_by_dtype(jaxpr, while_trips=1):
+    """The same as a Counter, by the name of the dtype of what is multiplied (of the two, the first operand's)."""
+    return _sum(_flops_of(equation, while_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
 def _flops_of(equation, while_trips):
+    """Counter of one equation."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        summed = math.prod(left[axis] for axis in contracted)
+        return _counted(equation, 2 * math.prod(equation.outvars[0].aval.shape) * summed)
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         taps = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+        count = 2 * math.prod(equation.outvars[0].aval.shape) * taps
         # of a dilated input (a strided convolution's gradient) only one in prod(dilation) taps meets a number
-        return 2 * math.prod(equation.outvars[0].aval.shape) * taps // math.prod(params["lhs_dilation"])
+        return _counted(equation, count // math.prod(params["lhs_dilation"]))
     if name.startswith("dot_product_attention"):  # cuDNN's kernel: two products forward, five backward
         (batch, queries, heads, size), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-        return 2 * batch * heads * queries * keys * size * (5 if "bwd" in name else 2)
-    inner = [flops(sub, while_trips) for sub in _inner(params)]
-    if name == "scan":
-        return params["length"] * sum(inner)
-    if name == "while":
-        return while_trips * sum(inner)
+        return _counted(equation, 2 * batch * heads * queries * keys * size * (5 if "bwd" in name else 2))
+    inner = [flops_by_dtype(sub, while_trips) for sub in _inner(params)]
     if name == "cond":
-        return max(inner, default=0)
+        return max(inner, key=Counter.total, default=Counter())
+    times = 1
+    if name == "scan":
+        times = params["length"]
+    if name == "while":
+        times = while_trips
     if name == "shard_map":  # its program is one device's
-        return params["mesh"].size * sum(inner)
+        times = params["mesh"].size
     if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid) * sum(inner)
-    return sum(inner)
+        times = math.prod(params["grid_mapping"].grid)
+    return Counter({dtype: times * count for dtype, count in _sum(inner).items()})
+
+
+def _counted(equation, count):
+    return Counter({equation.invars[0].aval.dtype.name: count})
+
+
+def _sum(counters):
+    return sum(counters, Counter())
 
 
 def _inner(params):

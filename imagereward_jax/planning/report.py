@@ -20,8 +20,9 @@ def plan(config, topology):
         "temporaries" (also "temp_bytes") are what the step needs beside its arguments, None where the step was not
         compiled because its arguments alone are too much, or where the compiler did not say. "flops_per_chip": of
         products and convolutions, recomputed ones included, the sampler's loop at its longest; an equal share of
-        what all chips compute. "flops_per_image": of all chips, divided by the batch. "compiled_flops": as the
-        compiler counts them, each loop's body once; None for NVIDIA's. "collective_bytes": by kind.
+        what all chips compute, and "flops_per_chip_by_dtype" the same by the dtype of what is multiplied.
+        "flops_per_image": of all chips, divided by the batch. "compiled_flops": as the compiler counts them, each
+        loop's body once; None for NVIDIA's. "collective_bytes": by kind.
 
     Raises:
         ConfigError: mesh or batch do not fit the number of chips. TopologyError: see `Topology.devices`.
@@ -32,7 +33,8 @@ def plan(config, topology):
     sizes = program.arguments_on_a_device(recipe, mesh)
     start = time.monotonic()
     traced = program.trace(recipe, mesh, topology.platform)
-    total_flops = counts.flops(traced.jaxpr, program.rollout_steps(config))
+    flops = counts.flops_by_dtype(traced.jaxpr, program.rollout_steps(config))
+    total_flops = flops.total()
     figures = {
         "topology": topology.name,
         "chips": topology.chips,
@@ -47,6 +49,7 @@ def plan(config, topology):
         "bytes_per_chip": {**sizes, "temporaries": None, "total": sum(sizes.values())},
         "temp_bytes": None,
         "flops_per_chip": total_flops // topology.chips,
+        "flops_per_chip_by_dtype": {dtype: count // topology.chips for dtype, count in flops.items()},
         "flops_per_image": total_flops // config.batch_size,
         "compiled_flops": None,
         "collective_bytes": None,
@@ -144,6 +147,7 @@ def as_text(figures, config):
     for name, size in sizes.items():
         lines.append(f"  {name:<20}{'not known' if size is None else gib(size):>12}")
     lines += ["", f"FLOPs a chip and step   {figures['flops_per_chip'] / 1e12:.4g} T"]
+    lines += [f"  {name:<22}{count / 1e12:.4g} T" for name, count in figures["flops_per_chip_by_dtype"].items()]
     lines.append(f"FLOPs an image          {figures['flops_per_image'] / 1e12:.4g} T")
     if figures["collective_bytes"] is not None:
         lines.append("bytes moved a chip and step, by collective")

@@ -36,6 +36,18 @@ def test_flops_of_products_and_loops():
     assert flops_of(dynamic, (3, 8), (8, 8), (1,), while_trips=7) == 7 * product
 
 
+def test_flops_by_dtype_count_integers_like_others():
+    def both(x, w):
+        narrow = jax.lax.dot(x.astype(jnp.int8), w.astype(jnp.int8), preferred_element_type=jnp.int32)
+        return jax.lax.scan(lambda carry, _: (carry @ w, None), x, None, length=5)[0] + narrow
+
+    product = 2 * 3 * 8 * 8
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 8), (8, 8))]
+    jaxpr = jax.jit(both).trace(*shapes).jaxpr
+    assert counts.flops_by_dtype(jaxpr) == {"float32": 5 * product, "int8": product}
+    assert counts.flops(jaxpr) == 6 * product
+
+
 def test_flops_of_a_strided_convolution_and_its_gradient():
     """Output positions x 9 taps x channels in and out; its gradient by the input meets as many numbers, not the zeros
     between them, give or take the border."""

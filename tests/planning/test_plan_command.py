@@ -115,6 +115,7 @@ def test_says_what_does_not_fit_and_what_would_help():
         "topology": "v5e:2x4", "chips": 8, "mesh": {"data": 8, "fsdp": 1}, "batch_size": 32, "accumulation": 2,
         "samples_per_chip": 2, "fits": False, "hbm_bytes": 16 * gib, "usable_bytes": 15.75 * gib,
         "bytes_per_chip": {**sizes, "temporaries": 6 * gib, "total": 20 * gib}, "flops_per_chip": 1e12,
+        "flops_per_chip_by_dtype": {"bfloat16": 3e11, "int8": 7e11},
         "flops_per_image": 1e12, "collective_bytes": None, "trace_seconds": 1, "compile_seconds": 2,
     }  # fmt: skip
     text = report.as_text(figures, config)
