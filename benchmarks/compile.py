@@ -3,6 +3,7 @@
     python benchmarks/compile.py --model sdxl --topology v5e:2x4                 # the gradient at 1024 px
     python benchmarks/compile.py --model sd15 --topology h200:1 --batch 8 --remat none blocks
     python benchmarks/compile.py --model sdxl --topology v5e:2x4 --pass forward
+    python benchmarks/compile.py --model sdxl --topology v5e:2x4 --pass forward --quantization none int8
 
 The program is the gradient of a mean square by all weights, or the network alone: bfloat16 weights and arithmetic,
 weights and gradients on every chip whole, `--batch` pictures a chip. Topologies are those of `imagereward_jax.plan`
@@ -12,14 +13,18 @@ weights and gradients on every chip whole, `--batch` pictures a chip. Topologies
 `--torch` PyTorch's `torch.compile` of diffusers' UNet is timed on this machine in the same run (its first call, that
 is with one execution, at the same size and in float32): only for "cpu:1", and of use at small sizes (--model tiny).
 
-Prints JSON, a line for each `--remat`: trace_seconds, compile_seconds, compile_cpu_seconds (of all threads; what to
-compare on a machine that has other work), temp_bytes, argument_bytes, output_bytes,
-flops (of one chip, from the traced program), and what it ran on; for a program that a chip has no room for, the
-compiler's words.
+`--quantization` compiles the network as `config.method.rollout_quantization` has it in the sampler's steps without
+gradient: its kernels are arguments that are quantised already.
+
+Prints JSON, a line for each `--remat` and `--quantization`: trace_seconds, compile_seconds, compile_cpu_seconds (of all
+threads; what to compare on a machine that has other work), temp_bytes, argument_bytes, output_bytes, flops and
+flops_by_dtype (of one chip, from the traced program; by what is multiplied), and what it ran on; for a program that a
+chip has no room for, the compiler's words.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import time
 
@@ -53,9 +58,13 @@ def parse_args():
     parser.add_argument("--resolution", type=int, help="pixels; default: the model's own")
     parser.add_argument("--remat", nargs="+", default=["blocks"], help="none, attention, blocks, full")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--quantization", nargs="+", default=["none"], help="none, int8, fp8; with --pass forward")
     parser.add_argument("--effort", type=float, default=0.0, help="of the compiler, -1 to 1 (config.compile_effort)")
     parser.add_argument("--torch", action="store_true", help="also torch.compile, on this machine")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.kind == "gradient" and args.quantization != ["none"]:
+        parser.error("--quantization is for --pass forward: gradients are never quantised")
+    return args
 
 
 def inputs(settings, batch, latents):
@@ -66,15 +75,16 @@ def inputs(settings, batch, latents):
     return shapes
 
 
-def measure(args, remat):
+def measure(args, remat, quantization):
     """The figures of one program."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
+    from imagereward_jax.models import quantized
     from imagereward_jax.models.platform import batch_over, target_platform
     from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
-    from imagereward_jax.planning.counts import flops
+    from imagereward_jax.planning.counts import flops_by_dtype
     from imagereward_jax.planning.program import placed
     from imagereward_jax.planning.topologies import find_topology
     from imagereward_jax.training.mesh import batch_sharding, make_mesh, replicated, weight_shardings
@@ -87,6 +97,8 @@ def measure(args, remat):
     network = nnx.eval_shape(lambda: UNet2DConditionModel(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     layout, params = nnx.split(network)
     params = jax.eval_shape(lambda tree: cast(tree, dtype), nnx.to_pure_dict(params))
+    if quantization != "none":
+        params = jax.eval_shape(lambda tree: quantized.quantize(network, tree, quantization), params)
 
     def forward(params, arrays):
         added = {name: arrays[name] for name in ("text_embeds", "time_ids") if name in arrays} or None
@@ -116,6 +128,7 @@ def measure(args, remat):
             raise
         return {"model": args.model, "topology": topology.name, "remat": remat, "error": str(error).splitlines()[0]}
     done, busy = time.perf_counter(), time.process_time() - busy
+    flops = {name: count // topology.chips for name, count in flops_by_dtype(traced.jaxpr).items()}
     return {
         "model": args.model,
         "pass": args.kind,
@@ -123,6 +136,7 @@ def measure(args, remat):
         "batch_per_chip": args.batch,
         "resolution": args.resolution or SIZES[args.model],
         "remat": remat,
+        "quantization": quantization,
         "dtype": args.dtype,
         "effort": args.effort,
         "trace_seconds": round(compiling - start, 1),
@@ -131,7 +145,8 @@ def measure(args, remat):
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
-        "flops": flops(traced.jaxpr) // topology.chips,
+        "flops": sum(flops.values()),
+        "flops_by_dtype": flops,
     }
 
 
@@ -160,8 +175,8 @@ def main():
     if args.torch and args.topology != "cpu:1":
         raise SystemExit("--torch compiles for this machine: pass --topology cpu:1")
     use_virtual_devices(args.topology)
-    for remat in args.remat:
-        figures = measure(args, remat)
+    for remat, quantization in itertools.product(args.remat, args.quantization):
+        figures = measure(args, remat, quantization)
         if args.torch:
             figures |= measure_torch(args)
         figures |= {"date": datetime.date.today().isoformat(), "versions": versions(*PACKAGES)}

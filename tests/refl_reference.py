@@ -52,6 +52,7 @@ class TinyReward:
 def method_config(**changes):
     config = ml_collections.ConfigDict(
         dict(num_steps=6, stop_min=2, stop_max=5, guidance_scale=1.0, height=64, width=64, threshold=2.0, scale=1e-3)
+        | {"rollout_quantization": "none"}
     )
     config.update(changes)
     return config

@@ -18,7 +18,9 @@ def draw_stop(key, batch, stop_min, stop_max):
     return jax.random.randint(key, (batch,), stop_min, stop_max + 1)
 
 
-def predict_images(pipeline, sampler, params, conditions, key, *, stop, latent_shape, guidance_scale=1.0):
+def predict_images(
+    pipeline, sampler, params, conditions, key, *, stop, latent_shape, guidance_scale=1.0, rollout_quantization="none"
+):
     """Images [B, H, W, 3] in [0, 1] predicted at each sample's `stop` index; only that step carries gradient.
 
     Args:
@@ -26,14 +28,17 @@ def predict_images(pipeline, sampler, params, conditions, key, *, stop, latent_s
         conditions: (cond, negative_cond or None) of the prompts.
         key: initial noise and the sampler's noise.
         latent_shape: (h, w, c).
+        rollout_quantization: of the steps before `stop`, see `TextToImage.quantized`.
     """
     cond, negative = conditions
 
     def denoise(params, latents, timesteps):
         return pipeline.denoise(params, latents, timesteps, cond, negative, guidance_scale)
 
+    frozen = pipeline.quantized(jax.lax.stop_gradient(params), rollout_quantization)
+
     def denoise_frozen(latents, timesteps):
-        return denoise(jax.lax.stop_gradient(params), latents, timesteps)
+        return denoise(frozen, latents, timesteps)
 
     noise_key, sampler_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, (stop.shape[0], *latent_shape))
@@ -77,6 +82,7 @@ def make_refl_loss(pipeline, reward, sampler, config):
             stop=stop,
             latent_shape=latent_shape,
             guidance_scale=config.guidance_scale,
+            rollout_quantization=config.rollout_quantization,
         )
         rewards, terms = apply_terms(reward, params["reward"], images, batch["reward"])
         value = refl_loss(rewards, threshold=config.threshold, scale=config.scale)

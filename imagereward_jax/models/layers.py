@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from imagereward_jax.models import quantized
 from imagereward_jax.models.attention import attention
 from imagereward_jax.models.lora import LoRASlot
 from imagereward_jax.models.platform import pinned, precision, whole
@@ -70,7 +71,11 @@ class Linear(LoRASlot, nnx.Module):
 
     def __call__(self, x):
         x = x.astype(self.dtype)
-        y = self._product(x, whole(self.kernel[...].astype(self.dtype)))
+        kernel = self.kernel[...]
+        if quantized.is_quantized(kernel):
+            y = quantized.linear(x, kernel)
+        else:
+            y = self._product(x, whole(kernel.astype(self.dtype)))
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))
@@ -107,7 +112,11 @@ class Conv(LoRASlot, nnx.Module):
 
     def __call__(self, x):
         x = x.astype(self.dtype)
-        y = self._product(x, whole(self.kernel[...].astype(self.dtype)))
+        kernel = self.kernel[...]
+        if quantized.is_quantized(kernel):
+            y = quantized.conv(x, kernel, self.stride, self.padding)
+        else:
+            y = self._product(x, whole(kernel.astype(self.dtype)))
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))

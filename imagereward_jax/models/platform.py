@@ -83,11 +83,27 @@ def pinned(x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
+def divided(weight):
+    """A weight as `weight_spec` divides it over the devices, whatever the compiler would rather do."""
+    mesh, spec = batch_mesh(), _batch_spec(weight)
+    return weight if spec == PartitionSpec() else jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
+
+
+def everywhere(x):
+    """A small array on every device whole, from here on."""
+    mesh = batch_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
 def whole(weight):
     """A weight on every device whole, as a layer uses it; its gradient is summed into the parts of `weight_spec`."""
+    spec = _batch_spec(weight)
+    return weight if spec == PartitionSpec() else _gathered(batch_mesh(), spec, weight)
+
+
+def _batch_spec(weight):
     mesh = batch_mesh()
-    spec = PartitionSpec() if mesh is None else weight_spec(weight.shape, mesh.shape.get("fsdp", 1))
-    return weight if spec == PartitionSpec() else _gathered(mesh, spec, weight)
+    return PartitionSpec() if mesh is None else weight_spec(weight.shape, mesh.shape.get("fsdp", 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -14,7 +14,7 @@ from flax import nnx
 
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.schedule import NoiseSchedule
-from imagereward_jax.models import lora
+from imagereward_jax.models import lora, quantized
 from imagereward_jax.weights import diffusers, mapping, networks
 
 
@@ -168,6 +168,13 @@ class TextToImage:
         both = self._predict(params, jnp.concatenate([latents] * 2), jnp.concatenate([timesteps] * 2), conds)
         negative, positive = jnp.split(both, 2)
         return negative + guidance_scale * (positive - negative)
+
+    def quantized(self, params, kind):
+        """`params` for `denoise` without gradient: the UNet's kernels in "int8" or "fp8" (`models.quantized`), or, with
+        "none", all as they are."""
+        if kind == "none":
+            return params
+        return {**params, "unet": quantized.quantize(self.networks["unet"], params["unet"], kind)}
 
     def decode(self, params, latents):
         """Images float32 [B, H, W, 3], about in [0, 1] and not clipped, from scaled latents."""

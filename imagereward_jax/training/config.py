@@ -13,7 +13,7 @@ import ml_collections
 
 from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.diffusion.schedule import PREDICTION_TYPES
-from imagereward_jax.models import lora
+from imagereward_jax.models import lora, quantized
 
 METHODS = ("refl", "denoising", "autoencoder", "ranking")
 PRETRAIN_MODES = ("off", "alternate", "add")
@@ -22,6 +22,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
 FILE_DTYPES = ("float32", "bfloat16", "float16")
 RANKING_MODES = ("groups", "pairs")
+ROLLOUT_QUANTIZATIONS = ("none", *quantized.DTYPES)
 REMAT = ("none", "blocks", "attention", "full")
 
 
@@ -170,6 +171,7 @@ def _refl_defaults(config):
     method.num_steps = 40  # sampler steps of a whole generation
     method.stop_min = 30  # the step that carries the gradient is drawn for each sample in [stop_min, stop_max]
     method.stop_max = 39
+    method.rollout_quantization = "none"  # of the UNet in the steps without gradient: none, int8, fp8; needs qwix
     method.guidance_scale = 1.0  # at most 1: no guidance while training, half the work
     method.negative_prompt = ""
     method.height = 512
@@ -357,6 +359,12 @@ def _validate_refl(config):
     _choice(config, "method.pretrain", PRETRAIN_MODES)
     if method.pretrain != "off":
         _given(config, "data.pairs", " (or config.method.pretrain='off' to tune without the denoising loss)")
+    _choice(config, "method.rollout_quantization", ROLLOUT_QUANTIZATIONS)
+    if method.rollout_quantization != "none" and importlib.util.find_spec("qwix") is None:
+        raise ConfigError(
+            f"config.method.rollout_quantization={method.rollout_quantization!r} needs qwix: "
+            "pip install 'imagereward-jax[quantization]', or qwix alone"
+        )
     _at_least(config, "method.num_steps", 1)
     if not 0 <= method.stop_min <= method.stop_max < method.num_steps:
         raise ConfigError(

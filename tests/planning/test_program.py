@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 pytest.importorskip("ml_collections")
 
 from imagereward_jax.planning import program
+from imagereward_jax.planning.counts import flops_by_dtype
 from imagereward_jax.planning.published import abstract_pipeline, abstract_reward
 from imagereward_jax.training.config import ConfigError, default_config
 from imagereward_jax.training.mesh import make_mesh
@@ -71,6 +72,21 @@ def test_built_in_models_are_as_their_config_says():
     config.model.path = config.reward.path = "tiny-shapes"
     assert abstract_pipeline(config).configs["unet"].block_out_channels[0] < 320
     assert count(abstract_reward(config.reward, "float32").params) < 1e7
+
+
+def test_a_plan_has_the_sampler_in_int8_and_the_rest_as_it_was():
+    """The whole step of a recipe, both losses and updates: with the loop run never, once and five times."""
+    pytest.importorskip("qwix")
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    counted = {}
+    for kind in ("none", "int8"):
+        recipe = recipe_of("refl_tiny", **{"method.rollout_quantization": kind, "batch_size": 1})
+        jaxpr = program.trace(recipe, mesh, "cpu").jaxpr
+        counted[kind] = [flops_by_dtype(jaxpr, trips) for trips in (0, 1, 5)]
+    assert set(counted["none"][1]) == {"float32"} and counted["int8"][0] == counted["none"][0]
+    assert [by.total() for by in counted["int8"]] == [by.total() for by in counted["none"]]
+    _, once, five = counted["int8"]
+    assert five["int8"] == 5 * once["int8"] > 0
 
 
 def test_a_model_of_unknown_sizes_is_refused():

@@ -38,6 +38,21 @@ def test_the_nearest_choice_is_named():
     assert did_you_mean("xyz", ("ddpm", "ddim")) == ""
 
 
+def quantized(kind):
+    config = recipe(ROOT / "configs/refl_tiny.py").get_config()
+    config.method.rollout_quantization = kind
+    return config
+
+
+def test_a_quantised_rollout_needs_a_known_kind_and_qwix(monkeypatch):
+    with pytest.raises(ConfigError, match=r"rollout_quantization='int4': expected one of none, int8, fp8"):
+        validate(quantized("int4"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    validate(quantized("none"))
+    with pytest.raises(ConfigError, match=r"rollout_quantization='fp8' needs qwix: pip install"):
+        validate(quantized("fp8"))
+
+
 def test_a_method_without_data_says_what_to_pass():
     with pytest.raises(ConfigError, match=r"--config\.data\.pairs="):
         validate(default_config("denoising"))

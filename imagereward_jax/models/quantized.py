@@ -1,0 +1,91 @@
+"""Kernels of one byte a weight, int8 or float8_e4m3fn, for products that need no gradient; the arithmetic is qwix's.
+
+`quantize` puts such kernels where a network's parameters had arrays, once for as long as the weights stay the same, and
+`Linear` and `Conv` then multiply by them: nothing else has to know, and parameters that carry gradient never hold one.
+
+Weights are scaled by the largest magnitude of each output channel; activations, as they come, by that of each token or
+pixel, or of each picture where a convolution mixes pixels. int8 products are summed in int32, float8 ones in float32,
+and the scales are float32. Attention's own products, norms and low-rank (LoRA) products stay as they are; so do the
+layers of `KEPT`: the first and last convolution, whose four channels decide about single pixels, and what embeds the
+time, one row a picture.
+
+TPU v5e and NVIDIA H200 programs hold int8 and float8 products and convolutions as such; which of them the hardware has
+units for is its own matter (v5e: int8).
+"""
+
+import functools
+import operator
+
+import jax.numpy as jnp
+from flax import nnx
+
+from imagereward_jax.models import stack
+from imagereward_jax.models.lora import LoRASlot
+from imagereward_jax.models.params import join
+from imagereward_jax.models.platform import divided, everywhere, whole
+
+DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
+
+
+def quantize(network, params, kind):
+    """`params` of an abstract UNet with every kernel of a `Linear` or `Conv`, but those of `KEPT`, as a `qwix.QArray`.
+
+    Each device quantises its own part of a weight, so that what is gathered later is one byte a weight.
+
+    Args:
+        kind: "int8" or "fp8".
+    """
+    stacks, kernels = stack.depths(network), {}
+    for path, layer in nnx.iter_modules(network):
+        if not isinstance(layer, LoRASlot) or set(path) & set(KEPT):
+            continue
+        kernel = functools.reduce(operator.getitem, path, params)["kernel"]
+        stacked = stack.numbered(path, stacks)[0][1] is not None
+        own_scale = (0, kernel.ndim - 1) if stacked else (kernel.ndim - 1,)
+        quantized = _quantize(kernel, DTYPES[kind], own_scale)
+        quantized = quantized.replace(qvalue=divided(quantized.qvalue), scale=everywhere(quantized.scale))
+        own = functools.reduce(lambda inner, name: {name: inner}, reversed(path), {"kernel": quantized})
+        kernels = join(kernels, own)
+    return join(params, kernels)
+
+
+def is_quantized(kernel):
+    """Whether a kernel is one of `quantize`."""
+    return hasattr(kernel, "qvalue")
+
+
+def linear(x, kernel):
+    """`x @ kernel` over the last axis, in the dtype of `x` [..., in]; kernel: quantised, [in, out]."""
+    import qwix
+
+    last = x.ndim - 1
+    rows = _quantize(x, kernel.qvalue.dtype, range(last))
+    return qwix.dot_general(rows, _whole(kernel), (((last,), (0,)), ((), ()))).astype(x.dtype)
+
+
+def conv(x, kernel, stride, padding):
+    """2-D convolution in the dtype of `x` [B, H, W, in]; kernel: quantised, [k, k, in, out].
+
+    Args:
+        stride: along both axes. padding: ((top, bottom), (left, right)).
+    """
+    import qwix
+
+    if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
+        return linear(x, kernel[0, 0])  # a scale for each pixel
+    pictures = _quantize(x, kernel.qvalue.dtype, (0,))
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = qwix.conv_general_dilated(pictures, _whole(kernel), (stride, stride), padding, dimension_numbers=layout)
+    return y.astype(x.dtype)
+
+
+def _quantize(array, dtype, own_scale):
+    """own_scale: axes along which every index has a scale of its own."""
+    import qwix
+
+    return qwix.quantize(array.astype(jnp.float32), dtype, channelwise_axes=tuple(own_scale))
+
+
+def _whole(kernel):
+    return kernel.replace(qvalue=whole(kernel.qvalue))
