@@ -120,6 +120,8 @@ def _tpu_devices(name):
         print(f"warning: {unfit}", file=sys.stderr)
     # the two cores of a v4 chip are one device, as a run on one sees them
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    if name.endswith(":1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)  # otherwise four
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 

@@ -96,6 +96,24 @@ def test_what_to_install_is_said(name, extra, monkeypatch):
         find_topology(name).devices()
 
 
+EVERY_SLICE = """
+import json
+from imagereward_jax.planning.topologies import TPUS, find_topology
+slices = [find_topology(f"{kind}:{shape}") for kind, (shapes, _) in TPUS.items() for shape in shapes]
+print(json.dumps([(topology.name, topology.chips, len(topology.devices())) for topology in slices]))
+"""
+
+
+def test_libtpu_knows_every_slice():
+    """From one chip alone (v5e:1x1) to whole pods, with as many devices as the name says chips."""
+    pytest.importorskip("libtpu")
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", EVERY_SLICE], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) > 20 and all(chips == devices for _, chips, devices in found), found
+
+
 @pytest.mark.parametrize("there, unfit", [("0.0.42.1", False), ("0.0.42", False), ("0.0.421", True), ("0.0.51", True)])
 def test_a_libtpu_of_another_version_is_named(there, unfit, monkeypatch):
     monkeypatch.setattr(topologies.metadata, "version", lambda name: there)
