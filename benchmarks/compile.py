@@ -17,9 +17,9 @@ is with one execution, at the same size and in float32): only for "cpu:1", and o
 gradient: its kernels are arguments that are quantised already.
 
 Prints JSON, a line for each `--remat` and `--quantization`: trace_seconds, compile_seconds, compile_cpu_seconds (of all
-threads; what to compare on a machine that has other work), temp_bytes, argument_bytes, output_bytes, flops and
-flops_by_dtype (of one chip, from the traced program; by what is multiplied), and what it ran on; for a program that a
-chip has no room for, the compiler's words.
+threads; what to compare on a machine that has other work), temp_bytes, host_temp_bytes, argument_bytes, output_bytes,
+flops and flops_by_dtype (of one chip, from the traced program; by what is multiplied), and what it ran on; for a
+program that a chip has no room for, the compiler's words.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def parse_args():
     parser.add_argument("--pass", dest="kind", choices=("gradient", "forward"), default="gradient")
     parser.add_argument("--batch", type=int, default=1, help="pictures a chip")
     parser.add_argument("--resolution", type=int, help="pixels; default: the model's own")
-    parser.add_argument("--remat", nargs="+", default=["blocks"], help="none, attention, blocks, full")
+    parser.add_argument("--remat", nargs="+", default=["blocks"], help="none, attention, blocks, full, offload")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--quantization", nargs="+", default=["none"], help="none, int8, fp8; with --pass forward")
     parser.add_argument("--effort", type=float, default=0.0, help="of the compiler, -1 to 1 (config.compile_effort)")
@@ -86,9 +86,10 @@ def measure(args, remat, quantization):
     from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
     from imagereward_jax.planning.counts import flops_by_dtype
     from imagereward_jax.planning.program import placed
+    from imagereward_jax.planning.report import options_for
     from imagereward_jax.planning.topologies import find_topology
     from imagereward_jax.training.mesh import batch_sharding, make_mesh, replicated, weight_shardings
-    from imagereward_jax.training.step import cast, compile_options
+    from imagereward_jax.training.step import cast
 
     topology = find_topology(args.topology)
     mesh = make_mesh(-1, 1, list(topology.devices()))
@@ -122,7 +123,7 @@ def measure(args, remat, quantization):
     lowered = traced.lower()
     compiling, busy = time.perf_counter(), time.process_time()
     try:
-        memory = lowered.compile(compile_options(args.effort)).memory_analysis()
+        memory = lowered.compile(options_for(topology, args.effort)).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -143,6 +144,7 @@ def measure(args, remat, quantization):
         "compile_seconds": round(done - compiling, 1),
         "compile_cpu_seconds": round(busy, 1),
         "temp_bytes": memory.temp_size_in_bytes,
+        "host_temp_bytes": memory.host_temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "flops": sum(flops.values()),

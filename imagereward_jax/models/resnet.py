@@ -15,7 +15,7 @@ class ResnetBlock2D(nnx.Module):
     def __init__(
         self, in_channels, out_channels, *, time_features=None, groups, eps, remat="none", dtype=jnp.float32, rngs
     ):
-        self.remat = remat == "blocks"
+        self.mode = rematerialise.mode(remat, "blocks")
         self.norm1 = GroupNorm(groups, in_channels, eps=eps, dtype=dtype)
         self.conv1 = Conv(in_channels, out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
         timed = time_features is not None
@@ -27,7 +27,7 @@ class ResnetBlock2D(nnx.Module):
 
     def __call__(self, x, time=None):
         """x: [B, H, W, in_channels]; time: [B, time_features] after SiLU. Returns [B, H, W, out_channels]."""
-        return rematerialise.call(self._forward, x, time, remat=self.remat)
+        return rematerialise.call(self._forward, x, time, mode=self.mode)
 
     def _forward(self, x, time):
         y = pinned(self.conv1(jax.nn.silu(self.norm1(x))))
@@ -45,23 +45,23 @@ class Downsample2D(nnx.Module):
     """
 
     def __init__(self, channels, *, padding=1, remat="none", dtype=jnp.float32, rngs):
-        self.remat = remat == "blocks"
+        self.mode = rematerialise.mode(remat, "blocks")
         self.conv = Conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        return rematerialise.call(lambda x: pinned(self.conv(x)), x, remat=self.remat)
+        return rematerialise.call(lambda x: pinned(self.conv(x)), x, mode=self.mode)
 
 
 class Upsample2D(nnx.Module):
     """Doubles height and width (nearest neighbour), then convolves."""
 
     def __init__(self, channels, *, remat="none", dtype=jnp.float32, rngs):
-        self.remat = remat == "blocks"
+        self.mode = rematerialise.mode(remat, "blocks")
         self.conv = Conv(channels, channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, size=None):
         """x: [B, H, W, C]; size: the height and width to end with, 2 H or 2 H - 1 (the same for W); None doubles."""
-        return rematerialise.call(lambda x: pinned(self.conv(nearest_double(x, size))), x, remat=self.remat)
+        return rematerialise.call(lambda x: pinned(self.conv(nearest_double(x, size))), x, mode=self.mode)
 
 
 def nearest_double(x, size=None):

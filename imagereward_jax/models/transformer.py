@@ -16,9 +16,9 @@ class Placeholder(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention of `features` wide queries to a context of `context_features` (None: to itself)."""
 
-    def __init__(self, features, heads, *, context_features=None, bias=False, remat=False, dtype=jnp.float32, rngs):
+    def __init__(self, features, heads, *, context_features=None, bias=False, remat="none", dtype=jnp.float32, rngs):
         context_features = context_features or features
-        self.heads, self.remat = heads, remat
+        self.heads, self.mode = heads, rematerialise.mode(remat, "attention")
         self.to_q = Linear(features, features, bias=bias, dtype=dtype, rngs=rngs)
         self.to_k = Linear(context_features, features, bias=bias, dtype=dtype, rngs=rngs)
         self.to_v = Linear(context_features, features, bias=bias, dtype=dtype, rngs=rngs)
@@ -31,7 +31,7 @@ class Attention(nnx.Module):
             split_heads(project(tokens), self.heads)
             for project, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
-        return self.to_out[0](merge_heads(rematerialise.call(attention, query, key, value, remat=self.remat)))
+        return self.to_out[0](merge_heads(rematerialise.call(attention, query, key, value, mode=self.mode)))
 
 
 class GEGLU(nnx.Module):
@@ -65,8 +65,8 @@ class BasicTransformerBlock(nnx.Module):
     """Pre-norm self-attention, cross-attention and feed-forward."""
 
     def __init__(self, features, heads, context_features, *, remat="none", dtype=jnp.float32, rngs):
-        self.remat = remat == "blocks"
-        options = {"remat": remat == "attention", "dtype": dtype, "rngs": rngs}
+        self.mode = rematerialise.mode(remat, "blocks")
+        options = {"remat": remat, "dtype": dtype, "rngs": rngs}
         self.norm1 = LayerNorm(features, dtype=dtype)
         self.attn1 = Attention(features, heads, **options)
         self.norm2 = LayerNorm(features, dtype=dtype)
@@ -76,7 +76,7 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x, context):
         """x: [B, T, features]; context: [B, S, context_features]. Returns [B, T, features]."""
-        return rematerialise.call(self._forward, x, context, remat=self.remat)
+        return rematerialise.call(self._forward, x, context, mode=self.mode)
 
     def _forward(self, x, context):
         x = pinned(x + self.attn1(self.norm1(x)))

@@ -188,7 +188,7 @@ class DownBlock(nnx.Module):
     """Residual blocks (each with a transformer in "CrossAttnDownBlock2D"), then a downsampler if `halve`."""
 
     def __init__(self, level, kind, in_channels, channels, *, layers, halve):
-        self.remat = level.remat == "full"
+        self.mode = rematerialise.mode(level.remat, "full")
         self.resnets = nnx.List([level.resnet(channels if i else in_channels, channels) for i in range(layers)])
         cross = kind == "CrossAttnDownBlock2D"
         self.attentions = nnx.List([level.transformer(channels) for _ in range(layers if cross else 0)])
@@ -197,7 +197,7 @@ class DownBlock(nnx.Module):
 
     def __call__(self, x, time, context):
         """Returns the result and the list of all intermediate images that the way up takes in."""
-        return rematerialise.call(self._forward, x, time, context, remat=self.remat)
+        return rematerialise.call(self._forward, x, time, context, mode=self.mode)
 
     def _forward(self, x, time, context):
         skips = []
@@ -216,12 +216,12 @@ class MidBlock(nnx.Module):
     """Residual block, transformer, residual block at the coarsest resolution."""
 
     def __init__(self, level, channels):
-        self.remat = level.remat == "full"
+        self.mode = rematerialise.mode(level.remat, "full")
         self.resnets = nnx.List([level.resnet(channels, channels) for _ in range(2)])
         self.attentions = nnx.List([level.transformer(channels)])
 
     def __call__(self, x, time, context):
-        return rematerialise.call(self._forward, x, time, context, remat=self.remat)
+        return rematerialise.call(self._forward, x, time, context, mode=self.mode)
 
     def _forward(self, x, time, context):
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -232,7 +232,7 @@ class UpBlock(nnx.Module):
     """Residual blocks that each take in one image of the way down, transformers as in `DownBlock`, an upsampler."""
 
     def __init__(self, level, kind, in_channels, skip_channels, channels, *, double):
-        self.remat = level.remat == "full"
+        self.mode = rematerialise.mode(level.remat, "full")
         widths = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nnx.List([level.resnet(a + b, channels) for a, b in zip(widths, skip_channels)])
         cross = kind == "CrossAttnUpBlock2D"
@@ -242,8 +242,8 @@ class UpBlock(nnx.Module):
 
     def __call__(self, x, skips, time, context, size):
         """skips: images to take in, the first one first; size: (height, width) to end with."""
-        forward = lambda x, skips, time, context: self._forward(x, skips, time, context, size)  # noqa: E731
-        return rematerialise.call(forward, x, skips, time, context, remat=self.remat)
+        forward = lambda images, time, context: self._forward(*images, time, context, size)  # noqa: E731
+        return rematerialise.call(forward, (x, skips), time, context, mode=self.mode)
 
     def _forward(self, x, skips, time, context, size):
         for i, resnet in enumerate(self.resnets):
@@ -269,7 +269,7 @@ class UNet2DConditionModel(nnx.Module):
 
     def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
         rematerialise.check_remat(remat)
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.mode = config, dtype, rematerialise.mode(remat, "blocks")
         rngs = Keys(rngs)
         channels = config.block_out_channels
         self.conv_in = Conv(
@@ -321,6 +321,9 @@ class UNet2DConditionModel(nnx.Module):
             count = len(block.resnets)
             taken, skips = skips[-count:][::-1], skips[:-count]
             x = block(x, taken, time, context, skips[-1].shape[1:3] if skips else None)
+        return rematerialise.call(self._finish, x, mode=self.mode)
+
+    def _finish(self, x):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
 
     def _embed_time(self, timesteps, batch, added_cond):

@@ -76,13 +76,13 @@ class MidAttention(Attention):
     """Single-head self-attention over all pixels, around a skip connection."""
 
     def __init__(self, channels, *, groups, remat, dtype, rngs):
-        super().__init__(channels, 1, bias=True, remat=remat == "attention", dtype=dtype, rngs=rngs)
-        self.remat_block = remat == "blocks"
+        super().__init__(channels, 1, bias=True, remat=remat, dtype=dtype, rngs=rngs)
+        self.block_mode = rematerialise.mode(remat, "blocks")
         self.group_norm = GroupNorm(groups, channels, eps=_EPS, dtype=dtype)
 
     def __call__(self, x):
         """x: [B, H, W, channels]; returns the same shape."""
-        return rematerialise.call(self._forward, x, remat=self.remat_block)
+        return rematerialise.call(self._forward, x, mode=self.block_mode)
 
     def _forward(self, x):
         batch, height, width, channels = x.shape
@@ -94,13 +94,13 @@ class MidBlock(nnx.Module):
     """Residual block, attention, residual block."""
 
     def __init__(self, channels, *, groups, remat, dtype, rngs):
-        self.remat = remat == "full"
+        self.mode = rematerialise.mode(remat, "full")
         options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         self.attentions = nnx.List([MidAttention(channels, **options)])
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, eps=_EPS, **options) for _ in range(2)])
 
     def __call__(self, x):
-        return rematerialise.call(self._forward, x, remat=self.remat)
+        return rematerialise.call(self._forward, x, mode=self.mode)
 
     def _forward(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
@@ -110,13 +110,13 @@ class ResampleBlock(nnx.Module):
     """Residual blocks, then the resampler that a subclass adds: `downsamplers` or `upsamplers`."""
 
     def __init__(self, in_channels, channels, *, layers, groups, remat, dtype, rngs):
-        self.remat = remat == "full"
+        self.mode = rematerialise.mode(remat, "full")
         options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         widths = [in_channels] + [channels] * (layers - 1)
         self.resnets = nnx.List([ResnetBlock2D(width, channels, eps=_EPS, **options) for width in widths])
 
     def __call__(self, x):
-        return rematerialise.call(self._forward, x, remat=self.remat)
+        return rematerialise.call(self._forward, x, mode=self.mode)
 
     def _forward(self, x):
         for layer in (*self.resnets, *self.resamplers()):
@@ -152,6 +152,7 @@ class Encoder(nnx.Module):
     """Images to the moments of the latents."""
 
     def __init__(self, config, *, remat, dtype, rngs):
+        self.mode = rematerialise.mode(remat, "blocks")
         options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         channels = config.block_out_channels
         self.conv_in = Conv(config.in_channels, channels[0], 3, padding=1, dtype=dtype, rngs=rngs)
@@ -169,13 +170,17 @@ class Encoder(nnx.Module):
         x = self.conv_in(images)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+        return rematerialise.call(self._finish, self.mid_block(x), mode=self.mode)
+
+    def _finish(self, x):
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nnx.Module):
     """Latents to images."""
 
     def __init__(self, config, *, remat, dtype, rngs):
+        self.mode = rematerialise.mode(remat, "blocks")
         options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         channels = config.block_out_channels[::-1]
         self.conv_in = Conv(config.latent_channels, channels[0], 3, padding=1, dtype=dtype, rngs=rngs)
@@ -193,6 +198,9 @@ class Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x)
+        return rematerialise.call(self._finish, x, mode=self.mode)
+
+    def _finish(self, x):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 

@@ -7,7 +7,7 @@ import jax
 from imagereward_jax.planning import counts, program
 from imagereward_jax.planning.topologies import GIB
 from imagereward_jax.training.config import ConfigError
-from imagereward_jax.training.mesh import check_batch, make_mesh
+from imagereward_jax.training.mesh import check_batch, check_remat, make_mesh
 from imagereward_jax.training.step import compile_options
 
 
@@ -18,17 +18,20 @@ def plan(config, topology):
         dict for JSON; bytes and FLOPs are those of one chip and one training step. "fits": whether the step can run.
         "hbm_bytes": memory of a chip, "usable_bytes": what of it a program may take. "bytes_per_chip": by kind;
         "temporaries" (also "temp_bytes") are what the step needs beside its arguments, None where the step was not
-        compiled because its arguments alone are too much, or where the compiler did not say. "flops_per_chip": of
-        products and convolutions, recomputed ones included, the sampler's loop at its longest; an equal share of
+        compiled because its arguments alone are too much, or where the compiler did not say. "host_temp_bytes": what it
+        keeps in the host's memory for a chip meanwhile (config.model.remat="offload"); None as those. "flops_per_chip":
+        of products and convolutions, recomputed ones included, the sampler's loop at its longest; an equal share of
         what all chips compute, and "flops_per_chip_by_dtype" the same by the dtype of what is multiplied.
         "flops_per_image": of all chips, divided by the batch. "compiled_flops": as the compiler counts them, each
         loop's body once; None for NVIDIA's. "collective_bytes": by kind.
 
     Raises:
-        ConfigError: mesh or batch do not fit the number of chips. TopologyError: see `Topology.devices`.
+        ConfigError: mesh or batch do not fit the number of chips, or remat not their kind. TopologyError: see
+            `Topology.devices`.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, list(topology.devices()))
     check_batch(mesh, config.batch_size, config.accumulation)
+    check_remat(mesh, config.model.remat)
     recipe = program.abstract_recipe(config)
     sizes = program.arguments_on_a_device(recipe, mesh)
     start = time.monotonic()
@@ -48,6 +51,7 @@ def plan(config, topology):
         "usable_bytes": topology.usable_bytes,
         "bytes_per_chip": {**sizes, "temporaries": None, "total": sum(sizes.values())},
         "temp_bytes": None,
+        "host_temp_bytes": None,
         "flops_per_chip": total_flops // topology.chips,
         "flops_per_chip_by_dtype": {dtype: count // topology.chips for dtype, count in flops.items()},
         "flops_per_image": total_flops // config.batch_size,
@@ -64,11 +68,7 @@ def plan(config, topology):
 
 def _compile(figures, config, topology, traced):
     """Fills in what the compiled step tells."""
-    options = compile_options(config.compile_effort)
-    if topology.platform == "gpu":
-        # A GPU would try out tiles for Triton's matrix products; without one the compiler takes a first guess, which
-        # does not divide some of ours. So all go to cuBLAS here.
-        options["xla_gpu_enable_triton_gemm"] = False
+    options = options_for(topology, config.compile_effort)
     lowered = traced.lower()
     start = time.monotonic()
     try:
@@ -87,10 +87,21 @@ def _compile(figures, config, topology, traced):
     kept = memory.argument_size_in_bytes + outputs + memory.generated_code_size_in_bytes
     _set_total(figures, kept + memory.temp_size_in_bytes)
     figures["temp_bytes"] = figures["bytes_per_chip"]["temporaries"] = memory.temp_size_in_bytes
+    figures["host_temp_bytes"] = memory.host_temp_size_in_bytes
     figures["fits"] = figures["bytes_per_chip"]["total"] <= figures["usable_bytes"]
     figures["collective_bytes"] = counts.collective_bytes(compiled.as_text(), program.rollout_steps(config))
     if flops := (compiled.cost_analysis() or {}).get("flops"):
         figures["compiled_flops"] = int(flops)
+
+
+def options_for(topology, effort):
+    """What `Lowered.compile` takes for hardware that is not here."""
+    options = compile_options(effort)
+    if topology.platform == "gpu":
+        # A GPU would try out tiles for Triton's matrix products; without one the compiler takes a first guess, which
+        # does not divide some of ours. So all go to cuBLAS here.
+        options["xla_gpu_enable_triton_gemm"] = False
+    return options
 
 
 def _set_total(figures, total):
@@ -124,8 +135,10 @@ def advice(figures, config):
     if figures["samples_per_chip"] > 1:
         rounds = config.accumulation * figures["samples_per_chip"]
         ways.append(f"--config.accumulation={rounds}, one sample a chip at a time")
-    if config.model.remat != "full":
-        ways.append("--config.model.remat=full, which computes more again")
+    if config.model.remat not in ("blocks", "offload"):  # "full" computes more again and yet holds more at once
+        ways.append("--config.model.remat=blocks, which computes more again and keeps less")
+    elif config.model.remat == "blocks" and not figures["topology"].startswith("cpu:"):
+        ways.append("--config.model.remat=offload, which keeps activations in the host's memory")
     if not config.lora.rank:
         ways.append("--config.lora.rank=4, which trains low-rank parameters alone")
     ways.append("a larger slice, or chips with more memory (--search names the smallest that fits)")
@@ -146,6 +159,8 @@ def as_text(figures, config):
     ]
     for name, size in sizes.items():
         lines.append(f"  {name:<20}{'not known' if size is None else gib(size):>12}")
+    if figures["host_temp_bytes"]:
+        lines.append(f"host memory for a chip {gib(figures['host_temp_bytes']):>11}")
     lines += ["", f"FLOPs a chip and step   {figures['flops_per_chip'] / 1e12:.4g} T"]
     lines += [f"  {name:<22}{count / 1e12:.4g} T" for name, count in figures["flops_per_chip_by_dtype"].items()]
     lines.append(f"FLOPs an image          {figures['flops_per_image'] / 1e12:.4g} T")

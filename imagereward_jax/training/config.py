@@ -14,6 +14,7 @@ import ml_collections
 from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.diffusion.schedule import PREDICTION_TYPES
 from imagereward_jax.models import lora, quantized
+from imagereward_jax.models.remat import REMAT_POLICIES
 
 METHODS = ("refl", "denoising", "autoencoder", "ranking")
 PRETRAIN_MODES = ("off", "alternate", "add")
@@ -23,7 +24,6 @@ DTYPES = ("float32", "bfloat16")
 FILE_DTYPES = ("float32", "bfloat16", "float16")
 RANKING_MODES = ("groups", "pairs")
 ROLLOUT_QUANTIZATIONS = ("none", *quantized.DTYPES)
-REMAT = ("none", "blocks", "attention", "full")
 
 
 class ConfigError(ValueError):
@@ -51,7 +51,9 @@ def default_config(method):
     config.model.variant = ml_collections.config_dict.placeholder(str)  # "fp16" reads *.fp16.safetensors
     config.model.vae_dtype = ml_collections.config_dict.placeholder(str)  # by default config.dtype; never "float16"
     config.model.prediction_type = ml_collections.config_dict.placeholder(str)  # instead of what the scheduler says
-    config.model.remat = "blocks"  # what the backward pass computes again: none, blocks, attention, full
+    # what the backward pass computes again: none, blocks, attention, full; offload: as blocks, but what is kept waits
+    # in the host's memory (TPUs, GPUs)
+    config.model.remat = "blocks"
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # devices along the batch; -1: all that are left
@@ -259,7 +261,7 @@ def validate(config):
     """
     _choice(config, "method.name", METHODS)
     _choice(config, "dtype", DTYPES)
-    _choice(config, "model.remat", REMAT)
+    _choice(config, "model.remat", REMAT_POLICIES)
     _choice(config, "model.vae_dtype", (None, *DTYPES))
     _choice(config, "model.prediction_type", (None, *PREDICTION_TYPES))
     _choice(config, "optimizer.schedule", SCHEDULES)

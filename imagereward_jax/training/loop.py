@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from imagereward_jax.training import checkpoints as ckpt
 from imagereward_jax.training.files import save_image, write_text
-from imagereward_jax.training.mesh import check_batch, make_mesh, put_batch, replicated, weight_shardings
+from imagereward_jax.training.mesh import check_batch, check_remat, make_mesh, put_batch, replicated, weight_shardings
 from imagereward_jax.training.metrics import Meter, make_writers
 from imagereward_jax.training.optimizer import make_optimizer
 from imagereward_jax.training.report import write_report
@@ -107,6 +107,7 @@ def train(config, build, workdir):
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(mesh, config.batch_size, config.accumulation)
+    check_remat(mesh, config.model.remat)
     check_workdir(workdir, config)
     if is_complete(workdir, config):
         return False

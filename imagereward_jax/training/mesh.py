@@ -77,6 +77,19 @@ def check_batch(mesh, batch_size, accumulation):
         )
 
 
+def check_remat(mesh, remat):
+    """Refuses to keep activations in the host's memory for devices that have no other.
+
+    Raises:
+        ConfigError: naming the field and what to pass.
+    """
+    if remat == "offload" and mesh.devices.flat[0].platform == "cpu":
+        raise ConfigError(
+            "config.model.remat='offload': CPU devices have no memory but the host's, so nothing would be saved; pass "
+            "--config.model.remat=blocks, which recomputes the same"
+        )
+
+
 def put_batch(mesh, batch):
     """This process's rows of a batch (nested dict of numpy arrays) as global arrays, sharded over the mesh."""
     sharding = batch_sharding(mesh)

@@ -5,6 +5,8 @@ import json
 from imagereward_jax.training.config import default_config
 
 CONFIG, DONE = "config.json", "done.json"
+# What may be another when a run continues: how long it goes on, what it reports, and what decides how the same numbers
+# are computed, not which (they then differ by rounding: mesh, compile_effort, model.remat).
 MAY_CHANGE = (
     "steps",
     "log_every",
@@ -17,6 +19,7 @@ MAY_CHANGE = (
     "profile",
     "compilation_cache",
     "compile_effort",
+    "model.remat",
 )
 
 

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CHILD = """
-import json, re
+import json, re, sys
 import jax, jax.numpy as jnp
 from flax import nnx
 from imagereward_jax.models.layers import Keys
@@ -18,13 +20,14 @@ from imagereward_jax.training.mesh import batch_sharding, make_mesh, weight_shar
 class Both(nnx.Module):
     def __init__(self):
         rngs = Keys(nnx.Rngs(0))
-        self.resnet = ResnetBlock2D(96, 64, time_features=256, groups=8, eps=1e-5, remat="blocks", rngs=rngs)
-        self.transformer = Transformer2DModel(64, 4, 128, depth=3, linear=True, groups=8, remat="blocks", rngs=rngs)
+        self.resnet = ResnetBlock2D(96, 64, time_features=256, groups=8, eps=1e-5, remat=remat, rngs=rngs)
+        self.transformer = Transformer2DModel(64, 4, 128, depth=3, linear=True, groups=8, remat=remat, rngs=rngs)
 
     def __call__(self, x, time, context):
         return self.transformer(self.resnet(x, time), context)
 
 mesh = make_mesh(2, 4)
+remat = sys.argv[1]
 layout, state = nnx.split(nnx.eval_shape(Both))
 params = nnx.to_pure_dict(state)
 
@@ -50,11 +53,12 @@ print(json.dumps({"moved": moved, "weights": weights}))
 """
 
 
-def test_weights_are_gathered_and_gradients_summed_and_nothing_else_moves():
+@pytest.mark.parametrize("remat", ["blocks", "offload"])
+def test_weights_are_gathered_and_gradients_summed_and_nothing_else_moves(remat):
     """The gradient of a residual block and a stack of three transformer blocks, attention by blocks among them."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-c", CHILD], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", CHILD, remat], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     weights = {tuple(shape) for shape in found["weights"]}

@@ -77,6 +77,8 @@ def test_bad_input_is_refused(options):
     """Before anything is compiled, with status 2 and one line."""
     done = command("--topology", "cpu:3", *options)
     assert done.returncode == 2 and done.stderr.startswith("error: config.mesh: data=1 x fsdp=4")
+    done = command("--topology", "cpu:8", "--config.model.remat=offload", *options)
+    assert done.returncode == 2 and "pass --config.model.remat=blocks" in done.stderr
     done = command("--topology", "v5e:2x5")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --topology v5e:2x5: unknown (did you mean 'v5e:2x4'?); v5e comes as v5e:1x1,")
@@ -133,9 +135,17 @@ def test_says_what_does_not_fit_and_what_would_help():
         "topology": "v5e:2x4", "chips": 8, "mesh": {"data": 8, "fsdp": 1}, "batch_size": 32, "accumulation": 2,
         "samples_per_chip": 2, "fits": False, "hbm_bytes": 16 * gib, "usable_bytes": 15.75 * gib,
         "bytes_per_chip": {**sizes, "temporaries": 6 * gib, "total": 20 * gib}, "flops_per_chip": 1e12,
-        "flops_per_chip_by_dtype": {"bfloat16": 3e11, "int8": 7e11},
-        "flops_per_image": 1e12, "collective_bytes": None, "trace_seconds": 1, "compile_seconds": 2,
+        "flops_per_chip_by_dtype": {"bfloat16": 3e11, "int8": 7e11}, "flops_per_image": 1e12,
+        "host_temp_bytes": None, "collective_bytes": None, "trace_seconds": 1, "compile_seconds": 2,
     }  # fmt: skip
     text = report.as_text(figures, config)
     assert "does not fit: 20.00 GiB a chip, of which a program may have 15.75 GiB" in text
     assert "- --config.mesh.fsdp=8 (about 12.25 GiB a chip less)\n- --config.accumulation=4, one sample" in text
+    assert "\n- --config.model.remat=offload, which" in text and "host memory" not in text
+    config.model.remat, figures["host_temp_bytes"] = "full", 3 * gib
+    text = report.as_text(figures, config)
+    assert "\n- --config.model.remat=blocks, which" in text and "host memory for a chip    3.00 GiB" in text
+    config.model.remat = "offload"
+    assert "--config.model.remat" not in report.as_text(figures, config)
+    config.model.remat, figures["topology"] = "blocks", "cpu:8"
+    assert "--config.model.remat" not in report.as_text(figures, config)

@@ -16,6 +16,7 @@ pytest.importorskip("grain")
 from toy import build_toy, main, toy_config
 
 from imagereward_jax.training.checkpoints import CheckpointError
+from imagereward_jax.training.config import ConfigError
 from imagereward_jax.training.loop import Evaluation, Interrupted, RunError, train
 from imagereward_jax.training.metrics import Meter, read_rows
 from imagereward_jax.training.workdir import WorkdirError
@@ -115,6 +116,28 @@ def test_the_workdir_of_another_run_is_refused(clean):
         train(toy_config(seed=1), build_toy, clean)
     with pytest.raises(WorkdirError, match="not the workdir of a run"):
         train(toy_config(), build_toy, clean.parent)
+
+
+def test_a_run_continues_with_another_way_to_compute_the_same(clean, tmp_path):
+    """From step 6 on with another remat and compile_effort, the latter unknown to the version that began."""
+    workdir = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(toy_config(), lambda config, mesh: build_toy(config, mesh, terminate_at=7), workdir)
+    settings = json.loads((workdir / "config.json").read_text())
+    del settings["compile_effort"]
+    (workdir / "config.json").write_text(json.dumps(settings))
+    assert train(toy_config(**{"model.remat": "full", "compile_effort": -1.0}), build_toy, workdir)
+    for one, other in zip(numbers(workdir), numbers(clean), strict=True):
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)
+    with pytest.raises(WorkdirError, match=r"config\.model\.prediction_type"):
+        train(toy_config(**{"model.prediction_type": "sample"}), build_toy, workdir)
+
+
+def test_offload_is_refused_where_there_is_no_other_memory(tmp_path):
+    with pytest.raises(ConfigError, match=r"--config\.model\.remat=blocks"):
+        train(toy_config(**{"model.remat": "offload"}), build_toy, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_on_save_is_said_plainly(tmp_path):
