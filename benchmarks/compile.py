@@ -46,12 +46,14 @@ TINY = {
     "use_linear_projection": True,
     "norm_num_groups": 8,
 }
+VAES = {"sd15": SD1["vae"], "sdxl": SDXL["vae"]}
 UNETS = {"sd15": SD1["unet"], "sdxl": SDXL["unet"], "tiny": TINY}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="sdxl")
+    parser.add_argument("--network", choices=("unet", "decoder"), default="unet")
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--pass", dest="kind", choices=("gradient", "forward"), default="gradient")
     parser.add_argument("--batch", type=int, default=1, help="pictures a chip")
@@ -64,11 +66,15 @@ def parse_args():
     args = parser.parse_args()
     if args.kind == "gradient" and args.quantization != ["none"]:
         parser.error("--quantization is for --pass forward: gradients are never quantised")
+    if args.network == "decoder" and (args.torch or args.quantization != ["none"] or args.model == "tiny"):
+        parser.error("--network decoder is for --model sd15 and sdxl, without --torch and --quantization")
     return args
 
 
-def inputs(settings, batch, latents):
+def inputs(network, settings, batch, latents):
     """Shapes of the network's inputs, by name."""
+    if network == "decoder":
+        return {"sample": (batch, latents, latents, 4)}
     shapes = {"sample": (batch, latents, latents, 4), "context": (batch, 77, settings["cross_attention_dim"])}
     if settings.get("addition_embed_type"):
         shapes |= {"text_embeds": (batch, 1280), "time_ids": (batch, 6)}
@@ -84,6 +90,7 @@ def measure(args, remat, quantization):
     from imagereward_jax.models import quantized
     from imagereward_jax.models.platform import batch_over, target_platform
     from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
+    from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
     from imagereward_jax.planning.counts import flops_by_dtype
     from imagereward_jax.planning.program import placed
     from imagereward_jax.planning.report import options_for
@@ -93,31 +100,38 @@ def measure(args, remat, quantization):
 
     topology = find_topology(args.topology)
     mesh = make_mesh(-1, 1, list(topology.devices()))
-    settings, dtype = UNETS[args.model], jnp.dtype(args.dtype)
-    config = UNet2DConditionConfig.from_dict(settings)
-    network = nnx.eval_shape(lambda: UNet2DConditionModel(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    settings, dtype = (UNETS if args.network == "unet" else VAES)[args.model], jnp.dtype(args.dtype)
+    if args.network == "unet":
+        kind, config = UNet2DConditionModel, UNet2DConditionConfig.from_dict(settings)
+    else:
+        kind, config = AutoencoderKL, AutoencoderKLConfig.from_dict(settings)
+    network = nnx.eval_shape(lambda: kind(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     layout, params = nnx.split(network)
     params = jax.eval_shape(lambda tree: cast(tree, dtype), nnx.to_pure_dict(params))
     if quantization != "none":
         params = jax.eval_shape(lambda tree: quantized.quantize(network, tree, quantization), params)
 
     def forward(params, arrays):
+        if args.network == "decoder":
+            return nnx.merge(layout, params).decode(arrays["sample"])
         added = {name: arrays[name] for name in ("text_embeds", "time_ids") if name in arrays} or None
         return nnx.merge(layout, params)(arrays["sample"], arrays["timesteps"], arrays["context"], added)
 
-    def loss(params, arrays):
+    def loss(params, arrays):  # the UNet's gradient is by all weights, the decoder's by the latents
         with batch_over(mesh):
             return jnp.square(forward(params, arrays)).mean()
 
     batch = args.batch * topology.chips
-    shapes = inputs(settings, batch, (args.resolution or SIZES[args.model]) // 8)
+    shapes = inputs(args.network, settings, batch, (args.resolution or SIZES[args.model]) // 8)
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    arrays["timesteps"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    by = 1
+    if args.network == "unet":
+        arrays["timesteps"], by = jax.ShapeDtypeStruct((batch,), jnp.int32), 0
     gradient = args.kind == "gradient"
-    outputs = replicated(mesh) if gradient else batch_sharding(mesh)
+    outputs = replicated(mesh) if gradient and by == 0 else batch_sharding(mesh)
     start = time.perf_counter()
     with target_platform(topology.platform), batch_over(mesh):
-        jitted = jax.jit(jax.grad(loss) if gradient else forward, out_shardings=outputs)
+        jitted = jax.jit(jax.grad(loss, by) if gradient else forward, out_shardings=outputs)
         rows = jax.tree.map(lambda _: batch_sharding(mesh), arrays)
         traced = jitted.trace(placed(params, weight_shardings(mesh, params)), placed(arrays, rows))
     lowered = traced.lower()
@@ -132,6 +146,7 @@ def measure(args, remat, quantization):
     flops = {name: count // topology.chips for name, count in flops_by_dtype(traced.jaxpr).items()}
     return {
         "model": args.model,
+        "network": args.network,
         "pass": args.kind,
         "topology": topology.name,
         "batch_per_chip": args.batch,

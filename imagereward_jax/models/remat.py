@@ -3,9 +3,11 @@ is kept lies meanwhile."""
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+_KEPT = "kept for the backward pass"
 REMAT_POLICIES = ("none", "blocks", "attention", "full", "offload")
 
 
@@ -34,20 +36,33 @@ def mode(policy, unit):
     return "offload" if (policy, unit) == ("offload", "blocks") else "keep"
 
 
-def call(function, x, *args, mode):
+def call(function, x, *args, mode, in_scan=False):
     """`function(x, *args)`; by `mode` its inside is kept for the backward pass, or computed again there.
 
     Args:
         x: array or tree of arrays: with "offload", what waits in the host's memory.
         args: arrays or trees of arrays (or None) that many blocks share; they stay where they are.
         mode: see `mode`.
+        in_scan: whether this is called by the body of a scan, which stacks what is kept.
     """
     if mode == "keep":
         return function(x, *args)
     if mode == "offload":
-        return _offloaded(function, x, *args)
+        return (_offloaded_in_scan if in_scan else _offloaded)(function, x, *args)
     # A new function object each time: jax caches traces by function, and `function` may hold traced parameters.
     return jax.checkpoint(lambda *inner: function(*inner))(x, *args)
+
+
+def _offloaded_in_scan(function, x, *args):
+    """By jax.checkpoint's own policy: the stack of all iterations is the host's then, which `_offloaded` hinders."""
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_KEPT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    named = jax.checkpoint(lambda x, *args: function(checkpoint_name(x, _KEPT), *args), policy=policy)
+    return named(x, *args)
 
 
 def _offloaded(function, x, *args):
@@ -80,7 +95,8 @@ def _offloaded(function, x, *args):
             return evaluate(*tree.unflatten(next(chosen) if want else x for want, x in zip(wanted, leaves)))
 
         pullback = jax.vjp(of_wanted, *(x for want, x in zip(wanted, leaves) if want))[1]
-        found = iter(pullback(gradients))
+        # Gradients of weights are not put off, or what they are computed from would wait on the device.
+        found = iter(jax.lax.optimization_barrier(pullback(gradients)))
         return tree.unflatten(next(found) if want else None for want in wanted)
 
     run = jax.custom_vjp(evaluate)

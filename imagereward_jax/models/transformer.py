@@ -76,7 +76,8 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x, context):
         """x: [B, T, features]; context: [B, S, context_features]. Returns [B, T, features]."""
-        return rematerialise.call(self._forward, x, context, mode=self.mode)
+        in_scan = getattr(self, "stacked", 1) > 1
+        return rematerialise.call(self._forward, x, context, mode=self.mode, in_scan=in_scan)
 
     def _forward(self, x, context):
         x = pinned(x + self.attn1(self.norm1(x)))
