@@ -20,9 +20,9 @@ def check_remat(policy):
     """Returns `policy`; raises ValueError listing the choices when there is no such one.
 
     "none" keeps everything; "attention" recomputes the attention weights; "blocks" recomputes each residual,
-    transformer and resampling block and the last layers; "full" recomputes each down, middle and up block as a whole;
-    "offload" recomputes as "blocks" does, and what each block begins with waits in the host's memory (pinned) for the
-    backward pass.
+    transformer and resampling block and the last layers; "full" recomputes each down, middle and up block as a whole,
+    and in that again each of its blocks; "offload" recomputes as "blocks" does, and what each block begins with waits
+    in the host's memory (pinned) for the backward pass.
     """
     if policy not in REMAT_POLICIES:
         raise ValueError(f"remat={policy!r} is no policy; choose one of {', '.join(REMAT_POLICIES)}")
@@ -31,7 +31,7 @@ def check_remat(policy):
 
 def mode(policy, unit):
     """How `call` treats a `unit` ("attention", "blocks", "full") under `policy`: "keep", "recompute" or "offload"."""
-    if policy == unit:
+    if policy == unit or (policy, unit) == ("full", "blocks"):
         return "recompute"
     return "offload" if (policy, unit) == ("offload", "blocks") else "keep"
 
@@ -66,10 +66,11 @@ def _offloaded_in_scan(function, x, *args):
 
 
 def _offloaded(function, x, *args):
-    """As jax.checkpoint, but the copy of `x` to the host is done before anything uses the result.
+    """As `_offloaded_in_scan`, and says when, which XLA does not find by itself outside of loops.
 
-    jax.checkpoint's own policy (`save_and_offload_only_these_names`) does not say when the copy is to be made, and
-    outside of loops XLA then makes it at the last moment, for nothing: `x` stays on the device until the backward pass.
+    `x` is copied to the host before anything uses the result; otherwise that may happen at the last moment, for
+    nothing: `x` stays on the device until the backward pass. There, all gradients of a block are done before the next
+    block begins; otherwise those of weights may be put off, and what they are computed from stays on the device.
     """
     program, shapes = jax.make_jaxpr(function, return_shape=True)(x, *args)
 
@@ -95,7 +96,6 @@ def _offloaded(function, x, *args):
             return evaluate(*tree.unflatten(next(chosen) if want else x for want, x in zip(wanted, leaves)))
 
         pullback = jax.vjp(of_wanted, *(x for want, x in zip(wanted, leaves) if want))[1]
-        # Gradients of weights are not put off, or what they are computed from would wait on the device.
         found = iter(jax.lax.optimization_barrier(pullback(gradients)))
         return tree.unflatten(next(found) if want else None for want in wanted)
 

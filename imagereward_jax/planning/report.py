@@ -135,9 +135,9 @@ def advice(figures, config):
     if figures["samples_per_chip"] > 1:
         rounds = config.accumulation * figures["samples_per_chip"]
         ways.append(f"--config.accumulation={rounds}, one sample a chip at a time")
-    if config.model.remat not in ("blocks", "offload"):  # "full" computes more again and yet holds more at once
+    if config.model.remat in ("none", "attention"):
         ways.append("--config.model.remat=blocks, which computes more again and keeps less")
-    elif config.model.remat == "blocks" and not figures["topology"].startswith("cpu:"):
+    elif config.model.remat != "offload" and not figures["topology"].startswith("cpu:"):
         ways.append("--config.model.remat=offload, which keeps activations in the host's memory")
     if not config.lora.rank:
         ways.append("--config.lora.rank=4, which trains low-rank parameters alone")

@@ -127,7 +127,7 @@ def test_log_variance_is_clipped_as_in_diffusers():
 def test_remat_policy_checkpoints_what_it_names():
     # Encoder 3 + 2, decoder 6 + 2 residual blocks; two attentions; four resamplers; the last layers
     # of both. Whole blocks: 3 + 1 each. "offload" does without jax.checkpoint.
-    wanted = {"none": 0, "attention": 2, "blocks": 13 + 2 + 4 + 2, "full": 8, "offload": 0}
+    wanted = {"none": 0, "attention": 2, "blocks": 13 + 2 + 4 + 2, "full": 8 + 13 + 2 + 4 + 2, "offload": 0}
     for policy in REMAT_POLICIES:
         graphdef, params = network(policy)
         assert count_checkpoints(loss_function(graphdef), params, images()) == wanted[policy]

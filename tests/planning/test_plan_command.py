@@ -142,7 +142,7 @@ def test_says_what_does_not_fit_and_what_would_help():
     assert "does not fit: 20.00 GiB a chip, of which a program may have 15.75 GiB" in text
     assert "- --config.mesh.fsdp=8 (about 12.25 GiB a chip less)\n- --config.accumulation=4, one sample" in text
     assert "\n- --config.model.remat=offload, which" in text and "host memory" not in text
-    config.model.remat, figures["host_temp_bytes"] = "full", 3 * gib
+    config.model.remat, figures["host_temp_bytes"] = "attention", 3 * gib
     text = report.as_text(figures, config)
     assert "\n- --config.model.remat=blocks, which" in text and "host memory for a chip    3.00 GiB" in text
     config.model.remat = "offload"
