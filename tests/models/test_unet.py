@@ -196,7 +196,7 @@ def test_one_timestep_serves_the_whole_batch():
 
 def test_remat_policy_checkpoints_what_it_names():
     # 3 + 2 + 6 residual blocks, (1 + 2) + 2 + (2 * 2 + 2 * 1) transformer blocks of two attentions, 4 resamplers;
-    # the last layers. "full": also 3 + 1 + 3 whole blocks. "offload" needs jax.checkpoint in scans alone: 4 stacks of 2.
+    # the last layers. "full": also 3 + 1 + 3 whole blocks. "offload": jax.checkpoint in scans alone, 4 stacks of 2.
     wanted = {"none": 0, "attention": 2 * 7, "blocks": 23, "full": 7 + 23, "offload": 4}
     sample, context, added = inputs("sdxl")
     for policy in REMAT_POLICIES:
