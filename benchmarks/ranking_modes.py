@@ -52,7 +52,7 @@ def batch_shapes(config, groups, size):
 
 def gradient(reward):
     """(params, batch) -> gradient of the ranking loss."""
-    loss = make_ranking_loss(reward)
+    loss = make_ranking_loss(reward.apply)
     return jax.jit(jax.grad(lambda params, batch: loss({"reward": params}, {}, batch, jax.random.key(0))[0]))
 
 

@@ -13,6 +13,9 @@ first 70 % of both transformers and the projections frozen, BERT's dropout 0.1, 
 pairs come from four prompts, each picture is encoded once, and the loss and gradient are those of the pairs. With
 --config.method.mode=pairs --config.batch_size=64 pairs are drawn one by one, as the original does.
 
+--config.dtype=bfloat16 computes in half the memory (weights and moments stay float32), --config.model.remat=blocks
+recomputes each layer in the backward pass.
+
 Hardware: meant for 8 accelerators of 40 GB or more; the original took 4 x A100. It has not been run at full size here.
 Result to expect: the paper reports a test accuracy of 65.14 %.
 """

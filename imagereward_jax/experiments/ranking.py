@@ -13,7 +13,7 @@ from imagereward_jax.experiments.scratch import init_reward
 from imagereward_jax.methods.ranking import make_ranking_loss, pair_losses, trainable_mask
 from imagereward_jax.models.params import join, split
 from imagereward_jax.rewards.checkpoint import load
-from imagereward_jax.rewards.imagereward import ImageReward
+from imagereward_jax.rewards.imagereward import ImageReward, make_apply
 from imagereward_jax.rewards.scores import imagereward_from_blip
 from imagereward_jax.training.loop import Evaluation, Experiment
 from imagereward_jax.training.mesh import put_whole, replicated
@@ -35,7 +35,10 @@ def build(config, mesh):
         config.eval.every = max(1, len(source) // config.batch_size // config.eval.per_epoch)
     method = config.method
     loss = make_ranking_loss(
-        reward, dropout=method.dropout, drop_path=method.drop_path, head_dropout=method.head_dropout
+        make_apply(reward.config, config.dtype, config.model.remat),
+        dropout=method.dropout,
+        drop_path=method.drop_path,
+        head_dropout=method.head_dropout,
     )
     mask = trainable_mask(reward.params, config.reward.fix_rate)
     trainable, frozen = split({"reward": reward.params}, {"reward": mask})

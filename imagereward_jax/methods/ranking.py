@@ -25,14 +25,14 @@ def pair_losses(scores, ranking):
     return -jax.nn.log_sigmoid(margin), margin > 0, pairs
 
 
-def make_ranking_loss(reward, *, dropout=0.0, drop_path=0.0, head_dropout=(0.0, 0.0, 0.0)):
+def make_ranking_loss(apply, *, dropout=0.0, drop_path=0.0, head_dropout=(0.0, 0.0, 0.0)):
     """Cross entropy of (better, worse) over all pairs of all groups of a batch; each image is scored once.
 
     A batch of groups and the batch of all their pairs (groups of two) have the same loss and gradient: a group of K
     pictures costs K encodings instead of K (K - 1).
 
     Args:
-        reward: has `apply(params, images, tokens)`.
+        apply: (params, images, tokens) -> scores, see `Reward.apply`.
         dropout, drop_path, head_dropout: rates while training, see `models.blip`.
 
     Returns:
@@ -46,7 +46,7 @@ def make_ranking_loss(reward, *, dropout=0.0, drop_path=0.0, head_dropout=(0.0, 
         images = batch["images"].reshape(groups * size, *batch["images"].shape[2:])
         tokens = jax.tree.map(lambda rows: jnp.repeat(rows, size, axis=0), batch["reward"])
         with noise(key, **rates):
-            scores = reward.apply(join(frozen, trainable)["reward"], images, tokens).reshape(groups, size)
+            scores = apply(join(frozen, trainable)["reward"], images, tokens).reshape(groups, size)
         losses, correct, pairs = pair_losses(scores, batch["ranking"])
         count = jnp.maximum(pairs.sum(), 1)
         accuracy = jnp.where(pairs, correct, False).sum() / count

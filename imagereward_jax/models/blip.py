@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import layers
+from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models.dropout import drop, drops
 from imagereward_jax.models.platform import pinned
 
@@ -45,14 +46,14 @@ class PatchEmbed(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
-    def __init__(self, config, *, dtype, rngs):
-        self.heads = config.heads
+    def __init__(self, config, *, remat, dtype, rngs):
+        self.heads, self.mode = config.heads, rematerialise.mode(remat, "attention")
         self.qkv = Linear(config.width, 3 * config.width, dtype=dtype, rngs=rngs)
         self.proj = Linear(config.width, config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         query, key, value = (layers.split_heads(part, self.heads) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        return self.proj(layers.merge_heads(layers.attention(query, key, value)))
+        return self.proj(layers.merge_heads(rematerialise.call(layers.attention, query, key, value, mode=self.mode)))
 
 
 class VisionMlp(nnx.Module):
@@ -67,14 +68,17 @@ class VisionMlp(nnx.Module):
 class VisionBlock(nnx.Module):
     """Pre-norm transformer block. path_scale: its share of the drop path rate, 0 to 1."""
 
-    def __init__(self, config, path_scale, *, dtype, rngs):
-        self.path_scale = path_scale
+    def __init__(self, config, path_scale, *, remat, dtype, rngs):
+        self.path_scale, self.mode = path_scale, rematerialise.mode(remat, "blocks")
         self.norm1 = layers.LayerNorm(config.width, eps=config.layer_norm_eps, dtype=dtype)
-        self.attn = VisionAttention(config, dtype=dtype, rngs=rngs)
+        self.attn = VisionAttention(config, remat=remat, dtype=dtype, rngs=rngs)
         self.norm2 = layers.LayerNorm(config.width, eps=config.layer_norm_eps, dtype=dtype)
         self.mlp = VisionMlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
+        return rematerialise.call(self._forward, x, mode=self.mode)
+
+    def _forward(self, x):
         drop_path = functools.partial(drop, kind="path", scale=self.path_scale, per_sample=True)
         x = pinned(x + drop_path(self.attn(self.norm1(x))))
         return pinned(x + drop_path(self.mlp(self.norm2(x))))
@@ -83,13 +87,14 @@ class VisionBlock(nnx.Module):
 class VisionTransformer(nnx.Module):
     """Normalised pixels [B, S, S, 3] -> tokens [B, 1 + patches, width], class token first."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config, *, remat="none", dtype, rngs):
         self.dtype = dtype
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, config.width)))
         self.pos_embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, config.tokens, config.width)))
         last = max(1, config.depth - 1)
-        self.blocks = nnx.List([VisionBlock(config, i / last, dtype=dtype, rngs=rngs) for i in range(config.depth)])
+        options = {"remat": remat, "dtype": dtype, "rngs": rngs}
+        self.blocks = nnx.List([VisionBlock(config, i / last, **options) for i in range(config.depth)])
         self.norm = layers.LayerNorm(config.width, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, pixels):
@@ -120,8 +125,8 @@ class TextEmbeddings(nnx.Module):
 class AttentionCore(nnx.Module):
     """Multi-head attention from `x` [B, L, hidden] to `source` [B, S, source_width]."""
 
-    def __init__(self, config, source_width, *, dtype, rngs):
-        self.heads = config.num_attention_heads
+    def __init__(self, config, source_width, *, remat, dtype, rngs):
+        self.heads, self.mode = config.num_attention_heads, rematerialise.mode(remat, "attention")
         self.query = Linear(config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.key = Linear(source_width, config.hidden_size, dtype=dtype, rngs=rngs)
         self.value = Linear(source_width, config.hidden_size, dtype=dtype, rngs=rngs)
@@ -131,7 +136,11 @@ class AttentionCore(nnx.Module):
             layers.split_heads(part, self.heads) for part in (self.query(x), self.key(source), self.value(source))
         )
         drop_weights = functools.partial(drop, kind="text") if drops("text") else None
-        return layers.merge_heads(layers.attention(query, key, value, mask=mask, drop=drop_weights))
+
+        def attend(query, key, value, mask):
+            return layers.attention(query, key, value, mask=mask, drop=drop_weights)
+
+        return layers.merge_heads(rematerialise.call(attend, query, key, value, mask, mode=self.mode))
 
 
 class ResidualOutput(nnx.Module):
@@ -146,8 +155,8 @@ class ResidualOutput(nnx.Module):
 
 
 class TextAttention(nnx.Module):
-    def __init__(self, config, source_width, *, dtype, rngs):
-        self.self = AttentionCore(config, source_width, dtype=dtype, rngs=rngs)
+    def __init__(self, config, source_width, *, remat, dtype, rngs):
+        self.self = AttentionCore(config, source_width, remat=remat, dtype=dtype, rngs=rngs)
         self.output = ResidualOutput(config, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, source, mask=None):
@@ -165,13 +174,17 @@ class Intermediate(nnx.Module):
 class TextLayer(nnx.Module):
     """Self-attention over the prompt, cross-attention to the picture, feed-forward."""
 
-    def __init__(self, config, vision_width, *, dtype, rngs):
-        self.attention = TextAttention(config, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.crossattention = TextAttention(config, vision_width, dtype=dtype, rngs=rngs)
+    def __init__(self, config, vision_width, *, remat, dtype, rngs):
+        self.mode = rematerialise.mode(remat, "blocks")
+        self.attention = TextAttention(config, config.hidden_size, remat=remat, dtype=dtype, rngs=rngs)
+        self.crossattention = TextAttention(config, vision_width, remat=remat, dtype=dtype, rngs=rngs)
         self.intermediate = Intermediate(config, dtype=dtype, rngs=rngs)
         self.output = ResidualOutput(config, config.intermediate_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, mask, image_embeds=None):
+        return rematerialise.call(self._forward, x, mask, image_embeds, mode=self.mode)
+
+    def _forward(self, x, mask, image_embeds):
         x = self.attention(x, x, mask)
         if image_embeds is not None:
             x = self.crossattention(x, image_embeds)
@@ -179,10 +192,8 @@ class TextLayer(nnx.Module):
 
 
 class TextLayers(nnx.Module):
-    def __init__(self, config, vision_width, *, dtype, rngs):
-        self.layer = nnx.List(
-            [TextLayer(config, vision_width, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
-        )
+    def __init__(self, config, vision_width, **options):
+        self.layer = nnx.List([TextLayer(config, vision_width, **options) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x, mask, image_embeds=None):
         for layer in self.layer:
@@ -196,9 +207,9 @@ class TextEncoder(nnx.Module):
     Without image_embeds the cross-attention is skipped: BLIP's text-only mode.
     """
 
-    def __init__(self, config, vision_width, *, dtype, rngs):
+    def __init__(self, config, vision_width, *, remat="none", dtype, rngs):
         self.embeddings = TextEmbeddings(config, dtype=dtype, rngs=rngs)
-        self.encoder = TextLayers(config, vision_width, dtype=dtype, rngs=rngs)
+        self.encoder = TextLayers(config, vision_width, remat=remat, dtype=dtype, rngs=rngs)
 
     def __call__(self, ids, mask, image_embeds=None):
         return self.encoder(self.embeddings(ids), mask[:, None, None, :].astype(bool), image_embeds)
@@ -207,10 +218,10 @@ class TextEncoder(nnx.Module):
 class Blip(nnx.Module):
     """BLIP's two encoders and the projections to their common space, which ImageReward holds and does not read."""
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config, *, remat="none", dtype=jnp.float32, rngs):
         vision, text = config.vision, config.text
-        self.visual_encoder = VisionTransformer(vision, dtype=dtype, rngs=rngs)
-        self.text_encoder = TextEncoder(text, vision.width, dtype=dtype, rngs=rngs)
+        self.visual_encoder = VisionTransformer(vision, remat=remat, dtype=dtype, rngs=rngs)
+        self.text_encoder = TextEncoder(text, vision.width, remat=remat, dtype=dtype, rngs=rngs)
         self.vision_proj = Linear(vision.width, config.projection_dim, dtype=dtype, rngs=rngs)
         self.text_proj = Linear(text.hidden_size, config.projection_dim, dtype=dtype, rngs=rngs)
 
@@ -262,13 +273,14 @@ class ImageRewardModel(nnx.Module):
 
     Args:
         config: a `blip_config.ImageRewardConfig`.
+        remat: what is recomputed for gradients, see `models.remat`; layers are the blocks, and "full" is "blocks".
         dtype: of the arithmetic; norms, softmax and the head stay float32.
         rngs: `nnx.Rngs` with a `params` stream.
     """
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config, *, remat="none", dtype=jnp.float32, rngs):
         self.config = config
-        self.blip = Blip(config, dtype=dtype, rngs=rngs)
+        self.blip = Blip(config, remat=rematerialise.check_remat(remat), dtype=dtype, rngs=rngs)
         self.mlp = RewardHead(config.text.hidden_size, config.head_sizes, rngs=rngs)
 
     def encode_images(self, pixels):

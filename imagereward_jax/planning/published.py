@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from imagereward_jax.data.shapes_tokenizers import write_clip_tokenizer
 from imagereward_jax.models.blip_config import ImageRewardConfig
@@ -18,10 +17,9 @@ from imagereward_jax.pipelines.base import override_prediction_type
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
 from imagereward_jax.pipelines.sdxl import StableDiffusionXL
 from imagereward_jax.planning.sizes import SD1, SDXL
-from imagereward_jax.rewards import images as pictures
 from imagereward_jax.rewards.base import cast_params
 from imagereward_jax.rewards.checkpoint import V1
-from imagereward_jax.rewards.imagereward import CONFIG_FILE, abstract_module
+from imagereward_jax.rewards.imagereward import CONFIG_FILE, abstract_module, make_apply
 from imagereward_jax.rewards.rules import is_rule
 from imagereward_jax.rewards.scores import SCORES
 from imagereward_jax.training.config import ConfigError, did_you_mean
@@ -111,12 +109,6 @@ def abstract_reward(settings, dtype):
     config = V1
     if (folder / CONFIG_FILE).is_file():
         config = ImageRewardConfig.from_dict(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
-    module = abstract_module(config, jnp.dtype(dtype))
-    graphdef = nnx.graphdef(module)
-
-    def apply(params, images, tokens):
-        pixels = pictures.device_pixels(images, config.vision.image_size)
-        return nnx.merge(graphdef, params)(pixels, tokens["input_ids"], tokens["attention_mask"])
-
-    params = jax.eval_shape(lambda params: cast_params(params, jnp.dtype(dtype)), mapping.params_of(module))
-    return SimpleNamespace(params=params, config=config, apply=apply)
+    params = mapping.params_of(abstract_module(config))
+    params = jax.eval_shape(lambda params: cast_params(params, jnp.dtype(dtype)), params)
+    return SimpleNamespace(params=params, config=config, apply=make_apply(config, dtype))

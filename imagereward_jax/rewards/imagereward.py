@@ -11,7 +11,8 @@ from flax import nnx
 
 from imagereward_jax.models.blip import ImageRewardModel
 from imagereward_jax.models.blip_config import ImageRewardConfig
-from imagereward_jax.rewards.base import Reward
+from imagereward_jax.rewards import images as pictures
+from imagereward_jax.rewards.base import Reward, named_dtype
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, mapping
 
@@ -87,9 +88,25 @@ class ImageReward(Reward):
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_module(config, dtype=jnp.float32):
+def abstract_module(config, dtype=jnp.float32, remat="none"):
     """The network's structure without arrays; only to be read, as it is shared."""
-    return mapping.abstract(lambda: ImageRewardModel(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return mapping.abstract(lambda: ImageRewardModel(config, remat=remat, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def make_apply(config, dtype, remat="none"):
+    """(params, images, tokens) -> scores, as `Reward.apply`, whatever the parameters' own dtype.
+
+    Args:
+        config: an `ImageRewardConfig`. dtype: of the arithmetic. remat: what is recomputed for gradients, see
+            `models.remat`.
+    """
+    graphdef = nnx.graphdef(abstract_module(config, named_dtype(dtype), remat))
+
+    def apply(params, images, tokens):
+        pixels = pictures.device_pixels(images, config.vision.image_size)
+        return nnx.merge(graphdef, params)(pixels, **tokens)
+
+    return apply
 
 
 def check_vocabulary(config, tokenizer):

@@ -218,6 +218,7 @@ def _autoencoder_defaults(config):
 
 
 def _ranking_defaults(config):
+    config.model.remat = "none"  # the only field of config.model that a scorer's training has a use for
     config.reward = ml_collections.ConfigDict()
     config.reward.path = ""  # what training starts from; "" for random weights of config.reward.architecture
     config.reward.unit_gain = False  # random weights only: variance 1 / inputs, for networks far smaller than BLIP
@@ -310,6 +311,13 @@ def validate(config):
 
 
 def _validate_ranking(config):
+    defaults = default_config("ranking").model
+    for name in sorted(set(defaults) - {"remat"}):
+        if config.model[name] != defaults[name]:
+            raise ConfigError(
+                f"config.model.{name}={config.model[name]!r}: training a scorer has no diffusion model; leave it out "
+                "(config.reward.path is what training starts from)"
+            )
     _given(config, "data.groups")
     _given(config, "data.held_out_groups")
     _choice(config, "method.mode", RANKING_MODES)

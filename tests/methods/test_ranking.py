@@ -47,7 +47,7 @@ class Reward:
         return nnx.merge(nnx.graphdef(self.module), params)(pixels, **tokens)
 
 
-STEP = quick_jit(jax.value_and_grad(make_ranking_loss(Reward()), has_aux=True))  # compiled once for equal shapes
+STEP = quick_jit(jax.value_and_grad(make_ranking_loss(Reward().apply), has_aux=True))  # compiled once for equal shapes
 
 
 def reference(rates=None):
@@ -163,7 +163,7 @@ def test_dropout_and_drop_path_are_the_originals(monkeypatch):
         return keep_mask(key, rate, shape)
 
     monkeypatch.setattr(dropout, "keep_mask", record)
-    key, loss_of = jax.random.key(3), make_ranking_loss(Reward(), **RATES)
+    key, loss_of = jax.random.key(3), make_ranking_loss(Reward().apply, **RATES)
     step = quick_jit(jax.value_and_grad(loss_of, has_aux=True)).lower({"reward": params}, {}, batch, key)
     masks = [np.asarray(keep_mask(jax.random.fold_in(key, i + 1), *call)) for i, call in enumerate(drawn)]
     (value, _), gradient = step.compile()({"reward": params}, {}, batch, key)
@@ -269,7 +269,7 @@ def test_two_updates_with_frozen_layers_are_the_originals():
     settings = recipe()
     settings.learning_rate, settings.eps = peak, eps
     ours = make_optimizer(settings, 4)
-    state, gradient = ours.init(trainable), quick_jit(jax.grad(make_ranking_loss(Reward()), has_aux=True))
+    state, gradient = ours.init(trainable), quick_jit(jax.grad(make_ranking_loss(Reward().apply), has_aux=True))
     for _ in range(2):
         grads, _ = gradient(trainable, frozen, batch, jax.random.key(0))
         updates, state = ours.update(grads, state, trainable)

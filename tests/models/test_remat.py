@@ -10,6 +10,8 @@ from flax import nnx
 from quick import quick_jit
 
 from imagereward_jax.models import lora
+from imagereward_jax.models.blip import ImageRewardModel
+from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig, VisionConfig
 from imagereward_jax.models.layers import Keys
 from imagereward_jax.models.params import join
 from imagereward_jax.models.remat import REMAT_POLICIES
@@ -23,6 +25,13 @@ VAE = AutoencoderKLConfig(
     down_block_types=("DownEncoderBlock2D",) * 2,
     up_block_types=("UpDecoderBlock2D",) * 2,
     norm_num_groups=4,
+)
+REWARD = ImageRewardConfig(
+    vision=VisionConfig(image_size=16, patch_size=8, width=16, depth=3, heads=2),
+    text=TextConfig(9, 12, 2, 3, 24, max_position_embeddings=8),
+    projection_dim=4,
+    head_sizes=(8, 8, 8, 4),
+    max_prompt_tokens=4,
 )
 
 
@@ -46,6 +55,16 @@ class Decoder(AutoencoderKL):
         return self.decode(latents)
 
 
+class Scorer(ImageRewardModel):
+    """ImageReward, of a prompt of which one token is padding."""
+
+    def __init__(self, remat):
+        super().__init__(REWARD, remat=remat, rngs=nnx.Rngs(0))
+
+    def __call__(self, pixels):
+        return super().__call__(pixels, np.array([[1, 2, 3, 0]] * 2), np.array([[1, 1, 1, 0]] * 2))
+
+
 def draw(*shape):
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
@@ -53,6 +72,7 @@ def draw(*shape):
 INPUTS = {
     Part: {"x": draw(2, 4, 4, 24), "time": draw(2, 12), "context": draw(2, 5, 10)},
     Decoder: draw(2, 4, 4, 4),
+    Scorer: draw(2, 16, 16, 3),
 }
 
 
@@ -72,7 +92,7 @@ def assert_close(tree, reference):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest), tree, reference)
 
 
-@pytest.mark.parametrize("kind", [Part, Decoder])
+@pytest.mark.parametrize("kind", [Part, Decoder, Scorer])
 def test_every_policy_has_the_same_gradient(kind):
     results = {}
     for remat in REMAT_POLICIES:
@@ -84,10 +104,10 @@ def test_every_policy_has_the_same_gradient(kind):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("kind, blocks", [(Part, 2), (Decoder, 9)])
+@pytest.mark.parametrize("kind, blocks", [(Part, 2), (Decoder, 9), (Scorer, 5)])
 def test_only_offload_moves_arrays_to_the_host(kind, blocks, platform):
     """There and back once a block: a residual block and the scan's body; the decoder's 2 + 2 * 2 residual blocks,
-    attention, upsampler and last layers."""
+    attention, upsampler and last layers; the scorer's 3 + 2 layers."""
     for remat in REMAT_POLICIES:
         function, arguments = gradient(kind, remat)
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
