@@ -1,13 +1,16 @@
-"""What compiling a UNet costs, for hardware that need not be here: seconds, temporary memory, FLOPs.
+"""What compiling a network costs, for hardware that need not be here: seconds, temporary memory, FLOPs.
 
     python benchmarks/compile.py --model sdxl --topology v5e:2x4                 # the gradient at 1024 px
     python benchmarks/compile.py --model sd15 --topology h200:1 --batch 8 --remat none blocks
     python benchmarks/compile.py --model sdxl --topology v5e:2x4 --pass forward
     python benchmarks/compile.py --model sdxl --topology v5e:2x4 --pass forward --quantization none int8
+    python benchmarks/compile.py --network decoder --topology h200:1 --remat none blocks offload
+    python benchmarks/compile.py --network scorer --topology h200:1 --batch 64 --remat none blocks
 
-The program is the gradient of a mean square by all weights, or the network alone: bfloat16 weights and arithmetic,
-weights and gradients on every chip whole, `--batch` pictures a chip. Topologies are those of `imagereward_jax.plan`
-("cpu:1" is this machine), with the same packages needed.
+The program is the network alone, or the gradient of a mean square: of a UNet and of ImageReward's scorer by all
+weights, of a VAE's decoder by the latents. Weights and arithmetic in `--dtype`, weights and their gradients on every
+chip whole, `--batch` pictures a chip. Topologies are those of `imagereward_jax.plan` ("cpu:1" is this machine), with
+the same packages needed.
 
 `docs/benchmarks.md` compares with diffusers' last Flax models, compiled on the same machine in the same way. With
 `--torch` PyTorch's `torch.compile` of diffusers' UNet is timed on this machine in the same run (its first call, that
@@ -53,7 +56,7 @@ UNETS = {"sd15": SD1["unet"], "sdxl": SDXL["unet"], "tiny": TINY}
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="sdxl")
-    parser.add_argument("--network", choices=("unet", "decoder"), default="unet")
+    parser.add_argument("--network", choices=("unet", "decoder", "scorer"), default="unet")
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--pass", dest="kind", choices=("gradient", "forward"), default="gradient")
     parser.add_argument("--batch", type=int, default=1, help="pictures a chip")
@@ -66,19 +69,48 @@ def parse_args():
     args = parser.parse_args()
     if args.kind == "gradient" and args.quantization != ["none"]:
         parser.error("--quantization is for --pass forward: gradients are never quantised")
-    if args.network == "decoder" and (args.torch or args.quantization != ["none"] or args.model == "tiny"):
-        parser.error("--network decoder is for --model sd15 and sdxl, without --torch and --quantization")
+    if args.network != "unet" and (args.torch or args.quantization != ["none"] or args.model == "tiny"):
+        parser.error(f"--network {args.network}: not with --torch, --quantization or --model tiny")
     return args
 
 
-def inputs(network, settings, batch, latents):
-    """Shapes of the network's inputs, by name."""
-    if network == "decoder":
-        return {"sample": (batch, latents, latents, 4)}
-    shapes = {"sample": (batch, latents, latents, 4), "context": (batch, 77, settings["cross_attention_dim"])}
-    if settings.get("addition_embed_type"):
-        shapes |= {"text_embeds": (batch, 1280), "time_ids": (batch, 6)}
-    return shapes
+def open_network(args, batch):
+    """(dtype, remat) -> network; (network, inputs) -> its result; {name: (shape, dtype)} of the inputs of a batch."""
+    from flax import nnx
+
+    from imagereward_jax.models.blip import ImageRewardModel
+    from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
+    from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+    from imagereward_jax.rewards.checkpoint import V1
+
+    latents = (args.resolution or SIZES[args.model]) // 8
+    sample = {"sample": ((batch, latents, latents, 4), "float32")}
+    if args.network == "decoder":
+        kind, config = AutoencoderKL, AutoencoderKLConfig.from_dict(VAES[args.model])
+        shapes = sample
+
+        def call(network, arrays):
+            return network.decode(arrays["sample"])
+    elif args.network == "scorer":
+        kind, config = ImageRewardModel, V1
+        size, tokens = config.vision.image_size, ((batch, config.max_prompt_tokens), "int32")
+        shapes = {"pixels": ((batch, size, size, 3), "float32"), "input_ids": tokens, "attention_mask": tokens}
+
+        def call(network, arrays):
+            return network(**arrays)
+    else:
+        settings = UNETS[args.model]
+        kind, config = UNet2DConditionModel, UNet2DConditionConfig.from_dict(settings)
+        context = (batch, 77, settings["cross_attention_dim"])
+        shapes = {**sample, "timesteps": ((batch,), "int32"), "context": (context, "float32")}
+        added = {"text_embeds": ((batch, 1280), "float32"), "time_ids": ((batch, 6), "float32")}
+        shapes |= added if settings.get("addition_embed_type") else {}
+
+        def call(network, arrays):
+            extra = {name: arrays[name] for name in added if name in arrays} or None
+            return network(arrays["sample"], arrays["timesteps"], arrays["context"], extra)
+
+    return lambda dtype, remat: kind(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)), call, shapes
 
 
 def measure(args, remat, quantization):
@@ -89,8 +121,6 @@ def measure(args, remat, quantization):
 
     from imagereward_jax.models import quantized
     from imagereward_jax.models.platform import batch_over, target_platform
-    from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
-    from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
     from imagereward_jax.planning.counts import flops_by_dtype
     from imagereward_jax.planning.program import placed
     from imagereward_jax.planning.report import options_for
@@ -100,38 +130,27 @@ def measure(args, remat, quantization):
 
     topology = find_topology(args.topology)
     mesh = make_mesh(-1, 1, list(topology.devices()))
-    settings, dtype = (UNETS if args.network == "unet" else VAES)[args.model], jnp.dtype(args.dtype)
-    if args.network == "unet":
-        kind, config = UNet2DConditionModel, UNet2DConditionConfig.from_dict(settings)
-    else:
-        kind, config = AutoencoderKL, AutoencoderKLConfig.from_dict(settings)
-    network = nnx.eval_shape(lambda: kind(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    batch, dtype = args.batch * topology.chips, jnp.dtype(args.dtype)
+    make, call, shapes = open_network(args, batch)
+    network = nnx.eval_shape(lambda: make(dtype, remat))
     layout, params = nnx.split(network)
     params = jax.eval_shape(lambda tree: cast(tree, dtype), nnx.to_pure_dict(params))
     if quantization != "none":
         params = jax.eval_shape(lambda tree: quantized.quantize(network, tree, quantization), params)
 
     def forward(params, arrays):
-        if args.network == "decoder":
-            return nnx.merge(layout, params).decode(arrays["sample"])
-        added = {name: arrays[name] for name in ("text_embeds", "time_ids") if name in arrays} or None
-        return nnx.merge(layout, params)(arrays["sample"], arrays["timesteps"], arrays["context"], added)
+        return call(nnx.merge(layout, params), arrays)
 
-    def loss(params, arrays):  # the UNet's gradient is by all weights, the decoder's by the latents
+    def loss(params, arrays):
         with batch_over(mesh):
             return jnp.square(forward(params, arrays)).mean()
 
-    batch = args.batch * topology.chips
-    shapes = inputs(args.network, settings, batch, (args.resolution or SIZES[args.model]) // 8)
-    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    by = 1
-    if args.network == "unet":
-        arrays["timesteps"], by = jax.ShapeDtypeStruct((batch,), jnp.int32), 0
-    gradient = args.kind == "gradient"
-    outputs = replicated(mesh) if gradient and by == 0 else batch_sharding(mesh)
+    arrays = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    gradient, by_inputs = args.kind == "gradient", args.network == "decoder"
+    outputs = replicated(mesh) if gradient and not by_inputs else batch_sharding(mesh)
     start = time.perf_counter()
     with target_platform(topology.platform), batch_over(mesh):
-        jitted = jax.jit(jax.grad(loss, by) if gradient else forward, out_shardings=outputs)
+        jitted = jax.jit(jax.grad(loss, int(by_inputs)) if gradient else forward, out_shardings=outputs)
         rows = jax.tree.map(lambda _: batch_sharding(mesh), arrays)
         traced = jitted.trace(placed(params, weight_shardings(mesh, params)), placed(arrays, rows))
     lowered = traced.lower()
@@ -145,12 +164,12 @@ def measure(args, remat, quantization):
     done, busy = time.perf_counter(), time.process_time() - busy
     flops = {name: count // topology.chips for name, count in flops_by_dtype(traced.jaxpr).items()}
     return {
-        "model": args.model,
+        "model": "ImageReward-v1.0" if args.network == "scorer" else args.model,
         "network": args.network,
         "pass": args.kind,
         "topology": topology.name,
         "batch_per_chip": args.batch,
-        "resolution": args.resolution or SIZES[args.model],
+        "resolution": 224 if args.network == "scorer" else args.resolution or SIZES[args.model],
         "remat": remat,
         "quantization": quantization,
         "dtype": args.dtype,
