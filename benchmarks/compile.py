@@ -64,7 +64,7 @@ def parse_args():
     parser.add_argument("--remat", nargs="+", default=["blocks"], help="none, attention, blocks, full, offload")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--quantization", nargs="+", default=["none"], help="none, int8, fp8; with --pass forward")
-    parser.add_argument("--effort", type=float, default=0.0, help="of the compiler, -1 to 1 (config.compile_effort)")
+    parser.add_argument("--level", choices=("O0", "O1", "O2", "O3"), help="of the compiler (config.optimization_level)")
     parser.add_argument("--torch", action="store_true", help="also torch.compile, on this machine")
     args = parser.parse_args()
     if args.kind == "gradient" and args.quantization != ["none"]:
@@ -156,7 +156,7 @@ def measure(args, remat, quantization):
     lowered = traced.lower()
     compiling, busy = time.perf_counter(), time.process_time()
     try:
-        memory = lowered.compile(options_for(topology, args.effort)).memory_analysis()
+        memory = lowered.compile(options_for(topology, args.level)).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -173,7 +173,7 @@ def measure(args, remat, quantization):
         "remat": remat,
         "quantization": quantization,
         "dtype": args.dtype,
-        "effort": args.effort,
+        "optimization_level": args.level,
         "trace_seconds": round(compiling - start, 1),
         "compile_seconds": round(done - compiling, 1),
         "compile_cpu_seconds": round(busy, 1),

@@ -68,7 +68,7 @@ def plan(config, topology):
 
 def _compile(figures, config, topology, traced):
     """Fills in what the compiled step tells."""
-    options = options_for(topology, config.compile_effort)
+    options = options_for(topology, config.optimization_level)
     lowered = traced.lower()
     start = time.monotonic()
     try:
@@ -94,9 +94,9 @@ def _compile(figures, config, topology, traced):
         figures["compiled_flops"] = int(flops)
 
 
-def options_for(topology, effort):
+def options_for(topology, optimization_level):
     """What `Lowered.compile` takes for hardware that is not here."""
-    options = compile_options(effort)
+    options = compile_options(optimization_level)
     if topology.platform == "gpu":
         # A GPU would try out tiles for Triton's matrix products; without one the compiler takes a first guess, which
         # does not divide some of ours. So all go to cuBLAS here.

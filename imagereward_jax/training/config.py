@@ -15,6 +15,7 @@ from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.diffusion.schedule import PREDICTION_TYPES
 from imagereward_jax.models import lora, quantized
 from imagereward_jax.models.remat import REMAT_POLICIES
+from imagereward_jax.training.step import OPTIMIZATION_LEVELS
 
 METHODS = ("refl", "denoising", "autoencoder", "ranking")
 PRETRAIN_MODES = ("off", "alternate", "add")
@@ -43,7 +44,8 @@ def default_config(method):
     config.accumulation = 1  # rounds that a batch is split into: less memory, same gradient
     config.dtype = "float32"  # arithmetic; "bfloat16" keeps float32 master weights of what trains
     config.compilation_cache = True  # keep compiled programs for the next start, in ~/.cache/imagereward_jax/compiled
-    config.compile_effort = 0.0  # -1 to 1: what the compiler spends on a fast step; -1 is for `plan` on TPUs
+    # O0 to O3: what the compiler spends on a fast step; None leaves it to jax; O0 is for `plan` on TPUs
+    config.optimization_level = ml_collections.config_dict.placeholder(str)
     config.max_skipped = 20  # updates in a row that non-finite gradients may cost before the run stops
 
     config.model = ml_collections.ConfigDict()
@@ -275,8 +277,7 @@ def validate(config):
     _at_least(config, "optimizer.learning_rate", 0.0)
     _at_least(config, "optimizer.clip_norm", 0.0)
     _at_least(config, "optimizer.warmup_steps", 0)
-    if not -1 <= config.compile_effort <= 1:
-        raise ConfigError(f"config.compile_effort={config.compile_effort}: expected a number in [-1, 1]; 0 is usual")
+    _choice(config, "optimization_level", (None, *OPTIMIZATION_LEVELS))
     if not 0 <= config.ema_decay < 1:
         raise ConfigError(f"config.ema_decay={config.ema_decay}: expected a number in [0, 1); 0 switches EMA off")
     for writer in config.writers:

@@ -251,7 +251,7 @@ class _Run:
         start = time.monotonic()
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
         lowered = jitted.lower(self.state, self.frozen, self.batches)
-        compiled = lowered.compile(compile_options(self.config.compile_effort))
+        compiled = lowered.compile(compile_options(self.config.optimization_level))
         self._say(f"compiled the training step in {time.monotonic() - start:.1f} s")
         return compiled
 

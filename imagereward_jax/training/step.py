@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 
 from imagereward_jax.models.platform import batch_over
 
+OPTIMIZATION_LEVELS = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}  # XLA's numbers: jax 0.10 takes no names
+
 
 @struct.dataclass
 class TrainState:
@@ -46,9 +48,9 @@ class Phase(NamedTuple):
     loss: Callable
 
 
-def compile_options(effort):
-    """What `Lowered.compile` takes for `config.compile_effort`."""
-    return {"exec_time_optimization_effort": effort} if effort else {}
+def compile_options(optimization_level):
+    """What `Lowered.compile` takes for `config.optimization_level`."""
+    return {"optimization_level": OPTIMIZATION_LEVELS[optimization_level]} if optimization_level else {}
 
 
 def init_state(params, optimizer, *, seed, ema):

@@ -6,7 +6,7 @@ from imagereward_jax.training.config import default_config
 
 CONFIG, DONE = "config.json", "done.json"
 # What may be another when a run continues: how long it goes on, what it reports, and what decides how the same numbers
-# are computed, not which (they then differ by rounding: mesh, compile_effort, model.remat).
+# are computed, not which (they then differ by rounding: mesh, optimization_level, model.remat).
 MAY_CHANGE = (
     "steps",
     "log_every",
@@ -18,7 +18,7 @@ MAY_CHANGE = (
     "max_skipped",
     "profile",
     "compilation_cache",
-    "compile_effort",
+    "optimization_level",
     "model.remat",
 )
 

@@ -119,14 +119,14 @@ def test_the_workdir_of_another_run_is_refused(clean):
 
 
 def test_a_run_continues_with_another_way_to_compute_the_same(clean, tmp_path):
-    """From step 6 on with another remat and compile_effort, the latter unknown to the version that began."""
+    """From step 6 on with another remat and optimization_level, the latter unknown to the version that began."""
     workdir = tmp_path / "run"
     with pytest.raises(Interrupted):
         train(toy_config(), lambda config, mesh: build_toy(config, mesh, terminate_at=7), workdir)
     settings = json.loads((workdir / "config.json").read_text())
-    del settings["compile_effort"]
+    del settings["optimization_level"]
     (workdir / "config.json").write_text(json.dumps(settings))
-    assert train(toy_config(**{"model.remat": "full", "compile_effort": -1.0}), build_toy, workdir)
+    assert train(toy_config(**{"model.remat": "full", "optimization_level": "O0"}), build_toy, workdir)
     for one, other in zip(numbers(workdir), numbers(clean), strict=True):
         assert one.keys() == other.keys()
         np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)

@@ -32,7 +32,7 @@ def test_a_field_that_is_no_more_is_named(tmp_path):
 def test_what_the_result_does_not_depend_on_may_change(tmp_path):
     config = default_config("refl")
     (tmp_path / CONFIG).write_text(config.to_json())
-    config.compile_effort, config.mesh.fsdp, config.steps = -1.0, 8, 5000
+    config.optimization_level, config.mesh.fsdp, config.steps = "O0", 8, 5000
     check_workdir(tmp_path, config)
     config.method.guidance_scale, config.seed = 2.0, 1
     with pytest.raises(WorkdirError, match=r"config\.method\.guidance_scale: 1\.0 .* config\.seed: 0 there, 1 now"):
