@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "profile",
     "compilation_cache",
     "optimization_level",
+    "compile_effort",  # its name in runs from before
     "model.remat",
 )
 
