@@ -54,7 +54,22 @@ class Keys:
         return jax.random.fold_in(self.key, self.count)
 
 
-class Linear(LoRASlot, nnx.Module):
+class KernelLayer(LoRASlot, nnx.Module):
+    """What `Linear` and `Conv` do around the product with their kernel, which is theirs, quantised or not."""
+
+    def __call__(self, x):
+        x = x.astype(self.dtype)
+        kernel = self.kernel[...]
+        if quantized.is_quantized(kernel):
+            y = self._quantized_product(x, kernel)
+        else:
+            y = self._product(x, whole(kernel.astype(self.dtype)))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))
+
+
+class Linear(KernelLayer):
     """`x @ kernel + bias` over the last axis. kernel: [in_features, out_features]."""
 
     torch_names = {
@@ -69,22 +84,14 @@ class Linear(LoRASlot, nnx.Module):
         self.kernel = nnx.Param(uniform_init(rngs.params(), (in_features, out_features), in_features))
         self.bias = nnx.Param(uniform_init(rngs.params(), (out_features,), in_features)) if bias else None
 
-    def __call__(self, x):
-        x = x.astype(self.dtype)
-        kernel = self.kernel[...]
-        if quantized.is_quantized(kernel):
-            y = quantized.linear(x, kernel)
-        else:
-            y = self._product(x, whole(kernel.astype(self.dtype)))
-        if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
-        return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))
-
     def _product(self, x, kernel):
         return jnp.matmul(x, kernel, precision=precision(self.dtype))
 
+    def _quantized_product(self, x, kernel):
+        return quantized.linear(x, kernel)
 
-class Conv(LoRASlot, nnx.Module):
+
+class Conv(KernelLayer):
     """2-D convolution. x: [B, H, W, C_in]; kernel: [k, k, C_in, C_out].
 
     Args:
@@ -110,17 +117,6 @@ class Conv(LoRASlot, nnx.Module):
         )
         self.bias = nnx.Param(uniform_init(rngs.params(), (out_channels,), fan_in)) if bias else None
 
-    def __call__(self, x):
-        x = x.astype(self.dtype)
-        kernel = self.kernel[...]
-        if quantized.is_quantized(kernel):
-            y = quantized.conv(x, kernel, self.stride, self.padding)
-        else:
-            y = self._product(x, whole(kernel.astype(self.dtype)))
-        if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
-        return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))
-
     def _product(self, x, kernel):
         return jax.lax.conv_general_dilated(
             x,
@@ -130,6 +126,9 @@ class Conv(LoRASlot, nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=precision(self.dtype),
         )
+
+    def _quantized_product(self, x, kernel):
+        return quantized.conv(x, kernel, self.stride, self.padding)
 
 
 class Embedding(nnx.Module):

@@ -64,6 +64,12 @@ class Upsample2D(nnx.Module):
         return rematerialise.call(lambda x: pinned(self.conv(nearest_double(x, size))), x, mode=self.mode)
 
 
+def last_layers(network, x):
+    """The norm, SiLU and convolution that a UNet, an encoder and a decoder end with, by the network's `mode`."""
+    finish = lambda x: network.conv_out(jax.nn.silu(network.conv_norm_out(x)))  # noqa: E731
+    return rematerialise.call(finish, x, mode=network.mode)
+
+
 def nearest_double(x, size=None):
     """Every pixel of x [B, H, W, C] four times, cut to `size` (height, width)."""
     batch, height, width, channels = x.shape

@@ -19,6 +19,11 @@ def stack(layers):
     return merged
 
 
+def is_scanned(layer):
+    """Whether `scan` runs this layer in a loop: a `stack` of one it calls as it is."""
+    return getattr(layer, "stacked", 1) > 1
+
+
 def run(stacked, x, *args):
     """`x` through each layer of a `stack`, as `layer(x, *args)`; the result has the shape and dtype of `x`."""
     return scan(stacked, lambda layer, x: layer(x, *args), x)
@@ -27,7 +32,7 @@ def run(stacked, x, *args):
 def scan(stacked, function, carry):
     """`carry = function(layer, carry)` for each layer of a `stack`, in order; `carry` keeps its shapes and dtypes."""
     layout, state = nnx.split(stacked)
-    if stacked.stacked == 1:
+    if not is_scanned(stacked):
         return function(nnx.merge(layout, jax.tree.map(lambda leaf: leaf[0], state)), carry)
 
     def body(carry, index_and_state):

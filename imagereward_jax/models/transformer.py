@@ -76,8 +76,7 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x, context):
         """x: [B, T, features]; context: [B, S, context_features]. Returns [B, T, features]."""
-        in_scan = getattr(self, "stacked", 1) > 1
-        return rematerialise.call(self._forward, x, context, mode=self.mode, in_scan=in_scan)
+        return rematerialise.call(self._forward, x, context, mode=self.mode, in_scan=stack.is_scanned(self))
 
     def _forward(self, x, context):
         x = pinned(x + self.attn1(self.norm1(x)))

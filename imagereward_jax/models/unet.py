@@ -14,7 +14,7 @@ from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
 from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear
 from imagereward_jax.models.platform import pinned
-from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
 from imagereward_jax.models.transformer import Transformer2DModel
 
 _DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
@@ -321,10 +321,7 @@ class UNet2DConditionModel(nnx.Module):
             count = len(block.resnets)
             taken, skips = skips[-count:][::-1], skips[:-count]
             x = block(x, taken, time, context, skips[-1].shape[1:3] if skips else None)
-        return rematerialise.call(self._finish, x, mode=self.mode)
-
-    def _finish(self, x):
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
+        return last_layers(self, x).astype(jnp.float32)
 
     def _embed_time(self, timesteps, batch, added_cond):
         config = self.config

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
 from imagereward_jax.models.layers import Conv, GroupNorm, Keys
-from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
 from imagereward_jax.models.transformer import Attention
 
 _EPS = 1e-6
@@ -170,10 +169,7 @@ class Encoder(nnx.Module):
         x = self.conv_in(images)
         for block in self.down_blocks:
             x = block(x)
-        return rematerialise.call(self._finish, self.mid_block(x), mode=self.mode)
-
-    def _finish(self, x):
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return last_layers(self, self.mid_block(x))
 
 
 class Decoder(nnx.Module):
@@ -198,10 +194,7 @@ class Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x)
-        return rematerialise.call(self._finish, x, mode=self.mode)
-
-    def _finish(self, x):
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return last_layers(self, x)
 
 
 class AutoencoderKL(nnx.Module):

@@ -11,7 +11,6 @@ from flax import nnx
 
 from imagereward_jax.models.blip import ImageRewardModel
 from imagereward_jax.models.blip_config import ImageRewardConfig
-from imagereward_jax.rewards import images as pictures
 from imagereward_jax.rewards.base import Reward, named_dtype
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, mapping
@@ -103,7 +102,7 @@ def make_apply(config, dtype, remat="none"):
     graphdef = nnx.graphdef(abstract_module(config, named_dtype(dtype), remat))
 
     def apply(params, images, tokens):
-        pixels = pictures.device_pixels(images, config.vision.image_size)
+        pixels = ImageReward.preprocess.device(images, config.vision.image_size)
         return nnx.merge(graphdef, params)(pixels, **tokens)
 
     return apply

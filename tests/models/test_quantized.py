@@ -1,11 +1,8 @@
 """Layers with kernels of one byte a weight, against the same arithmetic in NumPy, and what they leave as it is."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 
+import child
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -220,14 +217,7 @@ def test_one_byte_a_weight_is_gathered():
     """A residual block and three transformer blocks in a loop on 8 devices, fsdp 4: what is gathered is int8, but for
     the time's projection, which stays float32. A layer alone gives what it gives on one device, within 1e-6. Of all of
     them, where a last bit decides between two integers, the result is as far from float32's as on one device is."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = child.run(ON_EIGHT_DEVICES, devices=8)
     narrow = [shape for dtype, shape in found["gathered"] if dtype == "s8"]
     assert len(narrow) >= len(found["kernels"]) - 1, found
     # but for vectors: the scales, once before the loop

@@ -1,10 +1,6 @@
 """What moves between devices when weights are split over them: weights, never activations."""
 
-import json
-import os
-import subprocess
-import sys
-
+import child
 import pytest
 
 CHILD = """
@@ -56,11 +52,7 @@ print(json.dumps({"moved": moved, "weights": weights}))
 @pytest.mark.parametrize("remat", ["blocks", "offload"])
 def test_weights_are_gathered_and_gradients_summed_and_nothing_else_moves(remat):
     """The gradient of a residual block and a stack of three transformer blocks, attention by blocks among them."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-c", CHILD, remat], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = child.run(CHILD, remat, devices=8)
     weights = {tuple(shape) for shape in found["weights"]}
     layers = {(1, *shape[1:]) for shape in weights} | {shape[1:] for shape in weights} | weights
     assert found["moved"]["all-gather"]

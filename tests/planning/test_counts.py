@@ -1,10 +1,6 @@
 """FLOPs of traced programs and collectives of compiled ones, against counts by hand."""
 
-import json
-import os
-import subprocess
-import sys
-
+import child
 import jax
 import jax.numpy as jnp
 import pytest
@@ -138,14 +134,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return child.run(ON_EIGHT_DEVICES, devices=8)
 
 
 def test_bytes_of_collectives(found):

@@ -1,10 +1,6 @@
 """The scorer's own promises, on a tiny random model: scores, ranks, gradients, batching, devices, saving."""
 
-import json
-import os
-import subprocess
-import sys
-
+import child
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,13 +99,8 @@ def test_apply_is_pure_and_takes_its_parameters(tiny_reward, images):
 def test_eight_devices_give_the_scores_and_gradients_of_one(tiny_reward, tiny_reward_folder, images, scores, tmp_path):
     """8 virtual CPU devices, a batch size that they do not divide: equal within 1e-5."""
     np.save(tmp_path / "images.npy", images)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", DEVICES_PROGRAM, str(tiny_reward_folder), str(tmp_path / "images.npy")],
-        env={**os.environ, **flags}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    sharded, gradient, devices, one = json.loads(done.stdout)
+    arguments = (tiny_reward_folder, tmp_path / "images.npy")
+    sharded, gradient, devices, one = child.run(DEVICES_PROGRAM, *arguments, devices=8)
     assert devices == 8
     np.testing.assert_allclose(sharded, scores, atol=1e-5)
     np.testing.assert_allclose(one, scores[0], atol=1e-5)
