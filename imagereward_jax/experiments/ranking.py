@@ -26,25 +26,16 @@ TEST_SHAPES = {"size": 512, "seed": 1}  # the shapes world has no end: so many g
 def build(config, mesh):
     """See `experiments.build`."""
     reward = open_trained(config)
-    train_groups, held_out = open_groups(config, reward, "groups"), open_groups(config, reward, "held_out_groups")
-    tested = open_groups(config, reward, "test_groups") if config.data.test_groups else None
+    size = reward.image_size
+    train_groups, held_out = open_groups(config, "groups", size), open_groups(config, "held_out_groups", size)
+    tested = open_groups(config, "test_groups", size) if config.data.test_groups else None
     count = config.eval.num_groups or len(held_out)
     evaluate = RankingEvaluation(reward, held_out, mesh, count)
     source = Pairs(train_groups) if config.method.mode == "pairs" else train_groups
     if config.eval.per_epoch:
         config.eval.every = max(1, len(source) // config.batch_size // config.eval.per_epoch)
-    method = config.method
-    loss = make_ranking_loss(
-        make_apply(reward.config, config.dtype, config.model.remat),
-        dropout=method.dropout,
-        drop_path=method.drop_path,
-        head_dropout=method.head_dropout,
-    )
     mask = trainable_mask(reward.params, config.reward.fix_rate)
     trainable, frozen = split({"reward": reward.params}, {"reward": mask})
-
-    def loss_on_groups(trainable, frozen, batches, key):
-        return loss(trainable, frozen, batches["groups"], key)
 
     def transform(batch):
         tokens = reward.tokenize(batch["prompt"])
@@ -68,7 +59,7 @@ def build(config, mesh):
     return Experiment(
         trainable=trainable,
         frozen=frozen,
-        phases=(Phase("ranking", loss_on_groups),),
+        phases=make_phases(config, reward.config),
         streams={
             "groups": stream(config, source, transform, item_transform=functools.partial(pad_item, size=source.largest))
         },
@@ -78,6 +69,22 @@ def build(config, mesh):
         images_per_step=config.batch_size * source.largest,
         test=None if tested is None else test,
     )
+
+
+def make_phases(config, reward_config):
+    """The loss of a step, for a reward of these sizes."""
+    method = config.method
+    loss = make_ranking_loss(
+        make_apply(reward_config, config.dtype, config.model.remat),
+        dropout=method.dropout,
+        drop_path=method.drop_path,
+        head_dropout=method.head_dropout,
+    )
+
+    def loss_on_groups(trainable, frozen, batches, key):
+        return loss(trainable, frozen, batches["groups"], key)
+
+    return (Phase("ranking", loss_on_groups),)
 
 
 def open_trained(config):
@@ -90,17 +97,17 @@ def open_trained(config):
     return init_reward(config)
 
 
-def open_groups(config, reward, name):
-    """The ranked groups of config.data's source `name`."""
+def open_groups(config, name, image_size):
+    """The ranked groups of config.data's source `name`, their pictures of so many pixels."""
     data = config.data
     source = str(data[name])
     if source.startswith(SHAPES_PREFIX):
         shapes = {"images_per_prompt": data.images_per_prompt, "spoilt": data.spoilt}
         shapes |= TEST_SHAPES if name == "test_groups" else {}
-        return load_groups(source, image_size=reward.image_size, shapes=shapes)
+        return load_groups(source, image_size=image_size, shapes=shapes)
     return load_groups(
         source,
-        image_size=reward.image_size,
+        image_size=image_size,
         split=data[f"{name.removesuffix('_groups')}_split"],
         images=data.images_folder or None,
         cache=data.cache or None,

@@ -1,31 +1,44 @@
 """The training step of a config as a program over shapes: what it takes, how that lies on a mesh, lowered for it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from imagereward_jax.data.prompts import SHAPES_PREFIX
 from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.experiments import ranking
 from imagereward_jax.experiments.refl import make_phases
 from imagereward_jax.experiments.weights import lora_alpha
 from imagereward_jax.methods.denoising import make_denoising_loss
+from imagereward_jax.methods.ranking import trainable_mask as trainable_scorer
 from imagereward_jax.models import lora
 from imagereward_jax.models.params import join, split, trainable_mask
 from imagereward_jax.models.platform import target_platform
 from imagereward_jax.planning.counts import bytes_on_a_device
-from imagereward_jax.planning.published import abstract_pipeline, abstract_reward
+from imagereward_jax.planning.published import (
+    abstract_pipeline,
+    abstract_reward,
+    abstract_trained_reward,
+    scorer_tokens,
+)
 from imagereward_jax.training.config import ConfigError
 from imagereward_jax.training.mesh import batch_sharding, replicated, weight_shardings
 from imagereward_jax.training.optimizer import make_optimizer
 from imagereward_jax.training.step import Phase, init_state, make_train_step
 
-METHODS = ("refl", "denoising")
+METHODS = ("refl", "denoising", "ranking")
+MOST_IN_A_GROUP = 9  # pictures that ImageRewardDB has for a prompt at most (arXiv 2304.05977, section 2)
 
 
 @dataclasses.dataclass
 class Recipe:
-    """A config's phases and optimizer; the shapes of its state, of what is frozen and of a global batch a stream."""
+    """A config's phases and optimizer; the shapes of its state, of what is frozen and of a global batch a stream.
+
+    images_per_sample: pictures that one of the batch stands for. assumptions: sentences on what a plan cannot know.
+    """
 
     config: Any
     phases: tuple
@@ -33,6 +46,8 @@ class Recipe:
     state: Any
     frozen: dict
     batches: dict
+    images_per_sample: int = 1
+    assumptions: tuple = ()
 
 
 class Traced(NamedTuple):
@@ -43,30 +58,65 @@ class Traced(NamedTuple):
 
 
 def abstract_recipe(config):
-    """The `Recipe` of a validated config of ReFL or the denoising loss.
+    """The `Recipe` of a validated config of ReFL, the denoising loss or a scorer's training.
 
     Raises:
-        ConfigError: another method. ValueError, FileNotFoundError: see `abstract_pipeline`.
+        ConfigError: another method. ValueError, FileNotFoundError: see `abstract_pipeline`, `data.groups.load_groups`.
     """
     method = config.method
     if method.name not in METHODS:
         raise ConfigError(f"config.method.name={method.name!r}: only {', '.join(METHODS)} can be planned")
+    return _scorer_recipe(config) if method.name == "ranking" else _diffusion_recipe(config)
+
+
+def _diffusion_recipe(config):
     pipeline = abstract_pipeline(config)
     has_reward = config.reward.path or config.reward.terms
     reward = abstract_reward(config.reward, config.dtype) if has_reward else None
-    networks = ("unet", *pipeline.text_encoders) if method.get("train_text_encoder") else ("unet",)
+    networks = ("unet", *pipeline.text_encoders) if config.method.get("train_text_encoder") else ("unet",)
     trainable, frozen = _divide(config, pipeline, networks)
-    frozen = {**frozen, **({"reward": reward.params} if reward else {})}
     frozen = {
         name: _in_dtype(part, pipeline.vae_dtype if name == "vae" else config.dtype) for name, part in frozen.items()
     }
-    phases = _phases(config, pipeline, reward)
+    frozen |= {"reward": reward.params} if reward else {}
+    batches = _batches(config, pipeline, reward, {**trainable, **frozen})
+    return _recipe(config, _phases(config, pipeline, reward), trainable, frozen, batches)
+
+
+def _scorer_recipe(config):
+    scorer, params = abstract_trained_reward(config.reward)
+    trainable, frozen = split({"reward": params}, {"reward": trainable_scorer(params, config.reward.fix_rate)})
+    size, (pictures, assumptions) = scorer.vision.image_size, _pictures_in_a_group(config, scorer)
+    groups = {
+        "images": _rows(config.batch_size, (pictures, size, size, 3), jnp.float32),
+        "ranking": _rows(config.batch_size, (pictures,), jnp.int32),
+        "reward": scorer_tokens(scorer, config.batch_size),
+    }
+    recipe = _recipe(config, ranking.make_phases(config, scorer), trainable, frozen, {"groups": groups})
+    return dataclasses.replace(recipe, images_per_sample=pictures, assumptions=assumptions)
+
+
+def _pictures_in_a_group(config, scorer):
+    """(pictures in the largest group, sentences on what is assumed)."""
+    source = str(config.data.groups)
+    if config.method.mode == "pairs":
+        return 2, ()
+    if source.startswith(SHAPES_PREFIX):
+        return config.data.images_per_prompt, ()
+    if Path(source).expanduser().exists():
+        return ranking.open_groups(config, "groups", scorer.vision.image_size).largest, ()
+    return MOST_IN_A_GROUP, (
+        f"config.data.groups={source!r} is not here, so the largest of its groups is taken to be of {MOST_IN_A_GROUP} "
+        "pictures, as in ImageRewardDB",
+    )
+
+
+def _recipe(config, phases, trainable, frozen, batches):
     optimizer = make_optimizer(config.optimizer, config.steps * len(phases), config.batch_size)
 
     def state(params):
         return init_state(params, optimizer, seed=config.seed, ema=config.ema_decay > 0)
 
-    batches = _batches(config, pipeline, reward, {**trainable, **frozen})
     return Recipe(config, phases, optimizer, jax.eval_shape(state, trainable), frozen, batches)
 
 
@@ -140,8 +190,7 @@ def _batches(config, pipeline, reward, params):
     batch, method, streams = config.batch_size, config.method, {}
     ids = _rows(batch, pipeline.tokenize([""]).shape[1:], jnp.int32)
     if method.name == "refl":
-        tokens = _rows(batch, (reward.config.max_prompt_tokens,), jnp.int32)
-        scored = {"input_ids": tokens, "attention_mask": tokens}
+        scored = scorer_tokens(reward.config, batch)
         streams["prompts"] = {"input_ids": ids, "negative_ids": ids, "reward": scored}
     if method.get("pretrain") == "off":
         return streams

@@ -3,6 +3,7 @@
 Nothing is read from the hub, and no weight from anywhere.
 """
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -12,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from imagereward_jax.data.shapes_tokenizers import write_clip_tokenizer
-from imagereward_jax.models.blip_config import ImageRewardConfig
+from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig
 from imagereward_jax.pipelines.base import override_prediction_type
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
 from imagereward_jax.pipelines.sdxl import StableDiffusionXL
 from imagereward_jax.planning.sizes import SD1, SDXL
 from imagereward_jax.rewards.base import cast_params
-from imagereward_jax.rewards.checkpoint import V1
+from imagereward_jax.rewards.checkpoint import MED_CONFIG_FILE, V1
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, abstract_module, make_apply
 from imagereward_jax.rewards.rules import is_rule
 from imagereward_jax.rewards.scores import SCORES
@@ -105,10 +106,36 @@ def abstract_reward(settings, dtype):
             f"config.reward: {', '.join(settings.terms) or name!r} cannot be planned, only ImageReward's network; pass "
             "--config.reward.path=ImageReward-v1.0"
         )
-    folder = hub.ASSETS / name / "reward" if name in hub.builtin_models() else Path(name).expanduser()
-    config = V1
-    if (folder / CONFIG_FILE).is_file():
-        config = ImageRewardConfig.from_dict(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    config = _scorer_config(name)
+    return SimpleNamespace(params=_scorer_params(config, dtype), config=config, apply=make_apply(config, dtype))
+
+
+def abstract_trained_reward(settings):
+    """The (sizes, shapes of the float32 parameters) of the ImageReward that `config.reward` of a scorer's training
+    starts from: the architecture of a random one; BLIP's model_large.pth has v1.0's sizes."""
+    if settings.path or settings.blip:
+        config = _scorer_config(str(settings.path or settings.blip))
+    else:
+        config = ImageRewardConfig.from_dict(settings.architecture.to_dict(), "config.reward.architecture")
+    return config, _scorer_params(config, "float32")
+
+
+def scorer_tokens(config, batch):
+    """Shapes of what an ImageReward of these sizes reads of so many prompts."""
+    ids = jax.ShapeDtypeStruct((batch, config.max_prompt_tokens), jnp.int32)
+    return {"input_ids": ids, "attention_mask": ids}
+
+
+def _scorer_config(name):
+    """The sizes of a folder or a built-in reward; a file is an ImageReward v1.0, by the med_config.json beside it."""
+    path = hub.ASSETS / name / "reward" if name in hub.builtin_models() else Path(name).expanduser()
+    if (path / CONFIG_FILE).is_file():
+        return ImageRewardConfig.from_dict(read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
+    if path.name and (text := path.with_name(MED_CONFIG_FILE)).is_file():
+        return dataclasses.replace(V1, text=TextConfig.from_dict(read_json(text), str(text)))
+    return V1
+
+
+def _scorer_params(config, dtype):
     params = mapping.params_of(abstract_module(config))
-    params = jax.eval_shape(lambda params: cast_params(params, jnp.dtype(dtype)), params)
-    return SimpleNamespace(params=params, config=config, apply=make_apply(config, dtype))
+    return jax.eval_shape(lambda params: cast_params(params, jnp.dtype(dtype)), params)

@@ -22,8 +22,9 @@ def plan(config, topology):
         keeps in the host's memory for a chip meanwhile (config.model.remat="offload"); None as those. "flops_per_chip":
         of products and convolutions, recomputed ones included, the sampler's loop at its longest; an equal share of
         what all chips compute, and "flops_per_chip_by_dtype" the same by the dtype of what is multiplied.
-        "flops_per_image": of all chips, divided by the batch. "compiled_flops": as the compiler counts them, each
-        loop's body once; None for NVIDIA's. "collective_bytes": by kind.
+        "images_per_sample": of a batch of ranked groups, the pictures of the largest; else 1. "flops_per_image": of all
+        chips, divided by the batch's images. "compiled_flops": as the compiler counts them, each loop's body once; None
+        for NVIDIA's. "collective_bytes": by kind. "assumptions": sentences on what a plan cannot know.
 
     Raises:
         ConfigError: mesh or batch do not fit the number of chips, or remat not their kind. TopologyError: see
@@ -44,6 +45,7 @@ def plan(config, topology):
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "samples_per_chip": config.batch_size // topology.chips // config.accumulation,
+        "images_per_sample": recipe.images_per_sample,
         "accumulation": config.accumulation,
         "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(recipe.state.params)),
         "fits": False,
@@ -54,12 +56,13 @@ def plan(config, topology):
         "host_temp_bytes": None,
         "flops_per_chip": total_flops // topology.chips,
         "flops_per_chip_by_dtype": {dtype: count // topology.chips for dtype, count in flops.items()},
-        "flops_per_image": total_flops // config.batch_size,
+        "flops_per_image": total_flops // (config.batch_size * recipe.images_per_sample),
         "compiled_flops": None,
         "collective_bytes": None,
         "trace_seconds": round(time.monotonic() - start, 1),
         "compile_seconds": None,
         "compiler_message": None,
+        "assumptions": list(recipe.assumptions),
     }
     if sum(sizes.values()) <= topology.usable_bytes:
         _compile(figures, config, topology, traced)
@@ -139,7 +142,7 @@ def advice(figures, config):
         ways.append("--config.model.remat=blocks, which computes more again and keeps less")
     elif config.model.remat != "offload" and not figures["topology"].startswith("cpu:"):
         ways.append("--config.model.remat=offload, which keeps activations in the host's memory")
-    if not config.lora.rank:
+    if "lora" in config and not config.lora.rank:
         ways.append("--config.lora.rank=4, which trains low-rank parameters alone")
     ways.append("a larger slice, or chips with more memory (--search names the smallest that fits)")
     return ways
@@ -152,7 +155,9 @@ def as_text(figures, config):
         f"{figures['topology']}: {figures['chips']} chip(s), mesh "
         + " x ".join(f"{name} {size}" for name, size in figures["mesh"].items())
         + f", batch {figures['batch_size']} in {figures['accumulation']} round(s) of "
-        f"{figures['samples_per_chip']} sample(s) a chip",
+        f"{figures['samples_per_chip']} sample(s) a chip"
+        + (f", each of {figures['images_per_sample']} pictures" if figures["images_per_sample"] > 1 else ""),
+        *(f"assumed: {text}" for text in figures["assumptions"]),
         verdict(figures),
         "",
         "memory a chip",

@@ -325,6 +325,11 @@ def _validate_ranking(config):
     _at_least(config, "data.images_per_prompt", 2)
     if config.reward.path and config.reward.blip:
         raise ConfigError("config.reward.path and config.reward.blip are both given: training starts from one of them")
+    if not (config.reward.path or config.reward.blip or "architecture" in config.reward):
+        raise ConfigError(
+            "config.reward: nothing to start from; pass --config.reward.blip=model_large.pth (BLIP's weights) or "
+            "--config.reward.path (an ImageReward), or set config.reward.architecture in the file (random weights)"
+        )
     _at_least(config, "eval.num_groups", 0)
     _at_least(config, "eval.per_epoch", 0)
     if not 0 <= config.reward.fix_rate <= 1:

@@ -177,6 +177,7 @@ def test_training_starts_from_blip(vocab_file, tmp_path, tiny_reward_config):
         ("--config.method.mode=pair", "did you mean 'pairs'"),
         ("--config.data.held_out_groups=", "data.held_out_groups is empty"),
         ("--config.reward.blip=x.pth", "both given"),
+        ("--config.reward.path=", "config.reward: nothing to start from; pass --config.reward.blip=model_large.pth"),
         ("--config.checkpoint.export=worst", "checkpoint.export='worst'"),
     ],
 )

@@ -16,12 +16,12 @@ pytest.importorskip("ml_collections")
 from imagereward_jax.planning import report, topologies
 from imagereward_jax.planning.topologies import TopologyError, find_topology
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "shapes_pretrain.py")
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def command(*arguments):
+def command(*arguments, config="shapes_pretrain"):
     env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    line = [sys.executable, "-m", "imagereward_jax.plan", "--config", CONFIG, *map(str, arguments)]
+    line = [sys.executable, "-m", "imagereward_jax.plan", f"--config={CONFIGS / config}.py", *map(str, arguments)]
     return subprocess.run(line, env=env, capture_output=True, text=True, timeout=600)
 
 
@@ -52,6 +52,15 @@ def test_plans_for_virtual_devices(options):
     assert 0 < total <= figures["usable_bytes"] <= figures["hbm_bytes"]
     assert figures["flops_per_chip"] * 8 == pytest.approx(figures["flops_per_image"] * 16, rel=1e-6)
     assert figures["collective_bytes"]["all-reduce"] > 0 and figures["compile_seconds"] > 0
+
+
+def test_plans_the_training_of_a_scorer():
+    """Two groups; what the plan does not know of their sizes is said."""
+    options = ("--config.batch_size=2", "--config.data.groups=nowhere.json")
+    done = command("--topology", "cpu:2", *options, config="imagereward_tiny")
+    assert done.returncode == 0, done.stderr
+    assert "batch 2 in 1 round(s) of 1 sample(s) a chip, each of 9 pictures" in done.stdout
+    assert "assumed: config.data.groups='nowhere.json' is not here" in done.stdout and "fits: " in done.stdout
 
 
 @pytest.mark.slow
@@ -131,7 +140,8 @@ def test_says_what_does_not_fit_and_what_would_help():
     sizes = {"parameters": 4 * gib, "moments": 8 * gib, "ema": 0, "frozen": 2 * gib, "batch": 0}
     figures = {
         "topology": "v5e:2x4", "chips": 8, "mesh": {"data": 8, "fsdp": 1}, "batch_size": 32, "accumulation": 2,
-        "samples_per_chip": 2, "fits": False, "hbm_bytes": 16 * gib, "usable_bytes": 15.75 * gib,
+        "samples_per_chip": 2, "images_per_sample": 1, "assumptions": [], "fits": False,
+        "hbm_bytes": 16 * gib, "usable_bytes": 15.75 * gib,
         "bytes_per_chip": {**sizes, "temporaries": 6 * gib, "total": 20 * gib}, "flops_per_chip": 1e12,
         "flops_per_chip_by_dtype": {"bfloat16": 3e11, "int8": 7e11}, "flops_per_image": 1e12,
         "host_temp_bytes": None, "collective_bytes": None, "trace_seconds": 1, "compile_seconds": 2,
@@ -144,6 +154,9 @@ def test_says_what_does_not_fit_and_what_would_help():
     text = report.as_text(figures, config)
     assert "\n- --config.model.remat=blocks, which" in text and "host memory for a chip    3.00 GiB" in text
     config.model.remat = "offload"
-    assert "--config.model.remat" not in report.as_text(figures, config)
+    text = report.as_text(figures, config)
+    assert "--config.model.remat" not in text and "--config.lora.rank=4" in text and "sample(s) a chip\n" in text
     config.model.remat, figures["topology"] = "blocks", "cpu:8"
     assert "--config.model.remat" not in report.as_text(figures, config)
+    text = report.as_text({**figures, "images_per_sample": 9, "assumptions": ["so it is"]}, default_config("ranking"))
+    assert "sample(s) a chip, each of 9 pictures\nassumed: so it is\ndoes not fit" in text and "lora" not in text

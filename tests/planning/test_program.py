@@ -1,14 +1,18 @@
 """What a recipe holds on each device, from shapes alone, at the sizes of the published models."""
 
 import importlib.util
+import itertools
+import json
 from pathlib import Path
 
 import jax
 import pytest
 from jax.sharding import AbstractMesh
+from PIL import Image
 
 pytest.importorskip("ml_collections")
 
+from imagereward_jax.data.errors import DataError
 from imagereward_jax.planning import program
 from imagereward_jax.planning.counts import flops_by_dtype
 from imagereward_jax.planning.published import abstract_pipeline, abstract_reward
@@ -37,13 +41,16 @@ def on(recipe, devices):
 
 
 def test_bytes_of_full_sdxl_by_hand():
-    """4 bytes a weight, 8 of moments, 2 a frozen weight; with 8 devices an eighth of it, but for vectors too small to
-    split (0.5 %)."""
+    """4 bytes a weight, 8 of moments, 2 a frozen weight (4 in the reward's vectors and head); with 8 devices an eighth
+    of it, but for vectors too small to split (0.5 %)."""
     recipe = recipe_of("refl_sdxl")
     unet, frozen = 2_567_463_684, 83_653_863 + 123_060_480 + 694_659_840 + 446_665_953
     assert (count(recipe.state.params), count(recipe.frozen)) == (unet, frozen)
     one, eight = on(recipe, 1), on(recipe, 8)
-    assert one["parameters"] == 4 * unet and one["ema"] == 0 and one["frozen"] == 2 * frozen
+    vision, text = 24 * 13 * 1024 + 3 * 1024, 12 * 19 * 768 + 2 * 768
+    head = sum((a + 1) * b for a, b in itertools.pairwise((768, 1024, 128, 64, 16, 1)))
+    assert one["frozen"] == 2 * frozen + 2 * (vision + text + 2 * 256 + head)
+    assert one["parameters"] == 4 * unet and one["ema"] == 0
     assert 8 * unet <= one["moments"] < 8 * unet + 100
     ids, tokens, pictures = 2 * 77 * 4, 35 * 4, 1024 * 1024 * 3 * 4
     assert one["batch"] == 128 * (3 * ids + 2 * tokens + pictures + 6 * 4)
@@ -97,8 +104,46 @@ def test_a_model_of_unknown_sizes_is_refused():
     config.reward.path = "PickScore"
     with pytest.raises(ConfigError, match="'PickScore' cannot be planned, only ImageReward"):
         abstract_reward(config.reward, "float32")
-    with pytest.raises(ConfigError, match="only refl, denoising can be planned"):
-        program.abstract_recipe(default_config("ranking"))
+    with pytest.raises(ConfigError, match="only refl, denoising, ranking can be planned"):
+        program.abstract_recipe(default_config("autoencoder"))
+
+
+def test_bytes_of_a_scorer_by_hand():
+    """As its authors train it: of 24 and 12 layers 16 and 8 stay, and the norm's scale and the query of the next."""
+    recipe = recipe_of("imagereward")
+    width, text = 1024, 768
+    block = 12 * width**2 + 13 * width
+    attention = lambda width: 2 * (text + 1) * text + 2 * (width + 1) * text + 2 * text  # noqa: E731
+    layer = attention(text) + attention(width) + 8 * text**2 + 7 * text
+    head = sum((a + 1) * b for a, b in itertools.pairwise((768, 1024, 128, 64, 16, 1)))
+    assert count(recipe.state.params) == 8 * block - width + 2 * width + 4 * layer - text**2 + head
+    assert count(recipe.state.params) + count(recipe.frozen) == 446_665_953
+    one = on(recipe, 1)
+    assert one["frozen"] == 4 * count(recipe.frozen) and one["parameters"] == 4 * count(recipe.state.params)
+    assert one["batch"] == 4 * (9 * (224 * 224 * 3 * 4 + 4) + 2 * 35 * 4)
+
+
+def test_groups_are_as_large_as_the_data_says(tmp_path):
+    """As in the file where it is there; where it is not, that nine are assumed is said."""
+    unknown = recipe_of("imagereward")
+    assert unknown.images_per_sample == 9
+    assert "'ImageRewardDB/train.json' is not here, so the largest of its groups is taken" in unknown.assumptions[0]
+    names = ["a.png", "b.png", "c.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    rows = [{"prompt": "a cat", "generations": names[:k], "ranking": list(range(1, k + 1))} for k in (2, 3)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    for name, largest, changes in (
+        ("imagereward", 3, {"data.groups": str(tmp_path / "train.json")}),
+        ("imagereward", 2, {"method.mode": "pairs"}),
+        ("imagereward_tiny", 5, {}),
+    ):
+        recipe = recipe_of(name, **changes)
+        assert (recipe.images_per_sample, recipe.assumptions) == (largest, ())
+        assert recipe.batches["groups"]["images"].shape[1] == largest
+    (tmp_path / "c.png").unlink()
+    with pytest.raises(DataError, match=r"c\.png"):
+        recipe_of("imagereward", **{"data.groups": str(tmp_path / "train.json")})
 
 
 @pytest.mark.slow
