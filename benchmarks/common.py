@@ -3,28 +3,56 @@
 import importlib.metadata
 import json
 import platform
+import re
 import resource
+import statistics
 import subprocess
 import sys
+import time
+from collections import Counter
+from pathlib import Path
 
+from imagereward_jax.planning.sizes import SD1, SDXL
+
+SMALL_UNET = {"block_out_channels": [64, 128, 256], "sample_size": 32, "cross_attention_dim": 128}
+SMALL_VAE = {
+    "block_out_channels": [16, 32, 32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+}
+# config.json of the networks, and what is recomputed in the backward pass
 PRESETS = {
     "small": {
-        "size": 32,
-        "unet": {"block_out_channels": (64, 128, 256), "attention_head_dim": 8, "cross_attention_dim": 128},
-        "levels": ("CrossAttn", "CrossAttn", ""),
-        "vae": {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8},
-        "tokens": 77,
+        "unet": SMALL_UNET
+        | {
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+            "attention_head_dim": 8,
+        },
+        "vae": SMALL_VAE,
         "remat": "none",
     },
-    "sd15": {
-        "size": 64,
-        "unet": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768},
-        "levels": ("CrossAttn", "CrossAttn", "CrossAttn", ""),
-        "vae": {"block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32},
-        "tokens": 77,
+    "small-sdxl": {
+        "unet": SMALL_UNET
+        | {
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 1, 2],
+            "attention_head_dim": [2, 4, 8],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 32,
+            "projection_class_embeddings_input_dim": 128 + 6 * 32,
+        },
+        "vae": SMALL_VAE | {"scaling_factor": 0.13025},
         "remat": "blocks",
     },
+    "sd15": {"unet": SD1["unet"], "vae": SD1["vae"], "remat": "blocks"},
+    "sdxl": {"unet": SDXL["unet"], "vae": SDXL["vae"], "remat": "blocks"},
 }
+TOKENS = 77  # of a prompt
 SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -33,32 +61,6 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "clip_sample": False,
 }
-
-
-def unet_config(preset):
-    """config.json of the UNet."""
-    levels = preset["levels"]
-    return {
-        "sample_size": preset["size"],
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 2,
-        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in levels),
-        "up_block_types": tuple(f"{kind}UpBlock2D" if kind else "UpBlock2D" for kind in reversed(levels)),
-        **preset["unet"],
-    }
-
-
-def vae_config(preset):
-    """config.json of the VAE."""
-    count = len(preset["vae"]["block_out_channels"])
-    return {
-        "sample_size": preset["size"] * 8,
-        "layers_per_block": 2,
-        "down_block_types": ("DownEncoderBlock2D",) * count,
-        "up_block_types": ("UpDecoderBlock2D",) * count,
-        **preset["vae"],
-    }
 
 
 def resident():
@@ -75,6 +77,49 @@ def in_process(script, side, **options):
     if done.returncode:
         raise SystemExit(f"error: {side} failed with {options}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def matrix_products_a_second(dtype):
+    """FLOP/s of a large product of random square matrices on jax's device: what utilisation is measured against."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    left, right = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    product(left, right).block_until_ready()
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        product(left, right).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times)
+
+
+def longest_operations(folder, count=12):
+    """What took the device's time in a trace that `jax.profiler` wrote.
+
+    Args:
+        folder: what `jax.profiler.trace` was given.
+
+    Returns:
+        [(name without its number, share of the time of all, times it ran)], the longest first; empty for a CPU, whose
+        trace has no plane of a device.
+    """
+    from jax.profiler import ProfileData
+
+    seconds, runs = Counter(), Counter()
+    for file in Path(folder).rglob("*.xplane.pb"):
+        for plane in ProfileData.from_file(str(file)).planes:
+            if not plane.name.startswith("/device:"):
+                continue
+            lines = [line for line in plane.lines if line.name == "XLA Ops" or line.name.startswith("Stream")]
+            for event in (event for line in lines for event in line.events):
+                name = re.sub(r"[._]\d+$", "", event.name)
+                seconds[name] += event.duration_ns / 1e9
+                runs[name] += 1
+    total = seconds.total()
+    return [(name, round(taken / total, 4), runs[name]) for name, taken in seconds.most_common(count)]
 
 
 def peak_of_jax(before):

@@ -34,8 +34,6 @@ from common import (
     peak_of_jax,
     peak_of_torch,
     resident,
-    unet_config,
-    vae_config,
     versions,
 )
 
@@ -43,8 +41,8 @@ from imagereward_jax.planning.sizes import SD1, SDXL
 
 MODELS = {
     "tiny": {
-        "unet": unet_config(PRESETS["small"]),
-        "vae": vae_config(PRESETS["small"]),
+        "unet": PRESETS["small"]["unet"],
+        "vae": PRESETS["small"]["vae"],
         "text_encoder": {
             "hidden_size": 128,
             "intermediate_size": 512,

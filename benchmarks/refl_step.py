@@ -1,14 +1,22 @@
 """One ReFL step, ours against PyTorch's (diffusers), on the same machine in one run.
 
     python benchmarks/refl_step.py                       # a UNet of 64 to 256 channels on 32 x 32 latents
-    python benchmarks/refl_step.py --preset sd15 --dtype bfloat16 --batch 1 4 8      # Stable Diffusion 1.5 at 512
-    px, on a GPU
+    python benchmarks/refl_step.py --preset sd15 --dtype bfloat16 --batch 1 4 8 --torch eager compile    # on a GPU
+    python benchmarks/refl_step.py --preset sdxl --lora 4 --dtype bfloat16 --batch 1 4 --torch eager compile
+    python benchmarks/refl_step.py --preset sdxl --lora 4 --dtype bfloat16 --torch --profile trace       # ours alone
 
-A step is: `--sampler-steps` DDIM steps without gradient, one with, decoding by the VAE, a reward, the gradient by
-the UNet, AdamW. Weights are random. The reward is a resize to 224 and one linear map, so that the networks in common
-are what is compared. Both sides run in processes of their own, one after the other, `--rounds` times in turn; the
-figures are medians over all steps. Prints JSON: images/s, seconds a step, compile seconds and peak memory of each,
-and the ratio ours / PyTorch's.
+A step is: `--sampler-steps` DDIM steps without gradient, one with, decoding by the VAE, a reward, the gradient by the
+UNet (with `--lora RANK` by an adapter of its attention over a frozen base in `--dtype`), AdamW. Weights are random.
+The reward is a resize to 224 and one linear map, so that the networks in common are what is compared. PyTorch runs as
+it is (eager, with SDPA attention) and with UNet and decoder under torch.compile (`--torch`; nothing after it: ours
+alone); both sides recompute the same blocks in the backward pass. Each side runs in a process of its own, one after
+the other, `--rounds` times in turn; the figures are medians over all steps.
+
+Prints JSON: images/s, seconds a step, seconds of compiling (PyTorch's: of its first step, less the median of the later
+ones), peak memory and utilisation of each, and ratios ours / PyTorch's. Utilisation is model FLOPs a second, of which
+what is recomputed is no part, over those of a large matrix product in `--dtype` (matrix_product_tflops; by jax, in the
+same run). `--profile DIR` traces one more step of ours into DIR (for TensorBoard or Perfetto) and lists what took the
+device's time.
 
 Peak memory is the process's largest resident size less that before the networks are made (CPU), or what the allocator
 held at most (GPU).
@@ -16,201 +24,314 @@ held at most (GPU).
 
 import argparse
 import datetime
+import importlib.util
 import json
 import statistics
+import sys
 import time
 
 from common import (
     PRESETS,
     SCHEDULER,
+    TOKENS,
     in_process,
+    longest_operations,
+    matrix_products_a_second,
     peak_of_jax,
     peak_of_torch,
     resident,
-    unet_config,
-    vae_config,
     versions,
 )
 
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers")
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "peft")
 TRAIN_STEPS, THRESHOLD, SCALE = 1000, 2.0, 1e-3
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what --lora adapts
+PIXELS = 224  # of the reward
 
 
-def run_ours(preset, batch, sampler_steps, iterations, dtype):
-    """Times our step. Returns the figures as a dict."""
+def pooled_features(unet):
+    """How many features of the pooled text embedding go to an SDXL's UNet; None for a UNet without it."""
+    if not unet.get("addition_embed_type"):
+        return None
+    return unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+
+
+def our_problem(arguments, remat):
+    """(() -> (trainable, frozen, batch), loss) of `training.step.make_train_step`."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    import optax
     from flax import nnx
 
     from imagereward_jax.diffusion.rollout import rollout
     from imagereward_jax.diffusion.samplers import make_sampler
     from imagereward_jax.methods.refl import refl_loss
+    from imagereward_jax.models import lora, quantized
+    from imagereward_jax.models.params import join, split, trainable_mask
     from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
     from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
     from imagereward_jax.rewards.images import device_pixels
-    from imagereward_jax.training.step import Phase, cast, init_state, make_train_step
+    from imagereward_jax.training.step import cast
+
+    preset, dtype, batch = PRESETS[arguments.preset], jnp.dtype(arguments.dtype), arguments.batch[0]
+    unet_config = UNet2DConditionConfig.from_dict(preset["unet"])
+    vae_config = AutoencoderKLConfig.from_dict(preset["vae"])
+    builders = {
+        "unet": lambda: UNet2DConditionModel(unet_config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)),
+        "vae": lambda: AutoencoderKL(vae_config, dtype=dtype, remat=remat, rngs=nnx.Rngs(1)),
+    }
+    networks = {name: nnx.eval_shape(build) for name, build in builders.items()}
+    if arguments.lora:
+        lora.attach(networks["unet"], "|".join(ATTENTION), rank=arguments.lora, alpha=arguments.lora)
+    layouts = {name: nnx.graphdef(network) for name, network in networks.items()}
+    steps, size, pooled = arguments.sampler_steps, preset["unet"]["sample_size"], pooled_features(preset["unet"])
+    sampler = make_sampler("ddim", SCHEDULER, steps + 1)
+
+    def initial():
+        params = {name: nnx.to_pure_dict(nnx.state(build(), nnx.Param)) for name, build in builders.items()}
+        if arguments.lora:
+            params = join(params, {"unet": lora.init(networks["unet"], jax.random.key(2))})
+        trainable, frozen = split(params, trainable_mask(params, ("unet",), lora=arguments.lora > 0))
+        frozen = cast(frozen, dtype) | {"reward": jnp.full((PIXELS * PIXELS * 3,), 1e-4)}
+        keys = jax.random.split(jax.random.key(3))
+        inputs = {"context": jax.random.normal(keys[0], (batch, TOKENS, unet_config.cross_attention_dim), dtype)}
+        if pooled:
+            inputs["text_embeds"] = jax.random.normal(keys[1], (batch, pooled))
+            inputs["time_ids"] = jnp.tile(jnp.array([8 * size, 8 * size, 0, 0, 8 * size, 8 * size], float), (batch, 1))
+        return trainable, frozen, inputs
+
+    def denoiser(unet, inputs):
+        added = {name: inputs[name] for name in ("text_embeds", "time_ids")} if pooled else None
+        network = nnx.merge(layouts["unet"], unet)
+        return lambda latents, timesteps: network(latents, timesteps, inputs["context"], added)
+
+    def loss(trainable, frozen, inputs, key):
+        unet = join(frozen, trainable)["unet"]
+        held = jax.lax.stop_gradient(unet)
+        if arguments.quantization != "none":
+            held = quantized.quantize(networks["unet"], held, arguments.quantization)
+        noise, stop = jax.random.normal(key, (batch, size, size, 4)), jnp.full((batch,), steps)
+        state = rollout(denoiser(held, inputs), sampler, noise, None, stop=stop)
+        output = denoiser(unet, inputs)(sampler.model_input(state, stop), sampler.timestep(stop))
+        latents = sampler.pred_original(state, output, stop) / vae_config.scaling_factor
+        images = jnp.clip(nnx.merge(layouts["vae"], frozen["vae"]).decode(latents) / 2 + 0.5, 0, 1)
+        rewards = device_pixels(images, PIXELS).reshape(batch, -1) @ frozen["reward"]
+        return refl_loss(rewards, threshold=THRESHOLD, scale=SCALE), {}
+
+    return initial, loss
+
+
+def run_ours(arguments):
+    """Times our step. Returns the figures as a dict."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from imagereward_jax.planning.counts import flops
+    from imagereward_jax.training.step import Phase, init_state, make_train_step
 
     jax.devices()
-    before, dtype = resident(), jnp.dtype(dtype)
-    unet_cfg = UNet2DConditionConfig.from_dict(unet_config(preset))
-    vae_cfg = AutoencoderKLConfig.from_dict(vae_config(preset))
-    graphs, params = {}, {}
-    for name, build in {
-        "unet": lambda rngs: UNet2DConditionModel(unet_cfg, dtype=dtype, remat=preset["remat"], rngs=rngs),
-        "vae": lambda rngs: AutoencoderKL(vae_cfg, dtype=dtype, remat=preset["remat"], rngs=rngs),
-    }.items():
-        graphs[name] = nnx.graphdef(nnx.eval_shape(lambda build=build: build(nnx.Rngs(0))))
-        params[name] = jax.jit(lambda build=build: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(0)), nnx.Param)))()
-    sampler = make_sampler("ddim", SCHEDULER, sampler_steps + 1)
-    stop = jnp.full((batch,), sampler_steps)
-    size = preset["size"]
-
-    def loss(trainable, frozen, batches, key):
-        def denoise(unet):
-            return lambda latents, timesteps: nnx.merge(graphs["unet"], unet)(latents, timesteps, batches["embeds"])
-
-        noise = jax.random.normal(key, (batch, size, size, 4))
-        state = rollout(denoise(jax.lax.stop_gradient(trainable["unet"])), sampler, noise, None, stop=stop)
-        output = denoise(trainable["unet"])(sampler.model_input(state, stop), sampler.timestep(stop))
-        latents = sampler.pred_original(state, output, stop) / 0.18215
-        images = jnp.clip(nnx.merge(graphs["vae"], frozen["vae"]).decode(latents) / 2 + 0.5, 0, 1)
-        pixels = device_pixels(images, 224).reshape(batch, -1)
-        return refl_loss(pixels @ frozen["reward"], threshold=THRESHOLD, scale=SCALE), {}
-
-    frozen = {"vae": cast(params.pop("vae"), dtype), "reward": jnp.full((224 * 224 * 3,), 1e-4)}
+    before = resident()
+    initial, loss = our_problem(arguments, PRESETS[arguments.preset]["remat"])
+    trainable, frozen, inputs = jax.jit(initial)()
+    _, keeping = our_problem(arguments, "none")  # whose program recomputes nothing
+    gradient = jax.grad(lambda *given: keeping(*given)[0])
+    given = jax.eval_shape(lambda: (*initial(), jax.random.key(0)))
+    program = jax.make_jaxpr(gradient)(*given)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=1e-2))
-    state = init_state(params, optimizer, seed=0, ema=False)
-    batches = {
-        "embeds": jnp.asarray(
-            np.random.default_rng(0).normal(size=(batch, preset["tokens"], unet_cfg.cross_attention_dim)), dtype
-        )
-    }
-    step = make_train_step((Phase("refl", loss),), optimizer, dtype=dtype)
+    state = init_state(trainable, optimizer, seed=0, ema=False)
+    step = make_train_step((Phase("refl", loss),), optimizer, dtype=jnp.dtype(arguments.dtype))
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batches).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, inputs).compile()
     compile_seconds = time.perf_counter() - start
+    del trainable  # donated with the state
     times = []
-    for _ in range(iterations + 1):
+
+    def run(state):
         start = time.perf_counter()
-        state, metrics = compiled(state, frozen, batches)
+        state, metrics = compiled(state, frozen, inputs)
         assert np.isfinite(float(metrics["refl/loss"])), "the loss is not finite"
         times.append(time.perf_counter() - start)
-    return {
+        return state
+
+    for _ in range(arguments.iterations + 1):
+        state = run(state)
+    figures = {
         "times": times[1:],
         "compile_seconds": compile_seconds,
         "peak_bytes": peak_of_jax(before),
         "device": jax.devices()[0].device_kind,
+        "model_flops": flops(program, arguments.sampler_steps),
     }
+    if arguments.profile:
+        with jax.profiler.trace(arguments.profile):
+            run(state)
+        figures["longest_operations"] = longest_operations(arguments.profile)
+    return figures
 
 
-def run_torch(preset, batch, sampler_steps, iterations, dtype):
+def run_torch(arguments):
     """Times the same step in PyTorch with diffusers' networks and SDPA attention."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
+    preset, batch, steps = PRESETS[arguments.preset], arguments.batch[0], arguments.sampler_steps
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    before, half = resident(), dtype == "bfloat16"
+    before, half, dtype = resident(), arguments.dtype == "bfloat16", getattr(torch, arguments.dtype)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**unet_config(preset)).to(device).train()
-    vae = (
-        AutoencoderKL(**vae_config(preset)).to(device, torch.bfloat16 if half else torch.float32).requires_grad_(False)
-    )
+    unet = UNet2DConditionModel(**preset["unet"]).to(device).train()
+    vae = AutoencoderKL(**preset["vae"]).to(device, dtype).requires_grad_(False)
+    if arguments.lora:
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        unet.requires_grad_(False).to(dtype)
+        options = {"r": arguments.lora, "lora_alpha": arguments.lora, "init_lora_weights": "gaussian"}
+        unet.add_adapter(LoraConfig(**options, target_modules=list(ATTENTION)))
+        cast_training_params(unet, dtype=torch.float32)
     if preset["remat"] != "none":
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
         vae.train()  # diffusers checkpoints in training mode alone; this VAE has neither dropout nor running statistics
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2)
+    decode = vae.decode
+    if arguments.side == "compile":
+        unet.compile()
+        decode = torch.compile(decode)
+    weights = [weight for weight in unet.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, weight_decay=1e-2)
     scheduler = DDIMScheduler(num_train_timesteps=TRAIN_STEPS, **SCHEDULER)
-    scheduler.set_timesteps(sampler_steps + 1)
-    size, width = preset["size"], preset["unet"]["cross_attention_dim"]
-    embeds = torch.randn(batch, preset["tokens"], width, device=device)
-    weight = torch.full((224 * 224 * 3,), 1e-4, device=device)
+    scheduler.set_timesteps(steps + 1)
+    size, pooled = preset["unet"]["sample_size"], pooled_features(preset["unet"])
+    context = torch.randn(batch, TOKENS, preset["unet"]["cross_attention_dim"], device=device, dtype=dtype)
+    added = {}
+    if pooled:
+        time_ids = torch.tensor([[8 * size, 8 * size, 0, 0, 8 * size, 8 * size]] * batch, device=device)
+        added = {"text_embeds": torch.randn(batch, pooled, device=device), "time_ids": time_ids}
+    weight = torch.full((PIXELS * PIXELS * 3,), 1e-4, device=device)
     mean = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=device).view(1, 3, 1, 1)
     std = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=device).view(1, 3, 1, 1)
+
+    def denoise(latents, timestep):
+        return unet(latents, timestep, context, added_cond_kwargs=added).sample.float()
 
     def step():
         with torch.autocast(device, torch.bfloat16, enabled=half):
             latents = torch.randn(batch, 4, size, size, device=device)
             with torch.no_grad():
                 for timestep in scheduler.timesteps[:-1]:
-                    latents = scheduler.step(
-                        unet(latents, timestep, embeds).sample.float(), timestep, latents
-                    ).prev_sample
+                    latents = scheduler.step(denoise(latents, timestep), timestep, latents).prev_sample
             timestep = scheduler.timesteps[-1]
-            output = unet(latents, timestep, embeds).sample.float()
-            clean = scheduler.step(output, timestep, latents).pred_original_sample
-            images = (vae.decode(clean.to(vae.dtype) / 0.18215).sample.float() / 2 + 0.5).clamp(0, 1)
-            images = torch.nn.functional.interpolate(images, (224, 224), mode="bicubic", antialias=True)
+            clean = scheduler.step(denoise(latents, timestep), timestep, latents).pred_original_sample
+            images = (decode(clean.to(dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
+            images = torch.nn.functional.interpolate(images, (PIXELS, PIXELS), mode="bicubic", antialias=True)
             rewards = ((images - mean) / std).permute(0, 2, 3, 1).flatten(1).float() @ weight
             loss = torch.relu(THRESHOLD - rewards).mean() * SCALE
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
     times = []
-    for _ in range(iterations + 1):
+    for _ in range(arguments.iterations + 1):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    return {"times": times[1:], "compile_seconds": 0.0, "peak_bytes": peak_of_torch(before), "device": device}
+    return {
+        "times": times[1:],
+        "compile_seconds": max(0.0, times[0] - statistics.median(times[1:])),
+        "peak_bytes": peak_of_torch(before),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "trained": sum(weight.numel() for weight in weights),
+    }
 
 
-def summary(runs, batch):
-    """Medians over the rounds of one side."""
+def summary(runs, batch, model_flops, peak):
+    """Medians over the rounds of one side; peak: FLOP/s of a matrix product."""
     seconds = statistics.median([t for run in runs for t in run["times"]])
     return {
         "seconds_per_step": round(seconds, 4),
         "images_per_second": round(batch / seconds, 4),
+        "utilisation": round(model_flops / seconds / peak, 4),
         "compile_seconds": round(statistics.median([run["compile_seconds"] for run in runs]), 1),
         "peak_mib": round(max(run["peak_bytes"] for run in runs) / 2**20),
         "device": runs[0]["device"],
     }
 
 
-def main():
-    """See the module's docstring."""
+def compare(arguments, batch, sides, options):
+    """Runs all sides in turn with one batch size; the results as a dict."""
+    runs = {side: [] for side in sides}
+    peak = in_process(__file__, "product", **options)["products_a_second"]
+    for index in range(arguments.rounds):
+        for side in sides:
+            last = side == "ours" and index == arguments.rounds - 1
+            traced = {"profile": arguments.profile} if last and arguments.profile else {}
+            runs[side].append(in_process(__file__, side, batch=batch, **options, **traced))
+    ours = runs["ours"][-1]
+    result = {
+        "batch": batch,
+        "matrix_product_tflops": round(peak / 1e12, 3),
+        "model_tflop_per_step": round(ours["model_flops"] / 1e12, 4),
+        **{side: summary(part, batch, ours["model_flops"], peak) for side, part in runs.items()},
+    }
+    for side in sides[1:]:
+        result[f"against_{side}"] = {
+            "ratio": round(result["ours"]["images_per_second"] / result[side]["images_per_second"], 3),
+            "memory_ratio": round(result["ours"]["peak_mib"] / max(1, result[side]["peak_mib"]), 3),
+        }
+    if arguments.profile:
+        result["longest_operations"] = ours["longest_operations"]
+    return result
+
+
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter; 0: all weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, nargs="+", default=[4])
     parser.add_argument("--sampler-steps", type=int, default=4, help="steps without gradient")
+    parser.add_argument(
+        "--quantization", choices=("none", "int8", "fp8"), default="none", help="of ours in those steps"
+    )
+    parser.add_argument("--torch", nargs="*", choices=("eager", "compile"), default=["eager"], help="none: ours alone")
     parser.add_argument("--iterations", type=int, default=3, help="timed steps a round, after one that is not")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--side", choices=("ours", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--profile", metavar="DIR", help="trace a step of ours; with one --batch")
+    parser.add_argument("--side", choices=("ours", "eager", "compile", "product"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.side:
-        run = run_ours if arguments.side == "ours" else run_torch
-        preset = PRESETS[arguments.preset]
-        print(
-            json.dumps(run(preset, arguments.batch[0], arguments.sampler_steps, arguments.iterations, arguments.dtype))
-        )
+    for name in ("sampler_steps", "iterations", "rounds"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected at least 1")
+    if arguments.lora < 0 or min(arguments.batch) < 1:
+        parser.error("--lora: expected 0 or more; --batch: 1 or more")
+    if arguments.profile and len(arguments.batch) > 1:
+        parser.error("--profile traces one step: give one --batch")
+    return arguments
+
+
+def main():
+    """See the module's docstring."""
+    arguments = parse_args()
+    if arguments.side == "product":
+        print(json.dumps({"products_a_second": matrix_products_a_second(arguments.dtype)}))
         return
-    options = {name: getattr(arguments, name) for name in ("preset", "dtype", "sampler_steps", "iterations")}
-    results = []
-    for batch in arguments.batch:
-        runs = {"ours": [], "torch": []}
-        for _ in range(arguments.rounds):
-            for side in runs:
-                runs[side].append(in_process(__file__, side, batch=batch, **options))
-        sides = {side: summary(part, batch) for side, part in runs.items()}
-        ratio = sides["ours"]["images_per_second"] / sides["torch"]["images_per_second"]
-        results.append({"batch": batch, **sides, "ratio": round(ratio, 3)})
+    if arguments.side:
+        print(json.dumps((run_ours if arguments.side == "ours" else run_torch)(arguments)))
+        return
+    sides = ["ours", *arguments.torch]
+    needed = ("torch", "diffusers", *(("peft",) if arguments.lora else ()))
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        if arguments.torch:
+            print(f"note: {', '.join(absent)} not installed: PyTorch's side is left out", file=sys.stderr)
+        sides = ["ours"]
+    names = ("preset", "lora", "dtype", "sampler_steps", "quantization", "iterations")
+    options = {name: getattr(arguments, name) for name in names}
+    results = [compare(arguments, batch, sides, options) for batch in arguments.batch]
     settings = {name: value for name, value in vars(arguments).items() if name != "side"}
-    print(
-        json.dumps(
-            {
-                "date": str(datetime.date.today()),
-                "versions": versions(*PACKAGES),
-                "settings": settings,
-                "results": results,
-            },
-            indent=2,
-        )
-    )
+    report = {"date": str(datetime.date.today()), "versions": versions(*PACKAGES), "settings": settings}
+    print(json.dumps({**report, "results": results}, indent=2))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def collective_bytes(text, while_trips=1):
         {kind of `COLLECTIVES`: bytes}, the kinds that occur.
     """
     module = _Module(text)
-    totals = module.totals(module.entry, while_trips)
+    totals = module.totals(while_trips)
     return {kind: totals[kind] for kind in COLLECTIVES if totals.get(kind)}
 
 
@@ -121,27 +121,44 @@ class _Module:
             elif current and (found := self.instruction.match(line)):
                 self.lines[current].append((found[1], found[2], found[3], found[4]))
                 self.types[found[1]] = found[2]
-        self.cache = {}
 
-    def totals(self, name, while_trips):
-        """{kind: bytes} of a computation and of what it calls."""
-        if name not in self.cache:
-            self.cache[name] = {}  # computations do not recurse
-            totals = {}
-            for _, result, operation, rest in self.lines.get(name, ()):
+    def totals(self, while_trips):
+        """{kind: bytes} of one run of the module.
+
+        A TPU's collective may go on while several fusions compute, even while a loop turns, and is written into each of
+        them, with one chain_id: it is one, and runs as often as what runs least often of those.
+        """
+        found = {}
+        for name, times in self._runs(while_trips).items():
+            for instruction, result, operation, rest in self.lines.get(name, ()):
                 kind = operation.removesuffix("-start")
                 # how TPUs have a reduce-scatter: a fusion of this name, of an all-reduce and slices
                 kind = "reduce-scatter" if kind == "all-reduce" and name.startswith("all-reduce-scatter") else kind
                 if kind in COLLECTIVES:
-                    totals[kind] = totals.get(kind, 0) + self._payload(result, operation, rest)
+                    chain = re.search(r'chain_id="(\d+)"', rest)
+                    key = (kind, "chain", chain[1]) if chain else (kind, name, instruction)
+                    amount = times * self._payload(result, operation, rest)
+                    found[key] = min(amount, found.get(key, amount))
+        totals = Counter()
+        for (kind, *_), amount in found.items():
+            totals[kind] += amount
+        return totals
+
+    def _runs(self, while_trips):
+        """{computation: how often it runs}, by the loops around it."""
+        runs = Counter()
+
+        def visit(name, times):
+            runs[name] += times
+            for _, _, operation, rest in self.lines.get(name, ()):
                 if operation.endswith("-done") or operation == "async-update":
                     continue
-                times = self._trips(rest, while_trips) if operation == "while" else 1
+                trips = self._trips(rest, while_trips) if operation == "while" else 1
                 for callee in self._callees(rest):
-                    for kind, amount in self.totals(callee, while_trips).items():
-                        totals[kind] = totals.get(kind, 0) + times * amount
-            self.cache[name] = totals
-        return self.cache[name]
+                    visit(callee, times * trips)
+
+        visit(self.entry, 1)
+        return runs
 
     def _callees(self, rest):
         listed = [name.strip().lstrip("%") for group in self.branches.findall(rest) for name in group.split(",")]

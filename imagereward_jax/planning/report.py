@@ -62,11 +62,21 @@ def plan(config, topology):
         "trace_seconds": round(time.monotonic() - start, 1),
         "compile_seconds": None,
         "compiler_message": None,
-        "assumptions": list(recipe.assumptions),
+        "assumptions": [*recipe.assumptions, *_of_the_level(config, topology)],
     }
     if sum(sizes.values()) <= topology.usable_bytes:
         _compile(figures, config, topology, traced)
     return figures
+
+
+def _of_the_level(config, topology):
+    level = config.optimization_level
+    if topology.platform != "tpu" or level not in ("O0", "O1"):
+        return ()
+    return (
+        f"the run, too, has config.optimization_level={level}; at the default level it takes more memory (with fsdp, "
+        "where weights are gathered ahead of their use; see docs/benchmarks.md) and is faster",
+    )
 
 
 def _compile(figures, config, topology, traced):

@@ -221,6 +221,57 @@ ENTRY %main (a: bf16[64]) -> bf16[8] {
     assert counts.collective_bytes(text) == {"all-reduce": 8 * 4, "reduce-scatter": 2 * 64 * 2}
 
 
+def test_a_gather_that_several_fusions_go_on_with_counts_once():
+    """As libtpu has it at its default level: each fusion that computes meanwhile holds the gather, of one chain. What
+    begins in a loop runs as often as it turns, what goes on during a loop once."""
+    text = """HloModule step
+
+%start.1 (x: bf16[8]) -> bf16[64] {
+  %x = bf16[8]{0} parameter(0)
+  ROOT %gather.1 = bf16[64]{0} all-gather(%x), channel_id=7, dimensions={0}, frontend_attributes={chain_id="27"}
+}
+
+%async_collective_fusion.2 (y: bf16[8]) -> bf16[64] {
+  %y = bf16[8]{0} parameter(0)
+  ROOT %gather.2 = bf16[64]{0} all-gather(%y), channel_id=7, dimensions={0}, frontend_attributes={chain_id="27"}
+}
+
+%during.3 (z: bf16[8]) -> bf16[32] {
+  %z = bf16[8]{0} parameter(0)
+  ROOT %gather.3 = bf16[32]{0} all-gather(%z), channel_id=9, dimensions={0}, frontend_attributes={chain_id="29"}
+}
+
+%before.4 (w: bf16[8]) -> bf16[32] {
+  %w = bf16[8]{0} parameter(0)
+  ROOT %gather.4 = bf16[32]{0} all-gather(%w), channel_id=9, dimensions={0}, frontend_attributes={chain_id="29"}
+}
+
+%condition (p: (s32[], bf16[8])) -> pred[] {
+  %p = (s32[], bf16[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (q: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %q = (s32[], bf16[8]{0}) parameter(0)
+  %f1 = bf16[64]{0} fusion(%q), kind=kCustom, calls=%start.1
+  %f2 = bf16[64]{0} fusion(%q), kind=kCustom, calls=%async_collective_fusion.2
+  %f3 = bf16[32]{0} fusion(%q), kind=kCustom, calls=%during.3
+  %other = bf16[16]{0} all-gather(%q), channel_id=8, dimensions={0}
+  ROOT %t = (s32[], bf16[8]{0}) tuple(%i2, %x)
+}
+
+ENTRY %main (a: bf16[8]) -> bf16[8] {
+  %a = bf16[8]{0} parameter(0)
+  %f4 = bf16[32]{0} fusion(%a), kind=kCustom, calls=%before.4
+  %loop = (s32[], bf16[8]{0}) while(%init), condition=%condition, body=%body
+  ROOT %r = bf16[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+    assert counts.collective_bytes(text) == {"all-gather": 5 * 64 * 2 + 32 * 2 + 5 * 16 * 2}
+
+
 def test_reads_how_much_was_used_at_an_overflow():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded by 5.75G"
     assert counts.used_at_overflow(message) == int(21.5 * 2**30)

@@ -160,3 +160,14 @@ def test_says_what_does_not_fit_and_what_would_help():
     assert "--config.model.remat" not in report.as_text(figures, config)
     text = report.as_text({**figures, "images_per_sample": 9, "assumptions": ["so it is"]}, default_config("ranking"))
     assert "sample(s) a chip, each of 9 pictures\nassumed: so it is\ndoes not fit" in text and "lora" not in text
+
+
+@pytest.mark.parametrize(
+    "name, level, said", [("v5e:2x4", "O0", True), ("v5e:2x4", None, False), ("cpu:8", "O0", False)]
+)
+def test_a_level_that_the_run_may_not_have_is_named(name, level, said):
+    from imagereward_jax.training.config import default_config
+
+    config = default_config("refl")
+    config.optimization_level = level
+    assert bool(report._of_the_level(config, find_topology(name))) is said
