@@ -161,6 +161,7 @@ def run_ours(arguments):
         "compile_seconds": compile_seconds,
         "peak_bytes": peak_of_jax(before),
         "device": jax.devices()[0].device_kind,
+        "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "model_flops": flops(program, arguments.sampler_steps),
     }
     if arguments.profile:
@@ -242,7 +243,7 @@ def run_torch(arguments):
         "compile_seconds": max(0.0, times[0] - statistics.median(times[1:])),
         "peak_bytes": peak_of_torch(before),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "trained": sum(weight.numel() for weight in weights),
+        "trained_parameters": sum(weight.numel() for weight in weights),
     }
 
 
@@ -255,6 +256,7 @@ def summary(runs, batch, model_flops, peak):
         "utilisation": round(model_flops / seconds / peak, 4),
         "compile_seconds": round(statistics.median([run["compile_seconds"] for run in runs]), 1),
         "peak_mib": round(max(run["peak_bytes"] for run in runs) / 2**20),
+        "trained_parameters": runs[0]["trained_parameters"],
         "device": runs[0]["device"],
     }
 
@@ -285,7 +287,7 @@ def compare(arguments, batch, sides, options):
     return result
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter; 0: all weights")
@@ -300,7 +302,7 @@ def parse_args():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--profile", metavar="DIR", help="trace a step of ours; with one --batch")
     parser.add_argument("--side", choices=("ours", "eager", "compile", "product"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for name in ("sampler_steps", "iterations", "rounds"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected at least 1")

@@ -1,0 +1,103 @@
+"""What benchmarks/ measures: that both sides of refl_step.py train the same, and how a trace is read."""
+
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_sd1
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [2, 4],
+    "cross_attention_dim": 24,
+    "use_linear_projection": True,
+    "norm_num_groups": 8,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 16 + 6 * 8,
+}
+VAE = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 8,
+}
+OPTIONS = ["--preset=tiny", "--batch=1", "--sampler-steps=1", "--iterations=1"]
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """(common, refl_step), with a preset of a tiny SDXL."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import common
+        import refl_step
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    common.PRESETS["tiny"] = {"unet": UNET, "vae": VAE, "remat": "blocks"}
+    yield common, refl_step
+    for name in ("common", "refl_step"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_both_sides_of_a_step_run_and_train_as_many_parameters(benchmarks, rank, tmp_path):
+    pytest.importorskip("peft")
+    _, refl_step = benchmarks
+    arguments = refl_step.parse_args([*OPTIONS, f"--lora={rank}"])
+    with tiny_sd1.quick_compilation(tmp_path):
+        ours = refl_step.run_ours(arguments)
+    theirs = refl_step.run_torch(arguments)
+    assert ours["trained_parameters"] == theirs["trained_parameters"] > 0
+    assert len(ours["times"]) == len(theirs["times"]) == 1
+
+
+def test_model_flops_leave_out_what_is_recomputed(benchmarks):
+    """One more step of the sampler costs one forward pass; the gradient by all weights costs two and the decoder's one
+    (within 10 %: neither the first convolution's input nor what comes before the pictures has a gradient)."""
+    from imagereward_jax.planning.counts import flops
+
+    _, refl_step = benchmarks
+
+    def counted(*options, remat="none", trips=1):
+        initial, loss = refl_step.our_problem(refl_step.parse_args([*OPTIONS, *options]), remat)
+        shapes = jax.eval_shape(lambda: (*initial(), jax.random.key(0)))
+        value = flops(jax.make_jaxpr(lambda *given: loss(*given)[0])(*shapes), trips)
+        gradient = flops(jax.make_jaxpr(jax.grad(lambda *given: loss(*given)[0]))(*shapes), trips)
+        return value, gradient
+
+    value, gradient = counted()
+    unet = counted(trips=2)[0] - value
+    decoder = value - 2 * unet
+    assert gradient == pytest.approx(value + 2 * unet + decoder, rel=0.1)
+    assert counted(remat="blocks")[1] > 1.1 * gradient
+    assert counted("--lora=2")[1] < gradient
+
+
+def test_a_trace_of_a_gpu_is_summed_by_operation(benchmarks, tmp_path):
+    """Times by name without the number, over all streams; other planes are not the device's."""
+    from jax.profiler import ProfileData
+
+    common, _ = benchmarks
+    events = "".join(
+        f"events {{ metadata_id: {kind} offset_ps: {start} duration_ps: {length} }} "
+        for kind, start, length in ((1, 0, 5000), (2, 5000, 1000), (3, 6000, 2000))
+    )
+    names = "".join(
+        f'event_metadata {{ key: {key} value {{ id: {key} name: "{name}" }} }} '
+        for key, name in ((1, "gemm_fusion_dot_12"), (2, "loop_add_fusion"), (3, "gemm_fusion_dot.3"))
+    )
+    lines = f'lines {{ id: 1 name: "Stream #13(Compute)" {events} }} lines {{ id: 2 name: "Steps" {events} }}'
+    text = f'planes {{ name: "/device:GPU:0" {names} {lines} }} planes {{ name: "/host:CPU" {names} {lines} }}'
+    folder = tmp_path / "plugins" / "profile" / "now"
+    folder.mkdir(parents=True)
+    (folder / "host.xplane.pb").write_bytes(ProfileData.text_proto_to_serialized_xspace(text))
+    assert common.longest_operations(tmp_path) == [("gemm_fusion_dot", 0.875, 2), ("loop_add_fusion", 0.125, 1)]
+    assert common.longest_operations(tmp_path / "nothing") == []
