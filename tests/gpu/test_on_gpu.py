@@ -1,13 +1,23 @@
 """Checks on a GPU: `pytest -m gpu`."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+import imagereward_jax
+from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.methods.refl import make_refl_loss
 from imagereward_jax.models import layers
+from imagereward_jax.models.platform import target_platform
 from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
+from imagereward_jax.pipelines import load_pipeline
+from imagereward_jax.training.step import Phase, cast, init_state, make_train_step
 
 pytestmark = pytest.mark.gpu
 
@@ -38,8 +48,6 @@ def test_attention_agrees_with_plain_float32(head_dim, queries, keys):
 
 def test_scores_of_the_built_in_reward_are_those_of_the_cpu():
     """float32 on the GPU against float32 on the CPU, within 1e-4."""
-    import imagereward_jax
-
     images = list(np.random.default_rng(0).random((4, 32, 32, 3), np.float32))
     scores = [
         imagereward_jax.load("tiny-shapes", device=d).score("a small blue cross in the center", images)
@@ -73,3 +81,55 @@ def test_activations_that_wait_in_the_hosts_memory_give_the_same_gradient():
         gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(nnx.to_pure_dict(params))))
     for plain, ours in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-4 * np.abs(plain).max() + 1e-7)
+
+
+@functools.cache
+def refl_gradient(platform, dtype="float32", quantization="none"):
+    """(the built-in model's gradient of one ReFL step by the built-in reward, its metrics), computed on `platform`."""
+    device = jax.devices(platform)[0]
+    pipeline, params = load_pipeline("tiny-shapes", dtype=dtype, remat="blocks")
+    reward = imagereward_jax.load("tiny-shapes", device=device)
+    prompts = ["a small blue cross in the center", "a large red circle at the top left"]
+    method = SimpleNamespace(
+        num_steps=4, stop_min=2, stop_max=3, guidance_scale=1.0, threshold=4.0, scale=1.0,
+        height=pipeline.default_size, width=pipeline.default_size, rollout_quantization=quantization,
+    )  # fmt: skip
+    sampler = make_sampler("ddim", pipeline.scheduler_config, method.num_steps)
+    loss = make_refl_loss(pipeline, reward, sampler, method)
+    step = make_train_step((Phase("refl", loss),), optax.sgd(1.0), dtype=jnp.dtype(dtype))
+    trainable = {"unet": params.pop("unet")}
+    ids = pipeline.tokenize(prompts)
+    batch = {"input_ids": ids, "negative_ids": ids, "reward": reward.tokenize(prompts)}
+    state = init_state(trainable, optax.sgd(1.0), seed=0, ema=False)
+    given = jax.device_put((state, cast(params, jnp.dtype(dtype)) | {"reward": reward.params}, batch), device)
+    with target_platform(platform):
+        after, metrics = jax.jit(step)(*given)
+    leaves = zip(jax.tree.leaves(trainable), jax.tree.leaves(after.params), strict=True)
+    gradient = np.concatenate([(np.asarray(old) - np.asarray(new)).ravel() for old, new in leaves])
+    return gradient, {name: float(value) for name, value in metrics.items()}
+
+
+def apart(ours, plain):
+    """Relative distance of two gradients."""
+    return np.linalg.norm(ours - plain) / np.linalg.norm(plain)
+
+
+def test_a_refl_step_agrees_with_the_cpus():
+    """float32: reward and loss within 1e-3, the gradient by all weights within 1e-2 of its length; one update each."""
+    (ours, metrics), (plain, expected) = refl_gradient("gpu"), refl_gradient("cpu")
+    assert expected["refl/grad_norm"] > 0 and metrics["skipped"] == 0
+    for name in ("refl/reward", "refl/loss"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-3)
+    assert apart(ours, plain) < 1e-2
+
+
+@pytest.mark.parametrize(("quantization", "bound"), [("none", 0.05), ("int8", 0.1), ("fp8", 0.2)])
+def test_a_refl_step_in_bfloat16_is_near_float32s(quantization, bound):
+    """The reward within `bound`, with the sampler's steps in bfloat16, int8 or float8; the gradient points the same
+    way."""
+    if quantization != "none":
+        pytest.importorskip("qwix")
+    ours, metrics = refl_gradient("gpu", "bfloat16", quantization)
+    plain, expected = refl_gradient("cpu")
+    assert metrics["skipped"] == 0 and metrics["refl/reward"] == pytest.approx(expected["refl/reward"], abs=bound)
+    assert ours @ plain > 0.9 * np.linalg.norm(ours) * np.linalg.norm(plain)
