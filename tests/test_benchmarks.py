@@ -47,7 +47,8 @@ def benchmarks():
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_both_sides_of_a_step_run_and_train_as_many_parameters(benchmarks, rank, tmp_path):
     pytest.importorskip("peft")
     _, refl_step = benchmarks
@@ -57,6 +58,19 @@ def test_both_sides_of_a_step_run_and_train_as_many_parameters(benchmarks, rank,
     theirs = refl_step.run_torch(arguments)
     assert ours["trained_parameters"] == theirs["trained_parameters"] > 0
     assert len(ours["times"]) == len(theirs["times"]) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_as_many_parameters_train_as_with_diffusers_and_peft(benchmarks, rank):
+    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    _, refl_step = benchmarks
+    unet = diffusers.UNet2DConditionModel(**UNET)
+    if rank:
+        unet.requires_grad_(False).add_adapter(peft.LoraConfig(r=rank, target_modules=list(refl_step.ATTENTION)))
+    initial, _ = refl_step.our_problem(refl_step.parse_args([*OPTIONS, f"--lora={rank}"]), "none")
+    trainable = jax.eval_shape(initial)[0]
+    trained = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
+    assert sum(leaf.size for leaf in jax.tree.leaves(trainable)) == trained > 0
 
 
 def test_model_flops_leave_out_what_is_recomputed(benchmarks):
