@@ -6,29 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 import tiny_sd1
+import tiny_sdxl
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": [32, 64],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "transformer_layers_per_block": [1, 2],
-    "attention_head_dim": [2, 4],
-    "cross_attention_dim": 24,
-    "use_linear_projection": True,
-    "norm_num_groups": 8,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 16 + 6 * 8,
-}
-VAE = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "norm_num_groups": 8,
-}
 OPTIONS = ["--preset=tiny", "--batch=1", "--sampler-steps=1", "--iterations=1"]
 
 
@@ -41,7 +21,7 @@ def benchmarks():
         import refl_step
     finally:
         sys.path.remove(str(BENCHMARKS))
-    common.PRESETS["tiny"] = {"unet": UNET, "vae": VAE, "remat": "blocks"}
+    common.PRESETS["tiny"] = {"unet": tiny_sdxl.UNET, "vae": tiny_sdxl.VAE, "remat": "blocks"}
     yield common, refl_step
     for name in ("common", "refl_step"):
         del sys.modules[name]
@@ -64,7 +44,7 @@ def test_both_sides_of_a_step_run_and_train_as_many_parameters(benchmarks, rank,
 def test_as_many_parameters_train_as_with_diffusers_and_peft(benchmarks, rank):
     diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
     _, refl_step = benchmarks
-    unet = diffusers.UNet2DConditionModel(**UNET)
+    unet = diffusers.UNet2DConditionModel(**tiny_sdxl.UNET)
     if rank:
         unet.requires_grad_(False).add_adapter(peft.LoraConfig(r=rank, target_modules=list(refl_step.ATTENTION)))
     initial, _ = refl_step.our_problem(refl_step.parse_args([*OPTIONS, f"--lora={rank}"]), "none")

@@ -1,6 +1,5 @@
 """What a recipe holds on each device, from shapes alone, at the sizes of the published models."""
 
-import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -16,18 +15,14 @@ from imagereward_jax.data.errors import DataError
 from imagereward_jax.planning import program
 from imagereward_jax.planning.counts import flops_by_dtype
 from imagereward_jax.planning.published import abstract_pipeline, abstract_reward
-from imagereward_jax.training.config import ConfigError, default_config
+from imagereward_jax.training.config import ConfigError, default_config, recipe_beside
 from imagereward_jax.training.mesh import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def recipe_of(name, **changes):
-    path = CONFIGS / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = recipe_beside(CONFIGS / f"{name}.py", name)
     config.update_from_flattened_dict(changes)
     return program.abstract_recipe(config)
 

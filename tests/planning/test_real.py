@@ -1,6 +1,5 @@
 """A plan's shapes and dtypes are those of the run: its parameters, what is frozen and its batches."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -12,6 +11,7 @@ for package in ("grain", "ml_collections", "orbax.checkpoint", "datasets", "matp
 
 from imagereward_jax import experiments
 from imagereward_jax.planning import program
+from imagereward_jax.training.config import recipe_beside
 from imagereward_jax.training.mesh import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -31,10 +31,7 @@ RUNS = {
 
 
 def config_of(name, changes):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = recipe_beside(CONFIGS / f"{name}.py", name)
     config.update_from_flattened_dict({"batch_size": 2, "data.workers": 0, **changes})
     return config
 
