@@ -3,7 +3,6 @@
 Nothing is read from the hub, and no weight from anywhere.
 """
 
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -13,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from imagereward_jax.data.shapes_tokenizers import write_clip_tokenizer
-from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig
+from imagereward_jax.models.blip_config import ImageRewardConfig
 from imagereward_jax.pipelines.base import override_prediction_type
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
 from imagereward_jax.pipelines.sdxl import StableDiffusionXL
 from imagereward_jax.planning.sizes import SD1, SDXL
 from imagereward_jax.rewards.base import cast_params
-from imagereward_jax.rewards.checkpoint import MED_CONFIG_FILE, V1
+from imagereward_jax.rewards.checkpoint import MED_CONFIG_FILE, V1, with_text
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, abstract_module, make_apply
 from imagereward_jax.rewards.rules import is_rule
 from imagereward_jax.rewards.scores import SCORES
@@ -132,7 +131,7 @@ def _scorer_config(name):
     if (path / CONFIG_FILE).is_file():
         return ImageRewardConfig.from_dict(read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
     if path.name and (text := path.with_name(MED_CONFIG_FILE)).is_file():
-        return dataclasses.replace(V1, text=TextConfig.from_dict(read_json(text), str(text)))
+        return with_text(V1, text)
     return V1
 
 

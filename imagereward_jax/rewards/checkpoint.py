@@ -70,10 +70,7 @@ def load(
         return _load_folder(path, tokenizer, options)
     if med_config is None:
         med_config = _find_med_config(path, name_or_path, root)
-    config = V1
-    if med_config is not None:
-        text = TextConfig.from_dict(files.read_json(med_config), str(med_config))
-        config = dataclasses.replace(V1, text=text)
+    config = V1 if med_config is None else with_text(V1, med_config)
     prompt_tokenizer = PromptTokenizer.from_file(tokenizer or find_vocab_near(path.parent), config.max_prompt_tokens)
     tensors = read_cached(path, root) if path.suffix in files.PICKLES else files.read_tensors(path)
     return _build(config, tensors, path, prompt_tokenizer, options)
@@ -151,6 +148,11 @@ def _find_med_config(path, name, root):
     if beside.is_file():
         return beside
     return hub.resolve_file(HUB_REPO, MED_CONFIG_FILE, cache_dir=root) if name in HUB_MODELS else None
+
+
+def with_text(config, med_config):
+    """A config of a BLIP with the text encoder that a med_config.json describes."""
+    return dataclasses.replace(config, text=TextConfig.from_dict(files.read_json(med_config), str(med_config)))
 
 
 def find_vocab_near(folder):

@@ -9,12 +9,19 @@ import numpy as np
 from flax import nnx
 
 from imagereward_jax.models.blip import RewardHead
-from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig, TextConfig
+from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig
 from imagereward_jax.models.clip import CLIPTextConfig
 from imagereward_jax.models.clip_score import CLIPConfig, CLIPVisionConfig
 from imagereward_jax.rewards.base import named_dtype
 from imagereward_jax.rewards.blip import BlipScore
-from imagereward_jax.rewards.checkpoint import DEFAULT_ROOT, IGNORED_KEYS, MED_CONFIG_FILE, find_vocab_near, read_cached
+from imagereward_jax.rewards.checkpoint import (
+    DEFAULT_ROOT,
+    IGNORED_KEYS,
+    MED_CONFIG_FILE,
+    find_vocab_near,
+    read_cached,
+    with_text,
+)
 from imagereward_jax.rewards.clip import AestheticScore, CLIPScore, HPSv2, PickScore
 from imagereward_jax.rewards.imagereward import ImageReward
 from imagereward_jax.rewards.tokens import CLIP_BPE, CLIP_FILES, CLIPPromptTokenizer, NoTokens, PromptTokenizer
@@ -114,8 +121,7 @@ def _load_blip(path, vocab, root, options):
     path = _existing(path) if path is not None else hub.resolve_url(BLIP_URL, root / "model_large.pth")
     config, med_config = BLIP_LARGE, path.with_name(MED_CONFIG_FILE)
     if med_config.is_file():
-        text = TextConfig.from_dict(files.read_json(med_config), str(med_config))
-        config = dataclasses.replace(config, text=text)
+        config = with_text(config, med_config)
     tokenizer = PromptTokenizer.from_file(vocab or find_vocab_near(path.parent), config.max_prompt_tokens)
     module = BlipScore.abstract(config, named_dtype(options["dtype"]))
     tensors = _read(path, root)
