@@ -120,7 +120,8 @@ def measure(args, remat, quantization):
     from flax import nnx
 
     from imagereward_jax.models import quantized
-    from imagereward_jax.models.platform import batch_over, target_platform
+    from imagereward_jax.models.hardware import target_platform
+    from imagereward_jax.models.sharding import batch_over
     from imagereward_jax.planning.counts import flops_by_dtype
     from imagereward_jax.planning.program import placed
     from imagereward_jax.planning.report import options_for

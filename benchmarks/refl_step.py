@@ -66,10 +66,10 @@ def our_problem(arguments, remat):
     from imagereward_jax.diffusion.samplers import make_sampler
     from imagereward_jax.methods.refl import refl_loss
     from imagereward_jax.models import lora, quantized
-    from imagereward_jax.models.params import join, split, trainable_mask
+    from imagereward_jax.models.param_tree import join, split, trainable_mask
     from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
     from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-    from imagereward_jax.rewards.images import device_pixels
+    from imagereward_jax.rewards.preprocess import device_pixels
     from imagereward_jax.training.step import cast
 
     preset, dtype, batch = PRESETS[arguments.preset], jnp.dtype(arguments.dtype), arguments.batch[0]

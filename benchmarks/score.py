@@ -115,7 +115,7 @@ def ours(args):
     import jax
 
     import imagereward_jax
-    from imagereward_jax.scoring.stream import Item, score_items
+    from imagereward_jax.bulk_scoring.stream import Item, score_items
 
     options = {"tokenizer": args.vocab, "dtype": args.dtype, "batch_size": args.batch_size}
     model = imagereward_jax.load(args.work / "ImageReward.pt", **options)

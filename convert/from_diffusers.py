@@ -27,8 +27,8 @@ def parse_args(argv=None):
 
 def convert(source, out, *, variant, dtype, overwrite):
     """Reads, maps and writes one network after the other."""
+    from imagereward_jax.storage.folders import refuse_existing
     from imagereward_jax.weights import diffusers, orbax
-    from imagereward_jax.weights.folders import refuse_existing
 
     refuse_existing(out, overwrite=overwrite, marker=orbax.MANIFEST)
     folder = diffusers.resolve_pipeline(source, variant=variant)
@@ -49,8 +49,8 @@ def read_component(folder, name, *, variant, dtype):
     import numpy as np
 
     from imagereward_jax.weights import diffusers, mapping
+    from imagereward_jax.weights.components import abstract_network
     from imagereward_jax.weights.files import cast
-    from imagereward_jax.weights.networks import abstract_network
 
     print(f"{name}: reading", flush=True)
     config, tensors = diffusers.load_component(folder, name, variant=variant)

@@ -27,15 +27,15 @@ def parse_args(argv=None):
 def merge(args):
     """Reads both, adds and writes; returns how many layers the adapter has."""
     from imagereward_jax.pipelines import load_pipeline
-    from imagereward_jax.weights import diffusers, lora
-    from imagereward_jax.weights.folders import refuse_existing
+    from imagereward_jax.storage.folders import refuse_existing
+    from imagereward_jax.weights import adapters, diffusers
 
     if not math.isfinite(args.weight):
         raise ValueError(f"--weight {args.weight} should be a number, usually from 0 to 1")
     refuse_existing(args.out, overwrite=args.overwrite, marker=diffusers.INDEX)
     pipeline, params = load_pipeline(args.src, variant=args.variant)
-    adapter = lora.read_adapter(args.lora, pipeline.networks)
-    params = lora.merge(pipeline.networks, params, adapter, args.weight)
+    adapter = adapters.read_adapter(args.lora, pipeline.networks)
+    params = adapters.merge(pipeline.networks, params, adapter, args.weight)
     pipeline.save(args.out, params, overwrite=args.overwrite)
     return sum(len(layers) for layers in adapter.values())
 

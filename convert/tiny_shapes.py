@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.weights.files import cast, read_tensors, write_safetensors
-from imagereward_jax.weights.folders import new_folder
 
 
 def pack(diffusion, reward, out, *, overwrite=False):

@@ -25,8 +25,8 @@ def parse_args(argv=None):
 
 def convert(checkpoint, out, *, dtype, overwrite):
     """Reads, maps and writes one network after the other."""
+    from imagereward_jax.storage.folders import refuse_existing
     from imagereward_jax.weights import diffusers, orbax
-    from imagereward_jax.weights.folders import refuse_existing
 
     refuse_existing(out, overwrite=overwrite, marker=diffusers.INDEX)
     manifest = orbax.read_manifest(checkpoint)
@@ -45,8 +45,8 @@ def read_component(checkpoint, name, config, *, dtype):
     import jax
 
     from imagereward_jax.weights import mapping, orbax
+    from imagereward_jax.weights.components import abstract_network
     from imagereward_jax.weights.files import cast
-    from imagereward_jax.weights.networks import abstract_network
 
     print(f"{name}: reading", flush=True)
     network = abstract_network(name, config)

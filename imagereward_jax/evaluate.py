@@ -55,8 +55,8 @@ def evaluate(args):
     """
     _check_numbers(args)
 
-    from imagereward_jax.evaluation.page import short_names
-    from imagereward_jax.evaluation.sources import Generations, load_evaluation
+    from imagereward_jax.agreement.page import short_names
+    from imagereward_jax.agreement.sources import Generations, load_evaluation
 
     data = load_evaluation(args.data, args.images, args.limit, args.spoilt)
     options = {"resamples": args.resamples, "level": args.level, "seed": args.seed}
@@ -91,7 +91,7 @@ def human_order(given, generators):
     Raises:
         ValueError: the names given are not those of the folders.
     """
-    from imagereward_jax.evaluation.summary import PUBLISHED_ORDER
+    from imagereward_jax.agreement.summary import PUBLISHED_ORDER
 
     if given is None:
         return list(PUBLISHED_ORDER) if set(generators) == set(PUBLISHED_ORDER) else None
@@ -105,8 +105,8 @@ def _scores(args, data, names, score):
     """{name: what `score` gives} for each model, one after the other."""
     from tqdm import tqdm
 
-    from imagereward_jax.evaluation.run import count_pictures
-    from imagereward_jax.scoring.scorers import open_scorer
+    from imagereward_jax.agreement.run import count_pictures
+    from imagereward_jax.bulk_scoring.scorers import open_scorer
 
     results = {}
     for model, name in zip(args.model, names):
@@ -119,9 +119,9 @@ def _scores(args, data, names, score):
 
 
 def _table_3(args, groups, names, options):
-    from imagereward_jax.evaluation import text
-    from imagereward_jax.evaluation.run import score_groups
-    from imagereward_jax.evaluation.summary import agreement
+    from imagereward_jax.agreement import text
+    from imagereward_jax.agreement.run import score_groups
+    from imagereward_jax.agreement.summary import agreement
 
     scores = _scores(args, groups, names, score_groups)
     results = {name: agreement(groups, rows, ks=args.k, **options) for name, rows in scores.items()}
@@ -147,9 +147,9 @@ def _table_3(args, groups, names, options):
 
 
 def _table_1(args, data, names, order, options):
-    from imagereward_jax.evaluation import text
-    from imagereward_jax.evaluation.run import one_picture_each, score_generations
-    from imagereward_jax.evaluation.summary import generator_means
+    from imagereward_jax.agreement import text
+    from imagereward_jax.agreement.run import one_picture_each, score_generations
+    from imagereward_jax.agreement.summary import generator_means
 
     scores = _scores(args, data, names, score_generations)
     results = {name: generator_means(rows, human_order=order, **options) for name, rows in scores.items()}
@@ -184,8 +184,8 @@ def _table_1(args, data, names, order, options):
 
 def write_page(args, outcome):
     """Writes --html; the file appears whole or not at all."""
-    from imagereward_jax.evaluation.page import results_page
-    from imagereward_jax.training.files import write_text
+    from imagereward_jax.agreement.page import results_page
+    from imagereward_jax.storage.files import write_text
 
     title = f"{' and '.join(outcome['report']['models'])} on {os.path.basename(args.data)}"
     page = results_page(
@@ -204,8 +204,8 @@ def _without_nan(value):
 
 
 def main(argv=None):
-    from imagereward_jax.evaluation.text import table
-    from imagereward_jax.scoring.stream import ScoringError
+    from imagereward_jax.agreement.text import table
+    from imagereward_jax.bulk_scoring.stream import ScoringError
 
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)

@@ -133,9 +133,9 @@ def parse_lora(text):
 
 def add_lora(pipeline, params, path, weight):
     """The model's weights with an adapter added, in float32, so that pictures cost nothing more."""
-    from imagereward_jax.weights import lora
+    from imagereward_jax.weights import adapters
 
-    return lora.merge(pipeline.networks, params, lora.read_adapter(path, pipeline.networks), weight)
+    return adapters.merge(pipeline.networks, params, adapters.read_adapter(path, pipeline.networks), weight)
 
 
 def _check_absent(args, paths):
@@ -207,7 +207,7 @@ def make_draw(pipeline, params, sampler, shape, args):
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from imagereward_jax.models.platform import batch_over
+    from imagereward_jax.models.sharding import batch_over
 
     devices = jax.local_devices()
     mesh = Mesh(np.asarray(devices), ("data",))
@@ -240,8 +240,8 @@ def save_all(pictures, draw, args):
     """Draws and saves every picture, and the sheet of all if asked for."""
     from tqdm import tqdm
 
-    from imagereward_jax.training.files import save_image
-    from imagereward_jax.training.sheets import contact_sheet
+    from imagereward_jax.storage.contact_sheet import contact_sheet
+    from imagereward_jax.storage.files import save_image
 
     sheet = []
     with tqdm(total=len(pictures), unit="image", desc=str(args.out)) as progress:

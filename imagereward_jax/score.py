@@ -77,8 +77,8 @@ def _check(parser, args):
 
 def score_files(args):
     """Loads the model and scores: one dict a picture (image, score, rank), in the order given."""
-    from imagereward_jax.rewards.images import as_image_list
-    from imagereward_jax.scoring.scorers import open_scorer
+    from imagereward_jax.bulk_scoring.scorers import open_scorer
+    from imagereward_jax.rewards.preprocess import as_image_list
 
     as_image_list(args.images)  # a missing file is named before the model is loaded
     model = open_scorer(args.model, tokenizer=args.tokenizer, dtype=args.dtype, batch_size=args.batch_size)
@@ -88,8 +88,8 @@ def score_files(args):
 
 def score_many(args):
     """Scores the rows of --input into --output; see `scoring.run.score_table`."""
-    from imagereward_jax.scoring.run import score_table
-    from imagereward_jax.scoring.scorers import open_scorer
+    from imagereward_jax.bulk_scoring.run import score_table
+    from imagereward_jax.bulk_scoring.scorers import open_scorer
 
     return score_table(
         args.input,
@@ -141,7 +141,7 @@ def _report(args, outcome):
 
 
 def main(argv=None):
-    from imagereward_jax.scoring.stream import ScoringError
+    from imagereward_jax.bulk_scoring.stream import ScoringError
 
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)

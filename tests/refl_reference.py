@@ -32,7 +32,7 @@ class TinyReward:
         return {"input_ids": rng.integers(0, 100, (len(prompts), 16)).astype(np.int32)}
 
     def apply(self, params, images, tokens):
-        from imagereward_jax.rewards.images import device_pixels
+        from imagereward_jax.rewards.preprocess import device_pixels
 
         pixels = device_pixels(images, self.size).reshape(images.shape[0], -1)
         text = tokens["input_ids"].astype(jnp.float32) @ params["text"]

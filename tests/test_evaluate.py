@@ -50,7 +50,7 @@ def generations(tmp_path_factory):
 @pytest.fixture
 def loaded(tiny_reward, monkeypatch):
     """Lets the command use the tests' own scorer, which is compiled already."""
-    monkeypatch.setattr("imagereward_jax.scoring.scorers.open_scorer", lambda *_, **__: tiny_reward)
+    monkeypatch.setattr("imagereward_jax.bulk_scoring.scorers.open_scorer", lambda *_, **__: tiny_reward)
 
 
 def printed(capsys, *arguments):
@@ -90,8 +90,8 @@ def test_models_come_out_in_the_right_order_on_shapes(capsys):
 
 def test_shapes_without_spoilt_pictures_differ_in_their_words_alone():
     """The rank is the number of words that the rule-based checker finds right, in every picture."""
+    from imagereward_jax.agreement.sources import load_evaluation
     from imagereward_jax.data.shapes import words_right
-    from imagereward_jax.evaluation.sources import load_evaluation
 
     for group in load_evaluation("shapes:held_out", limit=20, spoilt=False):
         right = [sum(words_right(group.prompt, picture).values()) for picture in group.pictures]
@@ -100,7 +100,7 @@ def test_shapes_without_spoilt_pictures_differ_in_their_words_alone():
 
 
 def test_an_export_is_called_by_its_run():
-    from imagereward_jax.evaluation.page import short_names
+    from imagereward_jax.agreement.page import short_names
 
     assert short_names(["runs/first/export", "tiny-shapes", "runs/second/export"]) == ["first", "tiny-shapes", "second"]
     assert short_names(["a/first/export", "b/first"]) == ["a/first/export", "b/first"]
@@ -210,7 +210,7 @@ def broken(tmp_path_factory):
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_before_any_model_is_loaded(case, rankings, generations, broken, capsys, monkeypatch):
     arguments, message = BAD[case]
-    monkeypatch.setattr("imagereward_jax.scoring.scorers.open_scorer", None)
+    monkeypatch.setattr("imagereward_jax.bulk_scoring.scorers.open_scorer", None)
     filled = [argument.format(r=rankings, g=generations, b=broken) for argument in arguments]
     assert evaluate.main(["--model", "random", *filled]) == 2
     out, err = capsys.readouterr()

@@ -17,7 +17,7 @@ import yaml
 
 from imagereward_jax.train import parse_flags
 from imagereward_jax.training.config import validate
-from imagereward_jax.training.metrics import read_rows
+from imagereward_jax.training.metric_writers import read_rows
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

@@ -12,7 +12,7 @@ for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
 
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.train import main
-from imagereward_jax.training.metrics import read_rows
+from imagereward_jax.training.metric_writers import read_rows
 from imagereward_jax.weights.files import read_tensors
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from imagereward_jax.data.shapes_tokenizers import write_clip_tokenizer
+from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
 
 SCHEDULER = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tiny_sd1
 
-from imagereward_jax.data.shapes_tokenizers import write_clip_tokenizer
+from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer
 from imagereward_jax.pipelines.sdxl import StableDiffusionXL
 
 # As SDXL base 1.0 has it.

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imagereward_jax.data import pictures
+from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError, missing_file
 from imagereward_jax.data.prompts import SHAPES_PREFIX, shapes_captions
-from imagereward_jax.data.shapes_sources import ShapesGroups
+from imagereward_jax.data.shapes.sources import ShapesGroups
 from imagereward_jax.data.tables import check_texts, column_values, pick_column, read_table
 
 SHAPES_SIZE = 20_000
@@ -20,7 +20,7 @@ SHAPES_SIZE = 20_000
 class Group(NamedTuple):
     """One prompt with its pictures: paths [K] and ranks [K], 1 is best; equal ranks are ties.
 
-    `paths` may also hold what else `pictures.open_picture` takes, and `RowPicture`s. `row`: where it was read.
+    `paths` may also hold what else `images.open_picture` takes, and `RowPicture`s. `row`: where it was read.
     """
 
     id: str
@@ -39,9 +39,9 @@ class RowPicture(NamedTuple):
     item: int | None = None
 
     def read(self, folder, where):
-        """What `pictures.open_picture` takes."""
+        """What `images.open_picture` takes."""
         value = self.rows[self.index][self.column]
-        return pictures.find_picture(value if self.item is None else value[self.item], folder, where)
+        return images.find_picture(value if self.item is None else value[self.item], folder, where)
 
 
 def load_groups(source, *, image_size=224, shapes=None, split="train", images=None, cache=None):
@@ -91,7 +91,7 @@ def _read_groups(table, folder):
     for i, prompt in enumerate(prompts):
         where = table.where(i)
         _check_group(generations[i], rankings[i], where)
-        paths = tuple(pictures.find_picture(path, folder, where) for path in generations[i])
+        paths = tuple(images.find_picture(path, folder, where) for path in generations[i])
         groups.append(Group(str(table.rows[i].get("id", i)), prompt, paths, tuple(rankings[i]), i))
     return groups
 
@@ -171,7 +171,7 @@ class Groups:
         kept = self.cache and _cache_file(self.cache, picture, self.image_size)
         if kept and kept.is_file():
             return np.load(kept)
-        image = pictures.fit(pictures.open_picture(picture, where), self.image_size)
+        image = images.fit(images.open_picture(picture, where), self.image_size)
         image = np.round(image * 255).astype(np.uint8)
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from imagereward_jax.data import pictures
+from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.data.prompts import PROMPT_COLUMNS, SHAPES_PREFIX, shapes_captions
-from imagereward_jax.data.shapes_sources import ShapesPairs
+from imagereward_jax.data.shapes.sources import ShapesPairs
 from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column, read_file, read_table
 
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "path", "file")
@@ -26,7 +26,7 @@ def load_pairs(
 ):
     """Image-text pairs: item i is {"image", "prompt", "original_size", "crop_top_left"}.
 
-    The image is float32 [S, S, 3] in [0, 1]; the sizes are as `pictures.fit_and_locate` gives them.
+    The image is float32 [S, S, 3] in [0, 1]; the sizes are as `images.fit_and_locate` gives them.
 
     Args:
         source: a table as for `load_prompts`, whose image column holds paths relative to the file (or absolute), or
@@ -42,8 +42,8 @@ def load_pairs(
         DataError: broken rows, empty captions; MissingDataError: a file is not there. Every path is looked up now;
             a picture that cannot be decoded is reported when it is read. Both name file and row.
     """
-    if crop not in pictures.CROPS:
-        raise ValueError(f"crop must be one of {', '.join(pictures.CROPS)}; got {crop!r}")
+    if crop not in images.CROPS:
+        raise ValueError(f"crop must be one of {', '.join(images.CROPS)}; got {crop!r}")
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1; got {image_size}")
     source = str(source)
@@ -68,7 +68,7 @@ class Pairs:
         self.found = None
         if isinstance(table.rows[0].get(image_column), str):  # a path: cheap to look up now, not at step 10,000
             values = column_values(table, image_column)
-            self.found = [pictures.find_picture(v, table.folder, table.where(i)) for i, v in enumerate(values)]
+            self.found = [images.find_picture(v, table.folder, table.where(i)) for i, v in enumerate(values)]
 
     def __len__(self):
         return len(self.prompts)
@@ -83,15 +83,15 @@ class Pairs:
 
     def _item(self, index, **options):
         where = self.table.where(index)
-        image = pictures.open_picture(self._picture(index, where), where)
-        image, original_size, corner = pictures.fit_and_locate(image, self.image_size, **options)
+        image = images.open_picture(self._picture(index, where), where)
+        image, original_size, corner = images.fit_and_locate(image, self.image_size, **options)
         prompt = self.prompts[index]
         return {"image": image, "prompt": prompt, "original_size": original_size, "crop_top_left": corner}
 
     def _picture(self, index, where):
         if self.found is not None:
             return self.found[index]
-        return pictures.find_picture(self.table.rows[index][self.image_column], self.table.folder, where)
+        return images.find_picture(self.table.rows[index][self.image_column], self.table.folder, where)
 
 
 def read_pairs_table(source, split="train"):
@@ -106,15 +106,13 @@ def read_pairs_table(source, split="train"):
     else:
         table = _caption_files(folder)
     if not table.rows:
-        raise DataError(
-            f"{table.name}: no pairs in it; expected pictures ({', '.join(pictures.SUFFIXES)}) with captions"
-        )
+        raise DataError(f"{table.name}: no pairs in it; expected pictures ({', '.join(images.SUFFIXES)}) with captions")
     return table
 
 
 def _caption_files(folder):
     """A table of the pictures in a folder and below, each with a .txt of the same stem."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES)
     bare = [path for path in files if not path.with_suffix(".txt").is_file()]
     if bare:
         raise DataError(

@@ -1,7 +1,7 @@
 """Prompts from files, `datasets`, TFDS and the shapes world, as a list of strings."""
 
 from imagereward_jax.data.errors import DataError, nearest
-from imagereward_jax.data.shapes_drawing import split as split_shapes
+from imagereward_jax.data.shapes.drawing import split as split_shapes
 from imagereward_jax.data.tables import check_texts, column_values, pick_column, read_table
 
 PROMPT_COLUMNS = ("text", "prompt", "caption")

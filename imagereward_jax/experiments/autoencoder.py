@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from imagereward_jax.data.pipeline import make_iterator
+from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.experiments.parts import load_pairs_of, stream
 from imagereward_jax.experiments.scratch import load_or_init_pipeline
 from imagereward_jax.methods.autoencoder import make_autoencoder_loss
-from imagereward_jax.training.files import write_text
+from imagereward_jax.storage.contact_sheet import contact_sheet
+from imagereward_jax.storage.files import write_text
 from imagereward_jax.training.loop import Evaluation, Experiment
 from imagereward_jax.training.mesh import put_whole, replicated
-from imagereward_jax.training.sheets import contact_sheet
 from imagereward_jax.training.step import Phase
 
 

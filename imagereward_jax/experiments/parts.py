@@ -3,22 +3,22 @@
 import jax
 import numpy as np
 
+from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.pairs import load_pairs
-from imagereward_jax.data.pipeline import make_iterator
 from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
-from imagereward_jax.models.params import join
-from imagereward_jax.models.platform import batch_over
+from imagereward_jax.models.param_tree import join
+from imagereward_jax.models.sharding import batch_over
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.pipelines.base import make_time_ids
 from imagereward_jax.rewards import registry
 from imagereward_jax.rewards.mixed import MixedReward, Term, apply_terms
 from imagereward_jax.rewards.rules import is_rule
+from imagereward_jax.storage.contact_sheet import contact_sheet, to_uint8
 from imagereward_jax.training.config import ConfigError
 from imagereward_jax.training.loop import Evaluation
 from imagereward_jax.training.mesh import put_whole, replicated
-from imagereward_jax.training.sheets import contact_sheet, to_uint8
 
 
 def open_pipeline(config):

@@ -11,13 +11,13 @@ from imagereward_jax.data.prompts import SHAPES_PREFIX
 from imagereward_jax.experiments.parts import stream
 from imagereward_jax.experiments.scratch import init_reward
 from imagereward_jax.methods.ranking import make_ranking_loss, pair_losses, trainable_mask
-from imagereward_jax.models.params import join, split
+from imagereward_jax.models.param_tree import join, split
 from imagereward_jax.rewards.checkpoint import load
 from imagereward_jax.rewards.imagereward import ImageReward, make_apply
 from imagereward_jax.rewards.scores import imagereward_from_blip
+from imagereward_jax.storage.contact_sheet import contact_sheet
 from imagereward_jax.training.loop import Evaluation, Experiment
 from imagereward_jax.training.mesh import put_whole, replicated
-from imagereward_jax.training.sheets import contact_sheet
 from imagereward_jax.training.step import Phase
 
 TEST_SHAPES = {"size": 512, "seed": 1}  # the shapes world has no end: so many groups, drawn for the test alone

@@ -5,13 +5,7 @@ import numpy as np
 from imagereward_jax.data.prompts import load_prompts
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.experiments.cached import training_pairs
-from imagereward_jax.experiments.parts import (
-    SampleEvaluation,
-    cast_frozen,
-    open_pipeline,
-    open_reward,
-    stream,
-)
+from imagereward_jax.experiments.parts import SampleEvaluation, cast_frozen, open_pipeline, open_reward, stream
 from imagereward_jax.experiments.weights import divide
 from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.methods.refl import make_refl_loss

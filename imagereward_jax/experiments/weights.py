@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 
 from imagereward_jax.models import lora
-from imagereward_jax.models.params import join, split, trainable_mask
+from imagereward_jax.models.param_tree import join, split, trainable_mask
 from imagereward_jax.training.config import ConfigError
-from imagereward_jax.weights import lora as adapters
+from imagereward_jax.weights import adapters
 from imagereward_jax.weights.diffusers import INDEX
 
 

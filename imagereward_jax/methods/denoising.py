@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from imagereward_jax.models.lora import dropout_key
-from imagereward_jax.models.params import join
+from imagereward_jax.models.param_tree import join
 
 
 def draw_timesteps(key, batch, num_timesteps, power=1.0):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from imagereward_jax.models.dropout import noise
-from imagereward_jax.models.params import join
+from imagereward_jax.models.param_tree import join
 
 
 def pair_losses(scores, ranking):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.models.lora import dropout_key
-from imagereward_jax.models.params import join
+from imagereward_jax.models.param_tree import join
 from imagereward_jax.rewards.mixed import apply_terms
 
 

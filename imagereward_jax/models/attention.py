@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from imagereward_jax.models.platform import batch_mesh, current_platform, pinned, precision, splitting_mesh
+from imagereward_jax.models.hardware import current_platform, precision
+from imagereward_jax.models.sharding import batch_mesh, shard_batch, splitting_mesh
 
 PATHS = ("plain", "blocks", "pallas", "cudnn")
 LONG = 256 * 256  # query-key pairs from which on the whole matrix of logits is not worth storing
@@ -42,7 +43,7 @@ def attention(query, key, value, *, mask=None, drop=None, path=None):
     Raises:
         ValueError: there is no such path, or it takes no mask.
     """
-    query, key, value = (pinned(x) for x in (query, key, value))
+    query, key, value = (shard_batch(x) for x in (query, key, value))
     whole = mask is not None or drop is not None
     path = path or choose_path(current_platform(), query.shape, key.shape, query.dtype, masked=whole)
     if path not in PATHS:

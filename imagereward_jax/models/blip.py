@@ -19,7 +19,7 @@ from flax import nnx
 from imagereward_jax.models import layers
 from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models.dropout import drop, drops
-from imagereward_jax.models.platform import pinned
+from imagereward_jax.models.sharding import shard_batch
 
 INIT_STD = 0.02  # of every matrix, before training
 
@@ -80,8 +80,8 @@ class VisionBlock(nnx.Module):
 
     def _forward(self, x):
         drop_path = functools.partial(drop, kind="path", scale=self.path_scale, per_sample=True)
-        x = pinned(x + drop_path(self.attn(self.norm1(x))))
-        return pinned(x + drop_path(self.mlp(self.norm2(x))))
+        x = shard_batch(x + drop_path(self.attn(self.norm1(x))))
+        return shard_batch(x + drop_path(self.mlp(self.norm2(x))))
 
 
 class VisionTransformer(nnx.Module):
@@ -151,7 +151,7 @@ class ResidualOutput(nnx.Module):
         self.LayerNorm = layers.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, x, residual):
-        return pinned(self.LayerNorm(drop(self.dense(x), "text") + residual))
+        return shard_batch(self.LayerNorm(drop(self.dense(x), "text") + residual))
 
 
 class TextAttention(nnx.Module):

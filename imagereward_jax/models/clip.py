@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models import stack
+from imagereward_jax.models import scanned_layers
 from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
 from imagereward_jax.models.layers import (
     Embedding,
@@ -20,7 +20,7 @@ from imagereward_jax.models.layers import (
     quick_gelu,
     split_heads,
 )
-from imagereward_jax.models.platform import pinned
+from imagereward_jax.models.sharding import shard_batch
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 _ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -148,8 +148,8 @@ class CLIPEncoderLayer(nnx.Module):
         self.mlp = CLIPMLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        x = pinned(x + self.self_attn(self.layer_norm1(x)))
-        return pinned(x + self.mlp(self.layer_norm2(x)))
+        x = shard_batch(x + self.self_attn(self.layer_norm1(x)))
+        return shard_batch(x + self.mlp(self.layer_norm2(x)))
 
 
 class CLIPEncoder(nnx.Module):
@@ -158,11 +158,11 @@ class CLIPEncoder(nnx.Module):
     def __init__(self, config, *, causal=True, dtype, rngs):
         depth = config.num_hidden_layers
         layers = [CLIPEncoderLayer(config, causal=causal, dtype=dtype, rngs=rngs) for _ in range(depth)]
-        self.layers = stack.stack(layers)
+        self.layers = scanned_layers.stack(layers)
 
     def __call__(self, x):
         """Returns the outputs of the last layer and of the one before."""
-        return stack.scan(self.layers, lambda layer, outputs: (layer(outputs[0]), outputs[0]), (x, x))
+        return scanned_layers.scan(self.layers, lambda layer, outputs: (layer(outputs[0]), outputs[0]), (x, x))
 
 
 class CLIPTextTransformer(nnx.Module):

@@ -15,8 +15,9 @@ from flax import nnx
 
 from imagereward_jax.models import quantized
 from imagereward_jax.models.attention import attention
+from imagereward_jax.models.hardware import precision
 from imagereward_jax.models.lora import LoRASlot
-from imagereward_jax.models.platform import pinned, precision, whole
+from imagereward_jax.models.sharding import gather_weight, shard_batch
 
 __all__ = [
     "Conv",
@@ -63,7 +64,7 @@ class KernelLayer(LoRASlot, nnx.Module):
         if quantized.is_quantized(kernel):
             y = self._quantized_product(x, kernel)
         else:
-            y = self._product(x, whole(kernel.astype(self.dtype)))
+            y = self._product(x, gather_weight(kernel.astype(self.dtype)))
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y if self.lora_A is None else y + self._low_rank(x, self._product, precision(self.dtype))
@@ -141,7 +142,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
 
     def __call__(self, ids):
-        return pinned(whole(jnp.asarray(self.embedding[...]))[ids].astype(self.dtype))
+        return shard_batch(gather_weight(jnp.asarray(self.embedding[...]))[ids].astype(self.dtype))
 
 
 class LayerNorm(nnx.Module):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models import stack
+from imagereward_jax.models import scanned_layers
 from imagereward_jax.models.dropout import drop, noise
 
 INITS = ("gaussian", "kaiming")
@@ -56,10 +56,10 @@ class LoRASlot:
 def slots(network):
     """The layers of a network that can be adapted, by PyTorch's name ("down_blocks.0.attentions.0. ... .to_q"), those
     of a stack each: {name: (module, number in its stack or None)}."""
-    stacks, found = stack.depths(network), {}
+    stacks, found = scanned_layers.depths(network), {}
     for path, module in nnx.iter_modules(network):
         if isinstance(module, LoRASlot):
-            found |= {".".join(map(str, key)): (module, index) for key, index in stack.numbered(path, stacks)}
+            found |= {".".join(map(str, key)): (module, index) for key, index in scanned_layers.numbered(path, stacks)}
     return found
 
 
@@ -108,10 +108,10 @@ def init(network, key, kind="gaussian"):
     """
     params = nnx.to_pure_dict(nnx.state(network, LoRAParam))
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    stacks, values = stack.depths(network), []
+    stacks, values = scanned_layers.depths(network), []
     for index, (path, leaf) in enumerate(leaves):
         own = jax.random.fold_in(key, index)
-        stacked = stack.numbered([part.key for part in path], stacks)[0][1] is not None
+        stacked = scanned_layers.numbered([part.key for part in path], stacks)[0][1] is not None
         if path[-1].key == "lora_B":
             values.append(jnp.zeros(leaf.shape))
         elif kind == "gaussian":

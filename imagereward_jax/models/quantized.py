@@ -19,10 +19,10 @@ import operator
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models import stack
+from imagereward_jax.models import scanned_layers
 from imagereward_jax.models.lora import LoRASlot
-from imagereward_jax.models.params import join
-from imagereward_jax.models.platform import divided, everywhere, whole
+from imagereward_jax.models.param_tree import join
+from imagereward_jax.models.sharding import gather_weight, replicate, shard_weight
 
 DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
@@ -36,15 +36,15 @@ def quantize(network, params, kind):
     Args:
         kind: "int8" or "fp8".
     """
-    stacks, kernels = stack.depths(network), {}
+    stacks, kernels = scanned_layers.depths(network), {}
     for path, layer in nnx.iter_modules(network):
         if not isinstance(layer, LoRASlot) or set(path) & set(KEPT):
             continue
         kernel = functools.reduce(operator.getitem, path, params)["kernel"]
-        stacked = stack.numbered(path, stacks)[0][1] is not None
+        stacked = scanned_layers.numbered(path, stacks)[0][1] is not None
         own_scale = (0, kernel.ndim - 1) if stacked else (kernel.ndim - 1,)
         quantized = _quantize(kernel, DTYPES[kind], own_scale)
-        quantized = quantized.replace(qvalue=divided(quantized.qvalue), scale=everywhere(quantized.scale))
+        quantized = quantized.replace(qvalue=shard_weight(quantized.qvalue), scale=replicate(quantized.scale))
         own = functools.reduce(lambda inner, name: {name: inner}, reversed(path), {"kernel": quantized})
         kernels = join(kernels, own)
     return join(params, kernels)
@@ -88,4 +88,4 @@ def _quantize(array, dtype, own_scale):
 
 
 def _whole(kernel):
-    return kernel.replace(qvalue=whole(kernel.qvalue))
+    return kernel.replace(qvalue=gather_weight(kernel.qvalue))

@@ -6,7 +6,7 @@ from flax import nnx
 
 from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models.layers import Conv, GroupNorm, Linear
-from imagereward_jax.models.platform import pinned
+from imagereward_jax.models.sharding import shard_batch
 
 
 class ResnetBlock2D(nnx.Module):
@@ -30,11 +30,11 @@ class ResnetBlock2D(nnx.Module):
         return rematerialise.call(self._forward, x, time, mode=self.mode)
 
     def _forward(self, x, time):
-        y = pinned(self.conv1(jax.nn.silu(self.norm1(x))))
+        y = shard_batch(self.conv1(jax.nn.silu(self.norm1(x))))
         if self.time_emb_proj is not None:
             y = y + self.time_emb_proj(time)[:, None, None, :]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return pinned(y + (x if self.conv_shortcut is None else self.conv_shortcut(x)))
+        return shard_batch(y + (x if self.conv_shortcut is None else self.conv_shortcut(x)))
 
 
 class Downsample2D(nnx.Module):
@@ -49,7 +49,7 @@ class Downsample2D(nnx.Module):
         self.conv = Conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        return rematerialise.call(lambda x: pinned(self.conv(x)), x, mode=self.mode)
+        return rematerialise.call(lambda x: shard_batch(self.conv(x)), x, mode=self.mode)
 
 
 class Upsample2D(nnx.Module):
@@ -61,7 +61,7 @@ class Upsample2D(nnx.Module):
 
     def __call__(self, x, size=None):
         """x: [B, H, W, C]; size: the height and width to end with, 2 H or 2 H - 1 (the same for W); None doubles."""
-        return rematerialise.call(lambda x: pinned(self.conv(nearest_double(x, size))), x, mode=self.mode)
+        return rematerialise.call(lambda x: shard_batch(self.conv(nearest_double(x, size))), x, mode=self.mode)
 
 
 def last_layers(network, x):

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import remat as rematerialise
-from imagereward_jax.models import stack
+from imagereward_jax.models import scanned_layers
 from imagereward_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention, gelu, merge_heads, split_heads
-from imagereward_jax.models.platform import pinned
+from imagereward_jax.models.sharding import shard_batch
 
 
 class Placeholder(nnx.Module):
@@ -41,7 +41,7 @@ class GEGLU(nnx.Module):
         self.proj = Linear(in_features, 2 * out_features, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        value, gate = jnp.split(pinned(self.proj(x)), 2, axis=-1)
+        value, gate = jnp.split(shard_batch(self.proj(x)), 2, axis=-1)
         return value * gelu(gate)
 
 
@@ -76,12 +76,12 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x, context):
         """x: [B, T, features]; context: [B, S, context_features]. Returns [B, T, features]."""
-        return rematerialise.call(self._forward, x, context, mode=self.mode, in_scan=stack.is_scanned(self))
+        return rematerialise.call(self._forward, x, context, mode=self.mode, in_scan=scanned_layers.is_scanned(self))
 
     def _forward(self, x, context):
-        x = pinned(x + self.attn1(self.norm1(x)))
-        x = pinned(x + self.attn2(self.norm2(x), context))
-        return pinned(x + self.ff(self.norm3(x)))
+        x = shard_batch(x + self.attn1(self.norm1(x)))
+        x = shard_batch(x + self.attn2(self.norm2(x), context))
+        return shard_batch(x + self.ff(self.norm3(x)))
 
 
 class Transformer2DModel(nnx.Module):
@@ -94,7 +94,7 @@ class Transformer2DModel(nnx.Module):
         self.proj_in = _projection(channels, linear, dtype, rngs)
         options = {"remat": remat, "dtype": dtype, "rngs": rngs}
         blocks = [BasicTransformerBlock(channels, heads, context_features, **options) for _ in range(depth)]
-        self.transformer_blocks = stack.stack(blocks) if blocks else None
+        self.transformer_blocks = scanned_layers.stack(blocks) if blocks else None
         self.proj_out = _projection(channels, linear, dtype, rngs)
 
     def __call__(self, x, context):
@@ -103,7 +103,7 @@ class Transformer2DModel(nnx.Module):
         # A 1 x 1 convolution and a linear layer are the same here; only the shape of their weights differs.
         tokens = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
         if self.transformer_blocks is not None:
-            tokens = stack.run(self.transformer_blocks, tokens, context)
+            tokens = scanned_layers.run(self.transformer_blocks, tokens, context)
         return x + self.proj_out(tokens.reshape(x.shape))
 
 

@@ -13,8 +13,8 @@ from flax import nnx
 from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
 from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear
-from imagereward_jax.models.platform import pinned
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
+from imagereward_jax.models.sharding import shard_batch
 from imagereward_jax.models.transformer import Transformer2DModel
 
 _DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
@@ -311,7 +311,7 @@ class UNet2DConditionModel(nnx.Module):
         # Every residual block begins its use of the embedding with SiLU: done once here.
         time = jax.nn.silu(self._embed_time(timesteps, sample.shape[0], added_cond))
         context = encoder_hidden_states.astype(self.dtype)
-        x = pinned(self.conv_in(sample))
+        x = shard_batch(self.conv_in(sample))
         skips = [x]
         for block in self.down_blocks:
             x, more = block(x, time, context)

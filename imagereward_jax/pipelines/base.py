@@ -15,7 +15,7 @@ from flax import nnx
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.schedule import NoiseSchedule
 from imagereward_jax.models import lora, quantized
-from imagereward_jax.weights import diffusers, mapping, networks
+from imagereward_jax.weights import components, diffusers, mapping
 
 
 class TextToImage:
@@ -55,7 +55,7 @@ class TextToImage:
         self.vae_dtype = _vae_dtype(dtype, vae_dtype)
         self._build = {
             name: functools.partial(
-                networks.build_network,
+                components.build_network,
                 name,
                 configs[name],
                 dtype=self.vae_dtype if name == "vae" else dtype,
@@ -88,7 +88,7 @@ class TextToImage:
         folder = diffusers.resolve_pipeline(name_or_path, variant=variant)
         parts = {name: diffusers.load_component(folder, name, variant=variant) for name in cls.components}
         pipeline = cls(
-            {name: networks.read_settings(name, config) for name, (config, _) in parts.items()},
+            {name: components.read_settings(name, config) for name, (config, _) in parts.items()},
             override_prediction_type(diffusers.load_scheduler_config(folder), prediction_type),
             {name: folder / name for name in cls.text_encoders.values()},
             **cls.read_index(folder),

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from imagereward_jax.pipelines.base import TextToImage, encode_ids
-from imagereward_jax.weights import networks
+from imagereward_jax.weights import components
 
 # As diffusers' StableDiffusionPipeline corrects them in checkpoints where they are absent or different.
 SCHEDULER_CORRECTIONS = {"steps_offset": 1, "clip_sample": False}
@@ -32,7 +32,7 @@ class StableDiffusion1(TextToImage):
             FileNotFoundError: there is no tokenizer in `tokenizer_folder`.
         """
         given = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-        configs = {name: networks.read_settings(name, config) for name, config in given.items()}
+        configs = {name: components.read_settings(name, config) for name, config in given.items()}
         return cls(configs, scheduler, {"tokenizer": tokenizer_folder}, **options)
 
     def tokenize(self, prompts):

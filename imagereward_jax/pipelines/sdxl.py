@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.pipelines.base import TextToImage, encode_ids, make_time_ids
-from imagereward_jax.weights import diffusers, networks
+from imagereward_jax.weights import components, diffusers
 
 TIME_IDS = 6
 
@@ -50,7 +50,7 @@ class StableDiffusionXL(TextToImage):
             FileNotFoundError: there is no tokenizer in one of the folders.
         """
         given = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-        configs = {name: networks.read_settings(name, config) for name, config in given.items()}
+        configs = {name: components.read_settings(name, config) for name, config in given.items()}
         folders = {"tokenizer": tokenizer_folder, "tokenizer_2": tokenizer_2_folder}
         return cls(configs, scheduler, folders, **options)
 

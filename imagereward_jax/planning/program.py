@@ -15,8 +15,8 @@ from imagereward_jax.experiments.weights import lora_alpha
 from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.methods.ranking import trainable_mask as trainable_scorer
 from imagereward_jax.models import lora
-from imagereward_jax.models.params import join, split, trainable_mask
-from imagereward_jax.models.platform import target_platform
+from imagereward_jax.models.hardware import target_platform
+from imagereward_jax.models.param_tree import join, split, trainable_mask
 from imagereward_jax.planning.counts import bytes_on_a_device
 from imagereward_jax.planning.published import (
     abstract_pipeline,

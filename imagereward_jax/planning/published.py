@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 
-from imagereward_jax.data.shapes_tokenizers import write_clip_tokenizer
+from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer
 from imagereward_jax.models.blip_config import ImageRewardConfig
 from imagereward_jax.pipelines.base import override_prediction_type
 from imagereward_jax.pipelines.sd1 import StableDiffusion1

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imagereward_jax.rewards import images as pictures
+from imagereward_jax.rewards import preprocess
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -31,7 +31,7 @@ class Reward:
         ValueError: an argument is not valid.
     """
 
-    preprocess = pictures.CROP
+    preprocess = preprocess.CROP
     differentiable = True
 
     def __init__(self, config, params, tokenizer, *, dtype="float32", device=None, batch_size=16):
@@ -93,7 +93,7 @@ class Reward:
             ValueError: lists of different lengths, or a picture that cannot be used (`images.ImageError`).
             FileNotFoundError: a picture does not exist.
         """
-        images, single_image = pictures.as_image_list(image)
+        images, single_image = preprocess.as_image_list(image)
         prompts = pair_prompts(prompt, images)
         rewards = self._rewards(prompts, images)
         return rewards[0] if single_image and isinstance(prompt, str) else rewards
@@ -108,7 +108,7 @@ class Reward:
             (ranks, rewards): lists in the order of `images`; rank 1 is the highest reward, and of equal rewards
             the first in the list has the better rank.
         """
-        images, _ = pictures.as_image_list(images)
+        images, _ = preprocess.as_image_list(images)
         prompts = pair_prompts(prompt, images)
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts for {len(images)} images; pass one prompt, or one for each image")
@@ -159,7 +159,7 @@ class Reward:
         """
         images = jnp.asarray(images)
         if images.ndim != 4:
-            raise pictures.ImageError(f"expected images [B, H, W, 3], not {list(images.shape)}")
+            raise preprocess.ImageError(f"expected images [B, H, W, 3], not {list(images.shape)}")
         prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts for {len(images)} images; pass one prompt, or one for each image")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models.clip_score import AestheticModel, CLIPScoreModel
-from imagereward_jax.rewards import images as pictures
+from imagereward_jax.rewards import preprocess
 from imagereward_jax.rewards.base import Reward
 from imagereward_jax.weights import mapping
 
@@ -41,13 +41,13 @@ class CLIPScore(Reward):
 class PickScore(CLIPScore):
     """PickScore (arXiv 2305.01569): the cosine times the learnt scale, about 20; trained on 500,000 choices."""
 
-    preprocess = pictures.RGB_CROP
+    preprocess = preprocess.RGB_CROP
 
 
 class HPSv2(CLIPScore):
     """Human preference score v2 (arXiv 2306.09341): the cosine, about 0.28; the picture is padded, not cropped."""
 
-    preprocess = pictures.PAD
+    preprocess = preprocess.PAD
 
 
 class AestheticScore(Reward):

@@ -10,7 +10,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from imagereward_jax.rewards import images as pictures
+from imagereward_jax.rewards import preprocess
 from imagereward_jax.rewards.base import pair_prompts, ranks_of
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -36,7 +36,7 @@ class RuleReward:
 
     def score(self, prompt, image):
         """As `rewards.base.Reward.score`; pictures keep their size."""
-        images, single = pictures.as_image_list(image)
+        images, single = preprocess.as_image_list(image)
         prompts = pair_prompts(prompt, images)
         opened = [self.prepare(one, f"image {i}") for i, one in enumerate(images)]
         opened = opened * len(prompts) if len(opened) == 1 else opened
@@ -45,7 +45,7 @@ class RuleReward:
 
     def prepare(self, image, name="image"):
         """As `rewards.base.Reward.prepare`: uint8 [H, W, 3], of the picture's own size."""
-        return np.asarray(pictures.open_image(image, name).convert("RGB"))
+        return np.asarray(preprocess.open_image(image, name).convert("RGB"))
 
     def score_prepared(self, prompts, pixels):
         """As `rewards.base.Reward.score_prepared`: [B] float32, NumPy. Pictures may differ in size, so one by one."""
@@ -54,7 +54,7 @@ class RuleReward:
 
     def inference_rank(self, prompt, images):
         """As `rewards.base.Reward.inference_rank`."""
-        scores = self.score(prompt, pictures.as_image_list(images)[0])
+        scores = self.score(prompt, preprocess.as_image_list(images)[0])
         return ranks_of(scores), scores
 
 

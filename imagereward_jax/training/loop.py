@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from imagereward_jax.storage.files import save_image, write_text
+from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.training import checkpoints as ckpt
-from imagereward_jax.training.files import save_image, write_text
+from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.mesh import check_batch, check_remat, make_mesh, put_batch, replicated, weight_shardings
-from imagereward_jax.training.metrics import Meter, make_writers
+from imagereward_jax.training.metric_writers import Meter, make_writers
 from imagereward_jax.training.optimizer import make_optimizer
-from imagereward_jax.training.report import write_report
 from imagereward_jax.training.step import cast, compile_options, init_state, make_train_step
 from imagereward_jax.training.workdir import CONFIG, DONE, check_workdir, is_complete
-from imagereward_jax.weights.folders import new_folder
 
 # How collectives over TCP (gloo), NCCL and jax's coordination service say that a peer is gone.
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Gloo", "NCCL", "UNAVAILABLE")

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imagereward_jax.models.platform import weight_spec
+from imagereward_jax.models.sharding import weight_spec
 from imagereward_jax.training.config import ConfigError
 
 

@@ -9,7 +9,7 @@ import optax
 from flax import struct
 from jax.sharding import PartitionSpec
 
-from imagereward_jax.models.platform import batch_over
+from imagereward_jax.models.sharding import batch_over
 
 OPTIMIZATION_LEVELS = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}  # XLA's numbers: jax 0.10 takes no names
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.weights import hub
 from imagereward_jax.weights.files import WeightsError, read_json, read_tensors, write_safetensors
-from imagereward_jax.weights.folders import new_folder
 
 INDEX = "model_index.json"
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")

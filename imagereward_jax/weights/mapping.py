@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from imagereward_jax.models import stack
+from imagereward_jax.models import scanned_layers
 
 
 class CheckpointMismatch(ValueError):
@@ -53,14 +53,14 @@ def torch_layout(module, kind=nnx.Param):
         kind: the type of variables: `nnx.Param` for the network's own weights, `models.lora.LoRAParam` for an adapter.
     """
     modules = {path: node for path, node in nnx.iter_modules(module)}
-    stacks = stack.depths(module)
+    stacks = scanned_layers.depths(module)
     layout = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, kind)):
         *parents, name = path
         torch_names = getattr(modules[tuple(parents)], "torch_names", {})
         torch_name, axes = torch_names.get(name, (name, None))
         to_torch = None if axes is None else tuple(axes)
-        for key, index in stack.numbered(parents, stacks):
+        for key, index in scanned_layers.numbered(parents, stacks):
             shape = tuple(variable.shape if index is None else variable.shape[1:])
             layout[".".join(map(str, [*key, torch_name]))] = Leaf(path, shape, to_torch, index)
     return layout

@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 from flax import traverse_util
 
+from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.weights.diffusers import copy_files
 from imagereward_jax.weights.files import WeightsError, read_json
-from imagereward_jax.weights.folders import new_folder
 from imagereward_jax.weights.mapping import CheckpointMismatch
 
 MANIFEST = "checkpoint.json"

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("grain")
 
+from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.errors import DataError
-from imagereward_jax.data.pipeline import make_iterator
 from imagereward_jax.data.shapes import ShapesPairs
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagereward_jax.data import pictures
+from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.data.pairs import load_pairs
 
@@ -160,7 +160,7 @@ def test_resizing_is_antialiased_bicubic(folder):
     """Against torch's own antialiased bicubic kernel; 1.5 levels allow for PIL's 8-bit arithmetic."""
     torch = pytest.importorskip("torch")
     array = np.random.default_rng(0).integers(0, 256, (48, 60, 3), dtype=np.uint8)
-    ours = pictures.fit(Image.fromarray(array), 16)
+    ours = images.fit(Image.fromarray(array), 16)
     x = torch.from_numpy(array).permute(2, 0, 1)[None].float()
     x = torch.nn.functional.interpolate(x, (16, 20), mode="bicubic", antialias=True, align_corners=False)
     theirs = x[0].permute(1, 2, 0).numpy()[:, 2:18].clip(0, 255) / 255
@@ -188,7 +188,7 @@ def test_kinds_of_pictures(tmp_path, mode):
     image.save(
         buffer, {"CMYK": "TIFF", "webp": "WEBP"}.get(mode, "PNG"), **({"exif": exif} if mode == "rotated" else {})
     )
-    opened = pictures.open_picture(buffer.getvalue(), "row 1")
+    opened = images.open_picture(buffer.getvalue(), "row 1")
     assert opened.mode == "RGB"
     assert opened.size == ((16, 8) if mode == "rotated" else (8, 8))
     assert opened.getpixel((3, 3)) == expected
@@ -217,7 +217,7 @@ def test_broken_pictures_are_told_with_row_and_file(folder, monkeypatch):
     with pytest.raises(DataError, match=r"p\.json, row 2: .*1\.png: not a readable picture"):
         pairs[1]
     file.write_bytes(whole)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(DataError, match=r"p\.json, row 2: .*1\.png: 48 x 32 pixels are too many"):
         pairs[1]
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from imagereward_jax.data import shapes
-from imagereward_jax.data.shapes_degrade import DEGRADATIONS
+from imagereward_jax.data.shapes.degrade import DEGRADATIONS
 
 CAPTIONS = shapes.all_captions()
 

@@ -16,8 +16,7 @@ from imagereward_jax.experiments.weights import divide
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.train import main
 from imagereward_jax.training.config import ConfigError, default_config, validate
-from imagereward_jax.weights import lora as adapters
-from imagereward_jax.weights import mapping
+from imagereward_jax.weights import adapters, mapping
 from imagereward_jax.weights.files import WeightsError, read_tensors
 
 CONFIG = Path(__file__).parents[2] / "configs" / "refl_tiny_lora.py"

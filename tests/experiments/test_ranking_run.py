@@ -17,7 +17,7 @@ import imagereward_jax
 from imagereward_jax.planning import counts
 from imagereward_jax.rewards.imagereward import abstract_module, make_apply
 from imagereward_jax.train import main
-from imagereward_jax.training.metrics import read_rows
+from imagereward_jax.training.metric_writers import read_rows
 from imagereward_jax.weights import mapping
 from imagereward_jax.weights.files import read_tensors
 

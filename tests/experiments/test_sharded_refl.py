@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_sd1
 
-from imagereward_jax.training.metrics import read_rows
+from imagereward_jax.training.metric_writers import read_rows
 
 for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)

@@ -14,7 +14,7 @@ import imagereward_jax
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.refl import make_refl_loss
 from imagereward_jax.models import layers
-from imagereward_jax.models.platform import target_platform
+from imagereward_jax.models.hardware import target_platform
 from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.training.step import Phase, cast, init_state, make_train_step

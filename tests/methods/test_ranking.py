@@ -17,8 +17,8 @@ from imagereward_jax.methods.ranking import make_ranking_loss, pair_losses, trai
 from imagereward_jax.models import dropout
 from imagereward_jax.models.blip import ImageRewardModel
 from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig, VisionConfig
-from imagereward_jax.models.params import join, split
-from imagereward_jax.rewards.images import CLIP_MEAN, CLIP_STD
+from imagereward_jax.models.param_tree import join, split
+from imagereward_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from imagereward_jax.training.config import default_config
 from imagereward_jax.training.optimizer import make_optimizer, make_schedule
 from imagereward_jax.weights import mapping

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imagereward_jax.models.attention import attention, choose_path
-from imagereward_jax.models.platform import target_platform
+from imagereward_jax.models.hardware import target_platform
 
 # (queries, keys, heads, head_dim): SD 1.x at 512 px has 40, 80 and 160 a head, SDXL and ViT-L 64, the VAE one head of
 # 512; 77 are a prompt's tokens, 577 = 1 + 24 * 24 and 257 those of vision transformers

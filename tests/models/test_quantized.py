@@ -151,7 +151,7 @@ import jax, jax.numpy as jnp
 from flax import nnx
 from imagereward_jax.models import quantized
 from imagereward_jax.models.layers import Keys, Linear
-from imagereward_jax.models.platform import batch_over
+from imagereward_jax.models.sharding import batch_over
 from imagereward_jax.models.resnet import ResnetBlock2D
 from imagereward_jax.models.transformer import Transformer2DModel
 from imagereward_jax.training.mesh import batch_sharding, make_mesh, weight_shardings

@@ -13,7 +13,7 @@ from imagereward_jax.models import lora
 from imagereward_jax.models.blip import ImageRewardModel
 from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig, VisionConfig
 from imagereward_jax.models.layers import Keys
-from imagereward_jax.models.params import join
+from imagereward_jax.models.param_tree import join
 from imagereward_jax.models.remat import REMAT_POLICIES
 from imagereward_jax.models.resnet import ResnetBlock2D
 from imagereward_jax.models.transformer import Transformer2DModel

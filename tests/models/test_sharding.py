@@ -8,7 +8,7 @@ import json, re, sys
 import jax, jax.numpy as jnp
 from flax import nnx
 from imagereward_jax.models.layers import Keys
-from imagereward_jax.models.platform import batch_over
+from imagereward_jax.models.sharding import batch_over
 from imagereward_jax.models.resnet import ResnetBlock2D
 from imagereward_jax.models.transformer import Transformer2DModel
 from imagereward_jax.training.mesh import batch_sharding, make_mesh, weight_shardings

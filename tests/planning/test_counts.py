@@ -75,7 +75,8 @@ import functools, json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from imagereward_jax.models.attention import attention
-from imagereward_jax.models.platform import batch_over, target_platform
+from imagereward_jax.models.hardware import target_platform
+from imagereward_jax.models.sharding import batch_over
 from imagereward_jax.planning import counts
 from imagereward_jax.training.mesh import make_mesh, weight_shardings
 

@@ -22,8 +22,7 @@ from imagereward_jax.data.shapes import write_clip_tokenizer
 from imagereward_jax.models.blip import BlipScoreModel
 from imagereward_jax.models.blip_config import BlipScoreConfig
 from imagereward_jax.models.clip_score import AestheticModel, CLIPScoreModel
-from imagereward_jax.rewards import images as pictures
-from imagereward_jax.rewards import scores
+from imagereward_jax.rewards import preprocess, scores
 from imagereward_jax.rewards.tokens import CLIPPromptTokenizer, PromptTokenizer
 from imagereward_jax.weights import clip_layouts, files, hub, mapping
 
@@ -68,7 +67,7 @@ def small_clip(vocab_size, vision_head, activation, seed):
     return model
 
 
-def torch_pixels(images, preprocess=pictures.CROP):
+def torch_pixels(images, preprocess=preprocess.CROP):
     pixels = np.stack([preprocess.host(image, 28, "image") for image in images])
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
@@ -169,7 +168,7 @@ def test_gradients_of_the_clip_score_by_the_pictures(openai, vocab, tmp_path):
     values = np.random.default_rng(0).random((2, 28, 28, 3), np.float32)
     ours = jax.grad(lambda x: reward.score_grad(PROMPTS[:2], x).sum())(values)
     x = torch.from_numpy(values).requires_grad_()
-    pixels = (x - torch.tensor(pictures.CLIP_MEAN)) / torch.tensor(pictures.CLIP_STD)
+    pixels = (x - torch.tensor(preprocess.CLIP_MEAN)) / torch.tensor(preprocess.CLIP_STD)
     model(pixels.permute(0, 3, 1, 2), torch_ids(vocab[0], PROMPTS[:2])).sum().backward()
     np.testing.assert_allclose(ours, x.grad, atol=1e-4 * x.grad.abs().max())
 
@@ -191,7 +190,7 @@ def test_hpsv2_from_an_openclip_checkpoint(vocab, images, tmp_path):
     path = tmp_path / "HPS_v2.1_compressed.pt"
     model = save_openclip(path, vocab[1])
     reward = imagereward_jax.load_score("HPSv2.1", path=path, tokenizer=vocab[0], download_root=tmp_path, device="cpu")
-    close(reward.score(PROMPTS, images), model(torch_pixels(images, pictures.PAD), torch_ids(vocab[0])))
+    close(reward.score(PROMPTS, images), model(torch_pixels(images, preprocess.PAD), torch_ids(vocab[0])))
 
 
 def test_pickscore_from_a_folder_of_transformers(vocab, images, tmp_path):
@@ -200,7 +199,7 @@ def test_pickscore_from_a_folder_of_transformers(vocab, images, tmp_path):
     reward = imagereward_jax.load_score("PickScore", path=tmp_path, device="cpu")
     ids = torch.from_numpy(reward.tokenize(PROMPTS)["input_ids"].astype(np.int64))
     with torch.no_grad():
-        expected = model(input_ids=ids, pixel_values=torch_pixels(images, pictures.RGB_CROP)).logits_per_image.diag()
+        expected = model(input_ids=ids, pixel_values=torch_pixels(images, preprocess.RGB_CROP)).logits_per_image.diag()
     close(reward.score(PROMPTS, images), expected)
 
 

@@ -18,7 +18,7 @@ from toy import build_toy, main, toy_config
 from imagereward_jax.training.checkpoints import CheckpointError
 from imagereward_jax.training.config import ConfigError
 from imagereward_jax.training.loop import Evaluation, Interrupted, RunError, train
-from imagereward_jax.training.metrics import Meter, read_rows
+from imagereward_jax.training.metric_writers import Meter, read_rows
 from imagereward_jax.training.workdir import WorkdirError
 
 TIMES = ("time", "images_per_second")

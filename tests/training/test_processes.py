@@ -14,7 +14,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
 
 from imagereward_jax.distributed import DistributedError, join
-from imagereward_jax.training.metrics import read_rows
+from imagereward_jax.training.metric_writers import read_rows
 
 ROOT = Path(__file__).parents[2]
 TOY = [sys.executable, str(Path(__file__).parent / "toy.py")]

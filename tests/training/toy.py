@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from imagereward_jax.data.pipeline import make_iterator
+from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.distributed import join
 from imagereward_jax.experiments.parts import Stream
 from imagereward_jax.training.config import default_config

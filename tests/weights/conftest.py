@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from imagereward_jax.data.shapes_tokenizers import write_clip_tokenizer
+from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -17,13 +17,12 @@ from PIL import Image
 from imagereward_jax import generate
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.models import lora
-from imagereward_jax.models.params import join
+from imagereward_jax.models.param_tree import join
 from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from imagereward_jax.pipelines import load_pipeline
-from imagereward_jax.weights import lora as adapters
-from imagereward_jax.weights import mapping
+from imagereward_jax.weights import adapters, mapping
+from imagereward_jax.weights.adapter_names import layer_aliases
 from imagereward_jax.weights.files import WeightsError, read_tensors, write_safetensors
-from imagereward_jax.weights.lora_names import layer_aliases
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")

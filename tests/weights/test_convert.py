@@ -18,8 +18,8 @@ import pytest
 
 from imagereward_jax.weights import diffusers as folders
 from imagereward_jax.weights import mapping
+from imagereward_jax.weights.components import abstract_network
 from imagereward_jax.weights.files import WeightsError
-from imagereward_jax.weights.networks import abstract_network
 
 orbax = pytest.importorskip("imagereward_jax.weights.orbax")
 pytest.importorskip("orbax.checkpoint")
@@ -114,7 +114,7 @@ import json, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from imagereward_jax.weights import diffusers, mapping, orbax
-from imagereward_jax.weights.networks import abstract_network
+from imagereward_jax.weights.components import abstract_network
 
 checkpoint, original = sys.argv[1:]
 mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from imagereward_jax.models import layers
-from imagereward_jax.models.platform import target_platform
+from imagereward_jax.models.hardware import target_platform
 from imagereward_jax.weights import mapping
 
 torch = pytest.importorskip("torch")

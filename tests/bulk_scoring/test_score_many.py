@@ -61,7 +61,7 @@ def expected(data, tiny_reward):
 @pytest.fixture
 def loaded(tiny_reward, monkeypatch):
     """Lets the command use the tests' own scorer, which is compiled already."""
-    monkeypatch.setattr("imagereward_jax.scoring.scorers.open_scorer", lambda *_, **__: tiny_reward)
+    monkeypatch.setattr("imagereward_jax.bulk_scoring.scorers.open_scorer", lambda *_, **__: tiny_reward)
 
 
 def run(*arguments):

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from imagereward_jax.scoring.journal import Journal, parts_folder
-from imagereward_jax.scoring.rows import check_output, read_rows, write_rows
-from imagereward_jax.scoring.stream import score_chunks
+from imagereward_jax.bulk_scoring.journal import Journal, parts_folder
+from imagereward_jax.bulk_scoring.rows import check_output, read_rows, write_rows
+from imagereward_jax.bulk_scoring.stream import score_chunks
 
 
 class Outcome(NamedTuple):

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from imagereward_jax.rewards.base import ranks_of
-from imagereward_jax.rewards.images import as_image_list, host_pixels
+from imagereward_jax.rewards.preprocess import as_image_list, host_pixels
 
 RANDOM = "random"
 

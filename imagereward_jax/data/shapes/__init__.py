@@ -5,8 +5,8 @@ This module is the front door; the parts live in `shapes_drawing`, `shapes_check
 `shapes_sources` and `shapes_tokenizers`.
 """
 
-from imagereward_jax.data.shapes_checker import check, fully_right, words_right
-from imagereward_jax.data.shapes_drawing import (
+from imagereward_jax.data.shapes.checker import check, fully_right, words_right
+from imagereward_jax.data.shapes.drawing import (
     COLOURS,
     PLACES,
     SHAPES,
@@ -18,8 +18,8 @@ from imagereward_jax.data.shapes_drawing import (
     parse,
     split,
 )
-from imagereward_jax.data.shapes_sources import ShapesGroups, ShapesPairs
-from imagereward_jax.data.shapes_tokenizers import caption_words, write_bert_vocab, write_clip_tokenizer
+from imagereward_jax.data.shapes.sources import ShapesGroups, ShapesPairs
+from imagereward_jax.data.shapes.tokenizers import caption_words, write_bert_vocab, write_clip_tokenizer
 
 __all__ = [
     "COLOURS",

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from imagereward_jax.data import pictures
+from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError, missing_file
 from imagereward_jax.data.groups import load_groups
 from imagereward_jax.data.prompts import SHAPES_PREFIX
@@ -99,7 +99,7 @@ def _ranked(table, prompts, ids, folder):
     for i, prompt in enumerate(prompts):
         where = table.where(i)
         ranks = _check_ranking(generations[i], rankings[i], where)
-        found = tuple(pictures.find_picture(value, folder, where) for value in generations[i])
+        found = tuple(images.find_picture(value, folder, where) for value in generations[i])
         groups.append(RankedPrompt(ids[i], prompt, found, ranks))
     return groups
 

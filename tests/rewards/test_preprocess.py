@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagereward_jax.rewards import images as pictures
+from imagereward_jax.rewards import preprocess
 
 SHAPES = [(32, 32), (96, 64), (61, 97), (20, 200), (5, 3), (33, 32)]
 
@@ -19,7 +19,7 @@ def random_image(height, width, channels=3, seed=0):
 
 
 def normalised(image):
-    return (image - np.array(pictures.CLIP_MEAN)) / np.array(pictures.CLIP_STD)
+    return (image - np.array(preprocess.CLIP_MEAN)) / np.array(preprocess.CLIP_STD)
 
 
 def pillow_float(image, size):
@@ -39,7 +39,7 @@ def test_device_pixels_are_pillows_float_bicubic(shape):
     """Within 2e-5 of Pillow in float mode: smaller, larger, odd and long pictures."""
     image = random_image(*shape)
     expected = normalised(pillow_float(image, 32))
-    np.testing.assert_allclose(pictures.device_pixels(image[None], 32)[0], expected, atol=2e-5)
+    np.testing.assert_allclose(preprocess.device_pixels(image[None], 32)[0], expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,10 +47,10 @@ def test_host_pixels_are_within_rounding_of_device_pixels(shape):
     """The host path rounds to 8 bits after each of its two passes and clips; smooth pictures show only the rounding."""
     coarse = Image.fromarray((255 * (0.2 + 0.6 * random_image(3, 3))).astype(np.uint8))
     image = np.asarray(coarse.resize(shape[::-1], Image.BILINEAR))
-    host = pictures.host_pixels(image, 32)
-    device = pictures.device_pixels(image[None].astype(np.float32) / 255, 32)[0]
+    host = preprocess.host_pixels(image, 32)
+    device = preprocess.device_pixels(image[None].astype(np.float32) / 255, 32)[0]
     assert host.shape == (32, 32, 3) and host.dtype == np.float32
-    assert np.abs((host - device) * np.array(pictures.CLIP_STD)).max() < 1.5 / 255
+    assert np.abs((host - device) * np.array(preprocess.CLIP_STD)).max() < 1.5 / 255
 
 
 def test_gradient_of_the_resize_is_pytorchs():
@@ -59,14 +59,14 @@ def test_gradient_of_the_resize_is_pytorchs():
     tensor = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].requires_grad_()
     resized = torch.nn.functional.interpolate(tensor, (32, 45), mode="bicubic", antialias=True)[..., 6:38]
     (resized * torch.from_numpy(weight.transpose(2, 0, 1).copy())).sum().backward()
-    scaled = weight * np.float32(pictures.CLIP_STD)
-    gradient = jax.grad(lambda x: (pictures.device_pixels(x[None], 32)[0] * scaled).sum())(jnp.asarray(image))
+    scaled = weight * np.float32(preprocess.CLIP_STD)
+    gradient = jax.grad(lambda x: (preprocess.device_pixels(x[None], 32)[0] * scaled).sum())(jnp.asarray(image))
     np.testing.assert_allclose(gradient, tensor.grad[0].numpy().transpose(1, 2, 0), atol=1e-5)
 
 
 def test_a_picture_of_the_right_size_is_only_normalised():
     image = (random_image(32, 32) * 255).astype(np.uint8)
-    np.testing.assert_allclose(pictures.host_pixels(image, 32), normalised(image / 255), atol=1e-6)
+    np.testing.assert_allclose(preprocess.host_pixels(image, 32), normalised(image / 255), atol=1e-6)
 
 
 def test_the_resize_happens_in_the_pictures_own_mode():
@@ -74,11 +74,11 @@ def test_the_resize_happens_in_the_pictures_own_mode():
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[:, ::2] = (255, 0, 0, 255)  # opaque red
     rgba[:, 1::2] = (0, 255, 0, 0)  # invisible green
-    seen = pictures.host_pixels(rgba, 32) * np.array(pictures.CLIP_STD) + np.array(pictures.CLIP_MEAN)
+    seen = preprocess.host_pixels(rgba, 32) * np.array(preprocess.CLIP_STD) + np.array(preprocess.CLIP_MEAN)
     assert seen[4:-4, 4:-4, 1].max() < 0.02 < 0.9 < seen[4:-4, 4:-4, 0].min()
     palette = Image.fromarray((random_image(64, 64) * 255).astype(np.uint8)).quantize(4)
     colours = {tuple(colour) for colour in np.asarray(palette.convert("RGB")).reshape(-1, 3)}
-    seen = pictures.host_pixels(palette, 32) * np.array(pictures.CLIP_STD) + np.array(pictures.CLIP_MEAN)
+    seen = preprocess.host_pixels(palette, 32) * np.array(preprocess.CLIP_STD) + np.array(preprocess.CLIP_MEAN)
     assert {tuple(colour) for colour in np.rint(seen * 255).astype(np.uint8).reshape(-1, 3)} <= colours
 
 
@@ -86,18 +86,18 @@ def test_all_ways_to_pass_a_picture_agree(tmp_path):
     image = (random_image(40, 50) * 255).astype(np.uint8)
     path = tmp_path / "picture.png"
     Image.fromarray(image).save(path)
-    expected = pictures.host_pixels(image, 32)
+    expected = preprocess.host_pixels(image, 32)
     for other in (path, str(path), Image.fromarray(image), image / 255, jnp.asarray(image / 255.0)):
-        np.testing.assert_array_equal(pictures.host_pixels(other, 32), expected)
+        np.testing.assert_array_equal(preprocess.host_pixels(other, 32), expected)
     grey = image[..., 0]
-    np.testing.assert_array_equal(pictures.host_pixels(grey, 32), pictures.host_pixels(grey[..., None], 32))
+    np.testing.assert_array_equal(preprocess.host_pixels(grey, 32), preprocess.host_pixels(grey[..., None], 32))
 
 
 def test_lists_and_batches_are_told_from_single_pictures(tmp_path):
     image = random_image(8, 8)
-    assert pictures.as_image_list(image)[1] is True
-    assert pictures.as_image_list([image])[1] is False
-    listed, single = pictures.as_image_list(np.stack([image, image]))
+    assert preprocess.as_image_list(image)[1] is True
+    assert preprocess.as_image_list([image])[1] is False
+    listed, single = preprocess.as_image_list(np.stack([image, image]))
     assert len(listed) == 2 and not single
 
 
@@ -126,12 +126,12 @@ def test_bad_files_are_named(tmp_path):
         (empty, "not a picture of a format"),
         (tmp_path / "gone.png", "no such picture"),
     ):
-        with pytest.raises(pictures.ImageError, match=f"{path.name}: .*{reason}"):
-            pictures.host_pixels(path, 32)
+        with pytest.raises(preprocess.ImageError, match=f"{path.name}: .*{reason}"):
+            preprocess.host_pixels(path, 32)
     with pytest.raises(FileNotFoundError, match=r"gone.png: no such picture"):
-        pictures.as_image_list([str(whole), tmp_path / "gone.png"])
-    with pytest.raises(pictures.ImageError, match="is a folder"):
-        pictures.as_image_list(tmp_path)
+        preprocess.as_image_list([str(whole), tmp_path / "gone.png"])
+    with pytest.raises(preprocess.ImageError, match="is a folder"):
+        preprocess.as_image_list(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -152,21 +152,21 @@ def test_bad_files_are_named(tmp_path):
     ],
 )
 def test_bad_arrays_are_refused(image, message):
-    with pytest.raises(pictures.ImageError, match=message):
-        pictures.host_pixels(image, 224, "image 3")
+    with pytest.raises(preprocess.ImageError, match=message):
+        preprocess.host_pixels(image, 224, "image 3")
 
 
 def test_an_empty_list_is_refused():
-    with pytest.raises(pictures.ImageError, match="list of images is empty"):
-        pictures.as_image_list([])
+    with pytest.raises(preprocess.ImageError, match="list of images is empty"):
+        preprocess.as_image_list([])
 
 
 @pytest.mark.parametrize("images", [np.zeros((4, 4, 3), np.float32), np.zeros((1, 3, 4, 4), np.float32)])
 def test_device_pixels_refuse_other_shapes(images):
-    with pytest.raises(pictures.ImageError, match=r"expected images \[B, H, W, 3\]"):
-        pictures.device_pixels(images, 32)
+    with pytest.raises(preprocess.ImageError, match=r"expected images \[B, H, W, 3\]"):
+        preprocess.device_pixels(images, 32)
 
 
 def test_device_pixels_refuse_integers():
-    with pytest.raises(pictures.ImageError, match="divide uint8 by 255"):
-        pictures.device_pixels(np.zeros((1, 4, 4, 3), np.uint8), 32)
+    with pytest.raises(preprocess.ImageError, match="divide uint8 by 255"):
+        preprocess.device_pixels(np.zeros((1, 4, 4, 3), np.uint8), 32)

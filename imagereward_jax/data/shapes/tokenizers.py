@@ -7,7 +7,7 @@ import itertools
 import json
 from pathlib import Path
 
-from imagereward_jax.data.shapes_drawing import all_captions
+from imagereward_jax.data.shapes.drawing import all_captions
 
 MAX_LENGTH = 16
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

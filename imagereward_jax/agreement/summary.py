@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from imagereward_jax.evaluation import bootstrap, metrics
+from imagereward_jax.agreement import bootstrap, metrics
 
 KS = (1, 2, 4)
 # The human order of table 1, best first, under the names that the original repository gives the folders.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from imagereward_jax.rewards.images import ImageError
+from imagereward_jax.rewards.preprocess import ImageError
 
 CHUNKS_AHEAD = 2  # read before they are needed, so that one slow picture does not stall the devices
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from imagereward_jax.evaluation.metrics import average_ranks, known_ranks, preference_counts
-from imagereward_jax.evaluation.summary import disagreement
-from imagereward_jax.rewards.images import open_image
-from imagereward_jax.scoring.scorers import RANDOM
+from imagereward_jax.agreement.metrics import average_ranks, known_ranks, preference_counts
+from imagereward_jax.agreement.summary import disagreement
+from imagereward_jax.bulk_scoring.scorers import RANDOM
+from imagereward_jax.rewards.preprocess import open_image
 
 THUMBNAIL = 192
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}

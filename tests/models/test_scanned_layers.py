@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from imagereward_jax.models import lora, stack
+from imagereward_jax.models import lora, scanned_layers
 from imagereward_jax.models.dropout import drop, noise
 from imagereward_jax.models.layers import Keys, Linear
 from imagereward_jax.weights import mapping
@@ -30,10 +30,10 @@ class Network(nnx.Module):
     def __init__(self, depth):
         rngs = Keys(nnx.Rngs(0))
         self.first = Linear(6, 6, rngs=rngs)
-        self.blocks = stack.stack([Layer(rngs) for _ in range(depth)])
+        self.blocks = scanned_layers.stack([Layer(rngs) for _ in range(depth)])
 
     def __call__(self, x, shift):
-        return stack.run(self.blocks, self.first(x), shift)
+        return scanned_layers.run(self.blocks, self.first(x), shift)
 
 
 class Listed(Network):
@@ -88,12 +88,12 @@ def test_each_layer_of_a_scan_drops_for_itself():
         def __call__(self, x):
             return drop(x, "test")
 
-    layers = stack.stack([Dropping() for _ in range(3)])
+    layers = scanned_layers.stack([Dropping() for _ in range(3)])
     with noise(jax.random.key(0), test=0.5):
-        out = stack.run(layers, jnp.ones(4000))
+        out = scanned_layers.run(layers, jnp.ones(4000))
     assert np.isin(out, [0.0, 8.0]).all()
     assert float((out > 0).mean()) == pytest.approx(1 / 8, abs=0.02)  # 1/2 if all three drew the same
-    np.testing.assert_array_equal(stack.run(layers, jnp.ones(4)), 1.0)
+    np.testing.assert_array_equal(scanned_layers.run(layers, jnp.ones(4)), 1.0)
 
 
 def test_adapters_count_the_layers_of_a_stack_and_take_them_together():

@@ -6,8 +6,8 @@ import io
 import json
 from pathlib import Path
 
-from imagereward_jax.training.files import write_text
-from imagereward_jax.training.metrics import read_rows
+from imagereward_jax.storage.files import write_text
+from imagereward_jax.training.metric_writers import read_rows
 
 HIDDEN = ("step", "time")
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}

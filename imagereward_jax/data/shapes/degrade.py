@@ -8,7 +8,7 @@ Every function takes (image, severity, rng, caption) and returns an image that m
 import numpy as np
 from scipy import ndimage
 
-from imagereward_jax.data.shapes_drawing import RADIUS, RGB, SHAPES, SIZES, all_captions, coverage, draw_float
+from imagereward_jax.data.shapes.drawing import RADIUS, RGB, SHAPES, SIZES, all_captions, coverage, draw_float
 
 
 def degrade(image, severity, rng, caption):

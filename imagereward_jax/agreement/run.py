@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from imagereward_jax.evaluation.sources import Generations, RankedPrompt
-from imagereward_jax.scoring.stream import Item, score_items
+from imagereward_jax.agreement.sources import Generations, RankedPrompt
+from imagereward_jax.bulk_scoring.stream import Item, score_items
 
 
 def score_groups(scorer, groups, **options):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from imagereward_jax.evaluation import bootstrap, metrics, summary
-from imagereward_jax.evaluation.sources import RankedPrompt
+from imagereward_jax.agreement import bootstrap, metrics, summary
+from imagereward_jax.agreement.sources import RankedPrompt
 
 GAP = None  # nobody ranked this picture
 

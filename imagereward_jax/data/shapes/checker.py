@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from imagereward_jax.data.shapes_drawing import CORNER, RADIUS, SHAPES, WORDS, coverage, parse
+from imagereward_jax.data.shapes.drawing import CORNER, RADIUS, SHAPES, WORDS, coverage, parse
 
 SMOOTHING = 0.012  # of the picture's side; takes off pixel noise, and templates get the same
 MIN_CONTRAST = 0.25  # between shape and background, Euclidean over RGB

@@ -13,8 +13,8 @@ import numpy as np
 
 from imagereward_jax.models.lora import LoRAParam
 from imagereward_jax.weights import files, hub, mapping
+from imagereward_jax.weights.adapter_names import layer_aliases, parse_key
 from imagereward_jax.weights.files import WeightsError
-from imagereward_jax.weights.lora_names import layer_aliases, parse_key
 
 FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"

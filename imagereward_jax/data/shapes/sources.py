@@ -6,8 +6,8 @@ An item hangs on (seed, index) alone, so that any worker on any host makes the s
 import numpy as np
 from scipy import ndimage
 
-from imagereward_jax.data.shapes_degrade import degrade
-from imagereward_jax.data.shapes_drawing import WORDS, all_captions, draw, draw_float, to_float, to_uint8
+from imagereward_jax.data.shapes.degrade import degrade
+from imagereward_jax.data.shapes.drawing import WORDS, all_captions, draw, draw_float, to_float, to_uint8
 
 MAX_IMAGES = 9
 MAX_CLEAN_IMAGES = 1 + len(WORDS)  # of one group: no wrong word, or one to four

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from imagereward_jax.data.errors import DataError
-from imagereward_jax.training.files import write_text
+from imagereward_jax.storage.files import write_text
 
 SETTINGS = "settings.json"
 
