@@ -22,7 +22,7 @@ been run at full size here.
 Result to expect: the paper reports a test accuracy of 65.14 %.
 """
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 
 
 def get_config():

@@ -16,7 +16,7 @@ which tiny-shapes was trained on and this is not (100 groups, without --no-spoil
 90.7 % [87.3, 93.5], random 49.0 % [44.8, 53.5].
 """
 
-from imagereward_jax.training.config import recipe_beside
+from imagereward_jax.recipes import recipe_beside
 
 
 def get_config():

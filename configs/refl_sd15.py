@@ -15,7 +15,7 @@ moments too. Result to expect: the reward on held-out prompts rises from the fir
 published weights has been measured by us yet, so no figure is promised here.
 """
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 
 
 def get_config():

@@ -13,7 +13,7 @@ Hardware: what refl_sd15.py needs, less some 10 GB of master weights and moments
 been measured by us yet, so no figure is promised here.
 """
 
-from imagereward_jax.training.config import recipe_beside
+from imagereward_jax.recipes import recipe_beside
 
 
 def get_config():

@@ -16,7 +16,7 @@ expect: the reward on held-out prompts rises from the first evaluation on. No ru
 measured by us yet, so no figure is promised here.
 """
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 
 
 def get_config():

@@ -16,7 +16,7 @@ in 8.8 with --config.mesh.fsdp=8. No run on the published weights has been measu
 here.
 """
 
-from imagereward_jax.training.config import recipe_beside
+from imagereward_jax.recipes import recipe_beside
 
 
 def get_config():

@@ -11,7 +11,7 @@ rises from 1.09 to 1.76 (with LoRA 1.70; its standard deviation over prompts is 
 fully right pictures from 0.26 to 0.65 (0.65).
 """
 
-from imagereward_jax.training.config import recipe_beside
+from imagereward_jax.recipes import recipe_beside
 
 
 def get_config():

@@ -7,7 +7,7 @@ rises from 1.05 to 1.69 (its standard deviation over prompts is 0.49 at the star
 from 0.29 to 0.62.
 """
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 
 
 def get_config():

@@ -11,7 +11,7 @@ WORKDIR/export holds pytorch_lora_weights.safetensors, which `generate --lora` a
 `load_lora_weights` take.
 """
 
-from imagereward_jax.training.config import recipe_beside
+from imagereward_jax.recipes import recipe_beside
 
 
 def get_config():

@@ -11,7 +11,7 @@ to 2.25 (2.31 at step 50), the built-in reward from 1.05 to 1.69, the trained on
 fully right pictures from 0.29 to 0.68. With the built-in reward's threshold, 2.0, it ends at 2.12, 1.58, 1.23, 0.59.
 """
 
-from imagereward_jax.training.config import recipe_beside, reward_term
+from imagereward_jax.recipes import recipe_beside, reward_term
 
 
 def get_config():

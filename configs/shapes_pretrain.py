@@ -10,7 +10,7 @@ only half: what tuning by reward then mends. The export is the diffusion half of
 Hardware: 2 CPU cores, some 20 minutes. Result to expect: eval/checker_rate 0.70 with guidance 2 (0.34 without).
 """
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 
 
 def get_config():

@@ -11,7 +11,7 @@ Hardware: 2 CPU cores, some 20 minutes. Result to expect: eval/checker_rate 0.59
 
 import ml_collections
 
-from imagereward_jax.training.config import recipe_beside
+from imagereward_jax.recipes import recipe_beside
 
 _TEXT = {
     "vocab_size": 589,

@@ -13,7 +13,7 @@ and 99 % (place) of held-out captions.
 
 import ml_collections
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 
 ARCHITECTURE = {
     "vision": {"image_size": 32, "patch_size": 8, "width": 96, "depth": 2, "heads": 4},

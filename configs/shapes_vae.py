@@ -10,7 +10,7 @@ Hardware: 2 CPU cores, some 8 minutes. Result to expect: eval/psnr 31 dB.
 
 import ml_collections
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 
 ARCHITECTURE = {
     "unet": {

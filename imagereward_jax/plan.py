@@ -2,8 +2,8 @@
 
     python -m imagereward_jax.plan --config configs/refl_sdxl_lora.py --topology v5e:2x4 [--config.field=value ...]
 
-Compiles the real training step of a config (ReFL, denoising, a scorer's) for a topology, from shapes: no weights, no
-download, no accelerator. TPU slices are v4:, v5e:, v5p: or v6e: and a shape (v5e:16x16, v5p:2x2x2), GPUs a100:, h100:,
+Compiles the training step of a config, of any method, for a topology, from shapes: no weights, no download, no
+accelerator. TPU slices are v4:, v5e:, v5p: or v6e: and a shape (v5e:16x16, v5p:2x2x2), GPUs a100:, h100:,
 h200: or b200: and a number (h200:8), and cpu:N is this machine as N virtual devices. Models are folders, whose
 config.json files are read, or published names such as stabilityai/stable-diffusion-xl-base-1.0. Of a scorer's data the
 size of the largest group counts; where the file is not here, nine pictures are assumed, as in ImageRewardDB, and said.
@@ -43,7 +43,7 @@ def main(argv=None):
     """Parses, plans, prints; returns the exit status."""
     args, rest = parse_args(sys.argv[1:] if argv is None else argv)
     use_virtual_devices(args.topology)
-    from imagereward_jax.training.config import validate
+    from imagereward_jax.recipes import validate
 
     try:
         from imagereward_jax.planning.topologies import find_topology

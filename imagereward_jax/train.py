@@ -18,8 +18,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagereward_jax.compilation_cache import use_compilation_cache
+from imagereward_jax.config import did_you_mean
 from imagereward_jax.distributed import join
-from imagereward_jax.training.config import did_you_mean, validate
+from imagereward_jax.recipes import validate
 
 DASHES = {"--num-processes": "--num_processes", "--process-id": "--process_id"}  # absl's flags have underscores
 USAGE = "usage: python -m imagereward_jax.train --config FILE.py [--workdir DIR] [--config.field=value ...]"
@@ -45,12 +46,13 @@ def main(argv=None):
 
 def run(config, workdir):
     """Trains and says how it ended."""
-    from imagereward_jax.experiments import build
+    from imagereward_jax.assembly.run import assemble
     from imagereward_jax.training.checkpoints import CheckpointError
-    from imagereward_jax.training.loop import Interrupted, ProcessLost, RunError, train
+    from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
+    from imagereward_jax.training.loop import train
 
     try:
-        if not train(config, build, workdir):
+        if not train(config, assemble, workdir):
             print(
                 f"{workdir} is complete: see {workdir / 'report.html'}; raise --config.steps to train on",
                 file=sys.stderr,

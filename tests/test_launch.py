@@ -15,8 +15,8 @@ for package in ("orbax.checkpoint", "grain", "ml_collections", "yaml"):
     pytest.importorskip(package)
 import yaml
 
+from imagereward_jax.recipes import validate
 from imagereward_jax.train import parse_flags
-from imagereward_jax.training.config import validate
 from imagereward_jax.training.metric_writers import read_rows
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("ml_collections")
 
-from imagereward_jax.training.config import default_config, field
+from imagereward_jax.config import field
+from imagereward_jax.recipes import default_config
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text(encoding="utf-8")
 IMAGEREWARD = """

@@ -1,20 +1,56 @@
 """Training a reward model on people's rankings (ImageReward, arXiv 2304.05977, equation 1, and its training code)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from imagereward_jax.config import ConfigError, field
+from imagereward_jax.methods.base import Loss, Mean, Method, MethodConfig, Params, Phase
 from imagereward_jax.models.dropout import noise
-from imagereward_jax.models.param_tree import join
 
 
-def pair_losses(scores, ranking):
+class Config(MethodConfig):
+    """config.method of a scorer's training."""
+
+    uses = ("groups", "scorer", "rankings")
+    defaults = {"model.remat": "none", "eval.best": "eval/accuracy"}
+
+    mode: str = field(
+        "groups", choices=("groups", "pairs")
+    )  # a batch is of groups, each image encoded once, or of pairs
+    dropout: float = field(0.0, at_least=0.0, below=1.0)  # BERT's, in hidden states and attention; 0.1 in the original
+    drop_path: float = field(
+        0.0, at_least=0.0, below=1.0
+    )  # of the last vision block, rising evenly from 0; original 0.1
+    head_dropout: tuple[float, ...] = field((0.0, 0.0, 0.0), at_least=0.0, below=1.0)  # original: 0.2, 0.2, 0.1
+
+    def check(self, config):
+        """The head has three dropouts."""
+        if len(self.head_dropout) != 3:
+            raise ConfigError(f"config.method.head_dropout={self.head_dropout}: expected three rates")
+
+
+def make(config: Config, parts) -> Method:
+    """One phase: the pair loss over ranked groups. The best weights are exported, standardised, and tested."""
+    scorer, groups = parts.scorer, parts.groups(pairs=config.mode == "pairs")
+    evaluate = parts.rankings()
+    return Method(
+        (Phase("ranking", make_loss(config, scorer.apply), groups),),
+        trains=lambda params: {"reward": trainable_mask(params["reward"], parts.config.reward.fix_rate)},
+        evaluate=evaluate,
+        export=parts.export_scorer(evaluate),
+        test=parts.test_rankings(),
+    )
+
+
+def pair_losses(scores: jax.Array, ranking: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The loss of every pair of a group whose ranks differ.
 
     Args:
         scores: [..., K] one score an image. ranking: [..., K] ints, 1 is best; equal ranks are ties and make no pair,
-            nor does rank 0, which stands where a group has no picture.
+            nor does rank 0, which pads a group.
 
     Returns:
         (losses [..., K, K], correct [..., K, K], pairs [..., K, K]): at [i, j] -log sigmoid(score_i - score_j), whether
@@ -25,39 +61,37 @@ def pair_losses(scores, ranking):
     return -jax.nn.log_sigmoid(margin), margin > 0, pairs
 
 
-def make_ranking_loss(apply, *, dropout=0.0, drop_path=0.0, head_dropout=(0.0, 0.0, 0.0)):
+def make_loss(config: Config, apply) -> Loss:
     """Cross entropy of (better, worse) over all pairs of all groups of a batch; each image is scored once.
 
     A batch of groups and the batch of all their pairs (groups of two) have the same loss and gradient: a group of K
-    pictures costs K encodings instead of K (K - 1).
+    images costs K encodings instead of K (K - 1).
 
     Args:
-        apply: (params, images, tokens) -> scores, see `Reward.apply`.
-        dropout, drop_path, head_dropout: rates while training, see `models.blip`.
+        config: dropout rates, see `models.blip`. apply: (params, images, tokens) -> scores.
 
     Returns:
-        (trainable, frozen, batch, key) -> (loss, metrics). "reward" of trainable and frozen together are the reward's
-        parameters. batch: "images" [B, K, H, W, 3] in [0, 1], "ranking" [B, K], "reward" the tokens of the B prompts.
+        (models, batch, key) -> (`Mean` over pairs, metrics). The component "reward" is the scorer's parameters. batch:
+        "images" [B, K, H, W, 3] in [0, 1], "ranking" [B, K], "reward" the tokens of the B prompts.
     """
-    rates = {"text": dropout, "path": drop_path, "head": tuple(head_dropout)}
+    rates = {"text": config.dropout, "path": config.drop_path, "head": tuple(config.head_dropout)}
 
-    def loss(trainable, frozen, batch, key):
+    def loss(models, batch, key):
         groups, size = batch["images"].shape[:2]
         images = batch["images"].reshape(groups * size, *batch["images"].shape[2:])
         tokens = jax.tree.map(lambda rows: jnp.repeat(rows, size, axis=0), batch["reward"])
         with noise(key, **rates):
-            scores = apply(join(frozen, trainable)["reward"], images, tokens).reshape(groups, size)
+            scores = apply(models.policy["reward"], images, tokens).reshape(groups, size)
         losses, correct, pairs = pair_losses(scores, batch["ranking"])
-        count = jnp.maximum(pairs.sum(), 1)
-        accuracy = jnp.where(pairs, correct, False).sum() / count
-        present = batch["ranking"] > 0
-        metrics = {"accuracy": accuracy, "score_std": scores.std(where=present)}
-        return jnp.where(pairs, losses, 0.0).sum() / count, metrics
+        count = pairs.sum()
+        accuracy = Mean(jnp.where(pairs, correct, False).sum(), count)
+        metrics = {"accuracy": accuracy, "score_std": scores.std(where=batch["ranking"] > 0)}
+        return Mean(jnp.where(pairs, losses, 0.0).sum(), count), metrics
 
     return loss
 
 
-def trainable_mask(params, fix_rate):
+def trainable_mask(params: Params, fix_rate: float) -> Any:
     """A tree of the structure of an ImageReward's parameters, True for those that train.
 
     As in the original training code: the two projections never train. With `fix_rate` above 0 neither do the embeddings

@@ -25,6 +25,7 @@ from imagereward_jax.models.param_tree import join
 from imagereward_jax.models.sharding import gather_weight, replicate, shard_weight
 
 DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+KINDS = ("none", *DTYPES)
 KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
 
 

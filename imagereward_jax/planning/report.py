@@ -1,17 +1,20 @@
 """What a run needs on a topology, as figures and as text."""
 
 import time
+from typing import Any
 
 import jax
 
-from imagereward_jax.planning import counts, program
-from imagereward_jax.planning.topologies import GIB
-from imagereward_jax.training.config import ConfigError
-from imagereward_jax.training.mesh import check_batch, check_remat, make_mesh
+from imagereward_jax.assembly.run import assemble
+from imagereward_jax.config import ConfigError
+from imagereward_jax.planning import counts
+from imagereward_jax.planning.topologies import GIB, Topology
+from imagereward_jax.training.mesh import batch_sharding, check_batch, check_remat, make_mesh, weight_shardings
+from imagereward_jax.training.program import TrainingProgram
 from imagereward_jax.training.step import compile_options
 
 
-def plan(config, topology):
+def plan(config: Any, topology: Topology) -> dict[str, Any]:
     """Compiles a config's training step for a `Topology` and counts.
 
     Returns:
@@ -33,11 +36,13 @@ def plan(config, topology):
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, list(topology.devices()))
     check_batch(mesh, config.batch_size, config.accumulation)
     check_remat(mesh, config.model.remat)
-    recipe = program.abstract_recipe(config)
-    sizes = program.arguments_on_a_device(recipe, mesh)
+    run = assemble(config, mesh, abstract=True)
+    program = TrainingProgram(config, run, mesh)
+    sizes = bytes_per_device(run, program)
     start = time.monotonic()
-    traced = program.trace(recipe, mesh, topology.platform)
-    flops = counts.flops_by_dtype(traced.jaxpr, program.rollout_steps(config))
+    traced = program.trace(run, topology.platform)
+    flops = counts.flops_by_dtype(traced.jaxpr, run.method.loop_trips)
+    images = run.method.phases[0].source.images
     total_flops = flops.total()
     figures = {
         "topology": topology.name,
@@ -45,9 +50,9 @@ def plan(config, topology):
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "samples_per_chip": config.batch_size // topology.chips // config.accumulation,
-        "images_per_sample": recipe.images_per_sample,
+        "images_per_sample": images // config.batch_size,
         "accumulation": config.accumulation,
-        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(recipe.state.params)),
+        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(run.trainable)),
         "fits": False,
         "hbm_bytes": topology.hbm_bytes,
         "usable_bytes": topology.usable_bytes,
@@ -56,17 +61,32 @@ def plan(config, topology):
         "host_temp_bytes": None,
         "flops_per_chip": total_flops // topology.chips,
         "flops_per_chip_by_dtype": {dtype: count // topology.chips for dtype, count in flops.items()},
-        "flops_per_image": total_flops // (config.batch_size * recipe.images_per_sample),
+        "flops_per_image": total_flops // images,
         "compiled_flops": None,
         "collective_bytes": None,
         "trace_seconds": round(time.monotonic() - start, 1),
         "compile_seconds": None,
         "compiler_message": None,
-        "assumptions": [*recipe.assumptions, *_of_the_level(config, topology)],
+        "assumptions": [*run.assumptions, *_of_the_level(config, topology)],
     }
     if sum(sizes.values()) <= topology.usable_bytes:
-        _compile(figures, config, topology, traced)
+        _compile(figures, config, topology, traced, run.method.loop_trips)
     return figures
+
+
+def bytes_per_device(run, program) -> dict[str, int]:
+    """{kind: bytes} of what each device of a program's mesh (or `AbstractMesh`) holds between steps, and of a batch."""
+    state, fixed, batches = program.abstract_state, program.fixed(run), program.abstract_batches()
+    kinds = {
+        "parameters": state.params,
+        "moments": state.opt_state,
+        "ema": (state.ema, state.copies),
+        "frozen": (fixed.frozen, fixed.reference),
+    }
+    mesh = program.mesh
+    sizes = {name: counts.bytes_on_a_device(tree, weight_shardings(mesh, tree)) for name, tree in kinds.items()}
+    rows = jax.tree.map(lambda _: batch_sharding(mesh), batches)
+    return {**sizes, "batch": counts.bytes_on_a_device(batches, rows)}
 
 
 def _of_the_level(config, topology):
@@ -79,7 +99,7 @@ def _of_the_level(config, topology):
     )
 
 
-def _compile(figures, config, topology, traced):
+def _compile(figures, config, topology, traced, loop_trips):
     """Fills in what the compiled step tells."""
     options = options_for(topology, config.optimization_level)
     lowered = traced.lower()
@@ -102,7 +122,7 @@ def _compile(figures, config, topology, traced):
     figures["temp_bytes"] = figures["bytes_per_chip"]["temporaries"] = memory.temp_size_in_bytes
     figures["host_temp_bytes"] = memory.host_temp_size_in_bytes
     figures["fits"] = figures["bytes_per_chip"]["total"] <= figures["usable_bytes"]
-    figures["collective_bytes"] = counts.collective_bytes(compiled.as_text(), program.rollout_steps(config))
+    figures["collective_bytes"] = counts.collective_bytes(compiled.as_text(), loop_trips)
     if flops := (compiled.cost_analysis() or {}).get("flops"):
         figures["compiled_flops"] = int(flops)
 

@@ -2,9 +2,10 @@
 
 from jax.sharding import AbstractMesh
 
-from imagereward_jax.planning import program
-from imagereward_jax.planning.report import gib, plan, verdict
+from imagereward_jax.assembly.run import assemble
+from imagereward_jax.planning.report import bytes_per_device, gib, plan, verdict
 from imagereward_jax.planning.topologies import sizes_of_kind
+from imagereward_jax.training.program import TrainingProgram
 
 
 def largest_batch(config, topology, say, known=None):
@@ -73,7 +74,8 @@ def smallest_slice(config, topology, say, known=None):
         tried.batch_size = samples * other.chips * config.accumulation
         tried.mesh.data, tried.mesh.fsdp = (1, other.chips) if config.mesh.fsdp > 1 else (-1, 1)
         mesh = AbstractMesh((other.chips // tried.mesh.fsdp, tried.mesh.fsdp), ("data", "fsdp"))
-        arguments = sum(program.arguments_on_a_device(program.abstract_recipe(tried), mesh).values())
+        run = assemble(tried, mesh, abstract=True)
+        arguments = sum(bytes_per_device(run, TrainingProgram(tried, run, mesh)).values())
         if arguments > other.usable_bytes:
             say(f"{other.name}: weights, moments and batch alone take {gib(arguments)} a chip")
             continue

@@ -10,7 +10,7 @@ from importlib import metadata
 
 import jax
 
-from imagereward_jax.training.config import did_you_mean
+from imagereward_jax.config import did_you_mean
 
 GIB = 2**30
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

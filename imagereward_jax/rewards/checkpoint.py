@@ -155,6 +155,17 @@ def with_text(config, med_config):
     return dataclasses.replace(config, text=TextConfig.from_dict(files.read_json(med_config), str(med_config)))
 
 
+def config_of(name: str) -> ImageRewardConfig:
+    """The sizes of an ImageReward without its weights: by the config.json of a folder or built-in reward; a file is of
+    v1.0's sizes but for the text encoder of the med_config.json beside it."""
+    path = _builtin_folder(name) if name in hub.builtin_models() else Path(name).expanduser()
+    if (path / CONFIG_FILE).is_file():
+        return ImageRewardConfig.from_dict(files.read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
+    if path.name and (text := path.with_name(MED_CONFIG_FILE)).is_file():
+        return with_text(V1, text)
+    return V1
+
+
 def find_vocab_near(folder):
     """The BERT vocabulary in a checkpoint's folder, else bert-base-uncased's from the hub."""
     beside = folder / VOCAB_FILE

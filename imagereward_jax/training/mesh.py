@@ -3,16 +3,20 @@
 Two axes: `data` splits the batch; `fsdp` splits the batch too, and also every large weight with its moments.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from imagereward_jax.config import ConfigError
+from imagereward_jax.methods.base import HOST
 from imagereward_jax.models.sharding import weight_spec
-from imagereward_jax.training.config import ConfigError
 
 
-def make_mesh(data, fsdp, devices=None):
+def make_mesh(data: int, fsdp: int, devices: list | None = None) -> Mesh:
     """A mesh ("data", "fsdp") over `devices` (default: all), neighbours along fsdp as near as they can be.
 
     Of several TPU slices (or groups of GPUs that jax knows as such) each holds whole rows of fsdp, so that only
@@ -47,23 +51,23 @@ def _arranged(devices, data, fsdp):
     return np.asarray(devices).reshape(data, fsdp)
 
 
-def replicated(mesh):
+def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh):
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def weight_shardings(mesh, tree):
+def weight_shardings(mesh: Mesh, tree: Any) -> Any:
     """A sharding for each array (or shape) of `tree`, by `weight_spec`."""
     size = mesh.shape["fsdp"]
     return jax.tree.map(lambda leaf: NamedSharding(mesh, weight_spec(leaf.shape, size)), tree)
 
 
-def check_batch(mesh, batch_size, accumulation):
+def check_batch(mesh: Mesh, batch_size: int, accumulation: int) -> None:
     """Refuses a batch that the devices do not divide.
 
     Raises:
@@ -77,7 +81,7 @@ def check_batch(mesh, batch_size, accumulation):
         )
 
 
-def check_remat(mesh, remat):
+def check_remat(mesh: Mesh, remat: str) -> None:
     """Refuses to keep activations in the host's memory for devices that have no other.
 
     Raises:
@@ -90,14 +94,21 @@ def check_remat(mesh, remat):
         )
 
 
-def put_batch(mesh, batch):
-    """This process's rows of a batch (nested dict of numpy arrays) as global arrays, sharded over the mesh."""
+def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
+    """This process's rows of a batch (nested dict of NumPy arrays) as global arrays, sharded over the mesh; what is
+    under "host" is left out."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
+
+    def put(value):
+        if isinstance(value, dict):
+            return {name: put(part) for name, part in value.items() if name != HOST}
+        return jax.make_array_from_process_local_data(sharding, np.asarray(value))
+
+    return put(batch)
 
 
-def put_whole(mesh, tree):
-    """Arrays that every process holds whole, sharded over the mesh along their leading axis."""
+def put_replicated_rows(mesh: Mesh, tree: Any) -> Any:
+    """Arrays that every process holds in full, sharded over the mesh along their leading axis."""
     sharding = batch_sharding(mesh)
 
     def put(array):
@@ -105,3 +116,22 @@ def put_whole(mesh, tree):
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, tree)
+
+
+def host_copy(components: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The named components for process 0 to write; other processes get empty ones.
+
+    In one process arrays stay as they are, for whoever reads them one by one. Of several, all take part: each array is
+    gathered by itself and leaves the devices before the next one.
+    """
+    chosen = {name: components[name] for name in names}
+    if jax.process_count() == 1:
+        return chosen
+    from jax.experimental import multihost_utils
+
+    def gather(leaf):
+        whole = np.asarray(leaf) if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(whole) if jax.process_index() == 0 else None
+
+    gathered = jax.tree.map(gather, chosen)
+    return gathered if jax.process_index() == 0 else {}

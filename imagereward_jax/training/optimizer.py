@@ -1,9 +1,11 @@
 """The optimizer that a config describes."""
 
+from typing import Any
+
 import optax
 
 
-def make_schedule(config, steps, batch_size=1):
+def make_schedule(config: Any, steps: int, batch_size: int = 1) -> optax.Schedule:
     """Learning rate by update: linear warm-up, then constant, linear or cosine to 0 at `steps`.
 
     With `config.scale_by_batch` the learning rate is that of one sample, and is multiplied by `batch_size`.
@@ -21,7 +23,7 @@ def make_schedule(config, steps, batch_size=1):
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(config, updates, batch_size=1):
+def make_optimizer(config: Any, updates: int, batch_size: int = 1) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm, as PyTorch's: decay on every weight, bias correction.
 
     Args:

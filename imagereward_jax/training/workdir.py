@@ -2,7 +2,7 @@
 
 import json
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 
 CONFIG, DONE = "config.json", "done.json"
 # What may be another when a run continues: how long it goes on, what it reports, and what decides how the same numbers

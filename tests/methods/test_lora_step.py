@@ -11,7 +11,7 @@ from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.refl import make_refl_loss
 from imagereward_jax.models import lora
 from imagereward_jax.models.param_tree import join, split, trainable_mask
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 from imagereward_jax.training.optimizer import make_optimizer
 from imagereward_jax.weights import mapping
 

@@ -18,8 +18,8 @@ from imagereward_jax.models import dropout
 from imagereward_jax.models.blip import ImageRewardModel
 from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig, VisionConfig
 from imagereward_jax.models.param_tree import join, split
+from imagereward_jax.recipes import default_config
 from imagereward_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD
-from imagereward_jax.training.config import default_config
 from imagereward_jax.training.optimizer import make_optimizer, make_schedule
 from imagereward_jax.weights import mapping
 

@@ -133,7 +133,7 @@ def test_a_libtpu_of_another_version_is_named(there, unfit, monkeypatch):
 
 
 def test_says_what_does_not_fit_and_what_would_help():
-    from imagereward_jax.training.config import default_config
+    from imagereward_jax.recipes import default_config
 
     gib, config = 2**30, default_config("refl")
     config.accumulation = 2
@@ -166,7 +166,7 @@ def test_says_what_does_not_fit_and_what_would_help():
     "name, level, said", [("v5e:2x4", "O0", True), ("v5e:2x4", None, False), ("cpu:8", "O0", False)]
 )
 def test_a_level_that_the_run_may_not_have_is_named(name, level, said):
-    from imagereward_jax.training.config import default_config
+    from imagereward_jax.recipes import default_config
 
     config = default_config("refl")
     config.optimization_level = level

@@ -11,11 +11,13 @@ from PIL import Image
 
 pytest.importorskip("ml_collections")
 
+from imagereward_jax.planning.published import abstract_pipeline, abstract_reward
+
+from imagereward_jax.config import ConfigError
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.planning import program
 from imagereward_jax.planning.counts import flops_by_dtype
-from imagereward_jax.planning.published import abstract_pipeline, abstract_reward
-from imagereward_jax.training.config import ConfigError, default_config, recipe_beside
+from imagereward_jax.recipes import default_config, recipe_beside
 from imagereward_jax.training.mesh import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,7 +8,7 @@ pytest.importorskip("ml_collections")
 
 from imagereward_jax.planning import search
 from imagereward_jax.planning.topologies import GIB, find_topology
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 
 H200 = find_topology("h200:8")
 

@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("ml_collections")
 
-from imagereward_jax.training.config import ConfigError, default_config, did_you_mean, validate
+from imagereward_jax.config import ConfigError, did_you_mean
+from imagereward_jax.recipes import default_config, validate
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,5 +1,7 @@
 """The loop: what a run leaves, and that interruptions of every kind lose nothing."""
 
+import dataclasses
+import functools
 import json
 import os
 import signal
@@ -13,11 +15,13 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
 
-from toy import build_toy, main, toy_config
+from toy import assemble_toy, main, toy_config
 
+from imagereward_jax.config import ConfigError
+from imagereward_jax.methods.base import Evaluation
 from imagereward_jax.training.checkpoints import CheckpointError
-from imagereward_jax.training.config import ConfigError
-from imagereward_jax.training.loop import Evaluation, Interrupted, RunError, train
+from imagereward_jax.training.interruptions import Interrupted, RunError
+from imagereward_jax.training.loop import train
 from imagereward_jax.training.metric_writers import Meter, read_rows
 from imagereward_jax.training.workdir import WorkdirError
 
@@ -79,7 +83,7 @@ def test_killed_and_restarted_equals_never_stopped_bit_for_bit(clean, tmp_path, 
 def test_sigterm_saves_and_the_restart_equals_never_stopped(clean, tmp_path):
     config, workdir = toy_config(), tmp_path / "run"
     with pytest.raises(Interrupted, match="SIGTERM at step 6; the same command continues") as stopped:
-        train(config, lambda config, mesh: build_toy(config, mesh, terminate_at=7), workdir)
+        train(config, functools.partial(assemble_toy, terminate_at=7), workdir)
     assert stopped.value.signum == signal.SIGTERM
     assert (workdir / "checkpoints/6").is_dir()
     assert main(str(workdir)) == 0
@@ -97,7 +101,7 @@ def test_a_longer_run_continues_and_exports_again(tmp_path):
 
 def test_non_finite_updates_are_skipped_and_counted(tmp_path):
     config = toy_config()
-    train(config, lambda config, mesh: build_toy(config, mesh, nan_from=4, nan_until=5), tmp_path / "run")
+    train(config, functools.partial(assemble_toy, nan_from=4, nan_until=5), tmp_path / "run")
     assert numbers(tmp_path / "run")[-1]["skipped"] == 2  # both phases of one step
     assert np.isfinite(np.load(tmp_path / "run/export/w.npy")).all()
 
@@ -105,7 +109,7 @@ def test_non_finite_updates_are_skipped_and_counted(tmp_path):
 def test_too_many_non_finite_updates_stop_the_run_with_good_weights(tmp_path):
     config = toy_config()
     with pytest.raises(RunError, match="4 updates in a row") as stopped:
-        train(config, lambda config, mesh: build_toy(config, mesh, nan_from=4, nan_until=99), tmp_path / "run")
+        train(config, functools.partial(assemble_toy, nan_from=4, nan_until=99), tmp_path / "run")
     assert "checkpoints/6" in str(stopped.value)
     assert numbers(tmp_path / "run")[-1]["step"] == 3
     assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 20
@@ -113,30 +117,30 @@ def test_too_many_non_finite_updates_stop_the_run_with_good_weights(tmp_path):
 
 def test_the_workdir_of_another_run_is_refused(clean):
     with pytest.raises(WorkdirError, match=r"config\.seed: 0 there, 1 now"):
-        train(toy_config(seed=1), build_toy, clean)
+        train(toy_config(seed=1), assemble_toy, clean)
     with pytest.raises(WorkdirError, match="not the workdir of a run"):
-        train(toy_config(), build_toy, clean.parent)
+        train(toy_config(), assemble_toy, clean.parent)
 
 
 def test_a_run_continues_with_another_way_to_compute_the_same(clean, tmp_path):
     """From step 6 on with another remat and optimization_level, the latter unknown to the version that began."""
     workdir = tmp_path / "run"
     with pytest.raises(Interrupted):
-        train(toy_config(), lambda config, mesh: build_toy(config, mesh, terminate_at=7), workdir)
+        train(toy_config(), functools.partial(assemble_toy, terminate_at=7), workdir)
     settings = json.loads((workdir / "config.json").read_text())
     del settings["optimization_level"]
     (workdir / "config.json").write_text(json.dumps(settings))
-    assert train(toy_config(**{"model.remat": "full", "optimization_level": "O0"}), build_toy, workdir)
+    assert train(toy_config(**{"model.remat": "full", "optimization_level": "O0"}), assemble_toy, workdir)
     for one, other in zip(numbers(workdir), numbers(clean), strict=True):
         assert one.keys() == other.keys()
         np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)
     with pytest.raises(WorkdirError, match=r"config\.model\.prediction_type"):
-        train(toy_config(**{"model.prediction_type": "sample"}), build_toy, workdir)
+        train(toy_config(**{"model.prediction_type": "sample"}), assemble_toy, workdir)
 
 
 def test_offload_is_refused_where_there_is_no_other_memory(tmp_path):
     with pytest.raises(ConfigError, match=r"--config\.model\.remat=blocks"):
-        train(toy_config(**{"model.remat": "offload"}), build_toy, tmp_path / "run")
+        train(toy_config(**{"model.remat": "offload"}), assemble_toy, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -149,7 +153,7 @@ def test_a_full_disk_on_save_is_said_plainly(tmp_path):
         pytest.skip("no tmpfs can be mounted here")
     try:
         with pytest.raises((CheckpointError, OSError), match="No space left"):
-            train(toy_config(), build_toy, small / "run")
+            train(toy_config(), assemble_toy, small / "run")
     finally:
         subprocess.run(["umount", "-l", small], check=True)
 
@@ -181,26 +185,122 @@ def test_an_open_log_window_that_is_being_saved_is_not_changed_by_later_steps():
     meter.add({"loss": 1.0})
     saved = meter.get_state()
     meter.add({"loss": 2.0})
-    assert saved == {"totals": {"loss": 1.0}, "count": 1}
+    assert saved == {"totals": {"loss": 1.0}, "count": 1, "last": {}}
 
 
 def test_best_only_keeps_and_exports_the_best(tmp_path):
     """Scores 0, 2, 1, 3, 1 at steps 0, 4, 8, 12, 16: steps 4 and 12 are saved in turn, and 12 is exported."""
     weights, scores = {}, dict(zip((0, 4, 8, 12, 16), (0.0, 2.0, 1.0, 3.0, 1.0)))
 
-    def build(config, mesh):
-        experiment = build_toy(config, mesh)
+    def assemble(config, mesh):
+        run = assemble_toy(config, mesh)
 
-        def evaluate(trainable, frozen):
+        def evaluate(components):
             step = 4 * len(weights)
-            weights[step] = np.asarray(trainable["net"]["w"])
+            weights[step] = np.asarray(components["net"]["w"])
             return Evaluation({"eval/good": scores[step]})
 
-        experiment.evaluate = evaluate
-        return experiment
+        run.method = dataclasses.replace(run.method, evaluate={"good": evaluate})
+        return run
 
     changes = {"steps": 16, "eval.every": 4, "checkpoint.best_only": True}
-    train(toy_config(**changes), build, tmp_path / "run")
+    train(toy_config(**changes), assemble, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["12"]
     np.testing.assert_array_equal(np.load(tmp_path / "run/export/w.npy"), weights[12])
     assert not np.array_equal(weights[12], weights[16])
+
+
+def test_best_only_over_a_restart_keeps_the_best_of_before(tmp_path):
+    """Stopped after the best evaluation (step 4), the run goes on with worse ones and exports that of step 4."""
+    evaluated = iter((0.0, 9.0, 1.0, 2.0))
+
+    def assemble(terminate_at):
+        def build(config, mesh):
+            run = assemble_toy(config, mesh, terminate_at=terminate_at)
+
+            def evaluate(components):
+                return Evaluation({"eval/good": next(evaluated)})
+
+            run.method = dataclasses.replace(run.method, evaluate={"good": evaluate})
+            return run
+
+        return build
+
+    config = toy_config(**{"steps": 12, "eval.every": 4, "checkpoint.best_only": True})
+    with pytest.raises(Interrupted, match="at step 6"):
+        train(config, assemble(7), tmp_path / "run")
+    saved = sorted(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
+    assert saved == [4, 6]  # the best, and where the run stopped
+    train(config, assemble(None), tmp_path / "run")
+    assert [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()].count(4) == 1
+    best = tmp_path / "best"
+    train(toy_config(**{"steps": 4, "eval.every": 4}), assemble_toy, best)
+    # the schedule of 12 steps is another one than that of 4, so the weights are compared with the checkpoint's own
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(tmp_path / "run/checkpoints/4/state")
+    np.testing.assert_array_equal(np.load(tmp_path / "run/export/w.npy"), np.asarray(state["ema"]["net"]["w"]))
+
+
+def test_a_killed_runs_writers_go_on_without_gaps_or_doubles(clean, tmp_path):
+    """TensorBoard's scalars of a run that was killed and restarted: at the end every step once, as in metrics.jsonl."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    workdir = tmp_path / "run"
+    killed = in_process(workdir, "--fault.die_at=13", "--tensorboard=1")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert main(str(workdir), "--tensorboard=1") == 0
+    events = accumulator.EventAccumulator(str(workdir))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("refl/loss")}
+    rows = {row["step"]: row["refl/loss"] for row in read_rows(workdir / "metrics.jsonl") if "refl/loss" in row}
+    assert found.keys() == rows.keys()
+    for step, value in rows.items():
+        np.testing.assert_allclose(found[step], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [3, 50])
+def test_a_profile_that_reaches_the_end_of_the_run_is_written(tmp_path, monkeypatch, steps):
+    """Steps 3 to 5 of 5: the trace is stopped once, by the end of the run if need be, also for 50 steps asked for."""
+    import jax
+
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop",)))
+    train(toy_config(**{"steps": 5, "profile.steps": steps}), assemble_toy, tmp_path / "run")
+    assert calls == [("start", str(tmp_path / "run/profile")), ("stop",)]
+
+
+def test_a_profile_of_a_run_that_is_stopped_is_written(tmp_path, monkeypatch):
+    import jax
+
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with pytest.raises(Interrupted):
+        assemble = functools.partial(assemble_toy, terminate_at=7)
+        train(toy_config(**{"profile.steps": 50}), assemble, tmp_path / "run")
+    assert calls == ["start", "stop"]
+
+
+def test_evaluations_compile_once(tmp_path):
+    """Of 5 evaluations only the first compiles the cast of the weights."""
+    import jax
+
+    compiled = []
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        import logging
+
+        class Counted(logging.Handler):
+            def emit(self, record):
+                if "Finished XLA compilation of jit(cast_weights)" in record.getMessage():
+                    compiled.append(record.getMessage())
+
+        handler = Counted()
+        logging.getLogger("jax").addHandler(handler)
+        patch.setattr(logging.getLogger("jax"), "propagate", False)
+        try:
+            train(toy_config(**{"steps": 8, "eval.every": 2}), assemble_toy, tmp_path / "run")
+        finally:
+            logging.getLogger("jax").removeHandler(handler)
+    assert len(compiled) == 1, compiled

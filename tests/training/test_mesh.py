@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from imagereward_jax.training.config import ConfigError
+from imagereward_jax.config import ConfigError
 from imagereward_jax.training.mesh import make_mesh
 
 

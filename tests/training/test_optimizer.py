@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 from imagereward_jax.training.optimizer import make_optimizer, make_schedule
 
 

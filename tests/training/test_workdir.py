@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("ml_collections")
 
-from imagereward_jax.training.config import default_config
+from imagereward_jax.recipes import default_config
 from imagereward_jax.training.workdir import CONFIG, WorkdirError, check_workdir
 
 

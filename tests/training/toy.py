@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from imagereward_jax.assembly.conditions import DataSource
+from imagereward_jax.assembly.run import AssembledRun
 from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.distributed import join
-from imagereward_jax.experiments.parts import Stream
-from imagereward_jax.training.config import default_config
-from imagereward_jax.training.loop import Evaluation, Experiment, Interrupted, ProcessLost, RunError, train
-from imagereward_jax.training.step import Phase
+from imagereward_jax.methods.base import Evaluation, Export, Method, Phase
+from imagereward_jax.recipes import default_config
+from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
+from imagereward_jax.training.loop import train
+from imagereward_jax.training.mesh import weight_shardings
 
 
 class Rows:
@@ -38,61 +41,67 @@ def toy_config(**changes):
     return config
 
 
-def build_toy(config, mesh, nan_from=None, nan_until=None, die_at=None, die_on=0, terminate_at=None):
-    """The experiment. nan_from, nan_until: batches in between hold a NaN. die_at, terminate_at: SIGKILL or SIGTERM
-    there, the first to process die_on."""
+def loss_by(power):
+    """The mean error to this power of y = x w + sum(big)."""
 
-    def predict(params, x):
-        return x @ params["w"] + jnp.sum(params["big"])
+    def loss(models, batch, key):
+        net = models.policy["net"]
+        error = batch["x"] @ net["w"] + jnp.sum(net["big"]) - batch["y"] * models.policy["scale"]
+        return jnp.mean(jnp.abs(error) ** power), {"reward": -jnp.mean(jnp.abs(error))}
 
-    def loss_by(power):
-        def loss(trainable, frozen, batches, key):
-            batch = batches["rows"]
-            error = predict(trainable["net"], batch["x"]) - batch["y"] * frozen["scale"]
-            return jnp.mean(jnp.abs(error) ** power), {"reward": -jnp.mean(jnp.abs(error))}
+    return loss
 
-        return loss
 
-    def transform(batch):
-        return {"x": batch["x"], "y": batch["y"]}
+class WatchedSource(DataSource):
+    """Rows that know their position, so that faults happen at a batch: see `assemble_toy`."""
 
-    class Watched(Stream):
-        """Counts batches by position, so that a resumed run knows where it is."""
+    def __init__(self, config, name, faults):
+        shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        rows = make_iterator(Rows(), batch_size=config.batch_size // jax.process_count(), seed=config.seed, **shares)
+        super().__init__(name, rows, dict, {}, images=config.batch_size)
+        self.config, self.faults = config, faults
 
-        def __next__(self):
-            batch = super().__next__()
-            index = self.get_state()["examples"] // config.batch_size
-            if nan_from is not None and nan_from < index <= nan_until:
+    def batches(self, models, key):
+        for batch in super().batches(models, key):
+            index = self.get_state()[self.name]["examples"] // self.config.batch_size
+            faults = self.faults
+            if faults.get("nan_from") is not None and faults["nan_from"] < index <= faults["nan_until"]:
                 batch = {**batch, "y": batch["y"] * np.nan}
-            if index == die_at and jax.process_index() == die_on:
+            if index == faults.get("die_at") and jax.process_index() == faults.get("die_on", 0):
                 os.kill(os.getpid(), signal.SIGKILL)
-            if index == terminate_at:
+            if index == faults.get("terminate_at"):
                 os.kill(os.getpid(), signal.SIGTERM)
-            return batch
+            yield batch
 
-    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    size = config.batch_size // jax.process_count()
-    rows = Watched(make_iterator(Rows(), batch_size=size, seed=config.seed, **shares), transform)
+
+def assemble_toy(config, mesh, **faults):
+    """The run. nan_from, nan_until: batches in between hold a NaN. die_at, terminate_at: SIGKILL or SIGTERM there, the
+    first to process die_on (0)."""
     rng = np.random.default_rng(0)
     trainable = {"net": {"w": rng.normal(size=64).astype(np.float32), "big": np.zeros((256, 128), np.float32)}}
+    frozen = {"scale": np.float32(2.0)}
 
-    def evaluate(trainable, frozen):
-        good = -float(jnp.abs(trainable["net"]["w"]).sum())
+    def evaluate(components):
+        good = -float(jnp.abs(components["net"]["w"]).sum())
         return Evaluation({"eval/good": good}, Image.new("RGB", (16, 16), "red"))
 
-    def export(trainable, folder):
-        np.save(folder / "w.npy", trainable["net"]["w"])
+    def export(components, _, folder):
+        np.save(folder / "w.npy", np.asarray(components["net"]["w"]))
 
-    return Experiment(
-        trainable=trainable,
-        frozen={"scale": np.float32(2.0)},
-        phases=(Phase("refl", loss_by(2)), Phase("denoising", loss_by(1))),
-        streams={"rows": rows},
-        evaluate=evaluate,
-        export=export,
-        export_marker="w.npy",
-        images_per_step=config.batch_size,
-        reward_metric="refl/reward",
+    method = Method(
+        phases=(
+            Phase("refl", loss_by(2), WatchedSource(config, "rows", faults)),
+            Phase("denoising", loss_by(1), WatchedSource(config, "more", {})),
+        ),
+        trains=("net",),
+        evaluate={"good": evaluate},
+        shown="refl/reward",
+    )
+    return AssembledRun(
+        method,
+        jax.device_put(trainable, weight_shardings(mesh, trainable)),
+        jax.device_put(frozen, weight_shardings(mesh, frozen)),
+        Export(export, "w.npy", ("net",)),
     )
 
 
@@ -100,7 +109,7 @@ JOINING = ("--coordinator=", "--num-processes=", "--process-id=")
 
 
 def main(workdir, *options):
-    """--steps=..., --config fields by name, build_toy's faults as --fault.NAME=INT, and flags of `distributed.join`.
+    """--steps=..., --config fields by name, assemble_toy's faults as --fault.NAME=INT, and flags of `distributed.join`.
 
     The exit status is that of `imagereward_jax.train`, but 3 for a RunError.
     """
@@ -112,13 +121,15 @@ def main(workdir, *options):
     if processes:
         number, index = int(processes["num-processes"]), int(processes["process-id"])
         join(processes["coordinator"], number, index)
-    pairs = [option.lstrip("-").split("=") for option in options]
+    pairs = [option.lstrip("-").split("=") for option in options if option != "--tensorboard=1"]
     faults = {name.removeprefix("fault."): int(value) for name, value in pairs if name.startswith("fault.")}
     config = toy_config(
         **{name: float(value) if "." in value else int(value) for name, value in pairs if "fault." not in name}
     )
+    if "--tensorboard=1" in options:
+        config.writers = ("jsonl", "tensorboard")
     try:
-        started = train(config, lambda config, mesh: build_toy(config, mesh, **faults), workdir)
+        started = train(config, lambda config, mesh: assemble_toy(config, mesh, **faults), workdir)
         print("trained" if started else "complete")
     except RunError as error:
         print(f"{type(error).__name__}: {error}")

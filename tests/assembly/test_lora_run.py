@@ -11,11 +11,12 @@ for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)
 
 import orbax.checkpoint as ocp
-
 from imagereward_jax.experiments.weights import divide
+
+from imagereward_jax.config import ConfigError
 from imagereward_jax.pipelines import load_pipeline
+from imagereward_jax.recipes import default_config, validate
 from imagereward_jax.train import main
-from imagereward_jax.training.config import ConfigError, default_config, validate
 from imagereward_jax.weights import adapters, mapping
 from imagereward_jax.weights.files import WeightsError, read_tensors
 

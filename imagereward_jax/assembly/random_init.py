@@ -2,58 +2,53 @@
 
 import tempfile
 import zlib
+from typing import Any
 
 import jax
-import numpy as np
 
 from imagereward_jax.data.shapes import write_bert_vocab, write_clip_tokenizer
-from imagereward_jax.experiments.parts import open_pipeline
+from imagereward_jax.methods.base import Params
 from imagereward_jax.models.blip import INIT_STD
-from imagereward_jax.pipelines.sd1 import StableDiffusion1
-from imagereward_jax.pipelines.sdxl import StableDiffusionXL
+from imagereward_jax.pipelines import families
+from imagereward_jax.pipelines.base import TextToImage
 from imagereward_jax.rewards.imagereward import ImageReward
-from imagereward_jax.weights import mapping
-from imagereward_jax.weights.diffusers import load_component, resolve_pipeline
 
 
-def load_or_init_pipeline(config):
-    """(pipeline, params) of `config.model.path`, or random ones of `config.model.architecture`.
+def open_pipeline(config: Any, **options: Any) -> TextToImage:
+    """The pipeline of `config.model.architecture`, without weights.
 
-    An architecture with "text_encoder_2" makes an SDXL. Where `config.model.vae_from` names a model, the autoencoder is
-    that model's, weights and settings.
+    An architecture with "text_encoder_2" makes an SDXL. If `config.model.vae_from` names a model, the autoencoder has
+    that model's settings.
+
+    Args:
+        options: dtype, vae_dtype, remat.
     """
-    model = config.model
-    if not model.from_scratch:
-        return open_pipeline(config)
-    architecture, vae_tensors = model.architecture.to_dict(), None
-    if model.vae_from:
-        architecture["vae"], vae_tensors = load_component(resolve_pipeline(model.vae_from), "vae")
-    pipeline = _new_pipeline(architecture, dtype=config.dtype, vae_dtype=model.vae_dtype, remat=model.remat)
-    key = jax.random.key(config.seed)
-    params = pipeline.init(key)
-    if model.conv_bias_std:
-        params["unet"] = with_conv_biases(params["unet"], model.conv_bias_std, jax.random.fold_in(key, 1))
-    if vae_tensors is not None:
-        what = f"the autoencoder of {model.vae_from}"
-        params["vae"] = mapping.from_torch(pipeline.networks["vae"], vae_tensors, what=what, dtype=np.float32)
-    return pipeline, params
-
-
-def _new_pipeline(architecture, **options):
-    """A pipeline of config.json's by network, and "scheduler", with the tokenizer of the shapes world."""
+    architecture = config.model.architecture.to_dict()
+    if config.model.vae_from:
+        architecture["vae"] = families.open_pipeline(config.model.vae_from).config_dict("vae")
     tokenizer = tempfile.mkdtemp(prefix="shapes-tokenizer-")
     write_clip_tokenizer(tokenizer)
-    if "text_encoder_2" in architecture:
-        options["tokenizer_2_folder"] = tokenizer
-        return StableDiffusionXL.from_configs(**architecture, tokenizer_folder=tokenizer, **options)
-    return StableDiffusion1.from_configs(**architecture, tokenizer_folder=tokenizer, **options)
+    return families.from_configs(architecture, tokenizer_folder=tokenizer, **options)
 
 
-def with_conv_biases(unet, std, key):
+def init_params(config: Any, pipeline: TextToImage) -> Params:
+    """Random float32 weights by `config.seed`, and the autoencoder of `config.model.vae_from` if there is one."""
+    key = jax.random.key(config.seed)
+    params = pipeline.init(key)
+    if config.model.conv_bias_std:
+        biased = with_conv_biases(params[pipeline.denoiser], config.model.conv_bias_std, jax.random.fold_in(key, 1))
+        params[pipeline.denoiser] = biased
+    if config.model.vae_from:
+        source = families.open_pipeline(config.model.vae_from)
+        params["vae"] = source.load_params({"vae": source.abstract_params()["vae"]})["vae"]
+    return params
+
+
+def with_conv_biases(unet: Params, std: float, key: jax.Array) -> Params:
     """The UNet with the biases of its convolutions drawn from N(0, std^2).
 
-    A UNet knows where it is in the picture by the zeros around it alone, and against small biases they hardly show: a
-    small model then learns late, or never, to draw things at the place that a prompt names.
+    A UNet knows its place in the image only by the zeros around it, which hardly show against small biases: a small
+    model then learns late, or never, to draw things at the place that a prompt names.
     """
 
     def draw(path, value):
@@ -65,7 +60,7 @@ def with_conv_biases(unet, std, key):
     return jax.tree_util.tree_map_with_path(draw, unet)
 
 
-def init_reward(config):
+def init_scorer(config: Any) -> ImageReward:
     """A random ImageReward of `config.reward.architecture` with the shapes world's vocabulary.
 
     BLIP's initial weights, N(0, 0.02), suit networks a thousand wide; in a small one they leave signals so weak that

@@ -12,11 +12,13 @@ from PIL import Image
 
 pytest.importorskip("grain", reason="batches are made by grain")
 
+from imagereward_jax.experiments.cached import cached_batch, fill, training_pairs
+
+from imagereward_jax.config import ConfigError
 from imagereward_jax.data import cache as cache_module
 from imagereward_jax.data.cache import CacheError
-from imagereward_jax.experiments.cached import cached_batch, fill, training_pairs
 from imagereward_jax.methods.denoising import make_denoising_loss
-from imagereward_jax.training.config import ConfigError, default_config, validate
+from imagereward_jax.recipes import default_config, validate
 
 CAPTIONS = ["a red circle", "a blue square", "a green cross", "a big circle", "a small square"]
 

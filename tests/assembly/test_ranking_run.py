@@ -196,7 +196,8 @@ def test_settings_that_cannot_work_are_refused(files, tmp_path, tiny_reward_fold
 def test_initial_weights_are_scaled_as_the_config_says(name):
     """Three times the head's matrices, or the vision transformer's positions, and nothing else."""
     from imagereward_jax.experiments.scratch import init_reward
-    from imagereward_jax.training.config import recipe_beside
+
+    from imagereward_jax.recipes import recipe_beside
 
     config = recipe_beside(CONFIG, "imagereward_tiny")
     config.reward[name] = 1.0

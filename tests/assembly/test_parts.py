@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 import numpy as np
-
 from imagereward_jax.experiments.parts import cast_frozen, open_reward
-from imagereward_jax.training.config import default_config
+
+from imagereward_jax.recipes import default_config
 
 
 class Pipeline:

@@ -1,0 +1,228 @@
+"""Sources of batches: prompts, pairs, images and groups; and how prompts become what the denoiser is conditioned on.
+
+Batches hold token ids, or conditions that were encoded before (config.data.cache). `prepare` makes the conditions of
+both inside the compiled step, so that no loss sees token ids.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagereward_jax.assembly import encoded
+from imagereward_jax.assembly.rows import nested_cond, pair_batch, repeated_ids, rows_spec
+from imagereward_jax.data.batches import make_iterator
+from imagereward_jax.data.groups import Pairs, padded
+from imagereward_jax.data.pairs import load_pairs
+from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
+from imagereward_jax.methods.base import HOST, Batch, Key, Models
+
+MOST_IN_A_GROUP = 9  # images that ImageRewardDB has per prompt at most (arXiv 2304.05977, section 2)
+
+
+class DataSource:
+    """Batches of a data set: this process's share, shuffled by the run's seed, endless, resumable.
+
+    Args:
+        name: of its position in checkpoints. batches: a `BatchIterator`, or None over shapes.
+        transform: a stacked batch -> batch; runs in this process, so that it may hold a tokenizer that workers can't
+            be sent.
+        spec: shapes of a global batch.
+        images: images that a global batch stands for.
+        prepare: (models, batch) -> batch, inside the compiled step.
+    """
+
+    updates = 1
+
+    def __init__(
+        self,
+        name: str,
+        batches: Any,
+        transform: Callable[[Batch], Batch],
+        spec: Batch,
+        *,
+        images: int,
+        prepare: Callable[[Models, Batch], Batch] = lambda models, batch: batch,
+    ):
+        self.name, self.images, self.prepare = name, images, prepare
+        self._batches, self._transform, self._spec = batches, transform, spec
+
+    def spec(self) -> Batch:
+        """See `methods.base.Source`."""
+        return self._spec
+
+    def batches(self, models: Models | None, key: Key) -> Iterator[Batch]:
+        """See `methods.base.Source`; data depends on neither argument."""
+        while True:
+            yield self._transform(next(self._batches))
+
+    def get_state(self) -> dict[str, Any]:
+        """See `methods.base.Source`."""
+        return {self.name: self._batches.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """See `methods.base.Source`."""
+        self._batches.set_state(state[self.name])
+
+
+def with_conditions(pipeline: Any, models: Models, batch: Batch) -> Batch:
+    """The batch with "cond" and "negative_cond" instead of the ids that they are encoded from, and the sizes of the
+    images among the conditions."""
+    batch = dict(batch)
+    for ids, cond in (("ids", "cond"), ("negative_ids", "negative_cond")):
+        if ids in batch:
+            batch[cond] = pipeline.encode_prompts(models.policy, batch.pop(ids))
+    if "time_ids" in batch:
+        batch["cond"] = {**batch["cond"], "time_ids": batch.pop("time_ids")}
+    return batch
+
+
+def prompt_source(parts: Any, negative_prompt: str | None) -> DataSource:
+    """See `Parts.prompts`."""
+    config, pipeline, reward = parts.config, parts.pipeline, parts.reward
+    size = config.batch_size
+
+    def tokens(prompts):
+        negative = (
+            {} if negative_prompt is None else {"negative_ids": repeated_ids(pipeline, negative_prompt, len(prompts))}
+        )
+        scored = {} if reward is None else {"reward": reward.tokenize(prompts)}
+        return {**negative, **scored}
+
+    def transform(batch):
+        prompts = batch.pop("prompt")
+        ids = {"cond": nested_cond(batch)} if config.data.cache else {"ids": pipeline.tokenize(prompts)}
+        return {**ids, **tokens(prompts), HOST: {"prompt": prompts}}
+
+    prepare = functools.partial(with_conditions, pipeline)
+    if parts.abstract:
+        cond = encoded.cond_spec(pipeline, size) if config.data.cache else None
+        given = {"cond": cond} if cond else {"ids": rows_spec(pipeline.tokenize([""]), size)}
+        spec = {**given, **rows_spec(tokens([""]), size)}
+        return DataSource("prompts", None, transform, spec, images=size, prepare=prepare)
+    rows = load_prompts(config.data.prompts, column=config.data.prompts_column)
+    rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows)) if config.data.cache else rows
+    spec = rows_spec({"ids": pipeline.tokenize([""]), **tokens([""])}, size)
+    return DataSource("prompts", iterate(config, rows), transform, spec, images=size, prepare=prepare)
+
+
+def pair_source(parts: Any) -> DataSource:
+    """See `Parts.pairs`. Of the captions config.data.caption_dropout are empty, for guidance."""
+    config, pipeline = parts.config, parts.pipeline
+    prepare = functools.partial(with_conditions, pipeline)
+    spec = pair_spec(config, pipeline)
+    if parts.abstract:
+        return DataSource("pairs", None, dict, spec, images=config.batch_size, prepare=prepare)
+    if not config.data.cache:
+        batches = iterate(config, load_pairs_of(config), functools.partial(drop_caption, config.data.caption_dropout))
+        transform = functools.partial(pair_batch, pipeline)
+        return DataSource("pairs", batches, transform, spec, images=config.batch_size, prepare=prepare)
+    cache = encoded.pair_cache(parts, load_pairs_of(config))
+    batches = iterate(config, cache, encoded.DropPrompt(config.data.caption_dropout, cache.empty()))
+    return DataSource("pairs", batches, encoded.cached_batch, spec, images=config.batch_size, prepare=prepare)
+
+
+def drop_caption(share: float, item: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """The item, in a `share` of the calls with the empty prompt."""
+    return {**item, "prompt": ""} if rng.random() < share else item
+
+
+def pair_spec(config: Any, pipeline: Any) -> Batch:
+    """Shapes of a global batch of pairs."""
+    rows, side = config.batch_size, config.data.image_size
+    sizes = {"time_ids": jax.ShapeDtypeStruct((rows, 6), jnp.float32)} if pipeline.micro_conditioned else {}
+    if config.data.cache:
+        mean = jax.ShapeDtypeStruct((rows, *pipeline.latent_shape(side, side)), jnp.float32)
+        return {"latent_mean": mean, "latent_logvar": mean, "cond": encoded.cond_spec(pipeline, rows), **sizes}
+    image = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32)
+    return {"image": image, "ids": rows_spec(pipeline.tokenize([""]), rows), **sizes}
+
+
+def load_pairs_of(config: Any) -> Any:
+    """The image-text pairs that `config.data` names."""
+    data = config.data
+    return load_pairs(
+        data.pairs,
+        image_column=data.pairs_image_column,
+        text_column=data.pairs_text_column,
+        image_size=data.image_size,
+        crop="random" if data.random_crop else "center",
+        flip=data.random_flip,
+        shapes={"caption_noise": data.caption_noise} if str(data.pairs).startswith(SHAPES_PREFIX) else None,
+    )
+
+
+def image_source(parts: Any) -> DataSource:
+    """See `Parts.images`."""
+    rows, side = parts.config.batch_size, parts.config.data.image_size
+    spec = {"image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32)}
+    batches = None if parts.abstract else iterate(parts.config, load_pairs_of(parts.config))
+    return DataSource("pairs", batches, lambda batch: {"image": batch["image"]}, spec, images=rows)
+
+
+def group_source(parts: Any, *, pairs: bool) -> DataSource:
+    """See `Parts.groups`. Sets config.eval.every from config.eval.per_epoch."""
+    config, scorer = parts.config, parts.scorer
+    if parts.abstract:
+        source, largest = None, _largest_group(parts, pairs)
+    else:
+        groups = parts.open_groups("groups")
+        source = Pairs(groups) if pairs else groups
+        largest = source.largest
+        if config.eval.per_epoch:
+            config.eval.every = max(1, len(source) // config.batch_size // config.eval.per_epoch)
+    rows, side = config.batch_size, scorer.image_size
+    spec = {
+        "images": jax.ShapeDtypeStruct((rows, largest, side, side, 3), jnp.float32),
+        "ranking": jax.ShapeDtypeStruct((rows, largest), jnp.int32),
+        "reward": rows_spec(scorer.tokenize([""]), rows),
+    }
+
+    def transform(batch):
+        tokens = scorer.tokenize(batch["prompt"])
+        return {"images": batch["images"], "ranking": batch["ranking"], "reward": tokens}
+
+    batches = None if source is None else iterate(config, source, functools.partial(pad_item, largest))
+    return DataSource("groups", batches, transform, spec, images=rows * largest)
+
+
+def pad_item(size: int, item: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """A group padded to the size of the largest, so that groups stack."""
+    return padded(item, size)
+
+
+def _largest_group(parts, pairs):
+    """Images in the largest group, as far as it is known without the data."""
+    source = str(parts.config.data.groups)
+    if pairs:
+        return 2
+    if source.startswith(SHAPES_PREFIX):
+        return parts.config.data.images_per_prompt
+    if Path(source).expanduser().exists():
+        return parts.open_groups("groups").largest
+    parts.assumptions.append(
+        f"config.data.groups={source!r} is not here, so the largest of its groups is taken to be of {MOST_IN_A_GROUP} "
+        "images, as in ImageRewardDB"
+    )
+    return MOST_IN_A_GROUP
+
+
+def iterate(config: Any, rows: Any, item_transform: Callable | None = None) -> Any:
+    """This process's batches of random-access `rows`: a `BatchIterator`.
+
+    Args:
+        item_transform: (item, rng) -> item, where the item is read.
+    """
+    return make_iterator(
+        rows,
+        batch_size=config.batch_size // jax.process_count(),
+        seed=config.seed,
+        num_workers=config.data.workers,
+        item_transform=item_transform,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

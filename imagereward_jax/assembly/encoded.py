@@ -1,0 +1,185 @@
+"""Latents and prompts that are encoded once, into config.data.cache, for pairs and for prompts."""
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from imagereward_jax.assembly.rows import nested_cond, pair_batch, rows_spec
+from imagereward_jax.data.cache import Cache, open_cache
+from imagereward_jax.methods.base import Batch
+from imagereward_jax.training.interruptions import wait_for_all
+
+ENCODED_AT_ONCE = 8
+PROMPTS = "prompts"  # the folder of the encoded prompts, inside config.data.cache
+
+
+def cond_spec(pipeline: Any, rows: int) -> Batch:
+    """Shapes of the conditions of `rows` prompts."""
+    return jax.eval_shape(pipeline.encode_prompts, pipeline.abstract_params(), rows_spec(pipeline.tokenize([""]), rows))
+
+
+def cached_batch(batch: Batch) -> Batch:
+    """A batch of cached rows with the conditions nested under "cond"."""
+    others = {name: array for name, array in batch.items() if not name.startswith("cond.")}
+    return {**others, "cond": nested_cond(batch)}
+
+
+class DropPrompt:
+    """Replaces the encoded prompt of a share of the rows by the empty one's. A class, so that workers can get it."""
+
+    def __init__(self, share: float, empty: dict[str, np.ndarray]):
+        self.share, self.empty = share, {name: np.array(array) for name, array in empty.items()}
+
+    def __call__(self, item: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return {**item, **self.empty} if rng.random() < self.share else item
+
+
+class EncodedPrompts:
+    """Prompts with their conditions, random access: {"prompt", "cond.NAME": array}."""
+
+    def __init__(self, prompts: list[str], cache: Cache):
+        self.prompts, self.cache = prompts, cache
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, index):
+        return {"prompt": self.prompts[index], **self.cache[index]}
+
+
+def pair_cache(parts: Any, pairs: Any) -> Cache:
+    """The cache of a config's pairs, with every missing shard computed; each process computes its share.
+
+    The crop and the mirroring of an image are drawn once, by `config.seed`; latents are drawn anew each epoch from the
+    stored mean and variance.
+
+    Raises:
+        CacheError: the cache was made by other settings.
+    """
+    pipeline, seed = parts.base_pipeline, parts.config.seed
+    encoders = ("vae", *pipeline.text_encoders)
+    cache = open_cache(parts.config.data.cache, _fingerprint(parts, pairs, encoders), len(pairs))
+    encoder = _Encoder(parts, encoders)
+
+    def encode(rows: Iterable[int]) -> dict[str, np.ndarray]:
+        return encoder.pairs([_row(pairs, index, seed) for index in rows])
+
+    _fill(cache, encode)
+    if cache.empty() is None and jax.process_index() == 0:
+        cache.write_empty({name: array[0] for name, array in encoder.prompts([""]).items()})
+    wait_for_all("wrote the empty prompt of the cache")
+    return cache
+
+
+def prompt_cache(parts: Any, prompts: list[str]) -> Cache:
+    """The cache of a config's encoded prompts; as `pair_cache`."""
+    encoders = tuple(parts.base_pipeline.text_encoders)
+    made_by = {
+        "config.dtype": str(parts.config.dtype),
+        "prompts": zlib.crc32("\0".join(prompts).encode("utf-8", "surrogatepass")),
+        "empty prompt": str(parts.base_pipeline.index_fields()),
+        **_checksums(parts, encoders),
+    }
+    cache = open_cache(Path(parts.config.data.cache) / PROMPTS, made_by, len(prompts))
+    encoder = _Encoder(parts, encoders)
+    _fill(cache, lambda rows: encoder.prompts([prompts[index] for index in rows]))
+    return cache
+
+
+def _fill(cache, encode):
+    cache.fill(
+        encode,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        wait=lambda: wait_for_all("filled the cache"),
+    )
+
+
+class _Encoder:
+    """The encoders of a pipeline on this process's first device, loaded when they are first needed."""
+
+    def __init__(self, parts, names):
+        self.parts, self.pipeline, self.names = parts, parts.base_pipeline, names
+        self._params = None
+        self._encode_pairs = jax.jit(self._pairs)
+        self._encode_prompts = jax.jit(self._prompts)
+
+    def _pairs(self, params, images, ids):
+        mean, logvar = self.pipeline.encode_moments(params, images)
+        return {"latent_mean": mean, "latent_logvar": logvar, **self._prompts(params, ids)}
+
+    def _prompts(self, params, ids):
+        return {f"cond.{name}": value for name, value in self.pipeline.encode_prompts(params, ids).items()}
+
+    def params(self):
+        if self._params is None:
+            self._params = jax.device_put(self.parts.load_local(self.names))
+        return self._params
+
+    def pairs(self, rows):
+        """The cache's arrays of pairs."""
+
+        def encode(some):
+            batch = {name: [row[name] for row in some] for name in some[0]}
+            stacked = {name: value if name == "prompt" else np.stack(value) for name, value in batch.items()}
+            inputs = pair_batch(self.pipeline, stacked)
+            found = self._encode_pairs(self.params(), inputs["image"], inputs["ids"])
+            sizes = {"time_ids": inputs["time_ids"]} if "time_ids" in inputs else {}
+            return {**jax.device_get(found), **sizes}
+
+        return _in_chunks(rows, encode)
+
+    def prompts(self, prompts):
+        """The conditions of prompts."""
+        return _in_chunks(
+            prompts,
+            lambda some: jax.device_get(self._encode_prompts(self.params(), self.pipeline.tokenize(some))),
+        )
+
+
+def _in_chunks(rows, encode):
+    """`encode` of all rows, in chunks that are padded to one size, so that it is compiled once."""
+    found = []
+    for start in range(0, len(rows), ENCODED_AT_ONCE):
+        some = rows[start : start + ENCODED_AT_ONCE]
+        padded = [*some, *[some[-1]] * (ENCODED_AT_ONCE - len(some))]
+        found.append({name: array[: len(some)] for name, array in encode(padded).items()})
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def _fingerprint(parts, pairs, encoders):
+    """What the rows of a cache of pairs follow from: settings by config field, checksums of weights and captions."""
+    data, pipeline = parts.config.data, parts.base_pipeline
+    names = ["pairs", "pairs_image_column", "pairs_text_column", "image_size", "random_crop", "random_flip"]
+    fields = {f"config.data.{name}": data[name] for name in [*names, "caption_noise"]}
+    prompts = getattr(pairs, "prompts", None)  # those of the shapes world follow from the fields
+    return {
+        **fields,
+        "config.seed": parts.config.seed if data.random_crop or data.random_flip else None,
+        "config.dtype": str(parts.config.dtype),
+        "config.model.vae_dtype": str(pipeline.vae_dtype),
+        "captions": None if prompts is None else zlib.crc32("\0".join(prompts).encode()),
+        "empty prompt": str(pipeline.index_fields()),
+        **_checksums(parts, encoders),
+    }
+
+
+def _checksums(parts, names):
+    """Checksums of the float32 weights of components, one in memory at a time."""
+    return {f"weights of {name}": _checksum(parts.original(name)) for name in names}
+
+
+def _checksum(tree):
+    checksum = 0
+    for leaf in jax.tree.leaves(tree):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+    return checksum
+
+
+def _row(pairs, index, seed):
+    """A pair with its own crop and mirroring, whoever computes it and in whatever order."""
+    return pairs.fetch(index, np.random.default_rng((seed, index))) if hasattr(pairs, "fetch") else pairs[index]

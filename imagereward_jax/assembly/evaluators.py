@@ -1,0 +1,240 @@
+"""Evaluators of runs, and the exports that follow from what they measure."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from imagereward_jax.assembly.conditions import iterate, load_pairs_of
+from imagereward_jax.data.groups import padded
+from imagereward_jax.data.prompts import load_prompts
+from imagereward_jax.data.shapes import fully_right
+from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.methods.base import Evaluation, Export, Params
+from imagereward_jax.methods.ranking import pair_losses
+from imagereward_jax.pipelines.sample import ImageSampler
+from imagereward_jax.rewards.imagereward import CONFIG_FILE, ImageReward
+from imagereward_jax.rewards.mixed import apply_terms
+from imagereward_jax.storage.contact_sheet import contact_sheet, to_uint8
+from imagereward_jax.storage.files import write_text
+from imagereward_jax.training.mesh import put_replicated_rows, replicated
+from imagereward_jax.weights.diffusers import INDEX
+
+TEST_SHAPES = {"size": 512, "seed": 1}  # the shapes world has no end: so many groups, drawn for the test alone
+
+
+def generation_of(config: Any, pipeline: Any) -> Any:
+    """How samples are made: the model's settings, changed by what config.eval gives."""
+    given = {name: config.eval.get(name) for name in ("sampler", "num_steps", "guidance_scale")}
+    return dataclasses.replace(
+        pipeline.generation, **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+class SampleEvaluator:
+    """Samples held-out prompts from the same noise every time and scores the images.
+
+    Calling it with the components gives `eval/reward_mean`, `eval/reward_std` (over prompts, of each prompt's mean), of
+    a mixture `eval/reward_NAME` (each term's mean score), and, if the prompts are the shapes world's,
+    `eval/checker_rate`, the share of images in which the rule-based checker finds all four words.
+
+    Args:
+        parts: the run's parts; reads config.eval, the pipeline and the reward (or None).
+        size: (height, width) in pixels.
+    """
+
+    def __init__(self, parts: Any, size: tuple[int, int]):
+        self.settings, self.pipeline, self.reward, self.mesh = (
+            parts.config.eval,
+            parts.pipeline,
+            parts.reward,
+            parts.mesh,
+        )
+        distinct = list(load_prompts(self.settings.prompts))[: self.settings.num_prompts]
+        self.prompts = [prompt for prompt in distinct for _ in range(self.settings.images_per_prompt)]
+        self.check = str(self.settings.prompts).startswith("shapes:")
+        generation = parts.generation
+        sampler = make_sampler(
+            generation.sampler, self.pipeline.scheduler_config, generation.num_steps, self.settings.eta
+        )
+        self.sample = ImageSampler(
+            self.pipeline,
+            sampler,
+            self.mesh,
+            self.settings.batch_size,
+            height=size[0],
+            width=size[1],
+            guidance_scale=generation.guidance_scale,
+        )
+        self._score = jax.jit(self._score_batch, out_shardings=replicated(self.mesh))
+
+    def _score_batch(self, params, images, tokens):
+        return apply_terms(self.reward, params, images, tokens)
+
+    def __call__(self, components: Params) -> Evaluation:
+        """See the class."""
+        seed = jax.random.key(self.settings.seed)
+        keys = jax.vmap(lambda index: jax.random.fold_in(seed, index))(np.arange(len(self.prompts)))
+        images = self.sample(components, self.prompts, keys=keys, step_keys=keys)
+        metrics, captions = {}, list(self.prompts)
+        if self.reward:
+            rewards, terms = self._rewards(components["reward"], images)
+            metrics |= {f"eval/reward_{name}": values.mean() for name, values in terms.items()}
+            per_prompt = rewards.reshape(-1, self.settings.images_per_prompt).mean(1)
+            metrics |= {"eval/reward_mean": per_prompt.mean(), "eval/reward_std": per_prompt.std()}
+            captions = [f"{reward:+.2f} {prompt}" for prompt, reward in zip(self.prompts, rewards)]
+        if self.check:
+            right = [fully_right(prompt, image) for prompt, image in zip(self.prompts, to_uint8(images))]
+            metrics["eval/checker_rate"] = np.mean(right)
+            captions = [f"{caption} {'(right)' if ok else '(wrong)'}" for caption, ok in zip(captions, right)]
+        shown = self.settings.grid
+        return Evaluation(
+            {name: float(value) for name, value in metrics.items()}, contact_sheet(images[:shown], captions[:shown])
+        )
+
+    def _rewards(self, params, images):
+        """(rewards [N], {term: scores [N]}) of all images, a batch at a time."""
+        size, found = -(-self.settings.batch_size // self.mesh.size) * self.mesh.size, []
+        for start in range(0, len(images), size):
+            rows = np.minimum(np.arange(start, start + size), len(images) - 1)
+            tokens = self.reward.tokenize([self.prompts[row] for row in rows])
+            batch = put_replicated_rows(self.mesh, {"images": images[rows], "tokens": tokens})
+            found.append(jax.device_get(self._score(params, batch["images"], batch["tokens"])))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
+
+
+class ReconstructionEvaluator:
+    """Peak signal-to-noise ratio in dB of reconstructed images, `eval/psnr`; the sheet shows each beside its original.
+
+    Args:
+        parts: the run's parts.
+    """
+
+    def __init__(self, parts: Any):
+        self.pipeline, self.mesh = parts.pipeline, parts.mesh
+        self.images = self._held_out(parts)
+        self._reconstruct = jax.jit(self._reconstructed, out_shardings=replicated(self.mesh))
+        self._moments = jax.jit(self.pipeline.encode_moments, out_shardings=replicated(self.mesh))
+
+    def _held_out(self, parts):
+        config = parts.config.copy_and_resolve_references()
+        config.seed, config.batch_size = config.seed + 1, config.eval.num_images * jax.process_count()
+        config.data.workers = 0
+        images = next(iterate(config, load_pairs_of(config)))["image"]
+        return images[: len(images) // self.mesh.size * self.mesh.size]
+
+    def _reconstructed(self, components, images):
+        mean, _ = self.pipeline.encode_moments(components, images)
+        return jnp.clip(self.pipeline.decode(components, self.pipeline.scale_latents(mean)), 0, 1)
+
+    def __call__(self, components: Params) -> Evaluation:
+        """See the class."""
+        images = put_replicated_rows(self.mesh, self.images)
+        outputs = np.asarray(self._reconstruct(components, images))
+        psnr = -10 * np.log10(np.mean(np.square(outputs - self.images)))
+        pairs = np.stack([self.images, outputs], axis=1).reshape(-1, *outputs.shape[1:])[:32]
+        return Evaluation({"eval/psnr": float(psnr)}, contact_sheet(pairs, [""] * len(pairs), columns=8))
+
+    def scaling_factor(self, components: Params) -> float:
+        """What brings the latents of the held-out images to unit variance."""
+        mean, logvar = self._moments(components, put_replicated_rows(self.mesh, self.images))
+        return float(1 / np.sqrt(np.mean(np.square(mean - mean.mean())) + np.mean(np.exp(logvar))))
+
+
+def export_autoencoder(parts: Any, evaluator: ReconstructionEvaluator) -> Export:
+    """See `Parts.export_autoencoder`."""
+
+    def write(components: Params, scale: float, folder: Path) -> None:
+        parts.save_pipeline(folder, components, generation=parts.pipeline.generation)
+        path = folder / "vae" / "config.json"
+        write_text(path, json.dumps({**json.loads(path.read_text()), "scaling_factor": round(scale, 5)}, indent=2))
+
+    return Export(write, INDEX, ("vae",), evaluator.scaling_factor)
+
+
+class RankingEvaluator:
+    """`eval/accuracy` (share of pairs ordered as people did; ties are wrong) and `eval/loss` over ranked groups.
+
+    Args:
+        scorer: an `assembly.rewards.TrainedScorer`.
+        groups: random access to groups; the first `count` are read at each evaluation, a batch at a time.
+    """
+
+    batch = 64
+    shown = 6
+    remembered = 2**28  # bytes of images that are kept from one evaluation to the next
+
+    def __init__(self, scorer: Any, groups: Any, mesh: Mesh, count: int):
+        self.reward, self.groups, self.mesh = scorer.reward, groups, mesh
+        self.count, self.columns = min(count, len(groups)), groups.largest
+        if self.count * groups.largest * scorer.image_size**2 * 12 <= self.remembered:
+            self.groups = [groups[index] for index in range(self.count)]
+        self._score = jax.jit(self.reward.apply, out_shardings=replicated(mesh))
+
+    def scores(self, params: Params) -> np.ndarray:
+        """[N] the score of every image; params: the reward's parameters, on the mesh."""
+        return np.concatenate([scores for _, scores in self._scored(params)])
+
+    def _scored(self, params):
+        """(group, its scores) for every group."""
+        waiting, images = [], 0
+        for index in range(self.count):
+            waiting.append(self.groups[index])
+            images += len(waiting[-1]["ranking"])
+            if images >= self.batch or index == self.count - 1:
+                yield from self._score_groups(params, waiting)
+                waiting, images = [], 0
+
+    def _score_groups(self, params, groups):
+        images = np.concatenate([group["images"] for group in groups])
+        tokens = self.reward.tokenize([group["prompt"] for group in groups for _ in group["ranking"]])
+        batch = -(-self.batch // self.mesh.size) * self.mesh.size
+        scores = []
+        for start in range(0, len(images), batch):
+            rows = np.minimum(np.arange(start, start + batch), len(images) - 1)
+            part = {"images": images[rows], "tokens": {name: ids[rows] for name, ids in tokens.items()}}
+            part = put_replicated_rows(self.mesh, part)
+            scores.append(np.asarray(self._score(params, part["images"], part["tokens"])))
+        scores = np.concatenate(scores)[: len(images)]
+        ends = np.cumsum([len(group["ranking"]) for group in groups])
+        return zip(groups, np.split(scores, ends[:-1]))
+
+    def __call__(self, components: Params) -> Evaluation:
+        """See the class."""
+        losses, correct, images, captions = [], [], [], []
+        for group, scores in self._scored(components["reward"]):
+            loss, right, pairs = (np.asarray(x) for x in pair_losses(scores, group["ranking"]))
+            losses.append(loss[pairs])
+            correct.append(right[pairs])
+            if len(losses) <= self.shown:
+                images += list(padded(group, self.columns)["images"])
+                captions += [f"{score:+.2f} {group['prompt']}" for score in scores]
+                captions += [""] * (self.columns - len(scores))
+        metrics = {
+            "eval/accuracy": float(np.concatenate(correct).mean()),
+            "eval/loss": float(np.concatenate(losses).mean()),
+        }
+        return Evaluation(metrics, contact_sheet(np.stack(images), captions, columns=self.columns))
+
+
+def export_scorer(scorer: Any, evaluator: RankingEvaluator) -> Export:
+    """See `Parts.export_scorer`."""
+    config, tokenizer = scorer.reward.config, scorer.reward.tokenizer
+
+    def measure(components: Params) -> tuple[float, float]:
+        scores = evaluator.scores(components["reward"])
+        return float(scores.mean()), float(scores.std())
+
+    def write(components: Params, measured: tuple[float, float], folder: Path) -> None:
+        mean, std = measured
+        settings = dataclasses.replace(
+            config, score_mean=config.score_mean + config.score_std * mean, score_std=config.score_std * std
+        )
+        ImageReward(settings, components["reward"], tokenizer).save(folder)
+
+    return Export(write, CONFIG_FILE, ("reward",), measure)

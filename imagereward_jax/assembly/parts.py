@@ -1,0 +1,246 @@
+"""The parts that a method is handed: pipeline, rewards, sources of batches, evaluators, exports.
+
+A part is opened when the method asks for it, so that a run has what its method reads. Over shapes (`abstract`) the same
+parts have settings and shapes alone.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from imagereward_jax.assembly import conditions, evaluators, random_init, rewards, trainable
+from imagereward_jax.config import ConfigError
+from imagereward_jax.data.groups import load_groups
+from imagereward_jax.data.prompts import SHAPES_PREFIX
+from imagereward_jax.methods.base import Evaluator, Export, Method, Params, Source
+from imagereward_jax.pipelines import families
+from imagereward_jax.pipelines.base import TextToImage
+from imagereward_jax.rewards.base import Reward
+from imagereward_jax.training.mesh import weight_shardings
+
+
+class Parts:
+    """What `make(config, parts)` of a method may use.
+
+    Attributes:
+        config: the run's whole config. mesh: what its arrays are sharded over.
+        abstract: whether the parts are shapes: then evaluators and exports are empty, and nothing is read.
+        assumptions: sentences on what shapes alone cannot know.
+    """
+
+    def __init__(self, config: Any, mesh: Mesh, *, abstract: bool = False):
+        self.config, self.mesh, self.abstract = config, mesh, abstract
+        self.assumptions: list[str] = []
+
+    @functools.cached_property
+    def base_pipeline(self) -> TextToImage:
+        """The text-to-image model of config.model, without an adapter."""
+        model = self.config.model
+        options = {"dtype": self.config.dtype, "vae_dtype": model.vae_dtype, "remat": model.remat}
+        if model.get("from_scratch"):
+            return random_init.open_pipeline(self.config, **options)
+        try:
+            return families.open_pipeline(
+                model.path,
+                variant=model.variant,
+                prediction_type=model.prediction_type,
+                download=not self.abstract,
+                **options,
+            )
+        except families.UnknownModel as error:
+            raise ConfigError(f"config.model.path={model.path!r}: {error}") from error
+
+    @functools.cached_property
+    def pipeline(self) -> TextToImage:
+        """The text-to-image model, with config.lora's adapter if there is one.
+
+        Raises:
+            ConfigError: config.lora.targets matches no layer, or its rank is too large for one.
+        """
+        if not self.adapts:
+            return self.base_pipeline
+        settings, name = self.config.lora, self.base_pipeline.denoiser
+        options = {"rank": settings.rank, "alpha": trainable.lora_alpha(self.config), "dropout": settings.dropout}
+        try:
+            return self.base_pipeline.with_lora(name, settings.targets, **options)
+        except ValueError as error:
+            raise ConfigError(f"config.lora (rank={settings.rank}, targets of the {name}): {error}") from error
+
+    @property
+    def adapts(self) -> bool:
+        """Whether low-rank parameters train, over a frozen base."""
+        return "lora" in self.config and self.config.lora.rank > 0
+
+    @functools.cached_property
+    def reward(self) -> Reward | None:
+        """The differentiable reward of config.reward; None if it names none.
+
+        Raises:
+            ConfigError: it has no gradient, or cannot be planned. FileNotFoundError, ValueError: see `open_reward`.
+        """
+        settings = self.config.reward
+        if not (settings.path or settings.terms):
+            return None
+        return rewards.open_reward(settings, self.config.dtype, abstract=self.abstract)
+
+    @functools.cached_property
+    def scorer(self) -> rewards.TrainedScorer:
+        """The ImageReward that trains."""
+        return rewards.open_scorer(self.config, abstract=self.abstract)
+
+    @property
+    def generation(self) -> Any:
+        """How the model is meant to be sampled: the model's own settings, changed by those of config.eval."""
+        return evaluators.generation_of(self.config, self.pipeline)
+
+    # sources of batches
+
+    def prompts(self, negative_prompt: str | None = None) -> Source:
+        """Batches of training prompts: "cond", with a negative prompt "negative_cond", and the reward's tokens."""
+        return conditions.prompt_source(self, negative_prompt)
+
+    def pairs(self) -> Source:
+        """Batches of image-text pairs: "cond" and "image", or latents from config.data.cache."""
+        return conditions.pair_source(self)
+
+    def images(self) -> Source:
+        """Batches of the images of pairs alone: "image"."""
+        return conditions.image_source(self)
+
+    def groups(self, *, pairs: bool = False) -> Source:
+        """Batches of ranked groups, or of all their pairs: "images", "ranking", and the scorer's tokens."""
+        return conditions.group_source(self, pairs=pairs)
+
+    def open_groups(self, name: str) -> Any:
+        """The ranked groups of config.data's source `name`, as the scorer reads their images."""
+        data, source = self.config.data, str(self.config.data[name])
+        size = self.scorer.image_size
+        if source.startswith(SHAPES_PREFIX):
+            shapes = {"images_per_prompt": data.images_per_prompt, "spoilt": data.spoilt}
+            shapes |= evaluators.TEST_SHAPES if name == "test_groups" else {}
+            return load_groups(source, image_size=size, shapes=shapes)
+        return load_groups(
+            source,
+            image_size=size,
+            split=data[f"{name.removesuffix('_groups')}_split"],
+            images=data.images_folder or None,
+            cache=data.cache or None,
+        )
+
+    # evaluators
+
+    def samples(self, height: int, width: int) -> dict[str, Evaluator]:
+        """Samples held-out prompts of config.eval and scores them by the reward."""
+        return {} if self.abstract else {"samples": evaluators.SampleEvaluator(self, (height, width))}
+
+    def reconstructions(self) -> dict[str, Evaluator]:
+        """Reconstructs held-out images."""
+        return {} if self.abstract else {"reconstructions": evaluators.ReconstructionEvaluator(self)}
+
+    def rankings(self) -> dict[str, Evaluator]:
+        """Orders held-out groups."""
+        if self.abstract:
+            return {}
+        held_out = self.open_groups("held_out_groups")
+        count = self.config.eval.num_groups or len(held_out)
+        return {"rankings": evaluators.RankingEvaluator(self.scorer, held_out, self.mesh, count)}
+
+    def test_rankings(self) -> Any:
+        """Orders the test groups; None if there are none."""
+        if self.abstract or not self.config.data.test_groups:
+            return None
+        groups = self.open_groups("test_groups")
+        evaluator = evaluators.RankingEvaluator(self.scorer, groups, self.mesh, len(groups))
+
+        def test(components: Params) -> dict[str, float]:
+            found = evaluator(components).metrics
+            return {name.replace("eval/", "test/"): value for name, value in found.items()}
+
+        return test
+
+    # weights
+
+    def shapes(self) -> Params:
+        """Shapes of every component that was asked for, without adapters: a reward as it is held, others float32."""
+        found = {}
+        if "base_pipeline" in self.__dict__:
+            found |= self.base_pipeline.abstract_params()
+        if self.__dict__.get("reward") is not None:
+            found["reward"] = _shapes_of(self.reward.params)
+        if "scorer" in self.__dict__:
+            found["reward"] = _shapes_of(self.scorer.params)
+        return found
+
+    def component_dtype(self, name: str) -> Any:
+        """The dtype that a frozen component is held in."""
+        return jnp.dtype(self.pipeline.vae_dtype if name == "vae" else self.config.dtype)
+
+    def load(self, target: Params) -> Params:
+        """The weights of the components of `target`, each in its dtype and shards."""
+        target = dict(target)
+        loaded = {}
+        if "reward" in target:
+            source = self.scorer if "scorer" in self.__dict__ else self.reward
+            shapes = target.pop("reward")
+            loaded["reward"] = jax.device_put(source.params, weight_shardings(self.mesh, shapes))
+        if not target:
+            return loaded
+        if self.config.model.get("from_scratch"):
+            params = self.initial_params()
+            return loaded | jax.tree.map(
+                lambda leaf, array: jax.device_put(jnp.asarray(array, leaf.dtype), leaf.sharding),
+                target,
+                {name: params[name] for name in target},
+            )
+        return loaded | self.base_pipeline.load_params(target)
+
+    def load_local(self, names: tuple[str, ...]) -> Params:
+        """Components as NumPy arrays in the dtypes that they are held in, for this process alone."""
+        shapes = self.base_pipeline.abstract_params()
+        target = trainable.held(self, {name: shapes[name] for name in names}, {})
+        if self.config.model.get("from_scratch"):
+            params = self.initial_params()
+            return jax.tree.map(
+                lambda leaf, array: np.asarray(array).astype(leaf.dtype), target, {name: params[name] for name in names}
+            )
+        return self.base_pipeline.load_params(target)
+
+    def original(self, name: str) -> Params:
+        """One component's float32 weights as NumPy arrays."""
+        if self.config.model.get("from_scratch"):
+            return self.initial_params()[name]
+        return self.base_pipeline.load_params({name: self.base_pipeline.abstract_params()[name]})[name]
+
+    def initial_params(self) -> Params:
+        """All weights of a model from scratch, float32, the same at every call."""
+        return random_init.init_params(self.config, self.base_pipeline)
+
+    # exports
+
+    def export(self, method: Method) -> Export | None:
+        """The pipeline's folder, or the adapter's file; None over shapes."""
+        if self.abstract:
+            return None
+        return trainable.export_adapter(self) if self.adapts else trainable.export_model(self, method)
+
+    def save_pipeline(self, folder: Any, components: Params, generation: Any = None) -> None:
+        """Writes the model's folder with some components replaced."""
+        if self.config.model.get("from_scratch"):
+            components = {**self.initial_params(), **components}
+        self.pipeline.save(folder, components, generation=generation or self.generation)
+
+    def export_autoencoder(self, evaluate: dict[str, Evaluator]) -> Export | None:
+        """The model with the new autoencoder, its latents scaled to unit variance, as diffusion models want them."""
+        return None if self.abstract else evaluators.export_autoencoder(self, evaluate["reconstructions"])
+
+    def export_scorer(self, evaluate: dict[str, Evaluator]) -> Export | None:
+        """The scorer's folder; scores are standardised on held-out images to mean 0 and standard deviation 1."""
+        return None if self.abstract else evaluators.export_scorer(self.scorer, evaluate["rankings"])
+
+
+def _shapes_of(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)

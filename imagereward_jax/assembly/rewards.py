@@ -1,0 +1,128 @@
+"""Opens the rewards of a config, with their weights or as shapes, and the scorer that trains."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagereward_jax.assembly.random_init import init_scorer
+from imagereward_jax.config import ConfigError
+from imagereward_jax.models.blip_config import ImageRewardConfig
+from imagereward_jax.rewards import registry
+from imagereward_jax.rewards.base import Reward, cast_params
+from imagereward_jax.rewards.checkpoint import config_of, load
+from imagereward_jax.rewards.imagereward import abstract_module, make_apply
+from imagereward_jax.rewards.mixed import MixedReward, Term
+from imagereward_jax.rewards.rules import is_rule
+from imagereward_jax.rewards.scores import SCORES, imagereward_from_blip
+from imagereward_jax.weights import mapping
+
+
+class AbstractImageReward:
+    """An ImageReward without weights or vocabulary: shapes of its parameters, tokens of the right shape.
+
+    Args:
+        config: its sizes. dtype: of its arithmetic.
+    """
+
+    differentiable = True
+
+    def __init__(self, config: ImageRewardConfig, dtype: str):
+        self.config = config
+        params = mapping.params_of(abstract_module(config))
+        self.params = jax.eval_shape(lambda params: cast_params(params, jnp.dtype(dtype)), params)
+        self.apply = make_apply(config, dtype)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the network reads."""
+        return self.config.vision.image_size
+
+    def tokenize(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Zeros of the shapes that the real tokens have."""
+        ids = np.zeros((len(prompts), self.config.max_prompt_tokens), np.int32)
+        return {"input_ids": ids, "attention_mask": ids}
+
+
+class TrainedScorer(NamedTuple):
+    """The ImageReward that trains.
+
+    Attributes:
+        reward: an `ImageReward`, or an `AbstractImageReward` over shapes.
+        apply: (params, images, tokens) -> scores, in the run's dtype and by its remat policy.
+    """
+
+    reward: Any
+    apply: Callable[[Any, jax.Array, Any], jax.Array]
+
+    @property
+    def params(self) -> Any:
+        """Its float32 parameters at the start."""
+        return self.reward.params
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that it reads."""
+        return self.reward.image_size
+
+    def tokenize(self, prompts: list[str]) -> Any:
+        """Tokens of prompts, a dict of arrays [B, ...]."""
+        return self.reward.tokenize(prompts)
+
+
+def open_reward(settings: Any, dtype: str, *, abstract: bool = False) -> Reward:
+    """The reward of `config.reward`: the one at its path, or the mixture of its terms.
+
+    Raises:
+        ConfigError: it cannot be differentiated, or is to be planned and not an ImageReward.
+    """
+    if not settings.terms:
+        return _open_one(settings, "config.reward", dtype, abstract)
+    terms = {}
+    for name, term in settings.terms.items():
+        reward = _open_one(term, f"config.reward.terms.{name}", dtype, abstract)
+        terms[name] = Term(reward, weight=term.weight, mean=term.mean, std=term.std, clip=term.clip)
+    return MixedReward(terms)
+
+
+def _open_one(settings, where, dtype, abstract):
+    if is_rule(settings.path):
+        raise ConfigError(
+            f"{where}.path={settings.path!r} is computed by rule and has no gradient: it is for policy-gradient "
+            "methods; take a reward that is a network, e.g. 'ImageReward-v1.0' or 'PickScore'"
+        )
+    if not abstract:
+        return registry.open_reward(settings.path, weights=settings.weights, tokenizer=settings.tokenizer, dtype=dtype)
+    if settings.path in SCORES:
+        raise ConfigError(
+            f"{where}.path={settings.path!r} cannot be planned, only ImageReward's network; pass "
+            f"--{where}.path=ImageReward-v1.0"
+        )
+    return AbstractImageReward(config_of(settings.path), dtype)
+
+
+def open_scorer(config: Any, *, abstract: bool = False) -> TrainedScorer:
+    """The ImageReward that training starts from: of config.reward.path, of BLIP's weights, or random."""
+    settings = config.reward
+    reward = _abstract_scorer(settings) if abstract else _concrete_scorer(config)
+    return TrainedScorer(reward, make_apply(reward.config, config.dtype, config.model.remat))
+
+
+def _concrete_scorer(config):
+    settings = config.reward
+    if settings.path:
+        return load(settings.path, tokenizer=settings.tokenizer)
+    if settings.blip:
+        return imagereward_from_blip(settings.blip, jax.random.key(config.seed), tokenizer=settings.tokenizer)
+    return init_scorer(config)
+
+
+def _abstract_scorer(settings):
+    """BLIP's model_large.pth has the sizes of v1.0."""
+    if settings.path or settings.blip:
+        sizes = config_of(str(settings.path or settings.blip))
+    else:
+        sizes = ImageRewardConfig.from_dict(settings.architecture.to_dict(), "config.reward.architecture")
+    return AbstractImageReward(sizes, "float32")

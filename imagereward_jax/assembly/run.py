@@ -1,0 +1,57 @@
+"""Puts a run together: method, weights, sources; over arrays to be trained, or over shapes to be planned."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from imagereward_jax.assembly import trainable
+from imagereward_jax.assembly.parts import Parts
+from imagereward_jax.methods.base import Export, Method, find_method
+from imagereward_jax.recipes import method_settings
+
+
+@dataclasses.dataclass
+class AssembledRun:
+    """A method with its weights.
+
+    Attributes:
+        method: losses, sources, evaluators.
+        trainable: the weights that train, {component: nested dict}, float32.
+        frozen: the other weights that losses read, in the dtype that they are held in.
+        export: how the result is written.
+        reference_of: (cast) -> what training starts from, of what trains, for `Models.reference`.
+        assumptions: sentences on what a plan over shapes cannot know.
+    """
+
+    method: Method
+    trainable: Any
+    frozen: Any
+    export: Export | None = None
+    reference_of: Callable[[Callable[[Any], Any]], Any] | None = None
+    assumptions: tuple[str, ...] = ()
+
+
+def assemble(config: Any, mesh: Mesh, *, abstract: bool = False) -> AssembledRun:
+    """The run of a validated config.
+
+    Args:
+        config: see `recipes.validate`. mesh: what arrays are sharded over.
+        abstract: over shapes: nothing is read but settings, no data, no download; weights are `jax.ShapeDtypeStruct`.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: naming the field, file, row or tensor that cannot be used.
+    """
+    settings = method_settings(config)
+    parts = Parts(config, mesh, abstract=abstract)
+    method = find_method(config.method.name).make(settings, parts)
+    weights = trainable.load(parts, method)
+    return AssembledRun(
+        method,
+        weights.trainable,
+        weights.frozen,
+        method.export or parts.export(method),
+        lambda cast: trainable.reference(parts, weights.trainable, cast),
+        tuple(parts.assumptions),
+    )

@@ -1,0 +1,260 @@
+"""Sections of the config that describe a run's parts: model, rewards, data, adapters and evaluations."""
+
+import re
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from imagereward_jax.config import ConfigError, Section, check_value, field, require_given
+from imagereward_jax.diffusion.samplers import SAMPLERS
+from imagereward_jax.diffusion.schedule import PREDICTION_TYPES
+from imagereward_jax.models import lora
+from imagereward_jax.models.remat import REMAT_POLICIES
+from imagereward_jax.training.settings import DTYPES
+
+FILE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Model(Section, path="model"):
+    """The text-to-image model."""
+
+    path: str = ""  # diffusers folder, folder of convert/from_diffusers.py, hub name, or "tiny-shapes"
+    variant: str | None = None  # "fp16" reads *.fp16.safetensors
+    vae_dtype: str | None = field(None, choices=(None, *DTYPES))  # None: config.dtype; never "float16"
+    prediction_type: str | None = field(None, choices=(None, *PREDICTION_TYPES))  # instead of the scheduler's
+    # recomputed in the backward pass: none, blocks, attention, full; offload: as blocks, but what is kept waits in the
+    # host's memory (TPUs, GPUs)
+    remat: str = field("blocks", choices=REMAT_POLICIES)
+
+
+class Scratch(Section, path="model"):
+    """A model that starts from random weights."""
+
+    from_scratch: bool = False  # start from random networks of config.model.architecture
+    architecture: ConfigDict = field(default_factory=ConfigDict)  # config.json by network, and "scheduler"
+    conv_bias_std: float = field(0.0, at_least=0.0)  # > 0: of the random UNet's convolution biases
+    vae_from: str = ""  # with from_scratch: the model whose autoencoder is taken; "" for a random one
+
+    def check(self, config):
+        """A model from scratch needs an architecture."""
+        if self.from_scratch and not self.architecture:
+            raise ConfigError("config.model.from_scratch: set config.model.architecture in the file")
+
+
+class Workers(Section, path="data"):
+    """How data is read."""
+
+    workers: int = field(0, at_least=0)  # processes that decode images; 0: a thread of this one
+
+
+class Prompts(Section, path="data"):
+    """Training prompts."""
+
+    prompts: str = ""  # file, `datasets` name, tfds:NAME or shapes:train
+    prompts_column: str | None = None
+
+    def check(self, config):
+        """Prompts must be given."""
+        require_given(config, "data.prompts")
+
+
+class Pairs(Section, path="data"):
+    """Image-text pairs."""
+
+    pairs: str = ""  # file, folder, `datasets` name, tfds:NAME or shapes:train
+    pairs_image_column: str | None = None
+    pairs_text_column: str | None = None
+    image_size: int = field(512, at_least=1)
+    random_crop: bool = False
+    random_flip: bool = False
+    caption_dropout: float = field(0.1, at_least=0.0, at_most=1.0)  # share of pairs trained with the empty prompt
+    caption_noise: float = field(
+        0.0, at_least=0.0, at_most=1.0
+    )  # shapes:train only: share of captions with a wrong word
+
+
+class Cache(Section, path="data"):
+    """Encoded data on disk."""
+
+    cache: str = ""  # folder for latents and encoded prompts, computed once, crops included
+
+
+class Groups(Section, path="data"):
+    """Ranked groups of images."""
+
+    groups: str = ""  # JSON of the protocol, ImageRewardDB (see data/groups.py), or shapes:train
+    held_out_groups: str = ""  # for validation
+    test_groups: str = ""  # for the accuracy of what is exported; "" for none
+    groups_split: str = "train"  # of sources that have splits
+    held_out_split: str = "validation"
+    test_split: str = "test"
+    images_folder: str = ""  # what paths are relative to; "" for the folder of the file
+    cache: str = ""  # folder that keeps the resized images; "" decodes them each time
+    images_per_prompt: int = field(4, at_least=2, at_most=9)  # shapes:train and shapes:held_out only
+    spoilt: bool = True  # shapes only: two groups in five hold spoilt images too; False: only words differ
+
+    def check(self, config):
+        """Training and validation groups must be given."""
+        require_given(config, "data.groups")
+        require_given(config, "data.held_out_groups")
+
+
+class Reward(Section, path="reward"):
+    """The reward: one network, or a mixture."""
+
+    path: str = ""  # a name, ImageReward.pt, a converted folder, a score ("PickScore", ...), or "tiny-shapes"
+    weights: str = ""  # path of the weights of a score, if not downloaded
+    tokenizer: str | None = None  # path of the vocabulary, if not the reward's own
+    terms: ConfigDict = field(default_factory=ConfigDict)  # instead of path: a mixture, {name: reward_term(...)}
+
+    def check(self, config):
+        """A mixture excludes a path, and its terms are what `reward_term` makes."""
+        if self.terms and self.path:
+            raise ConfigError(
+                f"config.reward.path={self.path!r} and config.reward.terms ({', '.join(self.terms)}) are both given: "
+                "pass --config.reward.path= (empty) for the mixture"
+            )
+        for name, term in self.terms.items():
+            _check_term(f"config.reward.terms.{name}", name, term)
+
+
+def reward_term(
+    path: str,
+    *,
+    weight: float = 1.0,
+    mean: float = 0.0,
+    std: float = 1.0,
+    clip: float = 0.0,
+    weights: str = "",
+    tokenizer: str | None = None,
+) -> ConfigDict:
+    """One reward of a mixture, config.reward.terms.NAME: it counts as `weight * clip((score - mean) / std)`.
+
+    Args:
+        path, weights, tokenizer: as in config.reward.
+        mean, std: of its scores, so that rewards on different scales can be added.
+        clip: bound on the normalised score, beyond which it is not rewarded further; 0 for none.
+    """
+    term = ConfigDict({"path": path, "weights": weights, "weight": weight, "mean": mean, "std": std, "clip": clip})
+    term.tokenizer = config_dict.placeholder(str)
+    term.tokenizer = tokenizer
+    return term
+
+
+def _check_term(where: str, name: str, term: Any) -> None:
+    if name in ("mean", "std"):
+        raise ConfigError(f"{where}: its curve would be called reward_{name}, which is the mixture's: rename it")
+    missing = sorted(set(reward_term("")) - set(term))
+    unknown = sorted(set(term) - set(reward_term("")))
+    if missing or unknown:
+        raise ConfigError(f"{where} is not what reward_term() makes: missing {missing}, unknown {unknown}")
+    if not term.path:
+        raise ConfigError(f"{where}.path is empty: pass --{where}.path=...")
+    check_value(f"{where}.std", term.std, {"above": 0})
+    if not term.clip >= 0:
+        raise ConfigError(f"{where}.clip={term.clip}: expected 0 (no clipping) or more")
+
+
+class Scorer(Section, path="reward"):
+    """The scorer that trains: its initial weights and frozen layers."""
+
+    path: str = ""  # an ImageReward to start from; "" for BLIP's weights or random ones
+    blip: str = ""  # BLIP's model_large.pth, to start from its encoders with a new head (path must be "")
+    architecture: ConfigDict = field(default_factory=ConfigDict)  # config.json of a random one
+    tokenizer: str | None = None  # path of the vocabulary, if not the reward's own
+    unit_gain: bool = False  # random weights only: variance 1 / inputs, for networks far smaller than BLIP
+    position_scale: float = 1.0  # random weights only: scale of the vision transformer's initial positions
+    head_scale: float = 1.0  # random weights only: scale of the head's initial matrices
+    fix_rate: float = field(
+        0.0, at_least=0.0, at_most=1.0
+    )  # share of both transformers' layers, from the first, frozen
+
+    def check(self, config):
+        """Training starts from exactly one of path, blip and architecture; config.model has only remat."""
+        defaults = {name: default for name, (_, _, default) in Model.field_types().items()}
+        for name in sorted(set(defaults) - {"remat"}):
+            if config.model[name] != defaults[name]:
+                raise ConfigError(
+                    f"config.model.{name}={config.model[name]!r}: training a scorer has no diffusion model; leave it "
+                    "out (config.reward.path is what training starts from)"
+                )
+        if self.path and self.blip:
+            raise ConfigError(
+                "config.reward.path and config.reward.blip are both given: training starts from one of them"
+            )
+        if not (self.path or self.blip or self.architecture):
+            raise ConfigError(
+                "config.reward: nothing to start from; pass --config.reward.blip=model_large.pth (BLIP's weights) or "
+                "--config.reward.path (an ImageReward), or set config.reward.architecture in the file (random weights)"
+            )
+
+
+class Lora(Section, path="lora"):
+    """Low-rank adaptation of the denoiser."""
+
+    rank: int = field(0, at_least=0)  # > 0 trains low-rank parameters alone, over a base held in config.dtype
+    alpha: float | None = field(None, above=0.0)  # updates are scaled by alpha / rank; None: the rank
+    targets: str = lora.ATTENTION  # regular expression: layers of the denoiser whose names end so
+    init: str = field(
+        "gaussian", choices=lora.INITS
+    )  # of A: gaussian (standard deviation 1 / rank) or kaiming; B is zero
+    dropout: float = field(0.0, at_least=0.0, below=1.0)  # of A's input, in the steps that carry gradient
+    dtype: str = field("float32", choices=FILE_DTYPES)  # of the exported file; the weights that train are float32
+    path: str = ""  # an adapter to continue from: file, folder or hub name; rank, alpha, targets as its own
+
+    def check(self, config):
+        """The targets must be a regular expression, and a path needs a rank."""
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ConfigError(
+                f"config.lora.targets={self.targets!r} is not a valid regular expression: {error}"
+            ) from error
+        if self.path and not self.rank:
+            raise ConfigError(f"config.lora.path={self.path!r} has no effect with config.lora.rank=0: pass its rank")
+
+
+class Samples(Section, path="eval"):
+    """Evaluation by sampling held-out prompts."""
+
+    prompts: str = ""  # file, `datasets` name, or shapes:held_out
+    num_prompts: int = field(32, at_least=1)
+    images_per_prompt: int = field(1, at_least=1)
+    batch_size: int = field(8, at_least=1)
+    sampler: str | None = field(None, choices=(None, *SAMPLERS))  # None: what the model's folder says
+    num_steps: int | None = field(None, at_least=1)  # None: what the model's folder says
+    guidance_scale: float | None = None  # None: what the model's folder says; at most 1: no guidance
+    eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's steps
+    seed: int = field(0, at_least=0)  # the same noise for the same prompts at every evaluation
+    grid: int = field(16, at_least=1)  # images in samples/step_*.png
+
+
+class Reconstructions(Section, path="eval"):
+    """Evaluation of an autoencoder."""
+
+    num_images: int = field(64, at_least=1)
+
+
+class Rankings(Section, path="eval"):
+    """Evaluation of a scorer on ranked groups."""
+
+    num_groups: int = field(128, at_least=0)  # of the held-out ones, from the first; 0 for all
+    per_epoch: int = field(0, at_least=0)  # > 0 sets config.eval.every, so that an epoch has so many evaluations
+
+
+# What a method's Config may name in `uses`.
+PARTS = {
+    "model": Model,
+    "scratch": Scratch,
+    "workers": Workers,
+    "prompts": Prompts,
+    "pairs": Pairs,
+    "cache": Cache,
+    "groups": Groups,
+    "reward": Reward,
+    "scorer": Scorer,
+    "lora": Lora,
+    "samples": Samples,
+    "reconstructions": Reconstructions,
+    "rankings": Rankings,
+}

@@ -1,0 +1,92 @@
+"""The compiled training step of a run: the loop runs it on arrays, planning compiles it over shapes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from imagereward_jax.assembly.run import AssembledRun
+from imagereward_jax.models.hardware import target_platform
+from imagereward_jax.training.mesh import batch_sharding, replicated, weight_shardings
+from imagereward_jax.training.optimizer import make_optimizer
+from imagereward_jax.training.state import TrainState, init_state
+from imagereward_jax.training.step import Fixed, cast, make_train_step
+
+
+class TrainingProgram:
+    """The step of an assembled run, its state and its arguments on a mesh.
+
+    Args:
+        config: the run's config. run: its parts, arrays or shapes.
+        mesh: what arrays are sharded over.
+    """
+
+    def __init__(self, config: Any, run: AssembledRun, mesh: Mesh):
+        self.config, self.mesh, self.method = config, mesh, run.method
+        self.updates_per_step = sum(phase.source.updates for phase in run.method.phases)
+        updates = config.steps * self.updates_per_step
+        self.optimizer = make_optimizer(config.optimizer, updates, config.batch_size)
+        self._make_state = functools.partial(
+            init_state,
+            optimizer=self.optimizer,
+            seed=config.seed,
+            ema=config.ema_decay > 0,
+            copies=tuple(run.method.copies),
+        )
+        self.abstract_state: TrainState = jax.eval_shape(self._make_state, run.trainable)
+        self.state_shardings: TrainState = weight_shardings(mesh, self.abstract_state)
+
+    def initial_state(self, trainable: Any) -> TrainState:
+        """The state of a new run, sharded."""
+        return jax.jit(self._make_state, out_shardings=self.state_shardings)(trainable)
+
+    def fixed(self, run: AssembledRun) -> Fixed:
+        """What the step reads beside state and batches; over arrays or shapes, as `run` is."""
+        reference = None
+        if run.method.reference:
+            dtype = jnp.dtype(self.config.dtype)
+            reference = run.reference_of(lambda tree: cast(tree, dtype))
+        tables = {phase.name: phase.tables for phase in run.method.phases if phase.tables is not None}
+        return Fixed(run.frozen, reference, tables)
+
+    def jitted(self) -> Any:
+        """The step to be lowered: (state, fixed, batches) -> (state, metrics); the state is donated."""
+        step = make_train_step(
+            self.method.phases,
+            self.optimizer,
+            dtype=jnp.dtype(self.config.dtype),
+            accumulation=self.config.accumulation,
+            ema_decay=self.config.ema_decay,
+            copies=self.method.copies,
+            mesh=self.mesh,
+        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, replicated(self.mesh)))
+
+    def trace(self, run: AssembledRun, platform: str) -> Any:
+        """The step over the shapes of `run`, traced for a mesh of `platform` ("cpu", "gpu" or "tpu")."""
+        fixed = self.fixed(run)
+        batches = self.abstract_batches()
+        arguments = (
+            placed(self.abstract_state, self.state_shardings),
+            Fixed(
+                placed(fixed.frozen, weight_shardings(self.mesh, fixed.frozen)),
+                placed(fixed.reference, weight_shardings(self.mesh, fixed.reference)),
+                fixed.tables,
+            ),
+            placed(batches, jax.tree.map(lambda _: batch_sharding(self.mesh), batches)),
+        )
+        with target_platform(platform):
+            return self.jitted().trace(*arguments)
+
+    def abstract_batches(self) -> dict[str, Any]:
+        """Shapes of a global batch of each phase."""
+        return {phase.name: phase.source.spec() for phase in self.method.phases}
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """The shapes of `tree`, each with its sharding."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )

@@ -1,0 +1,79 @@
+"""Sections of the config that every run has: the run itself, its optimizer, mesh, checkpoints and evaluations."""
+
+from imagereward_jax.config import ConfigError, Section, field
+
+WRITERS = ("jsonl", "log", "tensorboard")
+SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("float32", "bfloat16")
+OPTIMIZATION_LEVELS = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}  # XLA's numbers: jax 0.10 takes no names
+
+
+class Run(Section):
+    """Fields at the top of the config."""
+
+    seed: int = field(0, at_least=0)  # initial noise, stop indices, data order: the whole run follows from it
+    steps: int = field(1000, at_least=1)  # training steps; each makes an update per loss of the method
+    batch_size: int = field(8, at_least=1)  # samples per update, over all devices and accumulation rounds
+    accumulation: int = field(1, at_least=1)  # rounds that a batch is split into: less memory, same gradient
+    dtype: str = field("float32", choices=DTYPES)  # of the arithmetic; master weights of what trains are float32
+    compilation_cache: bool = True  # keep compiled programs for the next start, in ~/.cache/imagereward_jax/compiled
+    # what the compiler spends on a fast step; None leaves it to jax; O0 is for `plan` on TPUs
+    optimization_level: str | None = field(None, choices=(None, *OPTIMIZATION_LEVELS))
+    max_skipped: int = field(20, at_least=1)  # updates skipped in a row (loss or gradient not finite) before it stops
+    # > 0 averages the weights, which is what is sampled and exported; after update u it is min(it, (1 + u) / (10 + u))
+    ema_decay: float = field(0.0, at_least=0.0, below=1.0)
+    log_every: int = field(10, at_least=1)
+    writers: tuple[str, ...] = field(("jsonl", "log", "tensorboard"), choices=WRITERS)
+
+    def check(self, config):
+        """The batch must be divisible into the accumulation rounds."""
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"config.batch_size={self.batch_size} is not divisible by config.accumulation={self.accumulation}"
+            )
+
+
+class Mesh(Section, path="mesh"):
+    """The device mesh."""
+
+    data: int = -1  # devices along the batch; -1: all that are left
+    fsdp: int = field(1, at_least=1)  # devices that share each weight, its moments and its EMA
+
+
+class Optimizer(Section, path="optimizer"):
+    """AdamW."""
+
+    learning_rate: float = field(1e-5, at_least=0.0)
+    scale_by_batch: bool = False  # multiply by config.batch_size: the rate is then that of one sample
+    schedule: str = field("constant", choices=SCHEDULES)  # after the warm-up: constant, linear or cosine (to 0)
+    warmup_steps: int = field(0, at_least=0)
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    clip_norm: float = field(1.0, at_least=0.0)  # global gradient norm; 0 switches clipping off
+
+
+class Checkpoint(Section, path="checkpoint"):
+    """What is saved, and which weights are exported."""
+
+    every: int = field(100, at_least=1)
+    keep: int = field(2, at_least=1)  # the latest ones; the best (by config.eval.best) is kept as well
+    best_only: bool = False  # save only what evaluates better than all before, and export the best
+    export: str = field("last", choices=("last", "best"))  # what is exported and tested; best by config.eval.best
+
+
+class Evaluation(Section, path="eval"):
+    """When the run evaluates."""
+
+    every: int = field(100, at_least=1)
+    best: str = ""  # metric whose largest value is best; with a minus before it the smallest ("-eval/loss")
+
+
+class Profile(Section, path="profile"):
+    """A trace for TensorBoard's profiler."""
+
+    steps: int = field(0, at_least=0)  # > 0 traces that many steps, after the first two, into WORKDIR/profile
+
+
+SECTIONS = (Run, Mesh, Optimizer, Checkpoint, Evaluation, Profile)
