@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
-from imagereward_jax.methods.refl import draw_stop
+from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.methods.base import Models
+from imagereward_jax.methods.refl import Config, draw_stop, make_loss
+from imagereward_jax.models.param_tree import join
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
@@ -50,26 +52,41 @@ class TinyReward:
 
 
 def method_config(**changes):
-    config = ml_collections.ConfigDict(
-        dict(num_steps=6, stop_min=2, stop_max=5, guidance_scale=1.0, height=64, width=64, threshold=2.0, scale=1e-3)
-        | {"rollout_quantization": "none"}
-    )
-    config.update(changes)
-    return config
+    """config.method for small images."""
+    return Config(**{"num_steps": 6, "stop_min": 2, "stop_max": 5, "height": 64, "width": 64, **changes})
 
 
-def torch_step(reference, reward, sampler_name, config, batch, noise, step_noise, stop):
+def refl_batch(pipeline, params, reward, prompts=PROMPTS, *, guided=False):
+    """What the loss reads of prompts; conditions are made outside of it."""
+    encode = jax.jit(pipeline.encode_prompts)
+    negative = {"negative_cond": encode(params, pipeline.tokenize([""] * len(prompts)))} if guided else {}
+    cond = encode(params, pipeline.tokenize(prompts))
+    return {"cond": cond, **negative, "reward": reward.tokenize(prompts)}
+
+
+def refl_function(pipeline, reward, config, sampler_name):
+    """(trainable, frozen, batch, key) -> (loss, metrics), of trees that are joined to the components."""
+    loss = make_loss(config, pipeline, reward)
+    sampler = make_sampler(sampler_name, pipeline.scheduler_config, config.num_steps)
+
+    def function(trainable, frozen, batch, key):
+        return loss(Models(join(frozen, trainable), tables=sampler), batch, key)
+
+    return function
+
+
+def torch_step(reference, reward, sampler_name, config, tokenize, batch, noise, step_noise, stop):
     """The paper's step sample by sample: (loss, {key: gradient of what trains in the UNet})."""
     kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
     unet, vae, text = reference.unet, reference.vae, reference.text_encoder
     unet.zero_grad()
+    prompt_ids, negative_ids = (tokenize(texts)["text_encoder"] for texts in (PROMPTS, [""] * len(PROMPTS)))
     rewards = []
     for row in range(len(stop)):
         scheduler = kinds[sampler_name].from_config(reference.scheduler.config)
         scheduler.set_timesteps(config.num_steps)
-        ids = [torch.from_numpy(batch[name][row : row + 1]).long() for name in ("negative_ids", "input_ids")]
         with torch.no_grad():
-            embeds = [text(part)[0] for part in ids]
+            embeds = [text(torch.from_numpy(ids[row : row + 1]).long())[0] for ids in (negative_ids, prompt_ids)]
 
         def denoise(latents, timestep, embeds=embeds):
             if config.guidance_scale == 1.0:
@@ -97,7 +114,7 @@ def torch_step(reference, reward, sampler_name, config, batch, noise, step_noise
 
 
 def draws(key, config, latent_shape, batch):
-    """(noise [B, h, w, c], step noise [B, steps, h, w, c], stop [B]) that `make_refl_loss` draws from `key`."""
+    """(noise [B, h, w, c], step noise [B, steps, h, w, c], stop [B]) that the loss draws from `key`."""
     stop_key, image_key = jax.random.split(key)
     noise_key, sampler_key = jax.random.split(image_key)
     stop = np.asarray(draw_stop(stop_key, batch, config.stop_min, config.stop_max))

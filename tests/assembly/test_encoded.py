@@ -12,13 +12,16 @@ from PIL import Image
 
 pytest.importorskip("grain", reason="batches are made by grain")
 
-from imagereward_jax.experiments.cached import cached_batch, fill, training_pairs
+from imagereward_jax.experiments.cached import fill
 
+from imagereward_jax.assembly import encoded
+from imagereward_jax.assembly.conditions import load_pairs_of, with_conditions
+from imagereward_jax.assembly.parts import Parts
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data import cache as cache_module
 from imagereward_jax.data.cache import CacheError
-from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.recipes import default_config, validate
+from imagereward_jax.training.mesh import make_mesh
 
 CAPTIONS = ["a red circle", "a blue square", "a green cross", "a big circle", "a small square"]
 
@@ -36,7 +39,21 @@ def small_shards(monkeypatch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return tiny_sdxl.make(tmp_path_factory.mktemp("tokenizers"))
+    """(pipeline, params, the folder that holds them)."""
+    folder = tmp_path_factory.mktemp("model")
+    pipeline, params = tiny_sdxl.make(folder / "tokenizers")
+    pipeline.save(folder / "saved", params)
+    return pipeline, params, folder / "saved"
+
+
+def parts_of(config, made):
+    config.model.path = str(made[-1])
+    return Parts(config, make_mesh(1, 1, jax.devices()[:1]))
+
+
+def fill(config, made):
+    """The whole cache of pairs of a config."""
+    return encoded.pair_cache(parts_of(config, made), load_pairs_of(config))
 
 
 @pytest.fixture(scope="module")
@@ -64,27 +81,30 @@ def files(folder):
 
 def test_rows_and_loss_are_those_without_a_cache(made, pairs, tmp_path):
     """Latents and embeddings within 1e-5 of encoding pair by pair; the loss of a batch within 1e-5 relative."""
-    pipeline, params = made
-    cache = fill(config_of(pairs, tmp_path / "c"), pipeline, params)
+    pipeline, params, _ = made
+    cache = fill(config_of(pairs, tmp_path / "c"), made)
     shards = [f"shard_0000{i}.safetensors" for i in range(3)]
     assert files(tmp_path / "c") == ["cache.json", "empty.safetensors", *shards]
     assert len(cache) == 5 and cache[0]["time_ids"][:2].tolist() == [24, 40]
     rows = [cache[i] for i in (0, 4)]
-    batch = cached_batch({name: np.stack([row[name] for row in rows]) for name in rows[0]})
-
-    from imagereward_jax.experiments.parts import load_pairs_of
-
+    batch = encoded.cached_batch({name: np.stack([row[name] for row in rows]) for name in rows[0]})
     source = load_pairs_of(config_of(pairs, tmp_path / "c"))
     items = [source.fetch(i, np.random.default_rng((0, i))) for i in (0, 4)]
     plain = {
         "image": np.stack([item["image"] for item in items]),
-        "input_ids": pipeline.tokenize([CAPTIONS[0], CAPTIONS[4]]),
+        "ids": pipeline.tokenize([CAPTIONS[0], CAPTIONS[4]]),
         "time_ids": batch["time_ids"],
     }
-    expected = jax.jit(pipeline.encode_prompts)(params, plain["input_ids"])
+    expected = jax.jit(pipeline.encode_prompts)(params, plain["ids"])
     for name, value in expected.items():
         np.testing.assert_allclose(batch["cond"][name], value, atol=1e-5)
-    loss = jax.jit(lambda params, batch: make_denoising_loss(pipeline)(params, {}, batch, jax.random.key(0))[0])
+    loss_of = denoising.make_loss(pipeline)
+
+    @jax.jit
+    def loss(params, batch):
+        models = Models(params)
+        return loss_of(models, with_conditions(pipeline, models, batch), jax.random.key(0))[0]
+
     np.testing.assert_allclose(loss(params, batch), loss(params, plain), rtol=1e-5)
     assert not any(array.any() for array in cache.empty().values()), "SDXL's empty prompt is zero"
 
@@ -92,25 +112,26 @@ def test_rows_and_loss_are_those_without_a_cache(made, pairs, tmp_path):
 def test_a_stopped_computation_is_continued(made, pairs, tmp_path, monkeypatch):
     """Only the missing shard is computed again, bit for bit; whole caches are not touched."""
     config = config_of(pairs, tmp_path / "c")
-    fill(config, *made)
+    fill(config, made)
     shard = tmp_path / "c/shard_00001.safetensors"
     before, others = shard.read_bytes(), {path: path.stat().st_mtime_ns for path in (tmp_path / "c").iterdir()}
     shard.unlink()
-    fill(config, *made)
+    fill(config, made)
     assert shard.read_bytes() == before
     assert all(path.stat().st_mtime_ns == time for path, time in others.items() if path != shard)
 
 
 def test_the_stream_drops_prompts(made, pairs, tmp_path):
     """All of them at 1, none at 0; batches can be continued, and sent to worker processes."""
-    streams = {
-        share: training_pairs(config_of(pairs, tmp_path / "c", **{"data.caption_dropout": share}), *made)
+    kept, dropped = (
+        next(
+            parts_of(config_of(pairs, tmp_path / "c", **{"data.caption_dropout": share}), made).pairs().batches(None, 0)
+        )
         for share in (0.0, 1.0)
-    }
-    kept, dropped = (next(streams[share]) for share in (0.0, 1.0))
+    )
     assert kept["cond"]["prompt_embeds"].any((1, 2)).all() and not dropped["cond"]["prompt_embeds"].any()
     np.testing.assert_array_equal(kept["latent_mean"], dropped["latent_mean"])
-    cache = fill(config_of(pairs, tmp_path / "c"), *made)
+    cache = fill(config_of(pairs, tmp_path / "c"), made)
     cache[0]
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(cache))[3]["latent_mean"], cache[3]["latent_mean"])
 
@@ -124,23 +145,44 @@ def test_the_stream_drops_prompts(made, pairs, tmp_path):
     ],
 )
 def test_other_settings_are_refused(made, pairs, tmp_path, changes, message):
-    fill(config_of(pairs, tmp_path / "c"), *made)
+    fill(config_of(pairs, tmp_path / "c"), made)
     before = files(tmp_path / "c")
     with pytest.raises(CacheError) as caught:
-        fill(config_of(pairs, tmp_path / "c", **changes), *made)
+        fill(config_of(pairs, tmp_path / "c", **changes), made)
     assert message in str(caught.value) and "another config.data.cache" in str(caught.value)
     assert files(tmp_path / "c") == before
 
 
 def test_other_weights_and_foreign_folders_are_refused(made, pairs, tmp_path):
-    pipeline, params = made
-    fill(config_of(pairs, tmp_path / "c"), pipeline, params)
+    pipeline, params, _ = made
+    fill(config_of(pairs, tmp_path / "c"), made)
     changed = {**params, "vae": jax.tree.map(lambda array: array * 2, params["vae"])}
+    pipeline.save(tmp_path / "changed", changed)
     with pytest.raises(CacheError, match="weights of vae"):
-        fill(config_of(pairs, tmp_path / "c"), pipeline, changed)
+        fill(config_of(pairs, tmp_path / "c"), (tmp_path / "changed",))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is no cache"):
-        fill(config_of(pairs, tmp_path / "other"), pipeline, params)
+        fill(config_of(pairs, tmp_path / "other"), made)
     with pytest.raises(ConfigError, match="train_text_encoder"):
         validate(config_of(pairs, tmp_path / "c", **{"method.train_text_encoder": True}))
+
+
+def test_prompts_are_encoded_once_too(made, tmp_path):
+    """Batches from the cache have the prompts beside their conditions, within 1e-5 of encoding them in the step."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(CAPTIONS) + "\n")
+    config = default_config("refl")
+    config.batch_size, config.data.prompts, config.data.cache = 3, str(prompts), str(tmp_path / "c")
+    config.reward.path = "tiny-shapes"
+    source = parts_of(config, made).prompts()
+    batch = next(source.batches(None, 0))
+    pipeline, params, _ = made
+    expected = jax.jit(pipeline.encode_prompts)(params, pipeline.tokenize(batch["host"]["prompt"]))
+    assert "ids" not in batch and len(batch["host"]["prompt"]) == 3 and batch["reward"]["input_ids"].shape[0] == 3
+    prepared = source.prepare(Models(params), {name: part for name, part in batch.items() if name != "host"})
+    for name, value in expected.items():
+        np.testing.assert_allclose(prepared["cond"][name], value, atol=1e-5)
+    prompts.write_text("other\nwords\n")
+    with pytest.raises(CacheError, match="prompts"):
+        parts_of(config, made).prompts()

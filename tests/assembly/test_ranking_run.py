@@ -172,8 +172,8 @@ def test_training_starts_from_blip(vocab_file, tmp_path, tiny_reward_config):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--config.reward.fix_rate=1.5", "fix_rate=1.5: expected a share"),
-        ("--config.method.dropout=1.0", "a rate of 1.0"),
+        ("--config.reward.fix_rate=1.5", "fix_rate=1.5: expected at most 1"),
+        ("--config.method.dropout=1.0", "config.method.dropout=1.0: expected a number below 1"),
         ("--config.method.mode=pair", "did you mean 'pairs'"),
         ("--config.data.held_out_groups=", "data.held_out_groups is empty"),
         ("--config.reward.blip=x.pth", "both given"),
@@ -195,16 +195,15 @@ def test_settings_that_cannot_work_are_refused(files, tmp_path, tiny_reward_fold
 @pytest.mark.parametrize("name", ["head_scale", "position_scale"])
 def test_initial_weights_are_scaled_as_the_config_says(name):
     """Three times the head's matrices, or the vision transformer's positions, and nothing else."""
-    from imagereward_jax.experiments.scratch import init_reward
-
+    from imagereward_jax.assembly.random_init import init_scorer
     from imagereward_jax.recipes import recipe_beside
 
     config = recipe_beside(CONFIG, "imagereward_tiny")
     config.reward[name] = 1.0
-    before = init_reward(config).params
+    before = init_scorer(config).params
     config.reward[name] = 3.0
     leaves = jax.tree_util.tree_flatten_with_path(before)[0]
-    after = jax.tree.leaves(init_reward(config).params)
+    after = jax.tree.leaves(init_scorer(config).params)
     assert len(after) == len(leaves)
     for (path, was), now in zip(leaves, after):
         keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]

@@ -6,9 +6,12 @@ import pytest
 import tiny_sd1
 import tiny_sdxl
 
+from imagereward_jax.assembly.conditions import with_conditions
+from imagereward_jax.assembly.rows import pair_batch
 from imagereward_jax.diffusion.schedule import NoiseSchedule
-from imagereward_jax.experiments.parts import pair_batch
-from imagereward_jax.methods.denoising import make_denoising_loss, min_snr_weights
+from imagereward_jax.methods import denoising
+from imagereward_jax.methods.base import HOST, Models
+from imagereward_jax.methods.denoising import min_snr_weights
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
@@ -59,7 +62,14 @@ def test_loss_agrees_with_diffusers(tmp_path):
     }
     batch = pair_batch(pipeline, pairs)
     assert batch["time_ids"].tolist() == [[32, 48, 0, 4, 16, 16], [20, 16, 2, 0, 16, 16]]
-    loss = jax.jit(lambda params, batch, key: make_denoising_loss(pipeline, snr_gamma=5.0)(params, {}, batch, key))
+    loss_of = denoising.make_loss(pipeline, snr_gamma=5.0)
+
+    @jax.jit
+    def loss(params, batch, key):
+        models = Models(params)
+        return loss_of(models, with_conditions(pipeline, models, batch), key)
+
+    batch.pop(HOST)
     key = jax.random.key(3)
     value, metrics = loss(params, batch, key)
 

@@ -5,10 +5,18 @@ import numpy as np
 import optax
 import pytest
 import tiny_sd1
-from refl_reference import PROMPTS, TinyReward, diffusers, draws, method_config, torch, torch_step
+from refl_reference import (
+    PROMPTS,
+    TinyReward,
+    diffusers,
+    draws,
+    method_config,
+    refl_batch,
+    refl_function,
+    torch,
+    torch_step,
+)
 
-from imagereward_jax.diffusion.samplers import make_sampler
-from imagereward_jax.methods.refl import make_refl_loss
 from imagereward_jax.models import lora
 from imagereward_jax.models.param_tree import join, split, trainable_mask
 from imagereward_jax.recipes import default_config
@@ -34,7 +42,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     pipeline, params = tiny_sd1.make(folder / "tokenizer")
     pipeline.save(folder / "saved", params)
-    names = pipeline.add_lora("unet", TARGETS, rank=RANK, alpha=ALPHA)
+    pipeline = pipeline.with_lora("unet", TARGETS, rank=RANK, alpha=ALPHA)
+    layers = [key for key in mapping.torch_layout(pipeline.networks["unet"], lora.LoRAParam) if "lora_A" in key]
+    names = [key.removesuffix(".lora_A.weight") for key in layers]
     rng = np.random.default_rng(4)
     shapes = mapping.params_of(pipeline.networks["unet"], lora.LoRAParam)
     adapter = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)
@@ -52,15 +62,10 @@ def made(tmp_path_factory):
 def problem(made):
     """(loss, trainable, frozen, batch)."""
     pipeline, params, _ = made
-    config, reward = method_config(), TinyReward()
-    batch = {
-        "input_ids": pipeline.tokenize(PROMPTS),
-        "negative_ids": pipeline.tokenize([""] * len(PROMPTS)),
-        "reward": reward.tokenize(PROMPTS),
-    }
-    sampler = make_sampler("ddpm", pipeline.scheduler_config, config.num_steps)
+    reward = TinyReward()
     trainable, frozen = split(params, trainable_mask(params, ("unet",), lora=True))
-    return make_refl_loss(pipeline, reward, sampler, config), trainable, {**frozen, "reward": reward.params}, batch
+    loss = refl_function(pipeline, reward, method_config(), "ddpm")
+    return loss, trainable, {**frozen, "reward": reward.params}, refl_batch(pipeline, params, reward)
 
 
 def test_loss_and_every_lora_gradient_agree_with_peft(made, problem):
@@ -70,7 +75,9 @@ def test_loss_and_every_lora_gradient_agree_with_peft(made, problem):
     key, config = jax.random.key(3), method_config()
     (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, frozen, batch, key)
     noise, step_noise, stop = draws(key, config, pipeline.latent_shape(64, 64), len(PROMPTS))
-    expected, theirs = torch_step(reference, TinyReward(), "ddpm", config, batch, noise, step_noise, stop)
+    expected, theirs = torch_step(
+        reference, TinyReward(), "ddpm", config, pipeline.tokenize, batch, noise, step_noise, stop
+    )
 
     np.testing.assert_allclose(value, expected, rtol=1e-3)
     ours = mapping.to_torch(pipeline.networks["unet"], gradient["unet"], kind=lora.LoRAParam)

@@ -1,17 +1,18 @@
 """ReFL whose steps without gradient run in int8 or fp8: what is narrow, and what the gradient is."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_sd1
 from quick import quick_jit
-from refl_reference import PROMPTS, TinyReward, method_config
+from refl_reference import TinyReward, method_config, refl_batch, refl_function
 
 pytest.importorskip("qwix")
 
-from imagereward_jax.diffusion.rollout import rollout
-from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.diffusion.rollout import Rolled, rollout
 from imagereward_jax.methods import refl
 from imagereward_jax.planning.counts import flops_by_dtype
 
@@ -25,9 +26,14 @@ def made(tmp_path_factory):
     pipeline, params = tiny_sd1.make_one_level(tmp_path_factory.mktemp("model"))
     reward = TinyReward()
     frozen = {"vae": params["vae"], "text_encoder": params["text_encoder"], "reward": reward.params}
-    ids = pipeline.tokenize(PROMPTS)
-    batch = {"input_ids": ids, "negative_ids": ids, "reward": reward.tokenize(PROMPTS)}
-    return pipeline, {"unet": params["unet"]}, frozen, reward, batch
+    return pipeline, {"unet": params["unet"]}, frozen, reward, refl_batch(pipeline, params, reward)
+
+
+def predict_at(state, denoise, sampler, noise, keys, *, params, stop, **_):
+    """The rollout's prediction at the stop, from latents that are given."""
+    state = jax.tree.map(jnp.asarray, state)
+    output = denoise(params, sampler.model_input(state, stop), sampler.timestep(stop), stop)
+    return Rolled(state, sampler.pred_original(state, output, stop), None)
 
 
 def settings(kind):
@@ -37,9 +43,7 @@ def settings(kind):
 def gradient_of(made, kind):
     """Function of (trainable, frozen, batch, key): ((loss, metrics), gradient)."""
     pipeline, _, _, reward, _ = made
-    config = settings(kind)
-    sampler = make_sampler("ddim", pipeline.scheduler_config, config.num_steps)
-    return jax.value_and_grad(refl.make_refl_loss(pipeline, reward, sampler, config), has_aux=True)
+    return jax.value_and_grad(refl_function(pipeline, reward, settings(kind), "ddim"), has_aux=True)
 
 
 def run(made, kind):
@@ -49,13 +53,13 @@ def run(made, kind):
 
 @pytest.fixture(scope="module")
 def runs(made):
-    """({kind: ((loss, metrics), gradient)}, the int8 sampler's last state as the loss saw it)"""
+    """({kind: ((loss, metrics), gradient)}, the latents at which the int8 sampler stopped)"""
     states = []
 
     def recording(*args, **options):
-        state = rollout(*args, **options)
-        jax.debug.callback(states.append, state)
-        return state
+        rolled = rollout(*args, **options)
+        jax.debug.callback(states.append, rolled.state)
+        return rolled
 
     found = {"none": run(made, "none")}
     with pytest.MonkeyPatch.context() as patch:
@@ -84,7 +88,7 @@ def test_the_gradient_is_that_of_the_loss_in_float32_at_the_latents_of_the_int8_
     """1e-5 of each gradient's largest entry; at the float32 sampler's latents it is another one."""
     found, state = runs
     (value, _), gradient = found["int8"]
-    monkeypatch.setattr(refl, "rollout", lambda *args, **options: jax.tree.map(jnp.asarray, state))
+    monkeypatch.setattr(refl, "rollout", functools.partial(predict_at, state))
     (expected, _), expected_gradient = run(made, "none")
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_gradient))

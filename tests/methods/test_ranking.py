@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 import torch_blip
 from quick import quick_jit
 
-from imagereward_jax.methods.ranking import make_ranking_loss, pair_losses, trainable_mask
+from imagereward_jax.methods.base import Mean, Models, Phase
+from imagereward_jax.methods.ranking import Config, make_loss, pair_losses, trainable_mask
 from imagereward_jax.models import dropout
 from imagereward_jax.models.blip import ImageRewardModel
 from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig, VisionConfig
@@ -21,6 +22,8 @@ from imagereward_jax.models.param_tree import join, split
 from imagereward_jax.recipes import default_config
 from imagereward_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from imagereward_jax.training.optimizer import make_optimizer, make_schedule
+from imagereward_jax.training.state import init_state
+from imagereward_jax.training.step import Fixed, make_train_step
 from imagereward_jax.weights import mapping
 
 CONFIG = ImageRewardConfig(
@@ -47,7 +50,19 @@ class Reward:
         return nnx.merge(nnx.graphdef(self.module), params)(pixels, **tokens)
 
 
-STEP = quick_jit(jax.value_and_grad(make_ranking_loss(Reward().apply), has_aux=True))  # compiled once for equal shapes
+def ranking_loss(**rates):
+    """(trainable, frozen, batch, key) -> (mean loss, metrics)."""
+    loss = make_loss(Config(**rates), Reward().apply)
+
+    def function(trainable, frozen, batch, key):
+        value, metrics = loss(Models(join(frozen, trainable)), batch, key)
+        means = {name: metric.value if isinstance(metric, Mean) else metric for name, metric in metrics.items()}
+        return value.value, means
+
+    return function
+
+
+STEP = quick_jit(jax.value_and_grad(ranking_loss(), has_aux=True))  # compiled once for equal shapes
 
 
 def reference(rates=None):
@@ -163,7 +178,7 @@ def test_dropout_and_drop_path_are_the_originals(monkeypatch):
         return keep_mask(key, rate, shape)
 
     monkeypatch.setattr(dropout, "keep_mask", record)
-    key, loss_of = jax.random.key(3), make_ranking_loss(Reward().apply, **RATES)
+    key, loss_of = jax.random.key(3), ranking_loss(**RATES)
     step = quick_jit(jax.value_and_grad(loss_of, has_aux=True)).lower({"reward": params}, {}, batch, key)
     masks = [np.asarray(keep_mask(jax.random.fold_in(key, i + 1), *call)) for i, call in enumerate(drawn)]
     (value, _), gradient = step.compile()({"reward": params}, {}, batch, key)
@@ -269,7 +284,7 @@ def test_two_updates_with_frozen_layers_are_the_originals():
     settings = recipe()
     settings.learning_rate, settings.eps = peak, eps
     ours = make_optimizer(settings, 4)
-    state, gradient = ours.init(trainable), quick_jit(jax.grad(make_ranking_loss(Reward().apply), has_aux=True))
+    state, gradient = ours.init(trainable), quick_jit(jax.grad(ranking_loss(), has_aux=True))
     for _ in range(2):
         grads, _ = gradient(trainable, frozen, batch, jax.random.key(0))
         updates, state = ours.update(grads, state, trainable)
@@ -291,3 +306,36 @@ def test_pairs_of_a_group_by_hand():
     assert np.argwhere(pairs).tolist() == [[1, 0], [1, 2]]
     np.testing.assert_allclose([losses[1, 0], losses[1, 2]], [np.log1p(np.exp(-1)), np.log1p(np.exp(1))], rtol=1e-6)
     assert bool(correct[1, 0]) and not bool(correct[1, 2])
+
+
+def brightness(params, images, tokens):
+    """A scorer of one number: the image's mean, bent."""
+    return jnp.tanh(params["w"] * images.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_groups_of_unequal_size_accumulate_to_the_whole_batchs_gradient(accumulation):
+    """Groups of 2, 4, 2 and 4 images (1, 6, 1, 6 pairs) in rounds of two groups and of one: update within 1e-6."""
+    rng = np.random.default_rng(0)
+    ranking = np.array([[2, 1, 0, 0], [3, 1, 4, 2], [1, 2, 0, 0], [1, 4, 2, 3]], np.int32)
+    batch = {"images": rng.random((4, 4, 2, 2, 3), np.float32), "ranking": ranking, "reward": {}}
+
+    class Given:
+        updates = images = 1
+
+        def prepare(self, models, batch):
+            return batch
+
+    def update(rounds):
+        phase = Phase("ranking", make_loss(Config(), brightness), Given())
+        optimizer = optax.sgd(1.0)
+        step = jax.jit(make_train_step((phase,), optimizer, accumulation=rounds))
+        state = init_state({"reward": {"w": jnp.float32(1.5)}}, optimizer, seed=0, ema=False)
+        state, metrics = step(state, Fixed({}), {"ranking": batch})
+        return state.params["reward"]["w"] - 1.5, metrics
+
+    (whole, expected), (accumulated, metrics) = update(1), update(accumulation)
+    assert abs(whole) > 1e-3
+    np.testing.assert_allclose(accumulated, whole, rtol=1e-5)
+    for name in ("ranking/loss", "ranking/accuracy"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)

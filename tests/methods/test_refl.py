@@ -5,12 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_sd1
-from refl_reference import PROMPTS, TinyReward, diffusers, draws, method_config, torch, torch_step
+from refl_reference import (
+    PROMPTS,
+    TinyReward,
+    diffusers,
+    draws,
+    method_config,
+    refl_batch,
+    refl_function,
+    torch,
+    torch_step,
+)
 
-from imagereward_jax.diffusion.rollout import rollout
-from imagereward_jax.diffusion.samplers import make_sampler
-from imagereward_jax.methods.denoising import make_denoising_loss
-from imagereward_jax.methods.refl import draw_stop, make_refl_loss, refl_loss
+from imagereward_jax.methods import denoising
+from imagereward_jax.methods.base import Models
+from imagereward_jax.methods.refl import draw_stop, hinge
 from imagereward_jax.weights import mapping
 
 
@@ -35,13 +44,8 @@ def test_loss_and_every_unet_gradient_agree_with_pytorch(made, sampler_name, gui
     """Within 1e-3 relative: the loss, and each gradient against its own largest entry."""
     pipeline, params, reference = made
     config, reward = method_config(guidance_scale=guidance), TinyReward()
-    sampler = make_sampler(sampler_name, pipeline.scheduler_config, config.num_steps)
-    batch = {
-        "input_ids": pipeline.tokenize(PROMPTS),
-        "negative_ids": pipeline.tokenize([""] * len(PROMPTS)),
-        "reward": reward.tokenize(PROMPTS),
-    }
-    loss = make_refl_loss(pipeline, reward, sampler, config)
+    batch = refl_batch(pipeline, params, reward, guided=guidance > 1)
+    loss = refl_function(pipeline, reward, config, sampler_name)
     frozen = {"vae": params["vae"], "text_encoder": params["text_encoder"], "reward": reward.params}
     key = jax.random.key(3)
     (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
@@ -49,7 +53,9 @@ def test_loss_and_every_unet_gradient_agree_with_pytorch(made, sampler_name, gui
     )
 
     noise, step_noise, stop = draws(key, config, pipeline.latent_shape(64, 64), len(PROMPTS))
-    expected, expected_gradient = torch_step(reference, reward, sampler_name, config, batch, noise, step_noise, stop)
+    expected, expected_gradient = torch_step(
+        reference, reward, sampler_name, config, pipeline.tokenize, batch, noise, step_noise, stop
+    )
 
     assert len(set(stop.tolist())) > 1, "the samples must stop at different steps"
     assert metrics["stop"] == stop.mean()
@@ -62,74 +68,9 @@ def test_loss_and_every_unet_gradient_agree_with_pytorch(made, sampler_name, gui
         np.testing.assert_allclose(ours[name], theirs, rtol=0, atol=tolerance, err_msg=name)
 
 
-def test_gradients_skip_the_frozen_weights_and_the_steps_before_the_stop(made):
-    """The gradient is that of the last step alone: the same as with the earlier latents given as constants."""
-    pipeline, params, _ = made
-    sampler = make_sampler("ddim", pipeline.scheduler_config, 4)
-    cond = pipeline.encode_prompts(params, pipeline.tokenize(PROMPTS[:1]))
-
-    def denoise(unet):
-        return lambda latents, timesteps: pipeline.denoise({**params, "unet": unet}, latents, timesteps, cond)
-
-    noise = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
-
-    def through_rollout(unet):
-        return rollout(denoise(unet), sampler, noise, None, stop=jnp.array([2])).latents.sum()
-
-    gradient = jax.jit(jax.grad(through_rollout))(params["unet"])
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
-
-
-def linear_denoiser(weight):
-    return lambda latents, timesteps: weight * latents
-
-
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "dpmpp_2m"])
-def test_rollout_equals_the_sampler_stepped_by_hand_for_each_sample(name):
-    """Each sample stops at its own index; float32 rounding. The stop index is traced: one compilation serves all."""
-    sampler = make_sampler(name, tiny_sd1.SCHEDULER, 7)
-    noise = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
-    keys = jax.random.split(jax.random.key(1), 3)
-    compiled = jax.jit(lambda stop: rollout(linear_denoiser(0.3), sampler, noise, keys, stop=stop).latents)
-    for stops in ([0, 3, 7], [5, 5, 1]):
-        got = compiled(jnp.array(stops))
-        for row, stop in enumerate(stops):
-            state = sampler.init(noise[row : row + 1])
-            for step in range(stop):
-                fresh = jax.random.normal(jax.random.fold_in(keys[row], step), (1, 2, 2, 4))
-                output = 0.3 * sampler.model_input(state, step)
-                state = sampler.step(state, output, step, fresh if sampler.stochastic else None)
-            np.testing.assert_allclose(got[row], state.latents[0], rtol=2e-5, atol=2e-6)
-    assert compiled._cache_size() == 1
-
-
-def test_gradient_through_the_last_steps_is_that_of_unrolled_steps():
-    """grad_steps=K (DRaFT-K) against differentiating the K steps written out; per-sample stops; 1e-5 relative."""
-    sampler = make_sampler("ddim", tiny_sd1.SCHEDULER, 5)
-    noise = jax.random.normal(jax.random.key(0), (2, 2, 2, 4))
-    stops = [3, 5]
-
-    def rolled(weight):
-        return rollout(linear_denoiser(weight), sampler, noise, None, stop=jnp.array(stops), grad_steps=2).latents.sum()
-
-    def unrolled(weight):
-        total = 0.0
-        for row, stop in enumerate(stops):
-            state = sampler.init(noise[row : row + 1])
-            for step in range(stop):
-                if step == stop - 2:
-                    state = jax.lax.stop_gradient(state)
-                state = sampler.step(state, weight * sampler.model_input(state, step), step)
-            total += state.latents.sum()
-        return total
-
-    np.testing.assert_allclose(jax.grad(rolled)(0.3), jax.grad(unrolled)(0.3), rtol=1e-5)
-    np.testing.assert_allclose(rolled(0.3), unrolled(0.3), rtol=1e-5)
-
-
-def test_refl_loss_by_hand():
+def test_hinge_by_hand():
     """mean(relu(2 - r)) * scale: rewards 3 and 0 give (0 + 2) / 2 * 0.001."""
-    np.testing.assert_allclose(refl_loss(jnp.array([3.0, 0.0]), threshold=2.0, scale=1e-3), 1e-3, rtol=1e-6)
+    np.testing.assert_allclose(hinge(jnp.array([3.0, 0.0]), threshold=2.0, scale=1e-3), 1e-3, rtol=1e-6)
 
 
 def test_stop_indices_cover_their_range_evenly():
@@ -143,10 +84,15 @@ def test_denoising_loss_agrees_with_pytorch(made):
     """The loss on pairs and every UNet gradient, from the same latents, noise and timesteps, within 1e-3 relative."""
     pipeline, params, reference = made
     rng = np.random.default_rng(0)
-    batch = {"image": rng.random((3, 64, 64, 3), np.float32), "input_ids": pipeline.tokenize(PROMPTS[:3])}
-    loss, key = make_denoising_loss(pipeline), jax.random.key(5)
-    frozen = {"vae": params["vae"], "text_encoder": params["text_encoder"]}
-    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))({"unet": params["unet"]}, frozen, batch, key)
+    ids = pipeline.tokenize(PROMPTS[:3])
+    cond = jax.jit(pipeline.encode_prompts)(params, ids)
+    batch = {"image": rng.random((3, 64, 64, 3), np.float32), "cond": cond}
+    loss, key = denoising.make_loss(pipeline), jax.random.key(5)
+
+    def of_unet(unet, batch, key):
+        return loss(Models({**params, "unet": unet}), batch, key)
+
+    (value, _), gradient = jax.jit(jax.value_and_grad(of_unet, has_aux=True))(params["unet"], batch, key)
 
     encode_key, noise_key, time_key = jax.random.split(key, 3)
     latents = np.asarray(pipeline.encode(params, batch["image"], encode_key))
@@ -156,13 +102,13 @@ def test_denoising_loss_agrees_with_pytorch(made):
     scheduler = diffusers.DDPMScheduler.from_config(reference.scheduler.config)
     reference.unet.zero_grad()
     with torch.no_grad():
-        embeds = reference.text_encoder(torch.from_numpy(batch["input_ids"]).long())[0]
+        embeds = reference.text_encoder(torch.from_numpy(ids["text_encoder"]).long())[0]
     output = reference.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
     expected = torch.nn.functional.mse_loss(output, noise)
     expected.backward()
 
     np.testing.assert_allclose(value, expected.item(), rtol=1e-4)
-    ours = mapping.to_torch(pipeline.networks["unet"], gradient["unet"])
+    ours = mapping.to_torch(pipeline.networks["unet"], gradient)
     largest = max(weight.grad.abs().max().item() for weight in reference.unet.parameters())
     for name, weight in reference.unet.named_parameters():
         tolerance = 1e-3 * weight.grad.abs().max().item() + 1e-6 * largest

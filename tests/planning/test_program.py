@@ -6,51 +6,62 @@ from pathlib import Path
 
 import jax
 import pytest
+import tiny_sdxl
 from jax.sharding import AbstractMesh
 from PIL import Image
 
 pytest.importorskip("ml_collections")
 
-from imagereward_jax.planning.published import abstract_pipeline, abstract_reward
 
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.errors import DataError
-from imagereward_jax.planning import program
 from imagereward_jax.planning.counts import flops_by_dtype
 from imagereward_jax.recipes import default_config, recipe_beside
 from imagereward_jax.training.mesh import make_mesh
+from imagereward_jax.training.program import TrainingProgram
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def recipe_of(name, **changes):
+    """(config, run over shapes) of a recipe."""
     config = recipe_beside(CONFIGS / f"{name}.py", name)
     config.update_from_flattened_dict(changes)
-    return program.abstract_recipe(config)
+    return config, assemble(config, AbstractMesh((1, 1), ("data", "fsdp")), abstract=True)
+
+
+def batches_of(run):
+    return {phase.name: phase.source.spec() for phase in run.method.phases}
+
+
+def traced(config, run):
+    return TrainingProgram(config, run, make_mesh(1, 1, jax.devices()[:1])).trace(run, "cpu")
 
 
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def on(recipe, devices):
-    return program.arguments_on_a_device(recipe, AbstractMesh((1, devices), ("data", "fsdp")))
+def on(config, run, devices):
+    """Bytes by kind on each of so many devices."""
+    program = TrainingProgram(config, run, AbstractMesh((1, devices), ("data", "fsdp")))
+    return bytes_per_device(run, program)
 
 
 def test_bytes_of_full_sdxl_by_hand():
     """4 bytes a weight, 8 of moments, 2 a frozen weight (4 in the reward's vectors and head); with 8 devices an eighth
     of it, but for vectors too small to split (0.5 %)."""
-    recipe = recipe_of("refl_sdxl")
+    config, run = recipe_of("refl_sdxl")
     unet, frozen = 2_567_463_684, 83_653_863 + 123_060_480 + 694_659_840 + 446_665_953
-    assert (count(recipe.state.params), count(recipe.frozen)) == (unet, frozen)
-    one, eight = on(recipe, 1), on(recipe, 8)
+    assert (count(run.trainable), count(run.frozen)) == (unet, frozen)
+    one, eight = on(config, run, 1), on(config, run, 8)
     vision, text = 24 * 13 * 1024 + 3 * 1024, 12 * 19 * 768 + 2 * 768
     head = sum((a + 1) * b for a, b in itertools.pairwise((768, 1024, 128, 64, 16, 1)))
     assert one["frozen"] == 2 * frozen + 2 * (vision + text + 2 * 256 + head)
     assert one["parameters"] == 4 * unet and one["ema"] == 0
     assert 8 * unet <= one["moments"] < 8 * unet + 100
-    ids, tokens, pictures = 2 * 77 * 4, 35 * 4, 1024 * 1024 * 3 * 4
-    assert one["batch"] == 128 * (3 * ids + 2 * tokens + pictures + 6 * 4)
+    ids, tokens, images = 2 * 77 * 4, 35 * 4, 1024 * 1024 * 3 * 4
+    assert one["batch"] == 128 * (2 * ids + 2 * tokens + images + 6 * 4)  # without guidance no negative prompt
     assert eight["batch"] == one["batch"] // 8
     weights = ("parameters", "moments", "frozen")
     total = sum(one[kind] for kind in weights)
@@ -58,13 +69,15 @@ def test_bytes_of_full_sdxl_by_hand():
 
 
 def test_an_adapter_alone_has_moments():
-    recipe = recipe_of("refl_sd15_lora")
-    assert count(recipe.state.params) == 797_184
-    assert count(recipe.frozen) == 859_520_964 + 83_653_863 + 123_060_480 + 446_665_953
+    _, run = recipe_of("refl_sd15_lora")
+    assert count(run.trainable) == 797_184
+    assert count(run.frozen) == 859_520_964 + 83_653_863 + 123_060_480 + 446_665_953
 
 
 def test_cached_pairs_need_no_pictures():
-    cached = recipe_of("refl_sdxl_lora", **{"data.cache": "folder"}).batches["pairs"]
+    batches = batches_of(recipe_of("refl_sdxl_lora", **{"data.cache": "folder"})[1])
+    cached = batches["denoising"]
+    assert batches["refl"]["cond"]["prompt_embeds"].shape == (128, 77, 2048) and "ids" not in batches["refl"]
     assert {name: leaf.shape[1:] for name, leaf in cached["cond"].items()} == {
         "prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)
     }  # fmt: skip
@@ -74,18 +87,26 @@ def test_cached_pairs_need_no_pictures():
 def test_built_in_models_are_as_their_config_says():
     config = default_config("denoising")
     config.model.path = config.reward.path = "tiny-shapes"
-    assert abstract_pipeline(config).configs["unet"].block_out_channels[0] < 320
-    assert count(abstract_reward(config.reward, "float32").params) < 1e7
+    parts = Parts(config, None, abstract=True)
+    assert parts.pipeline.configs["unet"].block_out_channels[0] < 320
+    assert count(parts.reward.params) < 1e7
+
+
+def test_a_model_from_scratch_and_an_autoencoder_are_planned():
+    """The shapes world's autoencoder: its own weights alone, by the sizes that its recipe gives."""
+    config, run = recipe_of("shapes_vae")
+    shapes = Parts(config, None, abstract=True).pipeline.abstract_params()
+    assert count(run.trainable) == count(shapes["vae"]) and not run.frozen
+    assert batches_of(run)["autoencoder"]["image"].shape == (16, 32, 32, 3)
 
 
 def test_a_plan_has_the_sampler_in_int8_and_the_rest_as_it_was():
     """The whole step of a recipe, both losses and updates: with the loop run never, once and five times."""
     pytest.importorskip("qwix")
-    mesh = make_mesh(1, 1, jax.devices()[:1])
     counted = {}
     for kind in ("none", "int8"):
-        recipe = recipe_of("refl_tiny", **{"method.rollout_quantization": kind, "batch_size": 1})
-        jaxpr = program.trace(recipe, mesh, "cpu").jaxpr
+        config, run = recipe_of("refl_tiny", **{"method.rollout_quantization": kind, "batch_size": 1})
+        jaxpr = traced(config, run).jaxpr
         counted[kind] = [flops_by_dtype(jaxpr, trips) for trips in (0, 1, 5)]
     assert set(counted["none"][1]) == {"float32"} and counted["int8"][0] == counted["none"][0]
     assert [by.total() for by in counted["int8"]] == [by.total() for by in counted["none"]]
@@ -97,33 +118,44 @@ def test_a_model_of_unknown_sizes_is_refused():
     config = default_config("refl")
     config.model.path = "stabilityai/stable-diffusion-xl-base"
     with pytest.raises(ConfigError, match=r"did you mean 'stabilityai/stable-diffusion-xl-base-1.0'"):
-        abstract_pipeline(config)
+        _ = Parts(config, None, abstract=True).pipeline
     config.reward.path = "PickScore"
     with pytest.raises(ConfigError, match="'PickScore' cannot be planned, only ImageReward"):
-        abstract_reward(config.reward, "float32")
-    with pytest.raises(ConfigError, match="only refl, denoising, ranking can be planned"):
-        program.abstract_recipe(default_config("autoencoder"))
+        _ = Parts(config, None, abstract=True).reward
+
+
+def test_a_model_that_cannot_be_loaded_is_not_planned_either(tmp_path):
+    """Its class says that it inpaints, though its networks are SDXL's."""
+    pipeline, params = tiny_sdxl.make(tmp_path / "tokenizers")
+    pipeline.save(tmp_path / "model", params)
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionXLInpaintPipeline"
+    (tmp_path / "model/model_index.json").write_text(json.dumps(index))
+    config = default_config("refl")
+    config.model.path = str(tmp_path / "model")
+    with pytest.raises(ValueError, match="StableDiffusionXLInpaintPipeline"):
+        _ = Parts(config, None, abstract=True).pipeline
 
 
 def test_bytes_of_a_scorer_by_hand():
     """As its authors train it: of 24 and 12 layers 16 and 8 stay, and the norm's scale and the query of the next."""
-    recipe = recipe_of("imagereward")
+    config, run = recipe_of("imagereward")
     width, text = 1024, 768
     block = 12 * width**2 + 13 * width
     attention = lambda width: 2 * (text + 1) * text + 2 * (width + 1) * text + 2 * text  # noqa: E731
     layer = attention(text) + attention(width) + 8 * text**2 + 7 * text
     head = sum((a + 1) * b for a, b in itertools.pairwise((768, 1024, 128, 64, 16, 1)))
-    assert count(recipe.state.params) == 8 * block - width + 2 * width + 4 * layer - text**2 + head
-    assert count(recipe.state.params) + count(recipe.frozen) == 446_665_953
-    one = on(recipe, 1)
-    assert one["frozen"] == 4 * count(recipe.frozen) and one["parameters"] == 4 * count(recipe.state.params)
+    assert count(run.trainable) == 8 * block - width + 2 * width + 4 * layer - text**2 + head
+    assert count(run.trainable) + count(run.frozen) == 446_665_953
+    one = on(config, run, 1)
+    assert one["frozen"] == 4 * count(run.frozen) and one["parameters"] == 4 * count(run.trainable)
     assert one["batch"] == 4 * (9 * (224 * 224 * 3 * 4 + 4) + 2 * 35 * 4)
 
 
 def test_groups_are_as_large_as_the_data_says(tmp_path):
     """As in the file where it is there; where it is not, that nine are assumed is said."""
-    unknown = recipe_of("imagereward")
-    assert unknown.images_per_sample == 9
+    config, unknown = recipe_of("imagereward")
+    assert unknown.method.phases[0].source.images == 9 * config.batch_size
     assert "'ImageRewardDB/train.json' is not here, so the largest of its groups is taken" in unknown.assumptions[0]
     names = ["a.png", "b.png", "c.png"]
     for name in names:
@@ -135,9 +167,9 @@ def test_groups_are_as_large_as_the_data_says(tmp_path):
         ("imagereward", 2, {"method.mode": "pairs"}),
         ("imagereward_tiny", 5, {}),
     ):
-        recipe = recipe_of(name, **changes)
-        assert (recipe.images_per_sample, recipe.assumptions) == (largest, ())
-        assert recipe.batches["groups"]["images"].shape[1] == largest
+        config, run = recipe_of(name, **changes)
+        assert (run.method.phases[0].source.images, run.assumptions) == (largest * config.batch_size, ())
+        assert batches_of(run)["ranking"]["images"].shape[1] == largest
     (tmp_path / "c.png").unlink()
     with pytest.raises(DataError, match=r"c\.png"):
         recipe_of("imagereward", **{"data.groups": str(tmp_path / "train.json")})
@@ -147,8 +179,9 @@ def test_groups_are_as_large_as_the_data_says(tmp_path):
 @pytest.mark.parametrize("name", ["refl_sdxl", "refl_sdxl_lora"])
 def test_the_full_size_step_lowers(name):
     """Both losses at 1024 px, the sampler, the reward and AdamW in one program; it takes every weight and batch."""
-    recipe = recipe_of(name, batch_size=1, accumulation=1)
-    lowered = program.trace(recipe, make_mesh(1, 1), "cpu").lower()
-    given = (recipe.state, recipe.frozen, recipe.batches)
+    config, run = recipe_of(name, batch_size=1, accumulation=1)
+    program = TrainingProgram(config, run, make_mesh(1, 1, jax.devices()[:1]))
+    lowered = program.trace(run, "cpu").lower()
+    given = (program.abstract_state, program.fixed(run), program.abstract_batches())
     assert len(jax.tree.leaves(lowered.args_info)) == len(jax.tree.leaves(given)) > 3000
     assert lowered.as_text().count("stablehlo.convolution") > 300
