@@ -1,9 +1,11 @@
 """Image-text pairs whose latents and prompts are encoded once, into `config.data.cache`."""
 
+import functools
 import zlib
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from imagereward_jax.data.cache import open_cache
 from imagereward_jax.experiments.parts import cast_frozen, load_pairs_of, pair_batch, pair_stream, stream
@@ -52,23 +54,28 @@ def fill(config, pipeline, params):
     cache = open_cache(config.data.cache, fingerprint(config, pipeline, params, pairs), len(pairs))
     encoders = ("vae", *pipeline.text_encoders)
     params = cast_frozen(config, pipeline, {name: params[name] for name in encoders})
-    encode = jax.jit(lambda params, images, ids: _encode(pipeline, params, images, ids))
-    if cache.missing() or cache.empty() is None:
-        params = jax.device_put(params)
-    for shard in cache.missing()[jax.process_index() :: jax.process_count()]:
-        rows = [_row(pairs, index, config.seed) for index in cache.rows_of(shard)]
-        parts = [
-            _encode_rows(pipeline, encode, params, rows[start : start + ENCODED_AT_ONCE])
-            for start in range(0, len(rows), ENCODED_AT_ONCE)
-        ]
-        cache.write(shard, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    if cache.empty() is None and jax.process_index() == 0:
-        cond = pipeline.encode_prompts(params, pipeline.tokenize([""]))
-        cache.write_empty({f"cond.{name}": np.asarray(value[0]) for name, value in cond.items()})
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    encode = jax.jit(functools.partial(_encode, pipeline))
+    on_device = functools.cache(lambda: jax.device_put(params))
 
-        multihost_utils.sync_global_devices("cache")
+    def encode_rows(rows):
+        pieces = [rows[start : start + ENCODED_AT_ONCE] for start in range(0, len(rows), ENCODED_AT_ONCE)]
+        parts = [
+            _encode_rows(pipeline, encode, on_device(), [_row(pairs, index, config.seed) for index in piece])
+            for piece in pieces
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def encode_empty():
+        cond = pipeline.encode_prompts(on_device(), pipeline.tokenize([""]))
+        return {f"cond.{name}": np.asarray(value[0]) for name, value in cond.items()}
+
+    cache.fill(
+        encode_rows,
+        encode_empty,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        wait=functools.partial(multihost_utils.sync_global_devices, "cache"),
+    )
     return cache
 
 
