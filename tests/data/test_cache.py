@@ -74,7 +74,7 @@ def test_two_processes_fill_one_cache(tmp_path):
     started = [subprocess.Popen([*command, str(i), "12"], stderr=subprocess.PIPE, text=True) for i in range(2)]
     try:
         for process in started:
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=20)
             assert process.returncode == 0, errors
     finally:
         for process in started:
