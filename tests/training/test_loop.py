@@ -181,7 +181,7 @@ def test_an_open_log_window_that_is_being_saved_is_not_changed_by_later_steps():
     meter.add({"loss": 1.0})
     saved = meter.get_state()
     meter.add({"loss": 2.0})
-    assert saved == {"totals": {"loss": 1.0}, "count": 1}
+    assert saved == {"totals": {"loss": 1.0}, "last": {}, "count": 1}
 
 
 def test_best_only_keeps_and_exports_the_best(tmp_path):
