@@ -174,7 +174,7 @@ def test_the_page_shows_the_prompts_judged_worst_with_their_pictures(rankings, l
 
 BAD = {
     "misspelt file": (["--data", "{r}/tst.json"], "did you mean 'test.json'"),
-    "missing picture": (["--data", "{r}/test.json"], "test.json, row 1: .*no such picture"),
+    "missing picture": (["--data", "{r}/test.json"], "test.json, row 1: .*no such image"),
     "ranks for other pictures": (["--data", "{b}/short.json"], "short.json, row 1: 'ranking' must be a list of 2"),
     "rank of zero": (["--data", "{b}/zero.json"], "zero.json, row 1: .*numbers from 1"),
     "no rankings and no --images": (["--data", "{g}/prompts.json"], "also give --images DIR"),

@@ -52,8 +52,8 @@ def test_the_table_is_sorted(printed_json, tiny_reward_folder, pictures, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{dir}/gone.png"], "{dir}/gone.png: no such picture"),
-        (["{good}", "{dir}/broken.png"], "{dir}/broken.png: not a picture of a format that Pillow reads"),
+        (["{dir}/gone.png"], "{dir}/gone.png: no such image"),
+        (["{good}", "{dir}/broken.png"], "{dir}/broken.png: not an image of a format that Pillow reads"),
         (["{good}", "--batch-size", "0"], "--batch-size 0 should be at least 1"),
         (["{good}", "--tokenizer", "{dir}/gone.txt"], "{dir}/gone.txt: no such file; expected a vocab.txt"),
         (["{good}", "--model", "ImageRewrad-v1.0"], "did you mean 'ImageReward-v1.0'?"),

@@ -99,7 +99,7 @@ def _ranked(table, prompts, ids, folder):
     for i, prompt in enumerate(prompts):
         where = table.where(i)
         ranks = _check_ranking(generations[i], rankings[i], where)
-        found = tuple(images.find_picture(value, folder, where) for value in generations[i])
+        found = tuple(images.find_image(value, folder, where) for value in generations[i])
         groups.append(RankedPrompt(ids[i], prompt, found, ranks))
     return groups
 

@@ -60,7 +60,7 @@ def read_rows(source, *, prompt=None, prompt_column=None, image_column=None, ski
     for i, value in enumerate(column_values(table, image_column)):
         where = table.where(i)
         try:
-            image = images.find_picture(value, table.folder, where)
+            image = images.find_image(value, table.folder, where)
         except DataError as error:
             if not skip_errors:
                 raise

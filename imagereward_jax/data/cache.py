@@ -1,12 +1,20 @@
-"""Rows of arrays that were computed once, on disk: sharded safetensors files, as a random-access source.
+"""Rows of arrays that are computed once and kept on disk: sharded safetensors files, read by row number.
 
-FOLDER/cache.json                   what made it, and how many rows there are
-FOLDER/shard_00000.safetensors ...  `ROWS_PER_SHARD` rows each, by name [n, ...]; a file is there whole or not at all
+FOLDER/cache.json                   what the rows were computed from, and how many there are
+FOLDER/shard_00000.safetensors ...  `ROWS_PER_SHARD` rows each, by name [n, ...]; each file appears whole or not at all
 FOLDER/empty.safetensors            the row of the empty prompt
+
+A shard is written only after cache.json, so a folder that holds shards without it is not a cache.
 """
 
 import json
+import os
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.weights.files import read_json, read_tensors, write_safetensors
@@ -14,23 +22,26 @@ from imagereward_jax.weights.files import read_json, read_tensors, write_safeten
 MANIFEST, EMPTY = "cache.json", "empty.safetensors"
 FORMAT = "imagereward-jax cache 1"
 ROWS_PER_SHARD = 256
+NAMED_AT_MOST = 5  # missing files that an error names
+
+Row = dict[str, np.ndarray]
 
 
 class CacheError(DataError):
-    """A cache was made by other settings, or is damaged; the message says what differs and what to do."""
+    """A cache was computed with other settings, or is damaged; the message says what differs and what to do."""
 
 
 class Cache:
-    """A folder of shards; made, or continued, by `open_cache`. Item i is a dict of arrays."""
+    """A folder of shards, opened by `open_cache` and completed by `fill`. Item i is a dict of arrays."""
 
-    def __init__(self, folder, rows):
+    def __init__(self, folder: str | os.PathLike, rows: int):
         self.folder, self.rows = Path(folder), rows
         self._shards = {}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.rows
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self.rows:
             raise IndexError(f"index {index} is outside a cache of {self.rows} rows")
         shard, row = divmod(int(index), ROWS_PER_SHARD)
@@ -38,31 +49,68 @@ class Cache:
             self._shards[shard] = self._read(shard)
         return {name: array[row] for name, array in self._shards[shard].items()}
 
-    def __getstate__(self):
-        """Without the files that are mapped into memory: a worker process opens its own."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the memory-mapped files: a worker process opens its own."""
         return {"folder": self.folder, "rows": self.rows, "_shards": {}}
 
-    def rows_of(self, shard):
+    def fill(
+        self,
+        encode_rows: Callable[[range], Row],
+        encode_empty: Callable[[], Row],
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        wait: Callable[[], None] | None = None,
+    ) -> None:
+        """Computes what is missing; all processes of a run call it, and return when the cache is complete.
+
+        A shard belongs to the process whose index is the shard's number modulo `process_count`, whatever is on disk
+        already. The row of the empty prompt belongs to process 0. What a killed run left half-written is removed.
+
+        Args:
+            encode_rows: the rows of one shard -> arrays by name, [number of rows, ...] each.
+            encode_empty: the row of the empty prompt.
+            wait: returns once every process has called it; required with several processes.
+
+        Raises:
+            CacheError: files are still missing after all processes are done; names them.
+        """
+        if process_count > 1 and wait is None:
+            raise ValueError(f"{process_count} processes that fill one cache must wait for each other: pass wait=")
+        for shard in range(process_index, self._shard_count(), process_count):
+            if not self._path(shard).is_file():
+                write_safetensors(self._path(shard), encode_rows(self.rows_of(shard)))
+        if process_index == 0 and not (self.folder / EMPTY).is_file():
+            write_safetensors(self.folder / EMPTY, encode_empty())
+        if wait is not None:
+            wait()
+        missing = self.missing()
+        if missing:
+            more = f" and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
+            raise CacheError(
+                f"{self.folder}: {', '.join(missing[:NAMED_AT_MOST])}{more} missing although all {process_count} "
+                "processes are done; config.data.cache must be one folder that every process sees"
+            )
+        if process_index == 0:
+            for path in self.folder.iterdir():
+                if _is_temporary(path.name):
+                    path.unlink(missing_ok=True)
+
+    def rows_of(self, shard: int) -> range:
         """The range of rows in a shard."""
         return range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, self.rows))
 
-    def missing(self):
-        """Numbers of the shards that are not on disk."""
-        count = -(-self.rows // ROWS_PER_SHARD)
-        return [shard for shard in range(count) if not self._path(shard).is_file()]
+    def missing(self) -> list[str]:
+        """Names of the files that are not on disk."""
+        expected = [*map(self._path, range(self._shard_count())), self.folder / EMPTY]
+        return [path.name for path in expected if not path.is_file()]
 
-    def write(self, shard, arrays):
-        """Writes a shard: arrays by name, with the rows of `rows_of` first."""
-        write_safetensors(self._path(shard), arrays)
+    def empty(self) -> Row:
+        """The row of the empty prompt."""
+        return read_tensors(self.folder / EMPTY)
 
-    def empty(self):
-        """The row of the empty prompt, or None before `write_empty`."""
-        path = self.folder / EMPTY
-        return read_tensors(path) if path.is_file() else None
-
-    def write_empty(self, arrays):
-        """Writes the row of the empty prompt."""
-        write_safetensors(self.folder / EMPTY, arrays)
+    def _shard_count(self):
+        return -(-self.rows // ROWS_PER_SHARD)
 
     def _path(self, shard):
         return self.folder / f"shard_{shard:05d}.safetensors"
@@ -70,40 +118,68 @@ class Cache:
     def _read(self, shard):
         arrays, expected = read_tensors(self._path(shard)), len(self.rows_of(shard))
         if any(len(array) != expected for array in arrays.values()):
-            raise CacheError(f"{self._path(shard)}: expected {expected} rows of everything; delete it and run again")
+            raise CacheError(f"{self._path(shard)}: expected {expected} rows in every array; delete it and run again")
         return arrays
 
 
-def open_cache(folder, fingerprint, rows):
-    """The `Cache` in a folder, which is made if absent.
+def open_cache(folder: str | os.PathLike, fingerprint: dict[str, Any], rows: int) -> Cache:
+    """Opens the cache in a folder, which is made if absent; several processes may do so at once.
 
     Args:
-        fingerprint: what the rows follow from, a flat dict for JSON.
-        rows: how many there are to be.
+        fingerprint: everything that the rows depend on, a flat dict for JSON.
+        rows: number of rows of the complete cache.
 
     Raises:
-        CacheError: the folder was made by something else; names every field that differs.
+        CacheError: the folder was computed with other settings; names every field that differs.
         FileExistsError: the folder holds other files.
     """
     folder = Path(folder)
+    manifest = folder / MANIFEST
     made_by = json.loads(json.dumps({**fingerprint, "rows": rows}))
-    if not (folder / MANIFEST).is_file():
-        if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, not a folder: choose another config.data.cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not manifest.is_file():
+        foreign = [path.name for path in folder.iterdir() if not _is_temporary(path.name)]
+        if foreign and not manifest.is_file():  # looked for again: another process may have written it meanwhile
             raise FileExistsError(f"{folder} exists and is no cache (no {MANIFEST}): choose another config.data.cache")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{MANIFEST}.partial"
-        partial.write_text(json.dumps({"format": FORMAT, "made_by": made_by}, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / MANIFEST)
-        return Cache(folder, rows)
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise CacheError(f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}")
-    there = manifest["made_by"]
-    differ = [name for name in sorted(there.keys() | made_by.keys()) if there.get(name) != made_by.get(name)]
+        _write_first(manifest, json.dumps({"format": FORMAT, "made_by": made_by}, indent=2) + "\n")
+    written = read_json(manifest)
+    if written.get("format") != FORMAT:
+        raise CacheError(f"{manifest}: format is {written.get('format')!r}, expected {FORMAT!r}")
+    _compare(folder, written["made_by"], made_by)
+    return Cache(folder, rows)
+
+
+def _compare(folder, there, now):
+    differ = [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
     if differ:
-        changes = "; ".join(f"{name}: {there.get(name)!r} there, {made_by.get(name)!r} now" for name in differ)
+        changes = "; ".join(f"{name}: {there.get(name)!r} there, {now.get(name)!r} now" for name in differ)
         raise CacheError(
             f"{folder} was computed with other settings ({changes}): pass what it was made with, or another "
             "config.data.cache"
         )
-    return Cache(folder, rows)
+
+
+def _write_first(path, text):
+    """Writes a file that appears whole, unless another process was first."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.link(partial, path)
+    except OSError as error:
+        if path.is_file():
+            return
+        if not partial.is_file():
+            raise
+        try:
+            os.replace(partial, path)  # a file system without hard links, such as a mounted bucket
+        except OSError:
+            raise error from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_temporary(name):
+    """True for what this module leaves when it is killed while it writes."""
+    return name.startswith((f".{MANIFEST}.", ".shard_", f".{EMPTY}.")) and name.endswith(".partial")

@@ -1,8 +1,12 @@
-"""Ranked groups of pictures: what people prefer, for training and judging reward models."""
+"""Ranked groups of images: what people prefer, for training and judging reward models.
+
+Images are resized and cropped as scoring does it (`images.crop_square`).
+"""
 
 import hashlib
 import itertools
 import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,49 +21,58 @@ from imagereward_jax.data.tables import check_texts, column_values, pick_column,
 SHAPES_SIZE = 20_000
 
 
-class Group(NamedTuple):
-    """One prompt with its pictures: paths [K] and ranks [K], 1 is best; equal ranks are ties.
+class RowImage(NamedTuple):
+    """An image that stays in its table until it is needed: data sets of images do not fit in memory."""
 
-    `paths` may also hold what else `images.open_picture` takes, and `RowPicture`s. `row`: where it was read.
-    """
-
-    id: str
-    prompt: str
-    paths: tuple
-    ranking: tuple
-    row: int = 0
-
-
-class RowPicture(NamedTuple):
-    """A picture that stays in its table until it is needed: data sets of pictures do not fit in memory."""
-
-    rows: Any
+    rows: Sequence
     index: int
     column: str
     item: int | None = None
 
-    def read(self, folder, where):
-        """What `images.open_picture` takes."""
+    def read(self, folder: Path | None, where: str) -> images.Encoded:
+        """Reads the row and looks up its image."""
         value = self.rows[self.index][self.column]
-        return images.find_picture(value if self.item is None else value[self.item], folder, where)
+        return images.find_image(value if self.item is None else value[self.item], folder, where)
 
 
-def load_groups(source, *, image_size=224, shapes=None, split="train", images=None, cache=None):
-    """Ranked groups: item i is {"prompt": str, "images": float32 [K, S, S, 3], "ranking": int32 [K], 1 is best}.
+class Group(NamedTuple):
+    """One prompt with its images: paths [K] and ranks [K], 1 is best; equal ranks are ties.
+
+    `paths` may also hold encoded and decoded images, and `RowImage`s. `row`: the number of its row in the table.
+    """
+
+    id: str
+    prompt: str
+    paths: tuple[images.Encoded | RowImage, ...]
+    ranking: tuple[int, ...]
+    row: int = 0
+
+
+def load_groups(
+    source: str | os.PathLike,
+    *,
+    image_size: int = 224,
+    shapes: dict[str, Any] | None = None,
+    split: str = "train",
+    images: str | os.PathLike | None = None,
+    cache: str | os.PathLike | None = None,
+) -> "Groups | ShapesGroups":
+    """Loads ranked groups: item i is {"prompt": str, "images": float32 [K, S, S, 3], "ranking": int32 [K], 1 is best}.
 
     Args:
         source: "shapes:train" or "shapes:held_out"; or a table (.json, .jsonl, .parquet, a folder saved by `datasets`,
             a hub name) in one of these forms:
-            {"prompt", "generations": [pictures], "ranking": [1 is best]}, as ImageReward publishes its test set and
+            {"prompt", "generations": [images], "ranking": [1 is best]}, as ImageReward publishes its test set and
             its training code reads;
-            ImageRewardDB, one picture a row: {"prompt_id", "prompt", "image" or "image_path", "rank"};
+            ImageRewardDB, one image a row: {"prompt_id", "prompt", "image" or "image_path", "rank"};
             the same, a prompt a row: lists in "image" and "rank";
             pairs: {"prompt", "img_better", "img_worse"}.
-        image_size: S; the shorter side is resized to it, then the center is cut out.
+        image_size: S; images are preprocessed as for scoring, see `images.crop_square`.
         shapes: for shapes sources, options of `ShapesGroups`: size (default 20,000), seed, images_per_prompt.
         split: of a source that has splits.
         images: the folder that paths are relative to; that of the file by default.
-        cache: a folder that keeps the resized pictures, made if absent; None decodes them each time.
+        cache: a folder that keeps the resized images, made if absent; None decodes them each time.
+
     Raises:
         DataError, MissingDataError: naming file and row; every path is looked up now.
     """
@@ -70,12 +83,12 @@ def load_groups(source, *, image_size=224, shapes=None, split="train", images=No
     if shapes is not None:
         raise ValueError(f"shapes options are for shapes:train and shapes:held_out alone; the source is {source!r}")
     if images is not None and not Path(images).is_dir():
-        raise missing_file(images, "folder of pictures")
+        raise missing_file(images, "folder of images")
     table = read_table(source, split)
     folder = table.folder if images is None else Path(images)
     groups = _read_groups(table, folder)
     if not groups:
-        raise DataError(f"{table.name}: no prompt has two pictures or more: there is nothing to compare")
+        raise DataError(f"{table.name}: no prompt has two images or more: there is nothing to compare")
     return Groups(groups, table.where, image_size, folder=folder, cache=cache)
 
 
@@ -91,34 +104,34 @@ def _read_groups(table, folder):
     for i, prompt in enumerate(prompts):
         where = table.where(i)
         _check_group(generations[i], rankings[i], where)
-        paths = tuple(images.find_picture(path, folder, where) for path in generations[i])
+        paths = tuple(images.find_image(path, folder, where) for path in generations[i])
         groups.append(Group(str(table.rows[i].get("id", i)), prompt, paths, tuple(rankings[i]), i))
     return groups
 
 
 def _pair_groups(table):
-    """Rows of a better and a worse picture."""
+    """Reads rows of a better and a worse image."""
     prompts = check_texts(table, column_values(table, "prompt"), "prompt")
     columns = ("img_better", "img_worse")
     pick_column(table, columns[1], (), "")
     return [
-        Group(str(i), prompt, tuple(RowPicture(table.rows, i, column) for column in columns), (1, 2), i)
+        Group(str(i), prompt, tuple(RowImage(table.rows, i, column) for column in columns), (1, 2), i)
         for i, prompt in enumerate(prompts)
     ]
 
 
 def _imagereward_db(table, folder):
-    """Rows of ImageRewardDB: pictures with their rank, or prompts with lists of both. Lone pictures are left out."""
-    column = pick_column(table, None, ("image", "image_path"), "the column of pictures")
+    """Reads rows of ImageRewardDB: images with their rank, or prompts with lists of both. Lone images are left out."""
+    column = pick_column(table, None, ("image", "image_path"), "the column of images")
     prompts = check_texts(table, column_values(table, "prompt"), "prompt")
     ranks = column_values(table, pick_column(table, "rank", (), ""))
     ids = column_values(table, "prompt_id") if "prompt_id" in table.columns() else prompts
     members = {}
     for i, rank in enumerate(ranks):
         if isinstance(rank, list):
-            found = [(RowPicture(table.rows, i, column, item), r) for item, r in enumerate(rank)]
+            found = [(RowImage(table.rows, i, column, item), r) for item, r in enumerate(rank)]
         else:
-            found = [(RowPicture(table.rows, i, column), rank)]
+            found = [(RowImage(table.rows, i, column), rank)]
         members.setdefault(str(ids[i]), (prompts[i], i, []))[2].extend(found)
     groups = []
     for name, (prompt, row, found) in members.items():
@@ -133,31 +146,40 @@ def _imagereward_db(table, folder):
 
 
 class Groups:
-    """Random access to ranked groups of files; `groups` has their ids and paths."""
+    """Reads ranked groups of files by number; `groups` has their ids and paths."""
 
-    def __init__(self, groups, where, image_size, *, folder=None, cache=None):
+    def __init__(
+        self,
+        groups: list[Group],
+        where: Callable[[int], str],
+        image_size: int,
+        *,
+        folder: Path | None = None,
+        cache: str | os.PathLike | None = None,
+    ):
         self.groups, self.where, self.image_size, self.folder = groups, where, image_size, folder
         self.cache = None if cache is None else Path(cache)
         self.largest = max(len(group.paths) for group in groups)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index, range(len(self.groups[index].paths)))
 
-    def read(self, index, chosen):
-        """The group with the chosen of its pictures alone."""
+    def read(self, index: int, chosen: Iterable[int]) -> dict[str, Any]:
+        """Reads a group with only the chosen of its images."""
         group, where = self.groups[index], self.where(self.groups[index].row)
-        images = np.stack([self._picture(group.paths[k], where) for k in chosen])
+        chosen = list(chosen)
+        pixels = np.stack([self._image(group.paths[k], where) for k in chosen])
         return {
             "prompt": group.prompt,
-            "images": images.astype(np.float32) / np.float32(255),
+            "images": pixels.astype(np.float32) / np.float32(255),
             "ranking": np.array([group.ranking[k] for k in chosen], np.int32),
         }
 
-    def pairs(self):
-        """[(group, first, second)] of all pairs of different rank."""
+    def pairs(self) -> list[tuple[int, int, int]]:
+        """Lists all pairs of different rank as (group, first, second)."""
         return [
             (index, *pair)
             for index, group in enumerate(self.groups)
@@ -165,37 +187,39 @@ class Groups:
             if group.ranking[pair[0]] != group.ranking[pair[1]]
         ]
 
-    def _picture(self, path, where):
-        """uint8 [S, S, 3], from the cache where it is there."""
-        picture = path.read(self.folder, where) if isinstance(path, RowPicture) else path
-        kept = self.cache and _cache_file(self.cache, picture, self.image_size)
+    def _image(self, path, where):
+        """Reads uint8 [S, S, 3], from the cache if it is there."""
+        found = path.read(self.folder, where) if isinstance(path, RowImage) else path
+        kept = self.cache and _cache_file(self.cache, found, self.image_size)
         if kept and kept.is_file():
             return np.load(kept)
-        image = images.fit(images.open_picture(picture, where), self.image_size)
-        image = np.round(image * 255).astype(np.uint8)
+        pixels = images.open_square(found, self.image_size, where)
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
             partial = kept.with_name(f".{kept.name}.{os.getpid()}.partial.npy")
-            np.save(partial, image)
+            np.save(partial, pixels)
             os.replace(partial, kept)
-        return image
+        return pixels
 
 
-def _cache_file(folder, picture, size):
-    """Where a picture's pixels are kept: a name that changes with the file's content. None: it cannot be named."""
-    if isinstance(picture, Path):
-        status = picture.stat()
-        content = f"{picture.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()
-    elif isinstance(picture, bytes):
-        content = picture
+def _cache_file(folder, image, size):
+    """Names the file that keeps an image's pixels, by the image's content; None if it cannot be named.
+
+    "square": made by `images.crop_square`. Files named without it were resized by another rule.
+    """
+    if isinstance(image, Path):
+        status = image.stat()
+        content = f"{image.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()
+    elif isinstance(image, bytes):
+        content = image
     else:
         return None
     digest = hashlib.sha256(content).hexdigest()
-    return folder / digest[:2] / f"{digest[2:34]}-{size}.npy"
+    return folder / digest[:2] / f"{digest[2:34]}-{size}-square.npy"
 
 
 class Pairs:
-    """All pairs of different rank, as groups of two: each of them is read alone.
+    """Lists all pairs of different rank as groups of two, each of which is read alone.
 
     Args:
         groups: a `Groups`, or a `ShapesGroups` (of which every pair has different ranks).
@@ -203,7 +227,7 @@ class Pairs:
 
     largest = 2
 
-    def __init__(self, groups):
+    def __init__(self, groups: Groups | ShapesGroups):
         self.groups = groups
         if isinstance(groups, Groups):
             self.index = np.array(groups.pairs(), np.int32).reshape(-1, 3)
@@ -211,10 +235,10 @@ class Pairs:
             inside = list(itertools.combinations(range(groups.images_per_prompt), 2))
             self.index = np.array([(i, *pair) for i in range(len(groups)) for pair in inside], np.int32)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         group, *chosen = self.index[index].tolist()
         if isinstance(self.groups, Groups):
             return self.groups.read(group, chosen)
@@ -222,8 +246,8 @@ class Pairs:
         return {"prompt": item["prompt"], "images": item["images"][chosen], "ranking": item["ranking"][chosen]}
 
 
-def padded(item, size):
-    """The group made one of `size` pictures: what is added is black and has rank 0, which counts in no pair."""
+def padded(item: dict[str, Any], size: int) -> dict[str, Any]:
+    """Pads a group to `size` images: those added are black and have rank 0, which counts in no pair."""
     missing = size - len(item["ranking"])
     images = np.pad(item["images"], [(0, missing), (0, 0), (0, 0), (0, 0)])
     return {**item, "images": images, "ranking": np.pad(item["ranking"], (0, missing))}
@@ -231,12 +255,12 @@ def padded(item, size):
 
 def _check_group(generations, ranking, where):
     if not isinstance(generations, list) or len(generations) < 2:
-        raise DataError(f"{where}: 'generations' must be a list of two or more pictures; got {generations!r}")
+        raise DataError(f"{where}: 'generations' must be a list of two or more images; got {generations!r}")
     _check_ranking(ranking, len(generations), where)
 
 
 def _check_ranking(ranking, count, where):
     if not isinstance(ranking, (list, tuple)) or len(ranking) != count:
-        raise DataError(f"{where}: 'ranking' must be a list of {count} ranks, as many as pictures; got {ranking!r}")
+        raise DataError(f"{where}: 'ranking' must be a list of {count} ranks, as many as images; got {ranking!r}")
     if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in ranking):
         raise DataError(f"{where}: 'ranking' must hold whole numbers from 1 (the best) up; got {list(ranking)!r}")

@@ -1,6 +1,13 @@
-"""Pictures with their captions, as a random-access source."""
+"""Images with their captions, as a random-access source for training text-to-image models.
 
+Resized for the VAE (`images.fit_and_locate`), not as reward models see images (`images.crop_square`).
+"""
+
+import os
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError
@@ -14,33 +21,34 @@ SHAPES_SIZE = 20_000
 
 
 def load_pairs(
-    source,
+    source: str | os.PathLike,
     *,
-    image_column=None,
-    text_column=None,
-    image_size=64,
-    crop="center",
-    flip=False,
-    split="train",
-    shapes=None,
-):
-    """Image-text pairs: item i is {"image", "prompt", "original_size", "crop_top_left"}.
+    image_column: str | None = None,
+    text_column: str | None = None,
+    image_size: int = 64,
+    crop: str = "center",
+    flip: bool = False,
+    split: str = "train",
+    shapes: dict[str, Any] | None = None,
+) -> "Pairs | ShapesPairs":
+    """Loads image-text pairs: item i is {"image", "prompt", "original_size", "crop_top_left"}.
 
-    The image is float32 [S, S, 3] in [0, 1]; the sizes are as `images.fit_and_locate` gives them.
+    The image is float32 [S, S, 3] in [0, 1]; the sizes are as `images.fit_and_locate` returns them.
 
     Args:
         source: a table as for `load_prompts`, whose image column holds paths relative to the file (or absolute), or
-            pictures (Parquet, `datasets`, TFDS); a folder of pictures with metadata.jsonl, metadata.csv or
+            images (Parquet, `datasets`, TFDS); a folder of images with metadata.jsonl, metadata.csv or
             metadata.parquet (file_name and text), or with a .txt of the same stem beside each; "shapes:train".
         image_column: by default the first of image, image_path, file_name, path, file that is there.
         text_column: by default the first of text, prompt, caption.
-        image_size: S; the shorter side is resized to it, then the picture is cropped.
-        crop: "center" or "random". flip: mirror half of the pictures. Both draw from the generator given to `fetch`.
+        image_size: S; the shorter side is resized to it, then the image is cropped.
+        crop: "center" or "random". flip: mirror half of the images. Both draw from the generator given to `fetch`.
         split: of a `datasets` or TFDS data set.
         shapes: for shapes sources, options of `ShapesPairs`: size (default 20,000), seed, caption_noise.
+
     Raises:
         DataError: broken rows, empty captions; MissingDataError: a file is not there. Every path is looked up now;
-            a picture that cannot be decoded is reported when it is read. Both name file and row.
+            an image that cannot be decoded is reported when it is read. Both name file and row.
     """
     if crop not in images.CROPS:
         raise ValueError(f"crop must be one of {', '.join(images.CROPS)}; got {crop!r}")
@@ -60,42 +68,42 @@ def load_pairs(
 
 
 class Pairs:
-    """Random access to image-text pairs of a table; see `load_pairs`."""
+    """Reads image-text pairs of a table by number; see `load_pairs`."""
 
-    def __init__(self, table, image_column, prompts, *, image_size, crop, flip):
+    def __init__(self, table: Table, image_column: str, prompts: list[str], *, image_size: int, crop: str, flip: bool):
         self.table, self.image_column, self.prompts = table, image_column, prompts
         self.image_size, self.crop, self.flip = image_size, crop, flip
         self.found = None
         if isinstance(table.rows[0].get(image_column), str):  # a path: cheap to look up now, not at step 10,000
             values = column_values(table, image_column)
-            self.found = [images.find_picture(v, table.folder, table.where(i)) for i, v in enumerate(values)]
+            self.found = [images.find_image(v, table.folder, table.where(i)) for i, v in enumerate(values)]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, index):
-        """The pair, cropped at the center and not mirrored."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Reads a pair, cropped at the centre and not mirrored."""
         return self._item(index)
 
-    def fetch(self, index, rng):
-        """The pair with the crop and mirroring that were asked for, drawn from `rng`."""
+    def fetch(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Reads a pair with the crop and mirroring that were asked for, drawn from `rng`."""
         return self._item(index, crop=self.crop, flip=self.flip, rng=rng)
 
     def _item(self, index, **options):
         where = self.table.where(index)
-        image = images.open_picture(self._picture(index, where), where)
+        image = images.open_image(self._encoded(index, where), where)
         image, original_size, corner = images.fit_and_locate(image, self.image_size, **options)
         prompt = self.prompts[index]
         return {"image": image, "prompt": prompt, "original_size": original_size, "crop_top_left": corner}
 
-    def _picture(self, index, where):
+    def _encoded(self, index, where):
         if self.found is not None:
             return self.found[index]
-        return images.find_picture(self.table.rows[index][self.image_column], self.table.folder, where)
+        return images.find_image(self.table.rows[index][self.image_column], self.table.folder, where)
 
 
-def read_pairs_table(source, split="train"):
-    """The rows behind `load_pairs`: those of a table, or of a folder of pictures with their captions."""
+def read_pairs_table(source: str | os.PathLike, split: str = "train") -> Table:
+    """Reads the rows behind `load_pairs`: those of a table, or of a folder of images with their captions."""
     folder = Path(source).expanduser()
     if not folder.is_dir() or any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return read_table(source, split)
@@ -106,17 +114,17 @@ def read_pairs_table(source, split="train"):
     else:
         table = _caption_files(folder)
     if not table.rows:
-        raise DataError(f"{table.name}: no pairs in it; expected pictures ({', '.join(images.SUFFIXES)}) with captions")
+        raise DataError(f"{table.name}: no pairs in it; expected images ({', '.join(images.SUFFIXES)}) with captions")
     return table
 
 
 def _caption_files(folder):
-    """A table of the pictures in a folder and below, each with a .txt of the same stem."""
+    """Lists the images in a folder and below, each with a .txt of the same stem, as a table."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES)
     bare = [path for path in files if not path.with_suffix(".txt").is_file()]
     if bare:
         raise DataError(
-            f"{bare[0]}: no caption {bare[0].with_suffix('.txt').name} beside it ({len(bare)} of {len(files)} pictures "
+            f"{bare[0]}: no caption {bare[0].with_suffix('.txt').name} beside it ({len(bare)} of {len(files)} images "
             f"lack one), and {folder} has no {' or '.join(METADATA)}"
         )
     rows = [{"image": str(path.relative_to(folder)), "text": _caption(path.with_suffix(".txt"))} for path in files]

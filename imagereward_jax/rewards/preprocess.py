@@ -1,8 +1,9 @@
-"""Pictures as the reward networks see them: shorter side resized, centre cropped, normalised with CLIP's statistics.
+"""Images as the reward networks see them: shorter side resized, centre cropped, normalised with CLIP's statistics.
 
-Two ways in. `host_pixels` follows the original ImageReward step by step (Pillow, in the picture's own mode) and is
-what `score` uses. `device_pixels` does the same to arrays inside a compiled, differentiable program; it differs in
-that nothing is rounded to 8 bits. HPSv2 fits the whole picture into the square instead (the `_padded` pair).
+Two ways in. `host_pixels` follows the original ImageReward step by step (`data.images.crop_square`, which training a
+scorer uses too) and is what `score` uses. `device_pixels` does the same to arrays inside a compiled, differentiable
+program; it differs in that nothing is rounded to 8 bits. HPSv2 fits the whole image into the square instead (the
+`_padded` pair).
 """
 
 import functools
@@ -10,34 +11,37 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from imagereward_jax.data.errors import DataError
+from imagereward_jax.data.images import crop_offset, crop_square, resized_shape
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageError(ValueError):
-    """A picture cannot be used; the message names it and says why."""
+    """An image cannot be used; the message names it and says why."""
 
 
 class ImageNotFound(ImageError, FileNotFoundError):
-    """There is no such picture file."""
+    """There is no such image file."""
 
 
-def as_image_list(images):
-    """What a user passes as images, as (list, whether it was a single one).
+def as_image_list(images: Any) -> tuple[list, bool]:
+    """Lists the images that a user passed; returns (list, whether it was a single one).
 
-    A single picture is a PIL image, a path, or an array with two or three axes; several are a list or tuple of
+    A single image is a PIL image, a path, or an array with two or three axes; several are a list or tuple of
     those, or an array [B, H, W, C].
 
     Raises:
         ImageError: the list is empty.
-        ImageNotFound: a path leads nowhere. Pictures are opened later, so that long lists fit in memory.
+        ImageNotFound: a path leads nowhere. Images are opened later, so that long lists fit in memory.
     """
     if isinstance(images, (str, os.PathLike, Image.Image)):
         images, single = [images], True
@@ -50,21 +54,21 @@ def as_image_list(images):
         raise ImageError("the list of images is empty; pass at least one")
     for image in images:
         if isinstance(image, (str, os.PathLike)) and not Path(image).is_file():
-            what = "is a folder, not a picture" if Path(image).is_dir() else "no such picture"
+            what = "is a folder, not an image" if Path(image).is_dir() else "no such image"
             raise ImageNotFound(f"{image}: {what}")
     return images, single
 
 
-def open_image(image, name="image"):
-    """A PIL image, whole in memory, from a PIL image, a path, or an array.
+def open_image(image: Any, name: str = "image") -> Image.Image:
+    """Opens a PIL image, a path or an array as a PIL image that is whole in memory.
 
     Args:
         image: arrays are [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], uint8 or floating point in [0, 1] (rounded to
-            8 bits, as a saved picture would be).
+            8 bits, as a saved image would be).
         name: how an error names anything but a path.
 
     Raises:
-        ImageError: the picture is missing, broken, too large, or an array of another shape, dtype or range.
+        ImageError: the image is missing, broken, too large, or an array of another shape, dtype or range.
     """
     if isinstance(image, (str, os.PathLike)):
         return _open_file(image)
@@ -73,7 +77,7 @@ def open_image(image, name="image"):
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{getattr(image, 'filename', '') or name}: the picture is broken ({error})") from error
+        raise ImageError(f"{getattr(image, 'filename', '') or name}: the image is broken ({error})") from error
     return image
 
 
@@ -84,13 +88,13 @@ def _open_file(path):
             image = Image.open(path)
         image.load()
     except FileNotFoundError as error:
-        raise ImageNotFound(f"{path}: no such picture") from error
+        raise ImageNotFound(f"{path}: no such image") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: the picture is too large ({error}); scale it down first") from error
+        raise ImageError(f"{path}: the image is too large ({error}); scale it down first") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not a picture of a format that Pillow reads") from error
+        raise ImageError(f"{path}: not an image of a format that Pillow reads") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{path}: the picture is broken or cut short ({error})") from error
+        raise ImageError(f"{path}: the image is broken or cut short ({error})") from error
     return image
 
 
@@ -123,56 +127,26 @@ def _as_uint8(array, name):
     return np.round(array * 255).astype(np.uint8)
 
 
-def resized_shape(height, width, size):
-    """Height and width once the shorter side is `size`; the longer is rounded down, as torchvision does."""
-    if height <= width:
-        return size, int(size * width / height)
-    return int(size * height / width), size
-
-
-def crop_offset(length, size):
-    """Where a centred crop starts (halves round to even, as torchvision does)."""
-    return round((length - size) / 2.0)
-
-
-def host_pixels(image, size, name="image", *, rgb_first=False):
-    """One picture, as the original preprocesses it: normalised float32 [size, size, 3].
+def host_pixels(image: Any, size: int, name: str | os.PathLike = "image", *, rgb_first: bool = False) -> np.ndarray:
+    """Preprocesses one image as the original ImageReward does: normalised float32 [size, size, 3].
 
     Args:
         image: whatever `open_image` takes.
-        rgb_first: as transformers does it: made RGB before it is resized (not after), offsets rounded down.
+        rgb_first: see `data.images.crop_square`.
 
     Raises:
-        ImageError: see `open_image`; also a picture with an empty side, or so long that resizing would not fit.
+        ImageError: see `open_image`; also an image with an empty side, or so long that resizing would not fit.
     """
-    picture, name = _open_named(image, name)
-    width, height = picture.size
-    new_height, new_width = resized_shape(height, width, size)
-    if Image.MAX_IMAGE_PIXELS and new_height * new_width > 2 * Image.MAX_IMAGE_PIXELS:
-        raise ImageError(
-            f"{name}: {width} x {height} pixels is too long and thin; with its shorter side at {size} pixels it "
-            f"would be {new_width} x {new_height}. Crop it first"
-        )
+    opened, name = _open_named(image, name)
     try:
-        picture = picture.convert("RGB") if rgb_first else picture
-        if (new_width, new_height) != picture.size:
-            picture = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
-        left, top = (
-            ((new_width - size) // 2, (new_height - size) // 2)
-            if rgb_first
-            else (
-                crop_offset(new_width, size),
-                crop_offset(new_height, size),
-            )
-        )
-        picture = picture.crop((left, top, left + size, top + size)).convert("RGB")
-    except (ValueError, OSError) as error:
-        raise ImageError(f"{name}: Pillow cannot resize a picture of mode {picture.mode} ({error})") from error
-    return _normalise(np.asarray(picture, dtype=np.float32) / 255, np)
+        pixels = crop_square(opened, size, rgb_first=rgb_first)
+    except DataError as error:
+        raise ImageError(f"{name}: {error}") from error
+    return _normalise(pixels.astype(np.float32) / 255, np)
 
 
-def host_pixels_padded(image, size, name="image"):
-    """One picture as HPSv2 preprocesses it: the whole of it, its longer side resized, the rest filled with black.
+def host_pixels_padded(image: Any, size: int, name: str | os.PathLike = "image") -> np.ndarray:
+    """Preprocesses one image as HPSv2 does: all of it, its longer side resized, the rest filled with black.
 
     Args:
         image: whatever `open_image` takes.
@@ -181,13 +155,13 @@ def host_pixels_padded(image, size, name="image"):
         Normalised float32 [size, size, 3]. Resized in floating point (antialiased bicubic), and not clipped.
 
     Raises:
-        ImageError: see `open_image`; also a picture with an empty side.
+        ImageError: see `open_image`; also an image with an empty side.
     """
-    picture, name = _open_named(image, name)
+    opened, name = _open_named(image, name)
     try:
-        pixels = np.asarray(picture.convert("RGB"), np.float32) / 255
+        pixels = np.asarray(opened.convert("RGB"), np.float32) / 255
     except (ValueError, OSError) as error:
-        raise ImageError(f"{name}: Pillow cannot convert a picture of mode {picture.mode} ({error})") from error
+        raise ImageError(f"{name}: Pillow cannot convert an image of mode {opened.mode} ({error})") from error
     height, width = fitted_shape(*pixels.shape[:2], size)
     if (height, width) != pixels.shape[:2]:
         planes = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
@@ -197,15 +171,15 @@ def host_pixels_padded(image, size, name="image"):
 
 
 def _open_named(image, name):
-    """The opened picture and how an error names it; refuses empty ones."""
-    picture = open_image(image, name)
+    """Opens an image; returns it and how an error names it. Refuses empty ones."""
+    opened = open_image(image, name)
     name = image if isinstance(image, (str, os.PathLike)) else name
-    if min(picture.size) < 1:
-        raise ImageError(f"{name}: the picture is empty ({picture.size[0]} x {picture.size[1]} pixels)")
-    return picture, name
+    if min(opened.size) < 1:
+        raise ImageError(f"{name}: the image is empty ({opened.size[0]} x {opened.size[1]} pixels)")
+    return opened, name
 
 
-def fitted_shape(height, width, size):
+def fitted_shape(height: int, width: int, size: int) -> tuple[int, int]:
     """Height and width once the longer side is `size`; the shorter is rounded, to at least one pixel."""
     scale = size / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
@@ -235,8 +209,8 @@ def _resize(images, height, width):
     return jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
 
 
-def device_pixels(images, size):
-    """`host_pixels` for a batch of arrays, differentiable and to be compiled.
+def device_pixels(images: jax.Array, size: int) -> jax.Array:
+    """Preprocesses a batch of arrays as `host_pixels` does; differentiable, to be compiled.
 
     Args:
         images: [B, H, W, 3] floating point in [0, 1].
@@ -255,8 +229,8 @@ def device_pixels(images, size):
     return _normalise(images[:, top : top + size, left : left + size], jnp)
 
 
-def device_pixels_padded(images, size):
-    """`host_pixels_padded` for a batch of arrays; see `device_pixels`."""
+def device_pixels_padded(images: jax.Array, size: int) -> jax.Array:
+    """Preprocesses a batch of arrays as `host_pixels_padded` does; see `device_pixels`."""
     _check_batch(images)
     height, width = fitted_shape(*images.shape[1:3], size)
     images = _resize(images, height, width)
@@ -264,14 +238,14 @@ def device_pixels_padded(images, size):
 
 
 class Preprocess(NamedTuple):
-    """How a network wants its pictures.
+    """The preprocessing of a network.
 
     host: (image, size, name) -> normalised float32 [size, size, 3], exactly as the network's authors do it.
     device: (images [B, H, W, 3] in [0, 1], size) -> normalised [B, size, size, 3], differentiable.
     """
 
-    host: Callable
-    device: Callable
+    host: Callable[..., np.ndarray]
+    device: Callable[[jax.Array, int], jax.Array]
 
 
 CROP = Preprocess(host_pixels, device_pixels)

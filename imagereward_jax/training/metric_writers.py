@@ -1,45 +1,75 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, the log; and the averaging between two log steps."""
+"""Writers of a run's numbers (metrics.jsonl, TensorBoard, the log), and the averaging between two log steps.
 
+None of them imports TensorFlow, which would cost each start four seconds.
+"""
+
+import io
 import json
 import os
+import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
+
+COUNTERS = ("skipped",)  # metrics that count since the run began: their last value is logged, not their mean
 
 
 class Meter:
-    """Means of the step metrics since the last log step; its state goes into checkpoints, so that nothing is lost."""
+    """Means of the step metrics since the last log step; counters keep their last value.
 
-    def __init__(self):
-        self.totals, self.count = {}, 0
+    Its state goes into checkpoints, so that a resumed run logs the same numbers.
+    """
 
-    def add(self, metrics):
-        """metrics: {name: number} of one step."""
+    def __init__(self, counters: Iterable[str] = COUNTERS):
+        self.counters = frozenset(counters)
+        self.totals, self.last, self.count = {}, {}, 0
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Adds the metrics of one step: {name: number}."""
         for name, value in metrics.items():
-            self.totals[name] = self.totals.get(name, 0.0) + float(value)
+            if name in self.counters:
+                self.last[name] = float(value)
+            else:
+                self.totals[name] = self.totals.get(name, 0.0) + float(value)
         self.count += 1
 
-    def pop(self):
-        """The means since the last call."""
-        means = {name: total / self.count for name, total in self.totals.items()}
-        self.totals, self.count = {}, 0
-        return means
+    def pop(self) -> dict[str, float]:
+        """Returns the means and counts since the last call, and begins anew."""
+        row = {**{name: total / self.count for name, total in self.totals.items()}, **self.last}
+        self.totals, self.last, self.count = {}, {}, 0
+        return row
 
-    def get_state(self):
-        """What `set_state` takes, and no later `add` changes (checkpoints are written in the background); JSON holds it
-        exactly."""
-        return {"totals": dict(self.totals), "count": self.count}
+    def get_state(self) -> dict[str, Any]:
+        """Copies the state for `set_state`: checkpoints are written in the background. JSON holds it exactly."""
+        return {"totals": dict(self.totals), "last": dict(self.last), "count": self.count}
 
-    def set_state(self, state):
-        """Continues where `get_state` was called."""
-        self.totals, self.count = dict(state["totals"]), state["count"]
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Resumes from `get_state`; earlier versions kept the counters among the totals and no "last"."""
+        self.totals = {name: total for name, total in state["totals"].items() if name not in self.counters}
+        self.last, self.count = dict(state.get("last", {})), state["count"]
+
+
+class MetricWriter(Protocol):
+    """A destination of a run's numbers and images."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the scalars of a step."""
+
+    def write_images(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes one image, uint8 [H, W, 3]."""
+
+    def close(self) -> None:
+        """Writes what is left and ends."""
 
 
 class JsonlWriter:
-    """metrics.jsonl: one object a row with `step`, `time` (seconds since the epoch) and the numbers."""
+    """metrics.jsonl: one object per row with `step`, `time` (seconds since the epoch) and the numbers."""
 
-    def __init__(self, path, *, last_step):
+    def __init__(self, path: str | os.PathLike, *, last_step: int | None):
         """Continues after `last_step`: rows past it, left by a run that was killed, are dropped (None drops all)."""
         self.path = Path(path)
         rows = [row for row in read_rows(self.path) if last_step is not None and row["step"] <= last_step]
@@ -49,59 +79,110 @@ class JsonlWriter:
         self.last = rows[-1]["step"] if rows else None
         self._file = self.path.open("a")
 
-    def write(self, step, metrics):
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a row; non-finite numbers are written as null, which JSON can hold."""
         numbers = {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, "time": time.time(), **numbers}) + "\n")
         self._file.flush()
 
-    def write_images(self, step, name, image):
-        """JSON holds no pictures."""
+    def write_images(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes nothing: JSON holds no images."""
 
-    def close(self):
-        """Ends the file."""
+    def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
-class CluWriter:
-    """One of clu's metric writers: "tensorboard" (event files in the workdir) or "log"."""
+class TensorBoardWriter:
+    """TensorBoard event files in the workdir, written in the background: the disk may be far away."""
 
-    def __init__(self, kind, workdir):
-        from absl import logging
-        from clu import metric_writers
+    def __init__(self, workdir: str | os.PathLike, *, last_step: int | None):
+        """Continues after `last_step`: TensorBoard drops what a killed run wrote past it (None: everything)."""
+        from clu import asynclib
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        if kind == "log":
-            logging.set_verbosity(logging.INFO)  # which is where it writes
-        self._writer = (
-            metric_writers.SummaryWriter(str(workdir)) if kind == "tensorboard" else metric_writers.LoggingWriter()
-        )
+        self._event, self._summary, self._async_error = Event, Summary, asynclib.AsyncError
+        now = time.time()
+        name = f"events.out.tfevents.{now:017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (Path(workdir) / name).open("wb")
+        self._records = RecordWriter(self._file)
+        self._pool = asynclib.Pool("tensorboard", max_workers=1)  # one: in order
+        self._append_later = self._pool(self._append)
+        self._append(Event(wall_time=now, file_version="brain.Event:2"))
+        first = 0 if last_step is None else last_step + 1
+        self._append(Event(wall_time=now, step=first, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, step, metrics):
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the scalars of a step."""
-        self._writer.write_scalars(step, metrics)
+        values = [self._summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        self._write(step, values)
 
-    def write_images(self, step, name, image):
-        """image: uint8 [H, W, 3]."""
-        self._writer.write_images(step, {name: image[None]})
+    def write_images(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes one image, uint8 [H, W, 3], as PNG."""
+        height, width, channels = image.shape
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, format="PNG")
+        encoded = self._summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue()
+        )
+        self._write(step, [self._summary.Value(tag=name, image=encoded)])
 
-    def close(self):
-        """Flushes and ends."""
-        self._writer.flush()
-        self._writer.close()
+    def close(self) -> None:
+        """Waits until all is written."""
+        self._raise_own(self._pool.close)
+        self._file.close()
+
+    def _write(self, step, values):
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
+        self._raise_own(self._append_later, event)
+
+    def _append(self, event):
+        self._records.write(event.SerializeToString())
+        self._file.flush()
+
+    def _raise_own(self, function, *arguments):
+        """Calls the pool; raises an error of its thread as what it was."""
+        try:
+            function(*arguments)
+        except self._async_error as error:
+            raise error.__cause__ from None
 
 
-def make_writers(names, workdir, *, last_step):
-    """The writers that `config.writers` names, by name."""
-    return {
-        name: JsonlWriter(Path(workdir) / "metrics.jsonl", last_step=last_step)
-        if name == "jsonl"
-        else CluWriter(name, workdir)
-        for name in names
+class LogWriter:
+    """The log on stderr."""
+
+    def __init__(self):
+        from absl import logging
+
+        logging.set_verbosity(logging.INFO)
+        self._info = logging.info
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the scalars of a step on one line."""
+        self._info("[%d] %s", step, ", ".join(f"{name}={float(value):.6g}" for name, value in sorted(metrics.items())))
+
+    def write_images(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes the shape: a log holds no images."""
+        self._info("[%d] %s: image %s", step, name, list(image.shape))
+
+    def close(self) -> None:
+        """Has nothing left to write."""
+
+
+def make_writers(names: Iterable[str], workdir: str | os.PathLike, *, last_step: int | None) -> dict[str, MetricWriter]:
+    """Makes the writers that `config.writers` names, by name; `last_step`: the step that the run continues after."""
+    makers = {
+        "jsonl": lambda: JsonlWriter(Path(workdir) / "metrics.jsonl", last_step=last_step),
+        "tensorboard": lambda: TensorBoardWriter(workdir, last_step=last_step),
+        "log": LogWriter,
     }
+    return {name: makers[name]() for name in names}
 
 
-def read_rows(path):
-    """The rows of a metrics.jsonl; a last row that a kill cut short is left out."""
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads the rows of a metrics.jsonl; a last row that a kill cut short is left out."""
     path = Path(path)
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():

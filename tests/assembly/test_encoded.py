@@ -12,14 +12,14 @@ from PIL import Image
 
 pytest.importorskip("grain", reason="batches are made by grain")
 
-from imagereward_jax.experiments.cached import fill
-
 from imagereward_jax.assembly import encoded
 from imagereward_jax.assembly.conditions import load_pairs_of, with_conditions
 from imagereward_jax.assembly.parts import Parts
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data import cache as cache_module
 from imagereward_jax.data.cache import CacheError
+from imagereward_jax.methods import denoising
+from imagereward_jax.methods.base import Models
 from imagereward_jax.recipes import default_config, validate
 from imagereward_jax.training.mesh import make_mesh
 

@@ -154,7 +154,7 @@ def test_bad_pictures_are_skipped_and_reported(damaged, expected, loaded, tmp_pa
 
 def test_a_bad_picture_stops_the_run_and_it_goes_on_once_mended(damaged, data, expected, loaded, tmp_path, capsys):
     assert run("--input", damaged, "--output", tmp_path / "out.csv") == 2
-    assert "gone.png: no such picture" in capsys.readouterr().err and not (tmp_path / "out.csv").exists()
+    assert "gone.png: no such image" in capsys.readouterr().err and not (tmp_path / "out.csv").exists()
     (tmp_path / "gone.png").write_bytes((data / "pictures/1.png").read_bytes())
     assert run("--input", damaged, "--output", tmp_path / "out.csv") == 2
     error = capsys.readouterr().err.splitlines()[-1]

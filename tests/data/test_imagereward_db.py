@@ -64,9 +64,9 @@ def test_json_of_the_training_code_beside_a_folder_of_images(pictures):
     ]
     (pictures / "train.json").write_text(json.dumps(rows))
     assert_the_groups(load_groups(pictures / "train.json", image_size=8, images=pictures / "images" / "train"))
-    with pytest.raises(DataError, match=r"train.json, row 1: .*0_0.png: no such picture"):
+    with pytest.raises(DataError, match=r"train.json, row 1: .*0_0.png: no such image"):
         load_groups(pictures / "train.json", image_size=8)
-    with pytest.raises(DataError, match="no such folder of pictures"):
+    with pytest.raises(DataError, match="no such folder of images"):
         load_groups(pictures / "train.json", images=pictures / "imges")
 
 
@@ -159,7 +159,7 @@ def test_the_cache_serves_what_was_decoded_and_notices_a_new_file(pictures):
     [
         ({"rank": 0}, r"train.json, row 1: 'ranking' must hold whole numbers from 1"),
         ({"rank": "best"}, r"train.json, row 1: 'ranking' must hold whole numbers from 1"),
-        ({"image_path": "images/none.png"}, r"train.json, row 1: .*images/none.png: no such picture"),
+        ({"image_path": "images/none.png"}, r"train.json, row 1: .*images/none.png: no such image"),
         ({"prompt": " "}, r"train.json, row 1: the prompt is empty"),
     ],
 )
@@ -171,5 +171,5 @@ def test_mistakes_are_told_with_file_and_row(pictures, change, message):
 
 def test_prompts_with_one_picture_are_left_out(pictures):
     (pictures / "train.json").write_text(json.dumps(one_picture_a_row()[-1:]))
-    with pytest.raises(DataError, match="no prompt has two pictures"):
+    with pytest.raises(DataError, match="no prompt has two images"):
         load_groups(pictures / "train.json")

@@ -74,7 +74,7 @@ def test_folders(folder):
     check(load_pairs(images, image_size=32))
     check(load_pairs(folder, image_size=32))
     (images / "1.txt").unlink()
-    with pytest.raises(DataError, match=r"1\.png: no caption 1\.txt beside it \(1 of 3 pictures lack one\)"):
+    with pytest.raises(DataError, match=r"1\.png: no caption 1\.txt beside it \(1 of 3 images lack one\)"):
         load_pairs(images)
 
 
@@ -160,7 +160,7 @@ def test_resizing_is_antialiased_bicubic(folder):
     """Against torch's own antialiased bicubic kernel; 1.5 levels allow for PIL's 8-bit arithmetic."""
     torch = pytest.importorskip("torch")
     array = np.random.default_rng(0).integers(0, 256, (48, 60, 3), dtype=np.uint8)
-    ours = images.fit(Image.fromarray(array), 16)
+    ours, _, _ = images.fit_and_locate(Image.fromarray(array), 16)
     x = torch.from_numpy(array).permute(2, 0, 1)[None].float()
     x = torch.nn.functional.interpolate(x, (16, 20), mode="bicubic", antialias=True, align_corners=False)
     theirs = x[0].permute(1, 2, 0).numpy()[:, 2:18].clip(0, 255) / 255
@@ -188,7 +188,7 @@ def test_kinds_of_pictures(tmp_path, mode):
     image.save(
         buffer, {"CMYK": "TIFF", "webp": "WEBP"}.get(mode, "PNG"), **({"exif": exif} if mode == "rotated" else {})
     )
-    opened = images.open_picture(buffer.getvalue(), "row 1")
+    opened = images.open_image(buffer.getvalue(), "row 1")
     assert opened.mode == "RGB"
     assert opened.size == ((16, 8) if mode == "rotated" else (8, 8))
     assert opened.getpixel((3, 3)) == expected
@@ -196,12 +196,10 @@ def test_kinds_of_pictures(tmp_path, mode):
 
 def test_missing_pictures_are_told_when_loading(folder):
     path = write(folder / "p.json", [*rows(), {"image": "images/4.png", "text": "x"}])
-    with pytest.raises(
-        FileNotFoundError, match=r"p\.json, row 4: .*4\.png: no such picture; did you mean '[012]\.png'"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"p\.json, row 4: .*4\.png: no such image; did you mean '[012]\.png'"):
         load_pairs(path)
     path = write(folder / "p.json", [{"image": None, "text": "x"}])
-    with pytest.raises(DataError, match=r"p\.json, row 1: expected a picture or the path of one; got None"):
+    with pytest.raises(DataError, match=r"p\.json, row 1: expected an image or the path of one; got None"):
         load_pairs(path)[0]
 
 
@@ -211,10 +209,10 @@ def test_broken_pictures_are_told_with_row_and_file(folder, monkeypatch):
     whole = file.read_bytes()
     pairs = load_pairs(path)
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"p\.json, row 2: .*1\.png: not a readable picture"):
+    with pytest.raises(DataError, match=r"p\.json, row 2: .*1\.png: not a readable image"):
         pairs[1]
     file.write_bytes(b"hello")
-    with pytest.raises(DataError, match=r"p\.json, row 2: .*1\.png: not a readable picture"):
+    with pytest.raises(DataError, match=r"p\.json, row 2: .*1\.png: not a readable image"):
         pairs[1]
     file.write_bytes(whole)
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
@@ -230,7 +228,7 @@ def test_a_decompression_bomb_is_told(folder):
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0))
     (folder / "images" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
-    with pytest.raises(DataError, match=r"row 1: .*0\.png: the picture is too large"):
+    with pytest.raises(DataError, match=r"row 1: .*0\.png: the image is too large"):
         load_pairs(write(folder / "p.json", rows()))[0]
 
 
@@ -242,7 +240,7 @@ def test_mistakes_in_rows_are_told(folder):
         DataError, match=r"none of the columns image.*there are pic, text: say which with image_column="
     ):
         load_pairs(write(folder / "p.json", [{"pic": "a.png", "text": "x"}]))
-    with pytest.raises(DataError, match=r"no pairs in it; expected pictures \(\.png"):
+    with pytest.raises(DataError, match=r"no pairs in it; expected images \(\.png"):
         (folder / "empty").mkdir()
         load_pairs(folder / "empty")
     with pytest.raises(ValueError, match="crop must be one of center, random; got 'left'"):

@@ -13,6 +13,8 @@ from PIL import Image
 pytest.importorskip("ml_collections")
 
 
+from imagereward_jax.assembly.parts import Parts
+from imagereward_jax.assembly.run import assemble
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.planning.counts import flops_by_dtype

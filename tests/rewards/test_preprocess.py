@@ -121,14 +121,14 @@ def test_bad_files_are_named(tmp_path):
     empty.write_bytes(b"")
     for path, reason in (
         (cut, "broken or cut short"),
-        (text, "not a picture of a format"),
+        (text, "not an image of a format"),
         (bomb, "too large .*1600000000 pixels"),
-        (empty, "not a picture of a format"),
-        (tmp_path / "gone.png", "no such picture"),
+        (empty, "not an image of a format"),
+        (tmp_path / "gone.png", "no such image"),
     ):
         with pytest.raises(preprocess.ImageError, match=f"{path.name}: .*{reason}"):
             preprocess.host_pixels(path, 32)
-    with pytest.raises(FileNotFoundError, match=r"gone.png: no such picture"):
+    with pytest.raises(FileNotFoundError, match=r"gone.png: no such image"):
         preprocess.as_image_list([str(whole), tmp_path / "gone.png"])
     with pytest.raises(preprocess.ImageError, match="is a folder"):
         preprocess.as_image_list(tmp_path)
@@ -143,7 +143,7 @@ def test_bad_files_are_named(tmp_path):
         (np.full((16, 16, 3), 255.0), r"must lie in \[0, 1\], this one in \[255, 255\]"),
         (np.full((16, 16, 3), np.nan), r"must lie in \[0, 1\]"),
         (np.linspace(-1, 1, 48).reshape(4, 4, 3), r"map it by image / 2 \+ 0.5"),
-        (np.zeros((0, 16, 3), np.uint8), "the picture is empty"),
+        (np.zeros((0, 16, 3), np.uint8), "the image is empty"),
         (np.zeros((100_000, 1), np.uint8), "too long and thin"),
         (np.zeros(16, np.uint8), r"not array of shape \(16,\)"),
         (None, "not NoneType"),
