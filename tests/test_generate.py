@@ -39,7 +39,7 @@ def test_pictures_do_not_depend_on_the_batch(folder, tmp_path, capsys):
     source = ("--prompts", str(prompts))
     flags = ("--num-images", "3", "--sampler", "ddim", "--eta", "1", "--seed", "5")
     assert run(folder, tmp_path / "a", *flags, "--grid", prompt=source) == 0
-    assert "6 pictures in" in capsys.readouterr().out
+    assert "6 images in" in capsys.readouterr().out
     names = [f"x-{i}_{k}.png" for i in (1, 2) for k in range(3)]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["grid.png", *names]
     assert run(folder, tmp_path / "b", *flags, "--batch-size", "1", prompt=source) == 0

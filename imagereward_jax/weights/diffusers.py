@@ -99,7 +99,7 @@ def resolve_pipeline(name_or_path, *, variant=None, cache_dir=None):
 
 
 def load_config(folder, name):
-    """The content of a component's config.json, without the fields of diffusers' Flax models alone.
+    """The content of a component's config.json; a diffusers network's without the fields of Flax models alone.
 
     Raises:
         FileNotFoundError: the folder, component or file is absent; the message says what is there.
@@ -111,6 +111,10 @@ def load_config(folder, name):
     if not part.is_dir():
         raise FileNotFoundError(f"{part}: no such folder; {folder} has {_listing(folder, Path.is_dir)}")
     config = read_json(part / "config.json")
+    return _without_flax_fields(config) if "_class_name" in config else config
+
+
+def _without_flax_fields(config):
     return {key: value for key, value in config.items() if key not in _FLAX_ONLY}
 
 
@@ -138,7 +142,7 @@ def load_component(folder, name, *, variant=None, read=read_tensors):
         raise FileNotFoundError(_nothing_found(part, name, variant))
     tensors = _read_shards(path, read) if path.suffix == ".json" else read(path)
     if path.suffix == ".msgpack":
-        tensors = flax_to_torch(tensors)
+        tensors, config = flax_to_torch(tensors), _without_flax_fields(config)
     return config, modern_names(name, tensors)
 
 
