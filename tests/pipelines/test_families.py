@@ -12,11 +12,18 @@ import tiny_sd1
 import tiny_sdxl
 
 from imagereward_jax.models import lora
+from imagereward_jax.models.param_tree import join
 from imagereward_jax.pipelines import UnknownModel, load_pipeline, open_pipeline
 from imagereward_jax.pipelines.families import PUBLISHED, from_architecture
-from imagereward_jax.weights import files
+from imagereward_jax.weights import files, mapping
 from imagereward_jax.weights.files import WeightsError, read_tensors
 from imagereward_jax.weights.generation import FILE, Generation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -119,32 +126,28 @@ def test_with_lora_leaves_the_base_as_it_was(made):
     pipeline, params = made
     before = jax.tree.structure(pipeline.abstract_params())
     adapted = pipeline.with_lora("unet", pipeline.lora_targets, rank=2, alpha=2.0)
-    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(
-        jax.tree.map(lambda leaf: leaf.shape, nnx_lora(adapted)), is_leaf=lambda leaf: isinstance(leaf, tuple)
-    )}  # fmt: skip
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(nnx_lora(adapted))}
     assert names == {"lora_A", "lora_B"} and adapted.adapted["unet"] and pipeline.adapted == {}
     assert jax.tree.structure(pipeline.abstract_params()) == before and not jax.tree.leaves(nnx_lora(pipeline))
     latents = jax.random.normal(jax.random.key(0), (1, *pipeline.latent_shape(16, 16)))
     cond = {"prompt_embeds": jax.random.normal(jax.random.key(1), (1, 16, 24))}
     own = lora.init(adapted.networks["unet"], jax.random.key(2))
-    from imagereward_jax.models.param_tree import join
-
-    base = pipeline.predict(params, latents, jnp.array([500]), cond)
+    predict, with_adapter = jax.jit(pipeline.predict), jax.jit(adapted.predict)
+    base = predict(params, latents, jnp.array([500]), cond)
     joined = join(params, {"unet": own})
-    np.testing.assert_array_equal(adapted.predict(joined, latents, jnp.array([500]), cond), base)
+    np.testing.assert_array_equal(with_adapter(joined, latents, jnp.array([500]), cond), base)
     moved = join(params, {"unet": jax.tree.map(lambda leaf: leaf + 0.3, own)})
-    assert np.abs(adapted.predict(moved, latents, jnp.array([500]), cond) - base).max() > 1e-2
-    np.testing.assert_array_equal(pipeline.predict(params, latents, jnp.array([500]), cond), base)
+    assert np.abs(with_adapter(moved, latents, jnp.array([500]), cond) - base).max() > 1e-2
+    np.testing.assert_array_equal(jax.jit(pipeline.predict)(params, latents, jnp.array([500]), cond), base)
 
 
 def nnx_lora(pipeline):
-    from imagereward_jax.weights import mapping
-
+    """The low-rank parameters of the UNet, as shapes."""
     return mapping.params_of(pipeline.networks["unet"], lora.LoRAParam)
 
 
 def test_saving_a_part_copies_the_others_bit_for_bit(folder, made, tmp_path):
-    """The UNet from memory; the rest, stored in bfloat16, as the files have it. The Orbax folder copies the same."""
+    """The UNet from memory; the rest, stored in bfloat16, as the files have it."""
     half = tmp_path / "half"
     as_half = {
         name: jax.tree.map(lambda array: np.asarray(array).astype(jnp.bfloat16), t) for name, t in made[1].items()
@@ -195,11 +198,12 @@ import json, sys
 from collections import Counter
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding
-from imagereward_jax.models.sharding import weight_spec
+from imagereward_jax.models import sharding
 from imagereward_jax.pipelines import open_pipeline
-from imagereward_jax.weights import files
+from imagereward_jax.weights import files, mapping
 
-mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+sharding.SMALLEST_SHARDED = 1
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
 read = [0]
 whole = files.StoredTensor.__getitem__
 
@@ -212,7 +216,7 @@ files.StoredTensor.__getitem__ = counted
 pipeline = open_pipeline(sys.argv[1])
 
 def place(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=NamedSharding(mesh, weight_spec(leaf.shape, 8)))
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=NamedSharding(mesh, sharding.weight_spec(leaf.shape, 4)))
 
 target = {"unet": jax.tree.map(place, pipeline.abstract_params()["unet"])}
 loaded = pipeline.load_params(target)["unet"]
@@ -222,17 +226,17 @@ for array, struct, full in zip(*map(jax.tree.leaves, (loaded, target["unet"], re
     assert array.sharding == struct.sharding and array.dtype == jnp.bfloat16
     for shard in array.addressable_shards:
         assert np.array_equal(shard.data, full[shard.index].astype(jnp.bfloat16))
-    held += array.size * 4  # float32 in the file; every number once over the eight devices
+    held += array.size * 4  # float32 in the file; every number once for all eight devices
     split += not array.sharding.is_fully_replicated
 print(json.dumps([bytes_read, held, split]))
 """
 
 
 def test_each_device_reads_its_own_part(folder):
-    """Eight devices together read every number of the file once, no more: sharded weights are read by their parts, and
-    replicated ones once for all."""
+    """Eight devices together read every number of the file once, no more: sharded weights by their parts, those that
+    several devices hold once for them all."""
     bytes_read, held, split = child.run(LOAD_SHARDED, folder, devices=8)
-    assert split >= 1 and bytes_read == held
+    assert split > 50 and bytes_read == held
 
 
 def test_a_stored_tensor_is_read_by_its_parts(tmp_path):
