@@ -12,10 +12,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from imagereward_jax.planning.sizes import SD1, SDXL, VAE
+from imagereward_jax.pipelines.families import SD1, SDXL
 
 SMALL_UNET = {"block_out_channels": [64, 128, 256], "sample_size": 32, "cross_attention_dim": 128}
-SMALL_VAE = VAE | {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8, "sample_size": 256}
+SMALL_VAE = SD1["vae"] | {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8, "sample_size": 256}
 # config.json of the networks, and what is recomputed in the backward pass
 PRESETS = {
     "small": {

@@ -33,8 +33,8 @@ import time
 
 from common import versions
 
+from imagereward_jax.pipelines.families import SD1, SDXL
 from imagereward_jax.plan import use_virtual_devices
-from imagereward_jax.planning.sizes import SD1, SDXL
 
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin", "torch", "diffusers")
 SIZES = {"sd15": 512, "sdxl": 1024, "tiny": 64}

@@ -37,7 +37,7 @@ from common import (
     versions,
 )
 
-from imagereward_jax.planning.sizes import SD1, SDXL
+from imagereward_jax.pipelines.families import SD1, SDXL
 
 MODELS = {
     "tiny": {
@@ -114,11 +114,10 @@ def run_ours(arguments):
     from imagereward_jax.weights import mapping
 
     family = StableDiffusionXL if arguments.model == "sdxl" else StableDiffusion1
-    family = type(family.__name__, (family,), {"_open_tokenizer": lambda self, encoder, name: Ids()})
     jax.devices()
     before, dtype = resident(), jnp.dtype(arguments.dtype)
-    folders = {f"{name}_folder": "" for name in family.text_encoders.values()}
-    pipeline = family.from_configs(**MODELS[arguments.model], scheduler=SCHEDULER, **folders, dtype=dtype)
+    tokenizers = dict.fromkeys(family.text_encoders.values(), Ids())
+    pipeline = family.from_configs(MODELS[arguments.model], SCHEDULER, tokenizers, dtype=dtype)
     params = {}
     for name, network in pipeline.networks.items():
         layout = mapping.torch_layout(network)

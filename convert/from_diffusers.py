@@ -3,8 +3,8 @@
     python convert/from_diffusers.py SOURCE OUT
     python convert/from_diffusers.py owner/model OUT --variant fp16 --dtype bfloat16
 
-One network at a time is in memory. `imagereward_jax.weights.orbax.load_pipeline_checkpoint` reads OUT, and
-convert/to_diffusers.py turns it back; in float32 every number comes back as it was.
+One network at a time is in memory. Every command opens OUT as a model, and convert/to_diffusers.py turns it back; in
+float32 every number comes back as it was.
 """
 
 import argparse
@@ -27,40 +27,53 @@ def parse_args(argv=None):
 
 def convert(source, out, *, variant, dtype, overwrite):
     """Reads, maps and writes one network after the other."""
+    from imagereward_jax.pipelines import families
     from imagereward_jax.storage.folders import refuse_existing
     from imagereward_jax.weights import diffusers, orbax
+    from imagereward_jax.weights.generation import read_generation
 
     refuse_existing(out, overwrite=overwrite, marker=orbax.MANIFEST)
     folder = diffusers.resolve_pipeline(source, variant=variant)
-    names = diffusers.components_of(folder)
+    index = diffusers.read_index(folder)
+    family = families.family_of(index.pipeline_class, str(folder / diffusers.INDEX))
+    classes = families.checked_components(family, index, folder)
     orbax.save_pipeline_checkpoint(
         out,
-        (read_component(folder, name, variant=variant, dtype=dtype) for name in names),
+        (
+            read_component(folder, name, class_name, variant=variant, dtype=dtype)
+            for name, class_name in classes.items()
+        ),
+        pipeline_class=family.pipeline_class,
         scheduler_config=diffusers.load_scheduler_config(folder),
         tokenizers=diffusers.tokenizers_of(folder),
-        index_fields=diffusers.load_index_fields(folder),
+        fields=index.fields,
+        generation=read_generation(folder),
         overwrite=overwrite,
     )
 
 
-def read_component(folder, name, *, variant, dtype):
+def read_component(folder, name, class_name, *, variant, dtype):
     """(name, config, params) of one network, in Flax's layout."""
     import jax
     import numpy as np
 
     from imagereward_jax.weights import diffusers, mapping
-    from imagereward_jax.weights.components import abstract_network
+    from imagereward_jax.weights.components import abstract_network, label
     from imagereward_jax.weights.files import cast
 
     print(f"{name}: reading", flush=True)
     config, tensors = diffusers.load_component(folder, name, variant=variant)
-    network = abstract_network(name, config)
+    network = abstract_network(class_name, config)
     what = str(folder / name)
     params = mapping.from_torch(network, cast(tensors, jax.numpy.dtype(dtype), what=what), what=what)
     count = sum(array.size for array in jax.tree.leaves(params))
     print(f"{name}: {count:,} parameters, writing as {dtype}", flush=True)
     # As jax arrays on the CPU, since Orbax makes copies of numpy arrays.
-    return name, config, jax.tree.map(lambda array: jax.device_put(np.ascontiguousarray(array)), params)
+    return (
+        name,
+        config | label(class_name),
+        jax.tree.map(lambda array: jax.device_put(np.ascontiguousarray(array)), params),
+    )
 
 
 def main(argv=None):

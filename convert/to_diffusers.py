@@ -27,15 +27,18 @@ def convert(checkpoint, out, *, dtype, overwrite):
     """Reads, maps and writes one network after the other."""
     from imagereward_jax.storage.folders import refuse_existing
     from imagereward_jax.weights import diffusers, orbax
+    from imagereward_jax.weights.generation import read_generation
 
     refuse_existing(out, overwrite=overwrite, marker=diffusers.INDEX)
     manifest = orbax.read_manifest(checkpoint)
     diffusers.save_pipeline(
         out,
         (read_component(checkpoint, name, config, dtype=dtype) for name, config in manifest["components"].items()),
+        pipeline_class=manifest["pipeline_class"],
         scheduler_config=manifest["scheduler"],
         tokenizers={name: checkpoint / name for name in manifest["tokenizers"]},
-        index_fields=manifest.get("index_fields"),
+        fields=manifest["fields"],
+        generation=read_generation(checkpoint),
         overwrite=overwrite,
     )
 
@@ -45,11 +48,11 @@ def read_component(checkpoint, name, config, *, dtype):
     import jax
 
     from imagereward_jax.weights import mapping, orbax
-    from imagereward_jax.weights.components import abstract_network
+    from imagereward_jax.weights.components import abstract_network, class_of
     from imagereward_jax.weights.files import cast
 
     print(f"{name}: reading", flush=True)
-    network = abstract_network(name, config)
+    network = abstract_network(class_of(config, name), config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), mapping.params_of(network))
     params = orbax.load_pipeline_checkpoint(checkpoint, {name: structs})[name]

@@ -10,16 +10,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from imagereward_jax.pipelines import load_pipeline
     from imagereward_jax.rewards.checkpoint import available_models, load
     from imagereward_jax.rewards.scores import available_scores, load_score
 
-__all__ = ["available_models", "available_scores", "load", "load_score"]
+__all__ = ["available_models", "available_scores", "load", "load_pipeline", "load_score"]
 
 # Imported at first use, so that `import imagereward_jax` costs nothing.
 _HOMES = {
     "available_models": "imagereward_jax.rewards.checkpoint",
     "available_scores": "imagereward_jax.rewards.scores",
     "load": "imagereward_jax.rewards.checkpoint",
+    "load_pipeline": "imagereward_jax.pipelines",
     "load_score": "imagereward_jax.rewards.scores",
 }
 

@@ -1,8 +1,10 @@
-"""Pictures from text: `python -m imagereward_jax.generate --model MODEL --prompt "a cat" --out DIR`.
+"""Images from text: `python -m imagereward_jax.generate --model MODEL --prompt "a cat" --out DIR`.
 
-Pictures are saved as DIR/PROMPT_K.png, PROMPT being the prompt's number (or its "id", where the file of prompts has
-one) and K that of the picture, both from 0. Picture K depends on the prompt, on SEED + K and on the settings, not on
-the batch size or on the other prompts; the settings are in the text chunks of the PNG.
+Images are saved as DIR/PROMPT_K.png, PROMPT being the prompt's number (or its "id", if the file of prompts has one)
+and K that of the image, both from 0. Image K depends on the prompt, on SEED + K and on the settings, not on the batch
+size or on the other prompts; the settings are in the text chunks of the PNG.
+
+Sampler, steps and guidance scale are those that the model, or the last --lora, states in its generation_config.json.
 """
 
 import argparse
@@ -19,11 +21,11 @@ from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
 
 
 class GenerationError(RuntimeError):
-    """The model made something that is no picture."""
+    """The model made something that is no image."""
 
 
 class Picture(NamedTuple):
-    """One picture to make: its file, prompt, seed, and initial noise where that is given."""
+    """One image to make: its file, prompt, seed, and initial noise if that is given."""
 
     path: Path
     prompt: str
@@ -33,12 +35,16 @@ class Picture(NamedTuple):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m imagereward_jax.generate", description=__doc__)
-    parser.add_argument("--model", required=True, help="a diffusers folder, a built-in model, or a name on the hub")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a diffusers folder, a folder of convert/from_diffusers.py, a built-in model, or a name on the hub",
+    )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="what to draw; may be given several times")
     prompts.add_argument("--prompts", metavar="FILE", help="one a line (.txt), or .json, .csv, ... with prompt and id")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
-    parser.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the images")
+    parser.add_argument("--num-images", type=int, default=1, help="images for each prompt")
     parser.add_argument(
         "--lora",
         action="append",
@@ -47,70 +53,84 @@ def parse_args(argv=None):
         help="an adapter that diffusers, kohya or this package wrote; may be given several times",
     )
     parser.add_argument("--negative-prompt", default="", help="what to stay away from")
-    parser.add_argument("--guidance-scale", type=float, default=7.5, help="1: none, faster by half")
-    parser.add_argument("--sampler", default="ddim", help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's; 1: none, faster by half")
+    parser.add_argument("--sampler", help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m (default: the model's)")
+    parser.add_argument("--steps", type=int, help="default: the model's")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
     parser.add_argument("--height", type=int, help="pixels; by default what the model was trained on")
     parser.add_argument("--width", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--noise", metavar="FILE.npy", help="initial noise [pictures, h, w, c] instead of the seed's")
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures at a time on each device")
+    parser.add_argument("--noise", metavar="FILE.npy", help="initial noise [images, h, w, c] instead of the seed's")
+    parser.add_argument("--batch-size", type=int, default=4, help="images at a time on each device")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--variant", help='which weight files of the model, e.g. "fp16"')
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
-    parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet, DIR/grid.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace images that are there")
+    parser.add_argument("--grid", action="store_true", help="also save all images on one sheet, DIR/grid.png")
     add_flag(parser)
     return parser.parse_args(argv)
 
 
 def generate(args):
-    """Makes and saves the pictures; returns how many.
+    """Makes and saves the images; returns how many.
 
     Raises:
         ValueError, OSError: bad input, before anything is compiled.
-        GenerationError: a picture has values that are not numbers.
+        GenerationError: an image has values that are not numbers.
     """
     _check_numbers(args)
     adapters = [parse_lora(text) for text in args.lora]
     prompts = read_prompts(args)
     _check_absent(args, [args.out / f"{name}_{k}.png" for name in prompts for k in range(args.num_images)])
 
-    import jax.numpy as jnp
-
     from imagereward_jax.diffusion.samplers import make_sampler
-    from imagereward_jax.pipelines import load_pipeline
+    from imagereward_jax.pipelines import open_pipeline
 
-    pipeline, params = load_pipeline(args.model, dtype=jnp.dtype(args.dtype), variant=args.variant)
-    for path, weight in adapters:
-        params = add_lora(pipeline, params, path, weight)
+    pipeline = open_pipeline(args.model, dtype=args.dtype, variant=args.variant)
+    take_defaults(args, pipeline.generation, adapters)
     shape = pipeline.latent_shape(args.height or pipeline.default_size, args.width or pipeline.default_size)
     sampler = make_sampler(args.sampler, pipeline.scheduler_config, args.steps, eta=args.eta)
     pictures = plan(args, prompts, read_noise(args.noise, (len(prompts) * args.num_images, *shape)))
+    params = load_params(pipeline, adapters, args.dtype)
     for prompt in [*prompts.values(), args.negative_prompt]:
         if rest := pipeline.cut_off(prompt):
             print(f"warning: longer than {pipeline.max_tokens} tokens, left out: {rest!r}", file=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
-    draw = make_draw(pipeline, params, sampler, shape, args)
-    save_all(pictures, draw, args)
+    print(f"{args.sampler}, {args.steps} steps, guidance scale {args.guidance_scale:g}")
+    save_all(pictures, make_draw(pipeline, params, sampler, args), args)
     return len(pictures)
 
 
 def _check_numbers(args):
-    from imagereward_jax.diffusion.samplers import check_sampler
-
     for name in ("num_images", "batch_size", "steps"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed {args.seed} should be from 0 to {2**31 - 1}")
-    if not math.isfinite(args.guidance_scale):
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
         raise ValueError(f"--guidance-scale {args.guidance_scale} should be a number, usually from 1 to 15")
+
+
+def take_defaults(args, generation, adapters):
+    """Fills in sampler, steps and guidance scale that were not given: the last adapter's if it states them, else the
+    model's `generation`.
+
+    Args:
+        adapters: [(path, weight)] of --lora.
+
+    Raises:
+        ValueError: a negative prompt without guidance.
+    """
+    from imagereward_jax.weights.adapters import read_generation
+
+    if adapters:
+        generation = read_generation(adapters[-1][0]) or generation
+    args.sampler = generation.sampler if args.sampler is None else args.sampler
+    args.steps = generation.num_inference_steps if args.steps is None else args.steps
+    args.guidance_scale = generation.guidance_scale if args.guidance_scale is None else args.guidance_scale
     if args.negative_prompt and args.guidance_scale <= 1:
         raise ValueError(
             f"--negative-prompt has no effect with --guidance-scale {args.guidance_scale}; raise it above 1"
         )
-    check_sampler(args.sampler)
 
 
 def parse_lora(text):
@@ -131,15 +151,28 @@ def parse_lora(text):
     return path, value
 
 
-def add_lora(pipeline, params, path, weight):
-    """The model's weights with an adapter added, in float32, so that pictures cost nothing more."""
+def load_params(pipeline, loras, dtype):
+    """The model's weights in `dtype` with adapters [(path, weight)] added, in float32, so that images cost no more."""
+    import jax
+
     from imagereward_jax.weights import adapters
 
-    return adapters.merge(pipeline.networks, params, adapters.read_adapter(path, pipeline.networks), weight)
+    read = [(adapters.read_adapter(path, pipeline.networks), weight) for path, weight in loras]
+    adapted = {name for adapter, _ in read for name in adapter}
+
+    def struct(name):
+        held = np.dtype(np.float32 if name in adapted else jax.numpy.dtype(dtype))
+        return lambda leaf: jax.ShapeDtypeStruct(leaf.shape, held)
+
+    target = {name: jax.tree.map(struct(name), tree) for name, tree in pipeline.abstract_params().items()}
+    params = pipeline.load_params(target)
+    for adapter, weight in read:
+        params = adapters.merge(pipeline.networks, params, adapter, weight)
+    return jax.tree.map(lambda array: array.astype(jax.numpy.dtype(dtype), copy=False), params)
 
 
 def _check_absent(args, paths):
-    """Refuses to write over pictures."""
+    """Refuses to write over images."""
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"--out {args.out} is a file; choose a folder")
     there = [path for path in [*paths, *[args.out / "grid.png"] * args.grid] if path.exists()]
@@ -177,7 +210,7 @@ def read_prompts(args):
 
 
 def read_noise(path, shape):
-    """The initial noise of all pictures, float32 of `shape`; None without a file."""
+    """The initial noise of all images, float32 of `shape`; None without a file."""
     if path is None:
         return None
     try:
@@ -186,7 +219,7 @@ def read_noise(path, shape):
         raise ValueError(f"--noise {path}: not a .npy file of numbers ({error})") from error
     if not isinstance(noise, np.ndarray) or noise.shape != shape or not np.issubdtype(noise.dtype, np.floating):
         found = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, np.ndarray) else "several arrays"
-        raise ValueError(f"--noise {path}: {found}; these pictures need floating point {list(shape)}")
+        raise ValueError(f"--noise {path}: {found}; these images need floating point {list(shape)}")
     if not np.isfinite(noise).all():
         raise ValueError(f"--noise {path}: has values that are not finite numbers")
     return noise.astype(np.float32)
@@ -202,42 +235,44 @@ def plan(args, prompts, noise):
     return pictures
 
 
-def make_draw(pipeline, params, sampler, shape, args):
+def make_draw(pipeline, params, sampler, args):
     """`draw(pictures)`: images [n, H, W, 3] in [0, 1] of at most `draw.batch` pictures, over all local devices."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from imagereward_jax.models.sharding import batch_over
+    from imagereward_jax.pipelines.sample import ImageSampler
 
     devices = jax.local_devices()
     mesh = Mesh(np.asarray(devices), ("data",))
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    batch = args.batch_size * len(devices)
-    dtype = np.dtype(jax.numpy.dtype(args.dtype))
-    params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), whole)
-    negative_ids = pipeline.tokenize([args.negative_prompt] * batch) if args.guidance_scale > 1 else None
-
-    @jax.jit
-    def images(params, ids, negative_ids, noise, keys):
-        with batch_over(mesh):
-            return pipeline.sample(
-                params, ids, negative_ids, noise, sampler=sampler, guidance_scale=args.guidance_scale, key=keys
-            )
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    sample = ImageSampler(
+        pipeline,
+        sampler,
+        mesh,
+        args.batch_size * len(devices),
+        height=args.height or pipeline.default_size,
+        width=args.width or pipeline.default_size,
+        guidance_scale=args.guidance_scale,
+    )
 
     def draw(pictures):
-        filled = pictures + [pictures[-1]] * (batch - len(pictures))  # one shape: compiled once
-        keys = [jax.random.fold_in(jax.random.key(p.seed), zlib.crc32(p.prompt.encode())) for p in filled]
-        noise = [jax.random.normal(key, shape) if p.noise is None else p.noise for p, key in zip(filled, keys)]
-        step_keys = jax.numpy.stack([jax.random.fold_in(key, 1) for key in keys])
-        inputs = (pipeline.tokenize([p.prompt for p in filled]), negative_ids, np.stack(noise), step_keys)
-        return np.asarray(images(params, *jax.device_put(inputs, split)))[: len(pictures)]
+        keys = [jax.random.fold_in(jax.random.key(p.seed), zlib.crc32(p.prompt.encode())) for p in pictures]
+        shape = sample.latent_shape
+        noise = [jax.random.normal(key, shape) if p.noise is None else p.noise for p, key in zip(pictures, keys)]
+        return sample(
+            params,
+            [p.prompt for p in pictures],
+            negative_prompts=[args.negative_prompt] * len(pictures),
+            noise=np.stack(noise),
+            step_keys=jax.numpy.stack([jax.random.fold_in(key, 1) for key in keys]),
+        )
 
-    draw.batch = batch
+    draw.batch = sample.batch_size
     return draw
 
 
 def save_all(pictures, draw, args):
-    """Draws and saves every picture, and the sheet of all if asked for."""
+    """Draws and saves every image, and the sheet of all if asked for."""
     from tqdm import tqdm
 
     from imagereward_jax.storage.contact_sheet import contact_sheet
@@ -262,7 +297,7 @@ def save_all(pictures, draw, args):
 
 
 def save_png(picture, image, args):
-    """Writes one picture [H, W, 3] in [0, 1] with what made it; the file appears whole or not at all."""
+    """Writes one image [H, W, 3] in [0, 1] with what made it; the file appears whole or not at all."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -294,7 +329,7 @@ def main(argv=None):
     except GenerationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{count} pictures in {args.out}")
+    print(f"{count} images in {args.out}")
     return 0
 
 

@@ -1,13 +1,25 @@
 """The generate command, end to end on a tiny random model."""
 
 import json
+import re
+import shlex
+import shutil
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_sd1
 from PIL import Image
 
+from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.generate import main
+from imagereward_jax.models import lora
+from imagereward_jax.pipelines import load_pipeline, open_pipeline
+from imagereward_jax.weights import adapters, orbax
+from imagereward_jax.weights.generation import Generation, write_generation
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +51,7 @@ def test_pictures_do_not_depend_on_the_batch(folder, tmp_path, capsys):
     source = ("--prompts", str(prompts))
     flags = ("--num-images", "3", "--sampler", "ddim", "--eta", "1", "--seed", "5")
     assert run(folder, tmp_path / "a", *flags, "--grid", prompt=source) == 0
-    assert "6 pictures in" in capsys.readouterr().out
+    assert "6 images in" in capsys.readouterr().out
     names = [f"x-{i}_{k}.png" for i in (1, 2) for k in range(3)]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["grid.png", *names]
     assert run(folder, tmp_path / "b", *flags, "--batch-size", "1", prompt=source) == 0
@@ -141,11 +153,69 @@ def test_bad_files_of_prompts(folder, tmp_path, capsys, content, message):
 
 
 def test_pictures_of_broken_weights_are_not_saved(folder, tmp_path, capsys):
-    from imagereward_jax.pipelines import load_pipeline
-
     pipeline, params = load_pipeline(folder)
     params["unet"]["conv_out"]["bias"] = np.full(4, np.nan, np.float32)
     pipeline.save(tmp_path / "broken", params)
     assert run(tmp_path / "broken", tmp_path / "out", "--guidance-scale", "1") == 1
     assert "not numbers" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_readme_draws_what_it_says(tmp_path, monkeypatch):
+    """Its command as it stands: the checker finds all four words in at least 3 of the 4 images."""
+    (command,) = re.findall(r"^python -m imagereward_jax\.generate (.+)$", README.read_text(), re.MULTILINE)
+    arguments = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 0
+    prompt, out = (arguments[arguments.index(flag) + 1] for flag in ("--prompt", "--out"))
+    images = [np.asarray(Image.open(path)) for path in sorted((tmp_path / out).iterdir())]
+    assert len(images) == 4
+    assert sum(fully_right(prompt, image) for image in images) >= 3
+
+
+def test_defaults_are_the_models_then_the_adapters(folder, tmp_path, capsys):
+    """The model's generation_config.json, that of the last --lora's folder, and flags over both; told in the PNG."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    write_generation(model, Generation("euler", 2, 1.0))
+    prompt = ["--model", str(model), "--prompt", "a red circle"]
+
+    def stated(out, *flags):
+        assert main([*prompt, "--out", str(tmp_path / out), *flags]) == 0
+        text = Image.open(tmp_path / out / "0_0.png").text
+        return text["sampler"], int(text["steps"]), float(text["guidance_scale"])
+
+    assert stated("a") == ("euler", 2, 1.0)
+    assert "euler, 2 steps, guidance scale 1" in capsys.readouterr().out
+    pipeline, _ = load_pipeline(folder)
+    adapted = pipeline.with_lora("unet", pipeline.lora_targets, rank=1, alpha=1.0)
+    own = {"unet": lora.init(adapted.networks["unet"], jax.random.key(0))}
+    options = {"rank": 1, "alpha": 1.0, "generation": Generation("ddim", 3, 1.0)}
+    adapters.write_adapter(tmp_path, adapted.networks, own, **options)
+    assert stated("b", "--lora", str(tmp_path)) == ("ddim", 3, 1.0)
+    assert stated("c", "--lora", str(tmp_path), "--steps", "1") == ("ddim", 1, 1.0)
+    assert main([*prompt, "--out", str(tmp_path / "d"), "--negative-prompt", "green"]) == 2
+    assert "--negative-prompt has no effect" in capsys.readouterr().err
+
+
+def test_an_orbax_folder_is_a_model(folder, tmp_path):
+    """What convert/from_diffusers.py wrote makes the very same image, and exports the same weights."""
+    pytest.importorskip("orbax.checkpoint")
+    pipeline, params = load_pipeline(folder)
+    networks = [
+        (name, pipeline._labelled_config(name), jax.tree.map(jax.numpy.asarray, params[name])) for name in params
+    ]
+    orbax.save_pipeline_checkpoint(
+        tmp_path / "orbax",
+        networks,
+        pipeline_class=pipeline.pipeline_class,
+        scheduler_config=pipeline.scheduler_config,
+        tokenizers=pipeline.tokenizer_folders,
+        generation=Generation("ddim", 3, 1.0),
+    )
+    assert run(folder, tmp_path / "a", "--guidance-scale", "1") == 0
+    assert main(["--model", str(tmp_path / "orbax"), "--prompt", "a red circle", "--out", str(tmp_path / "b")]) == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "a" / "0_0.png"), pixels(tmp_path / "b" / "0_0.png"))
+    opened = open_pipeline(tmp_path / "orbax")
+    assert opened.family == "sd1" and opened.generation == Generation("ddim", 3, 1.0)
+    opened.save(tmp_path / "back", {"vae": params["vae"]})
+    jax.tree.map(np.testing.assert_array_equal, load_pipeline(tmp_path / "back")[1], params)

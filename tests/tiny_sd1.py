@@ -54,10 +54,15 @@ def text_encoder(vocab_size):
     }
 
 
+def configs(vocab_size):
+    """config.json of every component."""
+    return {"unet": UNET, "vae": VAE, "text_encoder": text_encoder(vocab_size)}
+
+
 def make(folder, scheduler=SCHEDULER):
     """(pipeline, params): random weights of unit gain. The tokenizer's files are written into `folder`."""
     vocab_size = write_clip_tokenizer(folder)
-    pipeline = StableDiffusion1.from_configs(UNET, VAE, text_encoder(vocab_size), scheduler, folder)
+    pipeline = StableDiffusion1.from_configs(configs(vocab_size), scheduler, folder)
     return pipeline, random_params(pipeline)
 
 
@@ -65,13 +70,12 @@ def make_one_level(folder):
     """As `make`, of one level of blocks, so that the VAE halves nothing: it compiles in half the time."""
     unet = {"block_out_channels": [16], "down_block_types": ["CrossAttnDownBlock2D"]}
     vae = {"block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"], "layers_per_block": 1}
-    pipeline = StableDiffusion1.from_configs(
-        UNET | unet | {"up_block_types": ["CrossAttnUpBlock2D"]},
-        VAE | vae | {"up_block_types": ["UpDecoderBlock2D"]},
-        text_encoder(write_clip_tokenizer(folder)),
-        SCHEDULER,
-        folder,
-    )
+    parts = {
+        "unet": UNET | unet | {"up_block_types": ["CrossAttnUpBlock2D"]},
+        "vae": VAE | vae | {"up_block_types": ["UpDecoderBlock2D"]},
+        "text_encoder": text_encoder(write_clip_tokenizer(folder)),
+    }
+    pipeline = StableDiffusion1.from_configs(parts, SCHEDULER, folder)
     return pipeline, random_params(pipeline)
 
 

@@ -71,7 +71,7 @@ def make(folder, scheduler=SCHEDULER, **options):
     """(pipeline, params): random weights of unit gain. The tokenizers' files are written into `folder`."""
     folder = Path(folder)
     first, second = text_encoders(write_tokenizers(folder))
-    pipeline = StableDiffusionXL.from_configs(
-        UNET, VAE, first, second, scheduler, folder / "tokenizer", folder / "tokenizer_2", **options
-    )
+    parts = {"unet": UNET, "vae": VAE, "text_encoder": first, "text_encoder_2": second}
+    tokenizers = {name: folder / name for name in ("tokenizer", "tokenizer_2")}
+    pipeline = StableDiffusionXL.from_configs(parts, scheduler, tokenizers, **options)
     return pipeline, tiny_sd1.random_params(pipeline)

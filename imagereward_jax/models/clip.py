@@ -42,6 +42,18 @@ _IGNORED = (
     "transformers_version",
 )
 
+# config.json of the encoders of Stable Diffusion 1.x and XL (its second), without what is default.
+VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+VIT_BIG_G = {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:

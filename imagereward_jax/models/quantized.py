@@ -29,17 +29,17 @@ KINDS = ("none", *DTYPES)
 KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
 
 
-def quantize(network, params, kind):
-    """`params` of an abstract UNet with every kernel of a `Linear` or `Conv`, but those of `KEPT`, as a `qwix.QArray`.
+def quantize(network, params, kind, kept=KEPT):
+    """`params` of an abstract UNet with every kernel of a `Linear` or `Conv`, but those of `kept`, as a `qwix.QArray`.
 
     Each device quantises its own part of a weight, so that what is gathered later is one byte a weight.
 
     Args:
-        kind: "int8" or "fp8".
+        kind: "int8" or "fp8". kept: names of layers (or of what holds them) that stay as they are.
     """
     stacks, kernels = scanned_layers.depths(network), {}
     for path, layer in nnx.iter_modules(network):
-        if not isinstance(layer, LoRASlot) or set(path) & set(KEPT):
+        if not isinstance(layer, LoRASlot) or set(path) & set(kept):
             continue
         kernel = functools.reduce(operator.getitem, path, params)["kernel"]
         stacked = scanned_layers.numbered(path, stacks)[0][1] is not None

@@ -51,6 +51,22 @@ _FIXED = {
     "upcast_attention": (False, True, None),
 }
 
+# config.json of Stable Diffusion 1.x and XL, without what is default.
+SD1 = {"sample_size": 64, "cross_attention_dim": 768}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class UNet2DConditionConfig:

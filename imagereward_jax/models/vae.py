@@ -21,6 +21,16 @@ _FIXED = {
     "use_quant_conv": (True,),
 }
 
+# config.json of Stable Diffusion 1.x and XL, without what is default.
+SD1 = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 1024,
+}
+SDXL = SD1 | {"scaling_factor": 0.13025}
+
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:

@@ -4,8 +4,11 @@ The networks are kept as structure alone; their weights are an argument of every
 `{"unet": ..., "vae": ..., "text_encoder": ...}`, so that they can be cast, sharded, trained and frozen by the caller.
 """
 
+import copy
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,53 +18,73 @@ from flax import nnx
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.schedule import NoiseSchedule
 from imagereward_jax.models import lora, quantized
+from imagereward_jax.storage.folders import refuse_existing
 from imagereward_jax.weights import components, diffusers, mapping
+from imagereward_jax.weights.generation import Generation
+
+Params = dict[str, Any]
+Batch = dict[str, Any]
 
 
 class TextToImage:
-    """The parts of a text-to-image model; a family says how prompts are encoded and what the UNet is told.
+    """The parts of a text-to-image model; a family says how prompts are encoded and what the denoiser is told.
 
     Attributes:
         networks: maps each of `components` to an abstract module (structure and shapes only).
         configs: maps the same names to their config dataclasses.
         scheduler_config: the content of scheduler_config.json, from which samplers are made.
         schedule: the `NoiseSchedule` that the model was trained with.
-        tokenizers: a `transformers.CLIPTokenizer` for each text encoder.
+        tokenizers: the tokenizer of each text encoder, by the encoder's name.
         tokenizer_folders: the folders that they were read from, by the names of these folders in a diffusers folder.
+        generation: sampler, steps and guidance that suit the model.
+        source: the files that it was opened from (`weights.sources`); None for one without.
+        adapted: {network: names of its layers that `with_lora` adapted}.
         default_size: pixels of the square images that it was trained on.
         max_tokens: length that prompts are padded and cut to.
         vae_dtype: of the VAE's arithmetic, never float16, in which SDXL's overflows.
     """
 
-    family = None
-    components = ()
+    family: str
+    pipeline_class: str
+    # The class of each network, as model_index.json names it.
+    components: Mapping[str, str]
+    denoiser = "unet"
     # Text encoder to the folder of its tokenizer.
-    text_encoders = {}
-    # Whether the UNet is told the picture's original size and crop (`make_time_ids`).
+    text_encoders: Mapping[str, str]
+    # Whether the denoiser is told the image's original size and crop (`make_time_ids`).
     micro_conditioned = False
+    lora_targets = lora.ATTENTION
+    # Layers that `quantized` leaves as they are.
+    kept_precise = quantized.KEPT
 
     def __init__(
-        self, configs, scheduler_config, tokenizer_folders, *, dtype=jnp.float32, vae_dtype=None, remat="none"
-    ):
+        self, configs, scheduler_config, tokenizers, *, generation=None, source=None, dtype=jnp.float32,
+        vae_dtype=None, remat="none",
+    ):  # fmt: skip
         self._check_fit(configs)
         self.configs = configs
         self.scheduler_config = scheduler_config
         self.schedule = NoiseSchedule.from_config(scheduler_config)
-        self.default_size = configs["unet"].sample_size * configs["vae"].downsampling
-        self.tokenizer_folders = {name: Path(folder) for name, folder in tokenizer_folders.items()}
-        self.tokenizers = [self._open_tokenizer(encoder, name) for encoder, name in self.text_encoders.items()]
+        self.generation = generation or self.default_generation(scheduler_config)
+        self.source = source
+        self.adapted: dict[str, tuple[str, ...]] = {}
+        self.default_size = configs[self.denoiser].sample_size * configs["vae"].downsampling
+        self.tokenizer_folders = {name: Path(where) for name, where in tokenizers.items() if _is_path(where)}
+        self.tokenizers = {
+            encoder: self._open_tokenizer(encoder, tokenizers[name]) for encoder, name in self.text_encoders.items()
+        }
         self.max_tokens = self._common_length()
         dtype = jnp.dtype(dtype)  # layers compare it: a string would not be equal
         self.vae_dtype = _vae_dtype(dtype, vae_dtype)
         self._build = {
             name: functools.partial(
                 components.build_network,
-                name,
+                class_name,
                 configs[name],
                 dtype=self.vae_dtype if name == "vae" else dtype,
                 remat=remat,
             )
-            for name in self.components
+            for name, class_name in self.components.items()
         }
         self.networks = {
             name: mapping.abstract(lambda build=build: build(rngs=nnx.Rngs(0))) for name, build in self._build.items()
@@ -69,47 +92,36 @@ class TextToImage:
         self._graphdefs = {name: nnx.split(network)[0] for name, network in self.networks.items()}
 
     @classmethod
-    def load(cls, name_or_path, *, variant=None, prediction_type=None, **options):
-        """Opens a diffusers folder, a built-in model or one of the hub.
+    def from_configs(cls, configs: Mapping[str, dict], scheduler: dict, tokenizers: Any, **options) -> "TextToImage":
+        """A pipeline from the contents of its files.
 
         Args:
-            name_or_path: see `weights.hub.resolve_model`.
-            variant: which weight files, e.g. "fp16".
-            prediction_type: what the UNet predicts, where the folder's scheduler says otherwise.
-            options: dtype: of the arithmetic (default float32). vae_dtype: of the VAE's (default: the same, but
-                float32 for float16). remat: what is recomputed for gradients, see `models.remat`.
-
-        Returns:
-            (pipeline, params), params float32 numpy arrays.
+            configs: config.json by component.
+            scheduler: scheduler_config.json.
+            tokenizers: by the name of its folder in a diffusers folder, the folder to read, or a tokenizer; or one
+                folder that serves all text encoders.
+            options: `generation`, `source`, settings of the family, and: dtype, of the arithmetic (default float32).
+                vae_dtype, of the VAE's (default: the same, but float32 for float16). remat: see `models.remat`.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file, field or tensors that are absent or do not fit.
+            ValueError: naming a field that is not implemented, or parts that do not fit together.
+            FileNotFoundError: there is no tokenizer in one of the folders.
         """
-        folder = diffusers.resolve_pipeline(name_or_path, variant=variant)
-        parts = {name: diffusers.load_component(folder, name, variant=variant) for name in cls.components}
-        pipeline = cls(
-            {name: components.read_settings(name, config) for name, (config, _) in parts.items()},
-            override_prediction_type(diffusers.load_scheduler_config(folder), prediction_type),
-            {name: folder / name for name in cls.text_encoders.values()},
-            **cls.read_index(folder),
-            **options,
-        )
-        params = {
-            name: mapping.from_torch(pipeline.networks[name], tensors, what=str(folder / name), dtype=np.float32)
-            for name, (_, tensors) in parts.items()
-        }
-        return pipeline, params
+        settings = {name: components.read_settings(cls.components[name], config) for name, config in configs.items()}
+        if _is_path(tokenizers):
+            tokenizers = dict.fromkeys(cls.text_encoders.values(), tokenizers)
+        return cls(settings, scheduler, tokenizers, **options)
 
     @classmethod
-    def read_index(cls, folder):
-        """Arguments for the constructor that a folder's model_index.json holds."""
+    def default_generation(cls, scheduler_config: dict) -> Generation:
+        """Sampler, steps and guidance of a model whose files state none."""
+        return Generation()
+
+    def index_fields(self) -> dict[str, Any]:
+        """The settings that `save` writes to model_index.json beside the names of the parts."""
         return {}
 
-    def index_fields(self):
-        """What `save` writes to model_index.json beside the names of the parts."""
-        return {}
-
-    def init(self, key):
+    def init(self, key: jax.Array) -> Params:
         """Random float32 weights for training from scratch."""
         # Not jitted: initialisers compile once a shape, far sooner than as one program of some hundred random draws.
         keys = jax.random.split(key, len(self._build))
@@ -118,40 +130,71 @@ class TextToImage:
             for (name, build), network_key in zip(self._build.items(), keys)
         }
 
-    def abstract_params(self):
+    def abstract_params(self) -> Params:
         """The weights as `jax.ShapeDtypeStruct`."""
         return {name: mapping.params_of(network) for name, network in self.networks.items()}
 
-    def add_lora(self, name, targets, **options):
-        """Gives the network `name` low-rank parameters, which `params[name]` holds beside the others from then on.
+    def load_params(self, target: Params | None = None) -> Params:
+        """Reads the weights that the pipeline was opened with.
 
         Args:
-            targets, options: as for `models.lora.attach`, which this returns the names of.
+            target: by component, a nested dict of `jax.ShapeDtypeStruct` as `abstract_params` gives them: the dtypes to
+                hold the weights in, and perhaps shardings, for jax arrays of which each device reads its own part.
+                Components that are left out are not read. None: float32 numpy arrays of everything.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file or tensors that are absent or do not fit, or the pipeline has
+                no files.
         """
-        names = lora.attach(self.networks[name], targets, **options)
-        self._graphdefs[name] = nnx.split(self.networks[name])[0]
-        return names
+        source = self._files()
+        target = self.abstract_params() if target is None else target
+        return {name: source.load(name, self.networks[name], part) for name, part in target.items()}
 
-    def tokenize(self, prompts):
-        """Token ids of a list of prompts, padded and cut to `max_tokens`: int32, prompts first."""
+    def with_lora(self, name: str, targets: str, **options) -> "TextToImage":
+        """A pipeline whose network `name` has low-rank parameters, which `params[name]` holds beside the others.
+
+        This pipeline stays as it is: it computes without the adapter from the same weights.
+
+        Args:
+            targets, options: as for `models.lora.attach`. The adapted layers are in `adapted` of the result.
+
+        Raises:
+            ValueError: as `models.lora.attach`.
+        """
+        network = nnx.clone(self.networks[name])
+        names = lora.attach(network, targets, **options)
+        adapted = copy.copy(self)
+        adapted.adapted = {**self.adapted, name: tuple(names)}
+        adapted.networks = {**self.networks, name: network}
+        adapted._graphdefs = {**self._graphdefs, name: nnx.split(network)[0]}
+        return adapted
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Token ids of prompts by text encoder, each int32 [B, L], padded and cut to `max_tokens`."""
+        return {
+            encoder: encode_ids(tokenizer, prompts, self.max_tokens) for encoder, tokenizer in self.tokenizers.items()
+        }
+
+    def encode_prompts(self, params: Params, ids: dict[str, jax.Array]) -> Batch:
+        """The conditions of the denoiser, a dict of arrays [B, ...], for the ids that `tokenize` gave."""
         raise NotImplementedError
 
-    def encode_prompts(self, params, ids):
-        """What the UNet is conditioned on, a dict of arrays [B, ...], for what `tokenize` gave."""
+    def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, cond: Batch) -> jax.Array:
+        """The denoiser's output [B, h, w, c] without guidance; timesteps: [B]."""
         raise NotImplementedError
 
-    def _predict(self, params, latents, timesteps, cond):
-        """The UNet's output without guidance."""
-        raise NotImplementedError
+    def rows(self, cond: Batch) -> int:
+        """How many prompts `encode_prompts` gave these conditions for."""
+        return jax.tree.leaves(cond)[0].shape[0]
 
-    def cut_off(self, prompt):
+    def cut_off(self, prompt: str) -> str:
         """The end of a prompt that `tokenize` leaves out because it is too long; "" if nothing is."""
-        tokenizer = self.tokenizers[0]
+        tokenizer = next(iter(self.tokenizers.values()))
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return tokenizer.decode(ids[self.max_tokens - 2 :]).strip()
 
-    def denoise(self, params, latents, timesteps, cond, negative_cond=None, guidance_scale=1.0):
-        """The UNet's output, float32 [B, h, w, c].
+    def denoise(self, params, latents, timesteps, cond, negative_cond=None, guidance_scale=1.0) -> jax.Array:
+        """The denoiser's output, float32 [B, h, w, c].
 
         Args:
             latents: [B, h, w, c], a sampler's `model_input`.
@@ -163,40 +206,49 @@ class TextToImage:
         """
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), latents.shape[:1])
         if negative_cond is None:
-            return self._predict(params, latents, timesteps, cond)
+            return self.predict(params, latents, timesteps, cond)
         conds = jax.tree.map(lambda *parts: jnp.concatenate(parts), negative_cond, cond)
-        both = self._predict(params, jnp.concatenate([latents] * 2), jnp.concatenate([timesteps] * 2), conds)
+        both = self.predict(params, jnp.concatenate([latents] * 2), jnp.concatenate([timesteps] * 2), conds)
         negative, positive = jnp.split(both, 2)
         return negative + guidance_scale * (positive - negative)
 
-    def quantized(self, params, kind):
-        """`params` for `denoise` without gradient: the UNet's kernels in "int8" or "fp8" (`models.quantized`), or, with
-        "none", all as they are."""
+    def denoiser_for(self, cond, negative_cond=None, guidance_scale=1.0) -> Callable[..., jax.Array]:
+        """(params, latents, timesteps, step) -> output, as `rollout` calls it; arguments as for `denoise`."""
+
+        def denoise(params, latents, timesteps, step):
+            return self.denoise(params, latents, timesteps, cond, negative_cond, guidance_scale)
+
+        return denoise
+
+    def quantized(self, params: Params, kind: str) -> Params:
+        """`params` for `denoise` without gradient: the denoiser's kernels in "int8" or "fp8" (`models.quantized`), or,
+        with "none", all as they are."""
         if kind == "none":
             return params
-        return {**params, "unet": quantized.quantize(self.networks["unet"], params["unet"], kind)}
+        name = self.denoiser
+        return {**params, name: quantized.quantize(self.networks[name], params[name], kind, self.kept_precise)}
 
-    def decode(self, params, latents):
+    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Images float32 [B, H, W, 3], about in [0, 1] and not clipped, from scaled latents."""
         config = self.configs["vae"]
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return self._network("vae", params).decode(latents) * 0.5 + 0.5
 
-    def encode(self, params, images, key):
+    def encode(self, params: Params, images: jax.Array, key: jax.Array) -> jax.Array:
         """Scaled latents float32 [B, h, w, c], sampled, from images [B, H, W, 3] in [0, 1]."""
         return self.draw_latents(*self.encode_moments(params, images), key)
 
-    def encode_moments(self, params, images):
+    def encode_moments(self, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance, float32 [B, h, w, c], of the latents of images [B, H, W, 3] in [0, 1], not scaled."""
         return self._network("vae", params).encode(images * 2.0 - 1.0)
 
-    def draw_latents(self, mean, logvar, key):
-        """Scaled latents [B, h, w, c] drawn from what `encode_moments` gave."""
+    def draw_latents(self, mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
+        """Scaled latents [B, h, w, c] drawn from the moments that `encode_moments` gave."""
         config = self.configs["vae"]
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of this size; ValueError if the size is not divisible."""
         step = self.configs["vae"].downsampling
         for name, pixels in (("height", height), ("width", width)):
@@ -205,63 +257,103 @@ class TextToImage:
                 raise ValueError(f"{name}={pixels} should be a positive multiple of {step}, for example {near}")
         return height // step, width // step, self.configs["vae"].latent_channels
 
-    def sample(self, params, ids, negative_ids, noise, *, sampler, guidance_scale=1.0, key=None):
+    def sample(self, params, cond, negative_cond, noise, *, sampler, guidance_scale=1.0, key=None) -> jax.Array:
         """Images from noise, float32 [B, H, W, 3] in [0, 1]. Pure: jit it outside.
 
         Args:
-            ids: from `tokenize`, of the prompts.
-            negative_ids: the same of what to stay away from; None for no guidance.
+            cond: from `encode_prompts`, or ids from `tokenize`, which are encoded here.
+            negative_cond: the same of prompts to stay away from; None for no guidance.
             noise: standard normal [B, h, w, c].
             sampler: a `diffusion.samplers.Sampler`.
             key: for stochastic samplers: [B] keys, one an image, so that an image does not depend on its batch.
         """
-        cond = self.encode_prompts(params, ids)
-        negative = None if negative_ids is None else self.encode_prompts(params, negative_ids)
-
-        def denoise(latents, timesteps):
-            return self.denoise(params, latents, timesteps, cond, negative, guidance_scale)
-
-        state = rollout(denoise, sampler, noise, key)
+        cond, negative = (self._encoded(params, given) for given in (cond, negative_cond))
+        denoise = self.denoiser_for(cond, negative, guidance_scale)
+        state = rollout(lambda latents, timesteps: denoise(params, latents, timesteps, None), sampler, noise, key)
         return jnp.clip(self.decode(params, state.latents), 0.0, 1.0)
 
-    def save(self, folder, params, *, overwrite=False):
-        """Writes the whole diffusers folder, which diffusers' pipeline of this family opens; whole or not at all.
+    def _encoded(self, params, given):
+        """Conditions, whether given as such, as ids by encoder or as None."""
+        return self.encode_prompts(params, given) if given is not None and set(given) == set(self.tokenizers) else given
+
+    def save(
+        self,
+        folder: str | Path,
+        params: Params,
+        *,
+        overwrite: bool = False,
+        generation: Generation | None = None,
+    ) -> None:
+        """Writes the whole diffusers folder, which diffusers' pipeline of this class opens; whole or not at all.
+
+        One component at a time is in memory. With several processes all have to call this; the first one writes.
+
+        Args:
+            params: by component; arrays may be sharded. Components that are left out are copied, to the bit, from the
+                files that the pipeline was opened from.
+            generation: how the model is meant to be sampled; None: as before.
 
         Raises:
             FileExistsError: `folder` is there and not empty, and `overwrite` is false.
+            ValueError: a component is neither in `params` nor in files.
         """
-        components = (
-            (name, (self.configs[name].to_dict(), mapping.to_torch(network, params[name])))
-            for name, network in self.networks.items()
-        )
+        if set(params) < set(self.components):
+            self._files()
+        if jax.process_index():
+            for name in params:
+                mapping.to_torch(self.networks[name], params[name])  # gathers what the first process writes
+            return
+        refuse_existing(folder, overwrite=overwrite, marker=diffusers.INDEX)
+        order = [*params, *(name for name in self.components if name not in params)]
         diffusers.save_pipeline(
             folder,
-            components,
+            ((name, (self._labelled_config(name), self._tensors(name, params))) for name in order),
+            pipeline_class=self.pipeline_class,
             scheduler_config=self.scheduler_config,
             tokenizers=self.tokenizer_folders,
-            index_fields=self.index_fields(),
+            fields=self.index_fields(),
+            generation=generation or self.generation,
             overwrite=overwrite,
         )
+
+    def _labelled_config(self, name):
+        return self.configs[name].to_dict() | components.label(self.components[name])
+
+    def _tensors(self, name, params):
+        """One network under PyTorch's names: from `params`, or else from the files."""
+        if name in params:
+            return mapping.to_torch(self.networks[name], params[name])
+        return self._files().tensors(name, self.networks[name])
+
+    def _files(self):
+        if self.source is None:
+            raise ValueError("this pipeline was made from sizes alone and has no files of weights; open a folder")
+        return self.source
 
     def _network(self, name, params):
         return nnx.merge(self._graphdefs[name], params[name])
 
-    def _open_tokenizer(self, encoder, name):
-        """The tokenizer in the folder `name`, checked against its text encoder."""
-        folder, vocab_size = self.tokenizer_folders[name], self.configs[encoder].vocab_size
-        tokenizer = load_tokenizer(folder)
+    def _open_tokenizer(self, encoder, given):
+        """A tokenizer, or the one in a folder, checked against its text encoder."""
+        tokenizer, vocab_size = load_tokenizer(given) if _is_path(given) else given, self.configs[encoder].vocab_size
         if len(tokenizer) > vocab_size:
-            raise ValueError(f"{folder}: {len(tokenizer)} tokens, but {encoder} knows only vocab_size={vocab_size}")
+            raise ValueError(f"{given}: {len(tokenizer)} tokens, but {encoder} knows only vocab_size={vocab_size}")
         return tokenizer
 
     def _common_length(self):
-        lengths = [tokenizer.model_max_length for tokenizer in self.tokenizers]
-        return min([*lengths, *(self.configs[encoder].max_position_embeddings for encoder in self.text_encoders)])
+        """The length of prompts; ValueError if the text encoders take different ones."""
+        lengths = {
+            self.text_encoders[encoder]: min(tokenizer.model_max_length, self.configs[encoder].max_position_embeddings)
+            for encoder, tokenizer in self.tokenizers.items()
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the text encoders take prompts of different lengths: {lengths}; expected one")
+        return next(iter(lengths.values()))
 
     @classmethod
     def _check_fit(cls, configs):
         """Refuses networks that cannot be put together, or belong to another family."""
-        unet, vae = configs["unet"], configs["vae"]
+        unet, vae = configs[cls.denoiser], configs["vae"]
         if not isinstance(unet.sample_size, int):
             raise ValueError(f"unet: sample_size={unet.sample_size!r} should be one number, the side of the latents")
         for name in ("in_channels", "out_channels"):
@@ -276,7 +368,7 @@ def make_time_ids(original_size, crop_top_left, target_size):
     """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): float32 [..., 6].
 
     Args:
-        original_size: (height, width) [..., 2] of the picture before it was resized.
+        original_size: (height, width) [..., 2] of the image before it was resized.
         crop_top_left: (top, left) [..., 2] of the crop, in the resized picture.
         target_size: (height, width) [..., 2] of the crop.
     """
@@ -311,6 +403,10 @@ def encode_ids(tokenizer, prompts, length):
     """Token ids int32 [B, length] of a list of prompts, padded and cut."""
     encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
     return np.asarray(encoded["input_ids"], np.int32).reshape(-1, length)
+
+
+def _is_path(given):
+    return isinstance(given, str | Path)
 
 
 def _vae_dtype(dtype, vae_dtype):

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagereward_jax.rewards import preprocess
+from imagereward_jax.weights import mapping
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -240,6 +241,11 @@ def cast_params(params, dtype):
         return array.astype(dtype if narrow else jnp.float32)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def held_params(module, dtype):
+    """The parameters of an abstract network as `jax.ShapeDtypeStruct`, in the dtypes that `cast_params` gives them."""
+    return jax.eval_shape(lambda params: cast_params(params, named_dtype(dtype)), mapping.params_of(module))
 
 
 def named_dtype(dtype):

@@ -7,10 +7,8 @@ import os
 import warnings
 from pathlib import Path
 
-import numpy as np
-
 from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig
-from imagereward_jax.rewards.base import named_dtype
+from imagereward_jax.rewards.base import held_params, named_dtype
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, VOCAB_FILE, WEIGHTS_FILE, ImageReward, abstract_module
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, hub, mapping
@@ -194,5 +192,7 @@ def _load_folder(folder, tokenizer, options):
 
 def _build(config, tensors, path, tokenizer, options):
     module = abstract_module(config, named_dtype(options["dtype"]))
-    params = mapping.from_torch(module, tensors, what=str(path), ignore=IGNORED_KEYS, dtype=np.float32)
+    params = mapping.from_torch(
+        module, tensors, what=str(path), ignore=IGNORED_KEYS, target=held_params(module, options["dtype"])
+    )
     return ImageReward(config, params, tokenizer, **options)

@@ -5,14 +5,13 @@ import difflib
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from flax import nnx
 
 from imagereward_jax.models.blip import RewardHead
 from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig
 from imagereward_jax.models.clip import CLIPTextConfig
 from imagereward_jax.models.clip_score import CLIPConfig, CLIPVisionConfig
-from imagereward_jax.rewards.base import named_dtype
+from imagereward_jax.rewards.base import held_params, named_dtype
 from imagereward_jax.rewards.blip import BlipScore
 from imagereward_jax.rewards.checkpoint import (
     DEFAULT_ROOT,
@@ -125,7 +124,8 @@ def _load_blip(path, vocab, root, options):
     tokenizer = PromptTokenizer.from_file(vocab or find_vocab_near(path.parent), config.max_prompt_tokens)
     module = BlipScore.abstract(config, named_dtype(options["dtype"]))
     tensors = _read(path, root)
-    params = mapping.from_torch(module, tensors, what=str(path), ignore=(*IGNORED_KEYS, *BLIP_UNUSED), dtype=np.float32)
+    ignore, target = (*IGNORED_KEYS, *BLIP_UNUSED), held_params(module, options["dtype"])
+    params = mapping.from_torch(module, tensors, what=str(path), ignore=ignore, target=target)
     return BlipScore(config, params, tokenizer, **options)
 
 
@@ -163,7 +163,8 @@ def _load_clip(name, path, head, vocab, root, options):
         tokenizer = CLIPPromptTokenizer(vocab or _clip_vocab_near(path), config.text.max_position_embeddings)
     module = published.score.abstract(config, named_dtype(options["dtype"]))
     what = f"{path} with {head}" if name == "Aesthetic" else str(path)
-    params = mapping.from_torch(module, tensors, what=what, ignore=ignore, dtype=np.float32)
+    target = held_params(module, options["dtype"])
+    params = mapping.from_torch(module, tensors, what=what, ignore=ignore, target=target)
     return published.score(config, params, tokenizer, **options)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from imagereward_jax.models.lora import LoRAParam
 from imagereward_jax.weights import files, hub, mapping
+from imagereward_jax.weights import generation as generation_file
 from imagereward_jax.weights.adapter_names import layer_aliases, parse_key
 from imagereward_jax.weights.files import WeightsError
 
@@ -213,7 +214,13 @@ def low_rank_params(network, layers, *, rank, alpha, what):
     return mapping.from_torch(network, tensors, what=what, dtype=np.float32, kind=LoRAParam)
 
 
-def write_adapter(folder, networks, params, *, rank, alpha, dtype=np.float32):
+def read_generation(name_or_path):
+    """The `Generation` beside an adapter's file; None if there is none (on the hub, none is looked for)."""
+    path = Path(str(name_or_path)).expanduser()
+    return generation_file.read_generation(path if path.is_dir() else path.parent) if path.exists() else None
+
+
+def write_adapter(folder, networks, params, *, rank, alpha, dtype=np.float32, generation=None):
     """Writes `folder`/pytorch_lora_weights.safetensors, which diffusers' `load_lora_weights(folder)` loads.
 
     The settings that PEFT builds its layers from (rank, alpha, layers) are in the header, as diffusers keeps them.
@@ -221,6 +228,7 @@ def write_adapter(folder, networks, params, *, rank, alpha, dtype=np.float32):
     Args:
         networks: adapted networks by name. params: their low-rank parameters, by the same names.
         rank, alpha: of all layers. dtype: of the tensors in the file.
+        generation: a `Generation` to state beside it, or None.
 
     Raises:
         WeightsError: it could not be written, or overflows in `dtype`.
@@ -233,3 +241,5 @@ def write_adapter(folder, networks, params, *, rank, alpha, dtype=np.float32):
         settings |= {f"{name}.r": rank, f"{name}.lora_alpha": alpha, f"{name}.target_modules": targets}
     header = {"format": "pt", _METADATA: json.dumps(settings, indent=2, sort_keys=True)}
     files.write_safetensors(Path(folder) / FILE, files.cast(tensors, dtype, what=str(folder)), header)
+    if generation is not None:
+        generation_file.write_generation(folder, generation)

@@ -1,4 +1,6 @@
-"""Which network reads which component of a pipeline."""
+"""The networks that pipelines are made of, by the class that model_index.json names."""
+
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -6,16 +8,67 @@ from flax import nnx
 from imagereward_jax.models import clip, unet, vae
 from imagereward_jax.weights import mapping
 
-_NETWORKS = {
-    "unet": (unet.UNet2DConditionConfig, unet.UNet2DConditionModel),
-    "vae": (vae.AutoencoderKLConfig, vae.AutoencoderKL),
-    "text_encoder": (clip.CLIPTextConfig, clip.CLIPTextModel),
-    "text_encoder_2": (clip.CLIPTextConfig, clip.CLIPTextModelWithProjection),
+
+class Component(NamedTuple):
+    """One class of network: what reads its config.json, what builds it, and whose class it is.
+
+    remat: whether it takes `remat` (text encoders, through which no gradient flows, do not).
+    """
+
+    config: type
+    network: type
+    library: str
+    remat: bool = False
+
+
+COMPONENTS = {
+    "UNet2DConditionModel": Component(unet.UNet2DConditionConfig, unet.UNet2DConditionModel, "diffusers", remat=True),
+    "AutoencoderKL": Component(vae.AutoencoderKLConfig, vae.AutoencoderKL, "diffusers", remat=True),
+    "CLIPTextModel": Component(clip.CLIPTextConfig, clip.CLIPTextModel, "transformers"),
+    "CLIPTextModelWithProjection": Component(clip.CLIPTextConfig, clip.CLIPTextModelWithProjection, "transformers"),
 }
 
 
-def read_settings(name, config):
-    """The config dataclass of a component: "unet", "vae", "text_encoder" or "text_encoder_2".
+def is_component(class_name: Any) -> bool:
+    """Whether a class is one of the table; its Flax version is the same network."""
+    return str(class_name).removeprefix("Flax") in COMPONENTS
+
+
+def torch_class(class_name: str, what: str) -> str:
+    """The PyTorch name of a class, under which the table has it.
+
+    Args:
+        what: how an error names where the class was read.
+
+    Raises:
+        ValueError: the class is not implemented.
+    """
+    if not is_component(class_name):
+        raise ValueError(f"{what}: the class {class_name!r} is not implemented, only {', '.join(COMPONENTS)}")
+    return class_name.removeprefix("Flax")
+
+
+def class_of(config: dict, what: str) -> str:
+    """The class that a config.json states: `_class_name` of diffusers, `architectures` of transformers.
+
+    Raises:
+        ValueError: it states none, or one that is not implemented.
+    """
+    name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    if name is None:
+        raise ValueError(f"{what}: config.json states no class; expected _class_name or architectures")
+    return torch_class(name, what)
+
+
+def label(class_name: str) -> dict[str, Any]:
+    """The fields of config.json that state the class."""
+    if COMPONENTS[class_name].library == "diffusers":
+        return {"_class_name": class_name}
+    return {"architectures": [class_name]}
+
+
+def read_settings(class_name: str, config: dict) -> Any:
+    """The config dataclass of a network.
 
     Args:
         config: the content of its config.json.
@@ -23,28 +76,28 @@ def read_settings(name, config):
     Raises:
         ValueError: a setting that is not implemented.
     """
-    return _NETWORKS[name][0].from_dict(config)
+    return COMPONENTS[class_name].config.from_dict(config)
 
 
-def build_network(name, settings, *, rngs, dtype=jnp.float32, remat="none"):
-    """The network of a component with random weights.
+def build_network(class_name: str, settings: Any, *, rngs: nnx.Rngs, dtype=jnp.float32, remat="none") -> nnx.Module:
+    """A network with random weights.
 
     Args:
-        settings: from `read_settings`. rngs: `nnx.Rngs`.
-        dtype: of the arithmetic. remat: see `models.remat`; text encoders, through which no gradient goes, have none.
+        settings: from `read_settings`. dtype: of the arithmetic. remat: see `models.remat`.
     """
-    options = {"remat": remat} if name in ("unet", "vae") else {}
-    return _NETWORKS[name][1](settings, dtype=dtype, rngs=rngs, **options)
+    component = COMPONENTS[class_name]
+    options = {"remat": remat} if component.remat else {}
+    return component.network(settings, dtype=dtype, rngs=rngs, **options)
 
 
-def abstract_network(name, config):
-    """The network of a component, with shapes instead of arrays.
+def abstract_network(class_name: str, config: dict) -> nnx.Module:
+    """A network with shapes instead of arrays.
 
     Args:
-        name, config: as for `read_settings`.
+        class_name, config: as for `read_settings`.
 
     Raises:
         ValueError: a setting that is not implemented.
     """
-    settings = read_settings(name, config)
-    return mapping.abstract(lambda: build_network(name, settings, rngs=nnx.Rngs(0)))
+    settings = read_settings(class_name, config)
+    return mapping.abstract(lambda: build_network(class_name, settings, rngs=nnx.Rngs(0)))

@@ -9,27 +9,69 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from imagereward_jax.storage.folders import new_folder
-from imagereward_jax.weights import hub
+from imagereward_jax.weights import components, hub
 from imagereward_jax.weights.files import WeightsError, read_json, read_tensors, write_safetensors
+from imagereward_jax.weights.generation import write_generation
 
 INDEX = "model_index.json"
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-
-# What model_index.json calls each part: (library, class).
-_CLASSES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "tokenizer_2": ("transformers", "CLIPTokenizer"),
-}
+_TOKENIZER = ("transformers", "CLIPTokenizer")
+# What the classes of pipelines take beside their parts: defaults that are written, and names that are read.
+_NO_SAFETY_CHECKER = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
+_WRITTEN_FIELDS = {"StableDiffusionPipeline": {"requires_safety_checker": False} | _NO_SAFETY_CHECKER}
+_READ_FIELDS = ("force_zeros_for_empty_prompt",)
+# Files of a hub's repository without which no pipeline is opened.
+_STRUCTURE = [INDEX, "generation_config.json", "*/config.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
 # Settings that only diffusers' Flax models have, none of which changes what a network computes.
 _FLAX_ONLY = ("dtype", "use_memory_efficient_attention", "split_head_dim")
+
+
+class Index(NamedTuple):
+    """What a folder's model_index.json states.
+
+    Attributes:
+        pipeline_class: the class of the pipeline, or None.
+        classes: the class of each network that this package reads, by component, under PyTorch's name.
+        fields: settings of the pipeline beside its parts.
+    """
+
+    pipeline_class: str | None
+    classes: dict
+    fields: dict
+
+
+def read_index(folder):
+    """The `Index` of a diffusers folder.
+
+    Raises:
+        FileNotFoundError: there is no model_index.json. WeightsError: it is broken.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no {INDEX}; expected a folder that diffusers saved")
+    index = read_json(path)
+    parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    classes = {
+        name: components.torch_class(kind, str(path)) for name, kind in parts.items() if components.is_component(kind)
+    }
+    fields = {name: index[name] for name in _READ_FIELDS if name in index}
+    return Index(index.get("_class_name"), classes, fields)
+
+
+def resolve_structure(name_or_path, *, cache_dir=None):
+    """The folder of a pipeline; from the hub, its settings and tokenizers are downloaded, no weights.
+
+    Args:
+        name_or_path, cache_dir: as for `hub.resolve_model`.
+
+    Raises:
+        hub.ModelNotFound: there is no such model, or the hub cannot be reached.
+    """
+    return hub.resolve_model(name_or_path, allow_patterns=_STRUCTURE, cache_dir=cache_dir)
 
 
 def resolve_pipeline(name_or_path, *, variant=None, cache_dir=None):
@@ -41,22 +83,42 @@ def resolve_pipeline(name_or_path, *, variant=None, cache_dir=None):
 
     Raises:
         hub.ModelNotFound: there is no such model, or the hub cannot be reached.
+        FileNotFoundError: it has no model_index.json.
     """
-    patterns = [INDEX, "*/config.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
-    folder = hub.resolve_model(name_or_path, allow_patterns=patterns, cache_dir=cache_dir)
+    folder = resolve_structure(name_or_path, cache_dir=cache_dir)
     if Path(str(name_or_path)).expanduser().is_dir() or name_or_path in hub.builtin_models():
         return folder
-    wanted = [name for name in COMPONENTS if (folder / name / "config.json").is_file()]
+    wanted = [name for name in read_index(folder).classes if (folder / name / "config.json").is_file()]
     for kind in ("safetensors", "bin", "msgpack"):
         files = [f"{name}/{file}" for name in wanted for file in _file_patterns(name, kind, variant)]
-        folder = hub.resolve_model(name_or_path, allow_patterns=patterns + files, cache_dir=cache_dir)
+        folder = hub.resolve_model(name_or_path, allow_patterns=_STRUCTURE + files, cache_dir=cache_dir)
         wanted = [name for name in wanted if _find_weights(folder / name, name, variant) is None]
         if not wanted:
             break
     return folder
 
 
-def load_component(folder, name, *, variant=None):
+def load_config(folder, name):
+    """The content of a component's config.json; a diffusers network's without the fields of Flax models alone.
+
+    Raises:
+        FileNotFoundError: the folder, component or file is absent; the message says what is there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    part = folder / name
+    if not part.is_dir():
+        raise FileNotFoundError(f"{part}: no such folder; {folder} has {_listing(folder, Path.is_dir)}")
+    config = read_json(part / "config.json")
+    return _without_flax_fields(config) if "_class_name" in config else config
+
+
+def _without_flax_fields(config):
+    return {key: value for key, value in config.items() if key not in _FLAX_ONLY}
+
+
+def load_component(folder, name, *, variant=None, read=read_tensors):
     """One network's settings and weights from a diffusers folder.
 
     Args:
@@ -64,6 +126,7 @@ def load_component(folder, name, *, variant=None):
         name: the component: "unet", "vae", "text_encoder" or "text_encoder_2".
         variant: which set of files, e.g. "fp16" for `diffusion_pytorch_model.fp16.safetensors`; None takes the plain
             ones. Of several formats the first of safetensors, .bin and msgpack is read.
+        read: what reads a file of tensors: `files.read_tensors`, or `files.open_tensors` to read each when needed.
 
     Returns:
         (config, tensors): the content of config.json, and numpy arrays by the key of today's PyTorch checkpoints
@@ -73,46 +136,19 @@ def load_component(folder, name, *, variant=None):
         FileNotFoundError: the folder, component or file is absent; the message says what is there.
         WeightsError: a file is broken.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    part = folder / name
-    if not part.is_dir():
-        raise FileNotFoundError(f"{part}: no such folder; {folder} has {_listing(folder, Path.is_dir)}")
-    config = read_json(part / "config.json")
+    config, part = load_config(folder, name), Path(folder) / name
     path = _find_weights(part, name, variant)
     if path is None:
         raise FileNotFoundError(_nothing_found(part, name, variant))
-    tensors = _read_shards(path) if path.suffix == ".json" else read_tensors(path)
+    tensors = _read_shards(path, read) if path.suffix == ".json" else read(path)
     if path.suffix == ".msgpack":
-        tensors = flax_to_torch(tensors)
-        config = {key: value for key, value in config.items() if key not in _FLAX_ONLY}
+        tensors, config = flax_to_torch(tensors), _without_flax_fields(config)
     return config, modern_names(name, tensors)
-
-
-def components_of(folder):
-    """Names of the networks in a diffusers folder that this package reads.
-
-    Raises:
-        FileNotFoundError: one that every pipeline has is absent.
-    """
-    folder = Path(folder)
-    for name in ("unet", "vae", "text_encoder"):
-        if not (folder / name).is_dir():
-            raise FileNotFoundError(f"{folder / name}: no such folder; {folder} has {_listing(folder, Path.is_dir)}")
-    return [name for name in COMPONENTS if (folder / name).is_dir()]
 
 
 def tokenizers_of(folder):
     """The tokenizers' folders in a diffusers folder, by name."""
     return {name: Path(folder) / name for name in ("tokenizer", "tokenizer_2") if (Path(folder) / name).is_dir()}
-
-
-def load_index_fields(folder):
-    """What a folder's model_index.json, where there is one, says beside the parts: settings of the XL pipeline."""
-    path = Path(folder) / INDEX
-    index = read_json(path) if path.is_file() else {}
-    return {name: index[name] for name in ("force_zeros_for_empty_prompt",) if name in index}
 
 
 def load_scheduler_config(folder):
@@ -124,67 +160,57 @@ def save_component(folder, name, config, tensors, *, overwrite=False):
     """Writes one network, its config.json and one safetensors file, as `folder/name`, whole or not at all.
 
     Args:
-        tensors: arrays by PyTorch key. config: the content of config.json; its class is filled in.
+        tensors: arrays by PyTorch key. config: the content of config.json; it states the class.
 
     Raises:
         FileExistsError: `folder/name` is there and not empty, and `overwrite` is false.
+        ValueError: config states no class that is implemented.
         WeightsError: it could not be written.
     """
-    library, class_name = _CLASSES[name]
-    label = {"_class_name": class_name} if library == "diffusers" else {"architectures": [class_name]}
+    label = components.label(components.class_of(config, name))
     with new_folder(Path(folder) / name, overwrite=overwrite, marker="config.json") as partial:
         _write_json(partial / "config.json", config | label)
         write_safetensors(partial / f"{_stem(name, 'safetensors')}.safetensors", tensors)
 
 
-def save_pipeline_index(folder, *, scheduler_config, tokenizers, index_fields=None):
-    """Writes what is beside the networks: model_index.json, the scheduler's settings and the tokenizers' files.
-
-    Call it last: the networks that `folder` holds by then go into model_index.json.
-
-    Args:
-        scheduler_config: the content of scheduler_config.json; its `_class_name` says how diffusers samples.
-        tokenizers: folder to copy by name, e.g. {"tokenizer": path}.
-        index_fields: what the pipeline's class takes beside its parts, e.g. {"force_zeros_for_empty_prompt": True}.
-
-    Raises:
-        ValueError: the scheduler's class is not said. FileNotFoundError: a tokenizer folder is absent.
-    """
-    folder = Path(folder)
-    if "_class_name" not in scheduler_config:
-        raise ValueError("scheduler config: no _class_name; diffusers needs one, e.g. 'DDIMScheduler'")
-    for name, source in tokenizers.items():
-        copy_files(Path(source), folder / name)
-    (folder / "scheduler").mkdir(exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
-    parts = {name: _CLASSES[name] for name in _CLASSES if (folder / name).is_dir()}
-    parts["scheduler"] = ("diffusers", scheduler_config["_class_name"])
-    index = {"_class_name": "StableDiffusionXLPipeline"}
-    if "text_encoder_2" not in parts:
-        absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
-        index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False} | absent
-    _write_json(folder / INDEX, index | (index_fields or {}) | parts)
-
-
-def save_pipeline(folder, components, *, scheduler_config, tokenizers, index_fields=None, overwrite=False):
+def save_pipeline(
+    folder, networks, *, pipeline_class, scheduler_config, tokenizers, fields=None, generation=None, overwrite=False
+):
     """Writes a whole diffusers folder, which appears whole or not at all.
 
     Args:
-        components: by name, (config, tensors) as `save_component` takes them; may be an iterator of
+        networks: by component, (config, tensors) as `save_component` takes them; may be an iterator of
             (name, (config, tensors)), so that no more than one need be in memory.
-        scheduler_config, tokenizers, index_fields: as for `save_pipeline_index`.
+        pipeline_class: the class that diffusers opens the folder with.
+        scheduler_config: the content of scheduler_config.json; its `_class_name` says how diffusers samples.
+        tokenizers: folder to copy by name, e.g. {"tokenizer": path}.
+        fields: what the pipeline's class takes beside its parts, e.g. {"force_zeros_for_empty_prompt": True}.
+        generation: the `Generation` to state, or None.
 
     Raises:
         FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is no diffusers folder.
+        ValueError: the scheduler's class is not stated. FileNotFoundError: a tokenizer folder is absent.
         WeightsError: it could not be written.
     """
-    pairs = components.items() if isinstance(components, dict) else components
+    pairs = networks.items() if isinstance(networks, dict) else networks
     with new_folder(folder, overwrite=overwrite, marker=INDEX) as partial:
+        parts = {}
         for name, (config, tensors) in pairs:
             save_component(partial, name, config, tensors)
-        save_pipeline_index(
-            partial, scheduler_config=scheduler_config, tokenizers=tokenizers, index_fields=index_fields
-        )
+            class_name = components.class_of(config, name)
+            parts[name] = (components.COMPONENTS[class_name].library, class_name)
+        if "_class_name" not in scheduler_config:
+            raise ValueError("scheduler config: no _class_name; diffusers needs one, e.g. 'DDIMScheduler'")
+        for name, source in tokenizers.items():
+            copy_files(Path(source), partial / name)
+            parts[name] = _TOKENIZER
+        (partial / "scheduler").mkdir()
+        _write_json(partial / "scheduler" / "scheduler_config.json", scheduler_config)
+        parts["scheduler"] = ("diffusers", scheduler_config["_class_name"])
+        index = {"_class_name": pipeline_class} | _WRITTEN_FIELDS.get(pipeline_class, {}) | (fields or {})
+        _write_json(partial / INDEX, index | parts)
+        if generation is not None:
+            write_generation(partial, generation)
 
 
 def flax_to_torch(tensors):
@@ -228,7 +254,7 @@ def _modern_attention(key, array):
         return key, array
     prefix, layer, kind = match.groups()
     if array.ndim == 4 and array.shape[2:] == (1, 1):
-        array = array[:, :, 0, 0]
+        array = array.reshape(array.shape[:2])
     return f"{prefix}{modern.get(layer, layer)}.{kind}", array
 
 
@@ -271,7 +297,7 @@ def _nothing_found(part, name, variant):
     return f"{part}: no {wanted}; {found}"
 
 
-def _read_shards(index):
+def _read_shards(index, read):
     """Reads all files that an index names, and checks that each holds the tensors that it should."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -281,11 +307,11 @@ def _read_shards(index):
         path = index.parent / shard
         if Path(shard).name != shard or not path.is_file():
             raise FileNotFoundError(f"{path}: this file is named in {index.name} but is not there; fetch it again")
-        read = read_tensors(path)
-        absent = sorted(key for key, file in weight_map.items() if file == shard and key not in read)
+        found = read(path)
+        absent = sorted(key for key, file in weight_map.items() if file == shard and key not in found)
         if absent:
             raise WeightsError(f"{path}: lacks tensors that {index.name} says it holds: {', '.join(absent[:10])}")
-        tensors |= {key: array for key, array in read.items() if weight_map.get(key) == shard}
+        tensors |= {key: array for key, array in found.items() if weight_map.get(key) == shard}
     return tensors
 
 

@@ -4,6 +4,7 @@ Nothing that is read here can run code, and a file that is written appears whole
 """
 
 import json
+import math
 import os
 import pickle
 import struct
@@ -63,6 +64,49 @@ def read_tensors(path):
         raise WeightsError(f"{path}: cannot tell its format by its name; expected one of {', '.join(readers)}")
     _refuse_placeholders(path)
     return readers[path.suffix](path)
+
+
+class StoredTensor:
+    """A tensor of a `.safetensors` file, read when it is indexed; of that only what the index asks for.
+
+    Attributes: path, offset (of its first byte in the file), shape, dtype.
+    """
+
+    def __init__(self, path, offset, shape, dtype):
+        self.path, self.offset, self.shape, self.dtype = path, offset, tuple(shape), np.dtype(dtype)
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+    def reshape(self, shape):
+        """The same numbers in another shape, not read either."""
+        if math.prod(shape) != self.size:
+            raise ValueError(f"{self.path}: a tensor of shape {self.shape} has no shape {tuple(shape)}")
+        return StoredTensor(self.path, self.offset, shape, self.dtype)
+
+    def __getitem__(self, index):
+        if not self.size:
+            return np.empty(self.shape, self.dtype)[index]
+        # The map is gone when this returns: pages that were read do not stay in this process's memory.
+        data = np.memmap(self.path, np.uint8, "r", self.offset, (self.size * self.dtype.itemsize,))
+        return np.array(np.asarray(data).view(self.dtype).reshape(self.shape)[index])
+
+    def __array__(self, dtype=None, copy=None):
+        return self[...].astype(dtype or self.dtype, copy=False)
+
+
+def open_tensors(path):
+    """As `read_tensors`, but gives a `StoredTensor` for each tensor of a `.safetensors` file."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return read_tensors(path)
+    _refuse_placeholders(path)
+    return _open_safetensors(path)
 
 
 def read_metadata(path):
@@ -155,8 +199,8 @@ def _refuse_placeholders(path):
         raise WeightsError(f"{path}: holds a server's error message, not weights: {start.decode(errors='replace')}")
 
 
-def _read_safetensors(path):
-    """Maps the tensors of a file; the library checks the header, and that the file is as long as it says."""
+def _open_safetensors(path):
+    """The tensors of a file by name; the library checks the header, and that the file is as long as it says."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -168,21 +212,28 @@ def _read_safetensors(path):
         (header_size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(header_size))
     header.pop("__metadata__", None)
-    if path.stat().st_size == 8 + header_size:
-        data = np.empty(0, np.uint8)
-    else:
-        # Copy on write: whoever changes an array in place changes neither the file nor another reader's array.
-        data = np.memmap(path, np.uint8, mode="c", offset=8 + header_size)
-    return {name: _view(path, name, entry, data) for name, entry in header.items()}
+    return {name: _stored_tensor(path, name, entry, 8 + header_size) for name, entry in header.items()}
 
 
-def _view(path, name, entry, data):
-    """One tensor of a safetensors file as an array over the bytes `data` that follow the header."""
+def _stored_tensor(path, name, entry, start):
     if entry["dtype"] not in _SAFETENSORS_DTYPES:
         known = ", ".join(_SAFETENSORS_DTYPES)
         raise WeightsError(f"{path}: tensor {name!r} has dtype {entry['dtype']}; those that can be read are {known}")
-    begin, end = entry["data_offsets"]
-    return np.asarray(data[begin:end]).view(_SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    offset = start + entry["data_offsets"][0]
+    return StoredTensor(path, offset, entry["shape"], _SAFETENSORS_DTYPES[entry["dtype"]])
+
+
+def _read_safetensors(path):
+    """Maps the tensors of a file, copy on write: an array changed in place changes neither the file nor others."""
+    stored = _open_safetensors(path)
+    data = np.memmap(path, np.uint8, mode="c")
+    return {name: _view(tensor, data) for name, tensor in stored.items()}
+
+
+def _view(tensor, data):
+    """A `StoredTensor` as an array over the bytes `data` of its file."""
+    part = np.asarray(data[tensor.offset : tensor.offset + tensor.size * tensor.dtype.itemsize])
+    return part.view(tensor.dtype).reshape(tensor.shape)
 
 
 def _read_pickle(path):

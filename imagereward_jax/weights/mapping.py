@@ -4,6 +4,8 @@ A network's parameters are a nested dict (`nnx.to_pure_dict` of its state). Beca
 the PyTorch checkpoint, the path to a layer is its key there; the layer's class says the rest in `torch_names`.
 """
 
+import functools
+import operator
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -66,24 +68,39 @@ def torch_layout(module, kind=nnx.Param):
     return layout
 
 
-def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None, kind=nnx.Param):
-    """Parameters for `module` from PyTorch tensors.
+def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None, target=None, kind=nnx.Param):
+    """Parameters for `module` from PyTorch tensors, one at a time: no more than one beside the result is in memory.
 
     Args:
         module: the network, abstract or not; only its structure is used.
-        tensors: mapping of PyTorch key to array, with PyTorch's shapes.
+        tensors: mapping of PyTorch key to an array with PyTorch's shape, or to a `files.StoredTensor`, which is read
+            when it is needed, and only the part that is needed.
         what: how an error names the source (a file, a folder).
         ignore: regular expressions; matching keys of `tensors` are left out.
         dtype: converts floating-point tensors; None keeps each as it is.
+        target: nested dict of `jax.ShapeDtypeStruct`, as `params_of` gives for an abstract network: each parameter gets
+            the dtype of its leaf, and with a sharding becomes a jax array of which each device reads its own part.
+            Takes the place of `dtype`.
         kind: as for `torch_layout`.
 
     Returns:
-        The nested dict of numpy arrays that `nnx.merge` takes.
+        The nested dict that `nnx.merge` takes: numpy arrays, or jax arrays where `target` has a sharding.
 
     Raises:
         CheckpointMismatch: naming every missing, unexpected and misshapen key.
     """
     layout = torch_layout(module, kind)
+    _check_keys(layout, tensors, what, ignore)
+    params = {}
+    for path, leaves in _by_path(layout).items():
+        struct = None if target is None else functools.reduce(operator.getitem, path, target)
+        sources = [(leaf, tensors[key]) for key, leaf in leaves]
+        _put(params, path, _parameter(sources, dtype if struct is None else struct.dtype, struct))
+    return params
+
+
+def _check_keys(layout, tensors, what, ignore):
+    """Raises `CheckpointMismatch` unless `tensors` has just the keys and shapes of `layout`."""
     present = {key for key in tensors if not any(re.search(pattern, key) for pattern in ignore)}
     missing = sorted(layout.keys() - present)
     unexpected = sorted(present - layout.keys())
@@ -94,20 +111,56 @@ def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None, kin
     ]
     if missing or unexpected or misshapen:
         raise CheckpointMismatch(_describe(what, missing, unexpected, misshapen))
-    params, layers = {}, defaultdict(list)
+
+
+def _by_path(layout):
+    """{path: [(key, leaf), ...]}, the layers of a stack in order."""
+    paths = defaultdict(list)
     for key, leaf in layout.items():
-        array = np.asarray(tensors[key])
-        if dtype is not None and (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
-            array = array.astype(dtype)
-        if leaf.to_torch is not None:
-            array = array.transpose(np.argsort(leaf.to_torch))
-        if leaf.index is None:
-            _put(params, leaf.path, np.ascontiguousarray(array))
-        else:
-            layers[leaf.path].append(array)  # the layout counts the layers up
-    for path in list(layers):
-        _put(params, path, np.stack(layers.pop(path)))
-    return params
+        paths[leaf.path].append((key, leaf))
+    return paths
+
+
+def _parameter(sources, dtype, struct):
+    """One parameter from its tensor, or from those of a stack's layers: [(leaf, tensor), ...]."""
+    first = sources[0][0]
+    shape = first.shape if first.index is None else (len(sources), *first.shape)
+    if struct is None or struct.sharding is None:
+        return _read(sources, tuple(slice(0, size) for size in shape), dtype)
+    parts = {}
+
+    def part(index):
+        """The numbers at `index`; devices that hold the same share one array."""
+        index = tuple(slice(*axis.indices(size)) for axis, size in zip(index, shape))
+        where = tuple((axis.start, axis.stop) for axis in index)
+        if where not in parts:
+            parts[where] = _read(sources, index, dtype)
+        return parts[where]
+
+    return jax.make_array_from_callback(shape, struct.sharding, part)
+
+
+def _read(sources, index, dtype):
+    """The part of a parameter at `index`, slices along its axes, contiguous and converted."""
+    if sources[0][0].index is None:
+        return _read_tensor(*sources[0], index, dtype)
+    layers, rest = range(len(sources))[index[0]], index[1:]
+    if dtype is None:
+        return np.stack([_read_tensor(*sources[layer], rest, None) for layer in layers])
+    out = np.empty((len(layers), *(axis.stop - axis.start for axis in rest)), dtype)
+    for row, layer in enumerate(layers):
+        out[row] = _read_tensor(*sources[layer], rest, None)
+    return out
+
+
+def _read_tensor(leaf, tensor, index, dtype):
+    if leaf.to_torch is None:
+        array = np.asarray(tensor[index])
+    else:
+        array = np.asarray(tensor[tuple(index[axis] for axis in leaf.to_torch)]).transpose(np.argsort(leaf.to_torch))
+    if dtype is not None and (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
+        array = array.astype(dtype, copy=False)
+    return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def _put(tree, path, value):
@@ -117,15 +170,27 @@ def _put(tree, path, value):
 
 
 def to_torch(module, params, kind=nnx.Param):
-    """PyTorch tensors (numpy arrays by key) from the parameters of `module`; the inverse of `from_torch`."""
+    """PyTorch tensors (numpy arrays by key) from the parameters of `module`; the inverse of `from_torch`.
+
+    Parameters come to the host one after the other. Where other processes hold parts of one, every process has to call
+    this, and every process gets all tensors.
+    """
     tensors = {}
-    for key, leaf in torch_layout(module, kind).items():
-        node = params
-        for part in leaf.path:
-            node = node[part]
-        array = np.asarray(jax.device_get(node if leaf.index is None else node[leaf.index]))
-        tensors[key] = array if leaf.to_torch is None else np.ascontiguousarray(array.transpose(leaf.to_torch))
+    for path, leaves in _by_path(torch_layout(module, kind)).items():
+        whole = host_array(functools.reduce(operator.getitem, path, params))
+        for key, leaf in leaves:
+            array = whole if leaf.index is None else whole[leaf.index]
+            tensors[key] = array if leaf.to_torch is None else np.ascontiguousarray(array.transpose(leaf.to_torch))
     return tensors
+
+
+def host_array(array):
+    """An array on the host; all-gathered if other processes hold parts of it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 def _describe(what, missing, unexpected, misshapen):

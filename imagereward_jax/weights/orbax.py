@@ -1,6 +1,6 @@
 """Pipelines as Orbax checkpoints: parameters in Flax's layout, of which each device reads only its part.
 
-FOLDER/checkpoint.json   settings of every network and of the scheduler
+FOLDER/checkpoint.json   classes and settings of the pipeline, every network and the scheduler
 FOLDER/unet/, vae/, ...  one Orbax checkpoint a network
 FOLDER/tokenizer/, ...   the tokenizers' files
 """
@@ -17,22 +17,26 @@ from flax import traverse_util
 from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.weights.diffusers import copy_files
 from imagereward_jax.weights.files import WeightsError, read_json
+from imagereward_jax.weights.generation import write_generation
 from imagereward_jax.weights.mapping import CheckpointMismatch
 
 MANIFEST = "checkpoint.json"
-FORMAT = "imagereward-jax pipeline 2"
+FORMAT = "imagereward-jax pipeline 3"
 # Arrays are stored in pieces of at most this size, so that a device need not read much beyond its own part.
 _CHUNK_BYTES = 4 * 2**20
 
 
-def save_pipeline_checkpoint(folder, components, *, scheduler_config, tokenizers, index_fields=None, overwrite=False):
+def save_pipeline_checkpoint(
+    folder, networks, *, pipeline_class, scheduler_config, tokenizers, fields=None, generation=None, overwrite=False
+):
     """Writes a pipeline as an Orbax checkpoint, whole or not at all.
 
     Args:
-        components: iterable of (name, config.json's content, params), one read at a time, so that no more than one
+        networks: iterable of (name, config.json's content, params), one read at a time, so that no more than one
             network need be in memory. jax arrays are written with less memory than numpy arrays.
+        pipeline_class: as model_index.json names it.
         scheduler_config: the content of scheduler_config.json. tokenizers: folder to copy by name.
-        index_fields: settings of the pipeline, from `diffusers.load_index_fields`.
+        fields: settings of the pipeline, `diffusers.Index.fields`. generation: the `Generation` to state, or None.
 
     Raises:
         FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is no such checkpoint.
@@ -40,24 +44,28 @@ def save_pipeline_checkpoint(folder, components, *, scheduler_config, tokenizers
     """
     with new_folder(folder, overwrite=overwrite, marker=MANIFEST) as partial:
         configs = {}
-        for name, config, params in components:
+        for name, config, params in networks:
             _save_params(partial / name, params)
             configs[name] = config
         for name, source in tokenizers.items():
             copy_files(Path(source), partial / name)
+        if generation is not None:
+            write_generation(partial, generation)
         manifest = {
             "format": FORMAT,
+            "pipeline_class": pipeline_class,
             "components": configs,
             "scheduler": scheduler_config,
             "tokenizers": sorted(tokenizers),
-            "index_fields": index_fields or {},
+            "fields": fields or {},
             "bytes": {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder):
-    """What a checkpoint holds: a dict with "components" (config by name), "scheduler" and "tokenizers" (names).
+    """What a checkpoint holds: "pipeline_class", "components" (config by name), "scheduler", "tokenizers" (names) and
+    "fields" (settings of the pipeline).
 
     Raises:
         FileNotFoundError: `folder` is not there. WeightsError: it is no such checkpoint.
@@ -97,6 +105,20 @@ def load_pipeline_checkpoint(folder, abstract):
             raise WeightsError(f"{folder}: holds no {name!r}, only {', '.join(sorted(known))}")
         _refuse_damaged(Path(folder), name)
     return {name: _load_params(Path(folder).absolute() / name, tree) for name, tree in abstract.items()}
+
+
+def stored_params(folder, name):
+    """One network's parameters as `jax.ShapeDtypeStruct`, in the dtypes of the checkpoint.
+
+    Raises:
+        FileNotFoundError, WeightsError: as for `load_pipeline_checkpoint`.
+    """
+    import orbax.checkpoint as ocp
+
+    _refuse_damaged(Path(folder), name)
+    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(Path(folder).absolute() / name).item_metadata.tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
 def _save_params(path, params):

@@ -79,5 +79,13 @@ def pipeline_folder(torch_networks, tokenizer_folder, tmp_path_factory):
     for name, network in torch_networks.items():
         network.save_pretrained(folder / name)
     DDIMScheduler(steps_offset=1, clip_sample=False).save_pretrained(folder / "scheduler")
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"} | parts))
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     return folder

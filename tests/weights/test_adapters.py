@@ -58,7 +58,7 @@ def base(folder):
 def adapted(folder):
     """(pipeline, params) with a random adapter of rank 3 and alpha 2 in its slots, and its low-rank parameters."""
     pipeline, params = load_pipeline(folder)
-    pipeline.add_lora("unet", TARGETS, rank=3, alpha=2.0)
+    pipeline = pipeline.with_lora("unet", TARGETS, rank=3, alpha=2.0)
     rng = np.random.default_rng(0)
     shapes = mapping.params_of(pipeline.networks["unet"], lora.LoRAParam)
     own = {"unet": jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)}

@@ -241,6 +241,7 @@ def save(folder, pipeline_folder, components, **options):
     folders.save_pipeline(
         folder,
         components,
+        pipeline_class="StableDiffusionPipeline",
         scheduler_config=folders.load_scheduler_config(pipeline_folder),
         tokenizers=folders.tokenizers_of(pipeline_folder),
         **options,
@@ -297,6 +298,7 @@ def test_a_failed_save_leaves_the_old_folder_and_nothing_else(pipeline_folder, t
         folders.save_pipeline(
             out,
             interrupted() if fault == "network" else components,
+            pipeline_class="StableDiffusionPipeline",
             scheduler_config=scheduler,
             tokenizers=tokenizers,
             overwrite=True,
@@ -307,7 +309,9 @@ def test_a_failed_save_leaves_the_old_folder_and_nothing_else(pipeline_folder, t
 
 def test_one_component_can_be_saved_alone(tmp_path, pipeline_folder):
     config, tensors = folders.load_component(pipeline_folder, "vae")
-    folders.save_component(tmp_path, "vae", {k: v for k, v in config.items() if k != "_class_name"}, tensors)
+    with pytest.raises(ValueError, match=r"vae: config\.json states no class"):
+        folders.save_component(tmp_path, "vae", {k: v for k, v in config.items() if k != "_class_name"}, tensors)
+    folders.save_component(tmp_path, "vae", config | {"_class_name": "FlaxAutoencoderKL"}, tensors)
     assert json.loads((tmp_path / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderKL"
     assert_same(read_tensors(tmp_path / "vae" / "diffusion_pytorch_model.safetensors"), tensors)
     with pytest.raises(FileExistsError, match="vae exists already"):
@@ -337,7 +341,6 @@ def remote(copy, tmp_path, monkeypatch):
     """A hub whose one repository is `copy`; downloads copy the files that match."""
     import huggingface_hub
 
-    (copy / "model_index.json").write_text("{}")
     (copy / "safety_checker").mkdir()
     for name in ("safety_checker/model.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors"):
         (copy / name).write_bytes(b"large and not needed")

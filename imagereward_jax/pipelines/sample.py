@@ -1,0 +1,120 @@
+"""Samples images for prompts, for the commands, evaluation and on-policy methods alike: padding, mesh and seeds."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from imagereward_jax.diffusion.samplers import Sampler
+from imagereward_jax.models.sharding import batch_over
+from imagereward_jax.pipelines.base import Params, TextToImage
+
+
+class ImageSampler:
+    """Makes images of one size with one sampler, batch by batch over a mesh; compiled once, however many are asked for.
+
+    Args:
+        pipeline: the model. sampler: a `diffusion.samplers.Sampler`.
+        mesh: batches are sharded over all its axes; every process of it has to make the same calls.
+        batch_size: images at a time over the whole mesh, rounded up to a multiple of its devices.
+        height, width: pixels.
+        guidance_scale: at most 1: no guidance, half the work.
+
+    Raises:
+        ValueError: the size is not one that the model can make.
+    """
+
+    def __init__(
+        self,
+        pipeline: TextToImage,
+        sampler: Sampler,
+        mesh: Mesh,
+        batch_size: int,
+        *,
+        height: int,
+        width: int,
+        guidance_scale: float = 1.0,
+    ):
+        self.pipeline, self.sampler, self.mesh = pipeline, sampler, mesh
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self.guidance_scale = guidance_scale
+        self.latent_shape = pipeline.latent_shape(height, width)
+        self._rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._sample = jax.jit(self._sample_batch, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[str],
+        *,
+        negative_prompts: Sequence[str] | None = None,
+        keys: jax.Array | None = None,
+        noise: np.ndarray | None = None,
+        step_keys: jax.Array | None = None,
+    ) -> np.ndarray:
+        """Images float32 [N, H, W, 3] in [0, 1] for N prompts; an image does not depend on the others.
+
+        Args:
+            params: on the mesh (arrays of the host would be sent there for each batch).
+            negative_prompts: what each image stays away from; empty prompts by default. Heeded with guidance alone.
+            keys: [N] jax keys, from which initial noise is drawn where `noise` is None.
+            noise: initial noise, standard normal [N, h, w, c], instead.
+            step_keys: [N] jax keys of the noise of stochastic samplers; `keys` by default.
+
+        Raises:
+            ValueError: neither keys nor noise are given, or a stochastic sampler has no keys.
+        """
+        if keys is None and noise is None:
+            raise ValueError("pass keys= to draw the initial noise from, or noise=")
+        step_keys = keys if step_keys is None else step_keys
+        if step_keys is None and self.sampler.stochastic:
+            raise ValueError("this sampler adds noise at its steps: pass keys= or step_keys=")
+        guided = self.guidance_scale > 1.0
+        negative = list(negative_prompts or [""] * len(prompts)) if guided else None
+        inputs = {
+            "ids": self.pipeline.tokenize(list(prompts)),
+            "negative_ids": self.pipeline.tokenize(negative) if guided else None,
+            "keys": _key_data(keys) if noise is None else None,
+            "noise": None if noise is None else np.asarray(noise, np.float32),
+            "step_keys": _key_data(step_keys),
+        }
+        images = [
+            np.asarray(self._sample(params, jax.tree.map(self._put, _rows_of(inputs, start, self.batch_size))))
+            for start in range(0, len(prompts), self.batch_size)
+        ]
+        return np.concatenate(images)[: len(prompts)]
+
+    def _put(self, rows):
+        """One batch's array, the same on every process, sharded over the mesh."""
+        return jax.make_array_from_callback(rows.shape, self._rows, lambda index: rows[index])
+
+    def _sample_batch(self, params, inputs):
+        noise, step_keys = inputs["noise"], inputs["step_keys"]
+        if noise is None:
+            keys = jax.random.wrap_key_data(inputs["keys"])
+            noise = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
+        with batch_over(self.mesh):
+            return self.pipeline.sample(
+                params,
+                inputs["ids"],
+                inputs["negative_ids"],
+                noise,
+                sampler=self.sampler,
+                guidance_scale=self.guidance_scale,
+                key=None if step_keys is None else jax.random.wrap_key_data(step_keys),
+            )
+
+
+def _key_data(keys):
+    return None if keys is None else np.asarray(jax.random.key_data(jnp.asarray(keys)))
+
+
+def _rows_of(inputs, start, count):
+    """`count` rows from `start` on; past the end the last one again, so that every batch has one shape."""
+
+    def take(array):
+        return array[np.minimum(np.arange(start, start + count), len(array) - 1)]
+
+    return jax.tree.map(take, inputs)

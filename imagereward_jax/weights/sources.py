@@ -1,0 +1,55 @@
+"""The files that a pipeline was opened from, of which its weights are read when they are asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from imagereward_jax.weights import diffusers, files, mapping, orbax
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DiffusersSource:
+    """A diffusers folder, or a model of the hub whose weights are downloaded at first use."""
+
+    name_or_path: str | Path
+    variant: str | None = None
+
+    def load(self, name: str, network: nnx.Module, target: Params) -> Params:
+        """Parameters of one network, as `mapping.from_torch` places them by `target`."""
+        folder = self._folder()
+        tensors = diffusers.load_component(folder, name, variant=self.variant, read=files.open_tensors)[1]
+        return mapping.from_torch(network, tensors, what=str(folder / name), target=target)
+
+    def tensors(self, name: str, network: nnx.Module) -> dict[str, Any]:
+        """The tensors of one network by PyTorch key, in the dtype of the file."""
+        return diffusers.load_component(self._folder(), name, variant=self.variant, read=files.open_tensors)[1]
+
+    def _folder(self) -> Path:
+        return diffusers.resolve_pipeline(self.name_or_path, variant=self.variant)
+
+
+@dataclass(frozen=True)
+class OrbaxSource:
+    """A folder that convert/from_diffusers.py wrote."""
+
+    folder: Path
+
+    def load(self, name: str, network: nnx.Module, target: Params) -> Params:
+        """Parameters of one network; NumPy arrays for the leaves of `target` without a sharding."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def place(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+
+        params = orbax.load_pipeline_checkpoint(self.folder, {name: jax.tree.map(place, target)})[name]
+        return jax.tree.map(lambda leaf, array: array if leaf.sharding else np.asarray(array), target, params)
+
+    def tensors(self, name: str, network: nnx.Module) -> dict[str, Any]:
+        """The tensors of one network by PyTorch key, in the dtype of the checkpoint."""
+        return mapping.to_torch(network, self.load(name, network, orbax.stored_params(self.folder, name)))
