@@ -118,12 +118,12 @@ def measure(args, remat, quantization):
     import jax
     import jax.numpy as jnp
     from flax import nnx
+    from imagereward_jax.planning.program import placed
 
     from imagereward_jax.models import quantized
     from imagereward_jax.models.hardware import target_platform
     from imagereward_jax.models.sharding import batch_over
     from imagereward_jax.planning.counts import flops_by_dtype
-    from imagereward_jax.planning.program import placed
     from imagereward_jax.planning.report import options_for
     from imagereward_jax.planning.topologies import find_topology
     from imagereward_jax.training.mesh import batch_sharding, make_mesh, replicated, weight_shardings

@@ -44,7 +44,7 @@ def main():
     @jax.jit
     def run(params, narrow):
         cond = pipeline.encode_prompts(params, ids)
-        latents = rollout(lambda *inputs: pipeline.denoise(narrow, *inputs, cond), sampler, noise, None).latents
+        latents = rollout(pipeline.denoiser_for(cond), sampler, noise, None, params=narrow).state.latents
         images = jnp.clip(pipeline.decode(params, latents), 0.0, 1.0)
         return latents, images, reward.apply(reward.params, images, tokens)
 

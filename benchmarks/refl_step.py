@@ -56,68 +56,104 @@ def pooled_features(unet):
     return unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
 
 
+class LinearReward:
+    """A resize to `PIXELS` and one linear map; reads no prompt."""
+
+    def apply(self, params, images, tokens):
+        from imagereward_jax.rewards.preprocess import device_pixels
+
+        return device_pixels(images, PIXELS).reshape(images.shape[0], -1) @ params
+
+
+def open_pipeline(preset, **options):
+    """A pipeline of a preset's UNet and VAE; its text encoders, of one layer, only fit them and never run."""
+    from imagereward_jax.pipelines.families import StandInTokenizer, from_architecture
+
+    pooled, width = pooled_features(preset["unet"]), preset["unet"]["cross_attention_dim"]
+    widths = [width] if pooled is None else [width // 2, width - width // 2]
+    encoders = {
+        f"text_encoder{'_2' if index else ''}": {
+            "vocab_size": 8,
+            "hidden_size": size,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            **({"architectures": ["CLIPTextModelWithProjection"], "projection_dim": pooled} if index else {}),
+        }
+        for index, size in enumerate(widths)
+    }
+    networks = {"unet": preset["unet"], "vae": preset["vae"], "scheduler": SCHEDULER}
+    return from_architecture(networks | encoders, StandInTokenizer(), **options)
+
+
 def our_problem(arguments, remat):
-    """(() -> (trainable, frozen, batch), loss) of `training.step.make_train_step`."""
+    """(() -> (trainable, frozen, batch), the method's own loss, its sampler)."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
-    from imagereward_jax.diffusion.rollout import rollout
     from imagereward_jax.diffusion.samplers import make_sampler
-    from imagereward_jax.methods.refl import refl_loss
-    from imagereward_jax.models import lora, quantized
+    from imagereward_jax.methods import refl
+    from imagereward_jax.models import lora
     from imagereward_jax.models.param_tree import join, split, trainable_mask
-    from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
-    from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-    from imagereward_jax.rewards.preprocess import device_pixels
     from imagereward_jax.training.step import cast
 
     preset, dtype, batch = PRESETS[arguments.preset], jnp.dtype(arguments.dtype), arguments.batch[0]
-    unet_config = UNet2DConditionConfig.from_dict(preset["unet"])
-    vae_config = AutoencoderKLConfig.from_dict(preset["vae"])
-    builders = {
-        "unet": lambda: UNet2DConditionModel(unet_config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)),
-        "vae": lambda: AutoencoderKL(vae_config, dtype=dtype, remat=remat, rngs=nnx.Rngs(1)),
-    }
-    networks = {name: nnx.eval_shape(build) for name, build in builders.items()}
+    pipeline = open_pipeline(preset, dtype=dtype, remat=remat)
     if arguments.lora:
-        lora.attach(networks["unet"], "|".join(ATTENTION), rank=arguments.lora, alpha=arguments.lora)
-    layouts = {name: nnx.graphdef(network) for name, network in networks.items()}
-    steps, size, pooled = arguments.sampler_steps, preset["unet"]["sample_size"], pooled_features(preset["unet"])
-    sampler = make_sampler("ddim", SCHEDULER, steps + 1)
+        pipeline = pipeline.with_lora("unet", "|".join(ATTENTION), rank=arguments.lora, alpha=arguments.lora)
+    steps, pixels = arguments.sampler_steps, pipeline.default_size
+    config = refl.Config(
+        sampler="ddim",
+        num_steps=steps + 1,
+        stop_min=steps,
+        stop_max=steps,
+        height=pixels,
+        width=pixels,
+        threshold=THRESHOLD,
+        scale=SCALE,
+        rollout_quantization=arguments.quantization,
+    )
 
     def initial():
-        params = {name: nnx.to_pure_dict(nnx.state(build(), nnx.Param)) for name, build in builders.items()}
+        params = pipeline.init(jax.random.key(0), ("unet", "vae"))
         if arguments.lora:
-            params = join(params, {"unet": lora.init(networks["unet"], jax.random.key(2))})
+            params = join(params, {"unet": lora.init(pipeline.networks["unet"], jax.random.key(2))})
         trainable, frozen = split(params, trainable_mask(params, ("unet",), lora=arguments.lora > 0))
         frozen = cast(frozen, dtype) | {"reward": jnp.full((PIXELS * PIXELS * 3,), 1e-4)}
-        keys = jax.random.split(jax.random.key(3))
-        inputs = {"context": jax.random.normal(keys[0], (batch, TOKENS, unet_config.cross_attention_dim), dtype)}
+        keys, pooled = jax.random.split(jax.random.key(3)), pooled_features(preset["unet"])
+        width = preset["unet"]["cross_attention_dim"]
+        cond = {"prompt_embeds": jax.random.normal(keys[0], (batch, TOKENS, width), dtype)}
         if pooled:
-            inputs["text_embeds"] = jax.random.normal(keys[1], (batch, pooled))
-            inputs["time_ids"] = jnp.tile(jnp.array([8 * size, 8 * size, 0, 0, 8 * size, 8 * size], float), (batch, 1))
-        return trainable, frozen, inputs
+            cond["pooled_prompt_embeds"] = jax.random.normal(keys[1], (batch, pooled))
+        return trainable, frozen, {"cond": cond, "reward": {}}
 
-    def denoiser(unet, inputs):
-        added = {name: inputs[name] for name in ("text_embeds", "time_ids")} if pooled else None
-        network = nnx.merge(layouts["unet"], unet)
-        return lambda latents, timesteps: network(latents, timesteps, inputs["context"], added)
+    sampler = make_sampler(config.sampler, pipeline.scheduler_config, config.num_steps)
+    return initial, refl.make_loss(config, pipeline, LinearReward()), sampler
 
-    def loss(trainable, frozen, inputs, key):
-        unet = join(frozen, trainable)["unet"]
-        held = jax.lax.stop_gradient(unet)
-        if arguments.quantization != "none":
-            held = quantized.quantize(networks["unet"], held, arguments.quantization)
-        noise, stop = jax.random.normal(key, (batch, size, size, 4)), jnp.full((batch,), steps)
-        state = rollout(denoiser(held, inputs), sampler, noise, None, stop=stop)
-        output = denoiser(unet, inputs)(sampler.model_input(state, stop), sampler.timestep(stop))
-        latents = sampler.pred_original(state, output, stop) / vae_config.scaling_factor
-        images = jnp.clip(nnx.merge(layouts["vae"], frozen["vae"]).decode(latents) / 2 + 0.5, 0, 1)
-        rewards = device_pixels(images, PIXELS).reshape(batch, -1) @ frozen["reward"]
-        return refl_loss(rewards, threshold=THRESHOLD, scale=SCALE), {}
 
-    return initial, loss
+class GivenSource:
+    """The source of batches that the benchmark makes itself."""
+
+    updates = images = 1
+
+    def prepare(self, models, batch):
+        return batch
+
+
+def loss_function(arguments, remat):
+    """(trainable, frozen, batch, key) -> the loss; with remat "none" its program recomputes nothing."""
+    from imagereward_jax.methods.base import Models
+    from imagereward_jax.models.param_tree import join
+
+    _, loss, sampler = our_problem(arguments, remat)
+    return lambda trainable, frozen, batch, key: loss(Models(join(frozen, trainable), tables=sampler), batch, key)[0]
+
+
+def loss_inputs(initial):
+    """Shapes of what `loss_function` takes."""
+    import jax
+
+    return jax.eval_shape(lambda: (*initial(), jax.random.key(0)))
 
 
 def run_ours(arguments):
@@ -127,29 +163,29 @@ def run_ours(arguments):
     import numpy as np
     import optax
 
+    from imagereward_jax.methods.base import Phase
     from imagereward_jax.planning.counts import flops
-    from imagereward_jax.training.step import Phase, init_state, make_train_step
+    from imagereward_jax.training.state import init_state
+    from imagereward_jax.training.step import Fixed, make_train_step
 
     jax.devices()
     before = resident()
-    initial, loss = our_problem(arguments, PRESETS[arguments.preset]["remat"])
+    initial, loss, sampler = our_problem(arguments, PRESETS[arguments.preset]["remat"])
     trainable, frozen, inputs = jax.jit(initial)()
-    _, keeping = our_problem(arguments, "none")  # whose program recomputes nothing
-    gradient = jax.grad(lambda *given: keeping(*given)[0])
-    given = jax.eval_shape(lambda: (*initial(), jax.random.key(0)))
-    program = jax.make_jaxpr(gradient)(*given)
+    program = jax.make_jaxpr(jax.grad(loss_function(arguments, "none")))(*loss_inputs(initial))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=1e-2))
     state = init_state(trainable, optimizer, seed=0, ema=False)
-    step = make_train_step((Phase("refl", loss),), optimizer, dtype=jnp.dtype(arguments.dtype))
+    step = make_train_step((Phase("refl", loss, GivenSource()),), optimizer, dtype=jnp.dtype(arguments.dtype))
+    fixed, batches = Fixed(frozen, tables={"refl": sampler}), {"refl": inputs}
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, inputs).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, fixed, batches).compile()
     compile_seconds = time.perf_counter() - start
     del trainable  # donated with the state
     times = []
 
     def run(state):
         start = time.perf_counter()
-        state, metrics = compiled(state, frozen, inputs)
+        state, metrics = compiled(state, fixed, batches)
         assert np.isfinite(float(metrics["refl/loss"])), "the loss is not finite"
         times.append(time.perf_counter() - start)
         return state

@@ -44,12 +44,12 @@ def field(
 class Section:
     """Base of sections. `class Optimizer(Section, path="optimizer")`: its fields are config.optimizer's."""
 
-    path: ClassVar[str] = ""
+    location: ClassVar[str] = ""
 
     def __init_subclass__(cls, path: str | None = None, **options: Any):
         super().__init_subclass__(**options)
         if path is not None:
-            cls.path = path
+            cls.location = path
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod
@@ -82,7 +82,7 @@ class Section:
     @classmethod
     def name_of(cls, name: str) -> str:
         """How errors name a field: "config.optimizer.learning_rate"."""
-        return ".".join(part for part in ("config", cls.path, name) if part)
+        return ".".join(part for part in ("config", cls.location, name) if part)
 
     def check(self, config: Any) -> None:
         """Checks relations between fields, of this section and of the whole `config`; raises ConfigError."""

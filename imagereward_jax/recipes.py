@@ -32,8 +32,8 @@ def default_config(method: str) -> ConfigDict:
     kind = find_method(method).Config
     for section in _sections(kind):
         part = config
-        if section.path:
-            part = config[section.path] = config.get(section.path, ConfigDict())
+        if section.location:
+            part = config[section.location] = config.get(section.location, ConfigDict())
         for name, (type_, optional, default) in section.field_types().items():
             part[name] = config_dict.placeholder(type_) if optional else default
             if optional and default is not None:
@@ -65,7 +65,7 @@ def validate(config: ConfigDict) -> None:
     """
     kind = find_method(config.method.name).Config
     _check_fields(config, default_config(config.method.name))
-    read = [section.read(config[section.path] if section.path else config) for section in _sections(kind)]
+    read = [section.read(config[section.location] if section.location else config) for section in _sections(kind)]
     for section in read:
         section.check(config)
 

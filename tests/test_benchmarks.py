@@ -47,7 +47,7 @@ def test_as_many_parameters_train_as_with_diffusers_and_peft(benchmarks, rank):
     unet = diffusers.UNet2DConditionModel(**tiny_sdxl.UNET)
     if rank:
         unet.requires_grad_(False).add_adapter(peft.LoraConfig(r=rank, target_modules=list(refl_step.ATTENTION)))
-    initial, _ = refl_step.our_problem(refl_step.parse_args([*OPTIONS, f"--lora={rank}"]), "none")
+    initial, *_ = refl_step.our_problem(refl_step.parse_args([*OPTIONS, f"--lora={rank}"]), "none")
     trainable = jax.eval_shape(initial)[0]
     trained = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
     assert sum(leaf.size for leaf in jax.tree.leaves(trainable)) == trained > 0
@@ -61,11 +61,10 @@ def test_model_flops_leave_out_what_is_recomputed(benchmarks):
     _, refl_step = benchmarks
 
     def counted(*options, remat="none", trips=1):
-        initial, loss = refl_step.our_problem(refl_step.parse_args([*OPTIONS, *options]), remat)
-        shapes = jax.eval_shape(lambda: (*initial(), jax.random.key(0)))
-        value = flops(jax.make_jaxpr(lambda *given: loss(*given)[0])(*shapes), trips)
-        gradient = flops(jax.make_jaxpr(jax.grad(lambda *given: loss(*given)[0]))(*shapes), trips)
-        return value, gradient
+        arguments = refl_step.parse_args([*OPTIONS, *options])
+        loss = refl_step.loss_function(arguments, remat)
+        shapes = refl_step.loss_inputs(refl_step.our_problem(arguments, remat)[0])
+        return tuple(flops(jax.make_jaxpr(function)(*shapes), trips) for function in (loss, jax.grad(loss)))
 
     value, gradient = counted()
     unet = counted(trips=2)[0] - value

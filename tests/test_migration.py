@@ -7,7 +7,6 @@ import pytest
 
 pytest.importorskip("ml_collections")
 
-from imagereward_jax.config import field
 from imagereward_jax.recipes import default_config
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text(encoding="utf-8")
@@ -51,4 +50,5 @@ def test_fields_that_are_named_exist():
     named = re.findall(r"`(?:config\.)?((?:model|data|method|optimizer|eval|checkpoint|mesh|lora|reward)\.\w+)", PAGE)
     assert len(named) > 40
     for name in named:
-        field(config, name)
+        section, _, field = name.partition(".")
+        assert field in config[section], name

@@ -68,10 +68,7 @@ def pair_cache(parts: Any, pairs: Any) -> Cache:
     def encode(rows: Iterable[int]) -> dict[str, np.ndarray]:
         return encoder.pairs([_row(pairs, index, seed) for index in rows])
 
-    _fill(cache, encode)
-    if cache.empty() is None and jax.process_index() == 0:
-        cache.write_empty({name: array[0] for name, array in encoder.prompts([""]).items()})
-    wait_for_all("wrote the empty prompt of the cache")
+    _fill(cache, encode, encoder)
     return cache
 
 
@@ -86,13 +83,14 @@ def prompt_cache(parts: Any, prompts: list[str]) -> Cache:
     }
     cache = open_cache(Path(parts.config.data.cache) / PROMPTS, made_by, len(prompts))
     encoder = _Encoder(parts, encoders)
-    _fill(cache, lambda rows: encoder.prompts([prompts[index] for index in rows]))
+    _fill(cache, lambda rows: encoder.prompts([prompts[index] for index in rows]), encoder)
     return cache
 
 
-def _fill(cache, encode):
+def _fill(cache, encode, encoder):
     cache.fill(
         encode,
+        lambda: {name: array[0] for name, array in encoder.prompts([""]).items()},
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         wait=lambda: wait_for_all("filled the cache"),

@@ -30,7 +30,11 @@ TEST_SHAPES = {"size": 512, "seed": 1}  # the shapes world has no end: so many g
 
 def generation_of(config: Any, pipeline: Any) -> Any:
     """How samples are made: the model's settings, changed by what config.eval gives."""
-    given = {name: config.eval.get(name) for name in ("sampler", "num_steps", "guidance_scale")}
+    given = {
+        "sampler": config.eval.get("sampler"),
+        "num_inference_steps": config.eval.get("num_steps"),
+        "guidance_scale": config.eval.get("guidance_scale"),
+    }
     return dataclasses.replace(
         pipeline.generation, **{name: value for name, value in given.items() if value is not None}
     )
@@ -60,7 +64,10 @@ class SampleEvaluator:
         self.check = str(self.settings.prompts).startswith("shapes:")
         generation = parts.generation
         sampler = make_sampler(
-            generation.sampler, self.pipeline.scheduler_config, generation.num_steps, self.settings.eta
+            generation.sampler,
+            self.pipeline.scheduler_config,
+            generation.num_inference_steps,
+            self.settings.eta,
         )
         self.sample = ImageSampler(
             self.pipeline,

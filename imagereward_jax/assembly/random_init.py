@@ -25,10 +25,10 @@ def open_pipeline(config: Any, **options: Any) -> TextToImage:
     """
     architecture = config.model.architecture.to_dict()
     if config.model.vae_from:
-        architecture["vae"] = families.open_pipeline(config.model.vae_from).config_dict("vae")
+        architecture["vae"] = families.open_pipeline(config.model.vae_from).configs["vae"].to_dict()
     tokenizer = tempfile.mkdtemp(prefix="shapes-tokenizer-")
     write_clip_tokenizer(tokenizer)
-    return families.from_configs(architecture, tokenizer_folder=tokenizer, **options)
+    return families.from_architecture(architecture, tokenizer, **options)
 
 
 def init_params(config: Any, pipeline: TextToImage) -> Params:

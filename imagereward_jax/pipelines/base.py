@@ -99,7 +99,7 @@ class TextToImage:
             configs: config.json by component.
             scheduler: scheduler_config.json.
             tokenizers: by the name of its folder in a diffusers folder, the folder to read, or a tokenizer; or one
-                folder that serves all text encoders.
+                of them that serves all text encoders.
             options: `generation`, `source`, settings of the family, and: dtype, of the arithmetic (default float32).
                 vae_dtype, of the VAE's (default: the same, but float32 for float16). remat: see `models.remat`.
 
@@ -108,7 +108,7 @@ class TextToImage:
             FileNotFoundError: there is no tokenizer in one of the folders.
         """
         settings = {name: components.read_settings(cls.components[name], config) for name, config in configs.items()}
-        if _is_path(tokenizers):
+        if not isinstance(tokenizers, Mapping):
             tokenizers = dict.fromkeys(cls.text_encoders.values(), tokenizers)
         return cls(settings, scheduler, tokenizers, **options)
 
@@ -121,13 +121,14 @@ class TextToImage:
         """The settings that `save` writes to model_index.json beside the names of the parts."""
         return {}
 
-    def init(self, key: jax.Array) -> Params:
-        """Random float32 weights for training from scratch."""
+    def init(self, key: jax.Array, names: Sequence[str] | None = None) -> Params:
+        """Random float32 weights for training from scratch, of the components `names` (None: of all)."""
         # Not jitted: initialisers compile once a shape, far sooner than as one program of some hundred random draws.
         keys = jax.random.split(key, len(self._build))
         return {
             name: mapping.params_of(build(rngs=nnx.Rngs(params=network_key)))
             for (name, build), network_key in zip(self._build.items(), keys)
+            if names is None or name in names
         }
 
     def abstract_params(self) -> Params:
@@ -244,8 +245,11 @@ class TextToImage:
 
     def draw_latents(self, mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
         """Scaled latents [B, h, w, c] drawn from the moments that `encode_moments` gave."""
+        return self.scale_latents(mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape))
+
+    def scale_latents(self, latents: jax.Array) -> jax.Array:
+        """Latents as the denoiser sees them, from latents of the VAE."""
         config = self.configs["vae"]
-        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -269,8 +273,8 @@ class TextToImage:
         """
         cond, negative = (self._encoded(params, given) for given in (cond, negative_cond))
         denoise = self.denoiser_for(cond, negative, guidance_scale)
-        state = rollout(lambda latents, timesteps: denoise(params, latents, timesteps, None), sampler, noise, key)
-        return jnp.clip(self.decode(params, state.latents), 0.0, 1.0)
+        latents = rollout(denoise, sampler, noise, key, params=params).state.latents
+        return jnp.clip(self.decode(params, latents), 0.0, 1.0)
 
     def _encoded(self, params, given):
         """Conditions, whether given as such, as ids by encoder or as None."""

@@ -122,12 +122,12 @@ def load_pipeline(name_or_path: str | Path, **options: Any) -> tuple[TextToImage
     return pipeline, pipeline.load_params()
 
 
-def from_architecture(architecture: dict[str, Any], tokenizer: str | Path, **options: Any) -> TextToImage:
+def from_architecture(architecture: dict[str, Any], tokenizer: Any, **options: Any) -> TextToImage:
     """A pipeline to be trained from nothing; `TextToImage.init` draws its weights.
 
     Args:
         architecture: config.json by component, and "scheduler". Two text encoders make an SDXL.
-        tokenizer: the folder of the tokenizer of every text encoder.
+        tokenizer: of every text encoder, or its folder.
         options: dtype, vae_dtype and remat.
 
     Raises:

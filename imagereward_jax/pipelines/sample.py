@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imagereward_jax.diffusion.samplers import Sampler
+from imagereward_jax.diffusion.sampler import Sampler
 from imagereward_jax.models.sharding import batch_over
 from imagereward_jax.pipelines.base import Params, TextToImage
 
@@ -81,7 +81,9 @@ class ImageSampler:
             "step_keys": _key_data(step_keys),
         }
         images = [
-            np.asarray(self._sample(params, jax.tree.map(self._put, _rows_of(inputs, start, self.batch_size))))
+            np.asarray(
+                self._sample(params, self.sampler, jax.tree.map(self._put, _rows_of(inputs, start, self.batch_size)))
+            )
             for start in range(0, len(prompts), self.batch_size)
         ]
         return np.concatenate(images)[: len(prompts)]
@@ -90,7 +92,7 @@ class ImageSampler:
         """One batch's array, the same on every process, sharded over the mesh."""
         return jax.make_array_from_callback(rows.shape, self._rows, lambda index: rows[index])
 
-    def _sample_batch(self, params, inputs):
+    def _sample_batch(self, params, sampler, inputs):
         noise, step_keys = inputs["noise"], inputs["step_keys"]
         if noise is None:
             keys = jax.random.wrap_key_data(inputs["keys"])
@@ -101,7 +103,7 @@ class ImageSampler:
                 inputs["ids"],
                 inputs["negative_ids"],
                 noise,
-                sampler=self.sampler,
+                sampler=sampler,
                 guidance_scale=self.guidance_scale,
                 key=None if step_keys is None else jax.random.wrap_key_data(step_keys),
             )

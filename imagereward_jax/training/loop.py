@@ -203,8 +203,8 @@ class _Loop:
         self._log({**row, **metrics})
         if self.main:
             write_report(self.workdir)
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self._say(f"step {self.step}: {numbers}")
+        if metrics:
+            self._say(f"step {self.step}: {_listed(metrics)}")
         return metrics
 
     def _log(self, row):
@@ -260,7 +260,7 @@ class _Loop:
         if self.method.test is not None:
             metrics = self.method.test(self._components(state))
             self._log(metrics)
-            self._say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            self._say(_listed(metrics))
         export = self.export
         weights = join(self.fixed.frozen, state.averaged)
         measured = None if export.measure is None else export.measure(weights)
@@ -294,3 +294,7 @@ class _Loop:
     def _say(self, text):
         if self.main:
             tqdm.write(text, file=sys.stderr)
+
+
+def _listed(metrics):
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

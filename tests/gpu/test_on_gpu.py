@@ -1,7 +1,6 @@
 """Checks on a GPU: `pytest -m gpu`."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,16 @@ import pytest
 from flax import nnx
 
 import imagereward_jax
+from imagereward_jax.assembly.conditions import with_conditions
 from imagereward_jax.diffusion.samplers import make_sampler
-from imagereward_jax.methods.refl import make_refl_loss
+from imagereward_jax.methods import refl
+from imagereward_jax.methods.base import Phase
 from imagereward_jax.models import layers
 from imagereward_jax.models.hardware import target_platform
 from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from imagereward_jax.pipelines import load_pipeline
-from imagereward_jax.training.step import Phase, cast, init_state, make_train_step
+from imagereward_jax.training.state import init_state
+from imagereward_jax.training.step import Fixed, cast, make_train_step
 
 pytestmark = pytest.mark.gpu
 
@@ -83,6 +85,15 @@ def test_activations_that_wait_in_the_hosts_memory_give_the_same_gradient():
         np.testing.assert_allclose(ours, plain, atol=1e-4 * np.abs(plain).max() + 1e-7)
 
 
+class PromptRows:
+    """A source of the batch that the test gives, as the run's own source prepares it."""
+
+    updates = images = 1
+
+    def __init__(self, pipeline):
+        self.prepare = functools.partial(with_conditions, pipeline)
+
+
 @functools.cache
 def refl_gradient(platform, dtype="float32", quantization="none"):
     """(the built-in model's gradient of one ReFL step by the built-in reward, its metrics), computed on `platform`."""
@@ -90,18 +101,18 @@ def refl_gradient(platform, dtype="float32", quantization="none"):
     pipeline, params = load_pipeline("tiny-shapes", dtype=dtype, remat="blocks")
     reward = imagereward_jax.load("tiny-shapes", device=device)
     prompts = ["a small blue cross in the center", "a large red circle at the top left"]
-    method = SimpleNamespace(
-        num_steps=4, stop_min=2, stop_max=3, guidance_scale=1.0, threshold=4.0, scale=1.0,
+    method = refl.Config(
+        sampler="ddim", num_steps=4, stop_min=2, stop_max=3, threshold=4.0, scale=1.0,
         height=pipeline.default_size, width=pipeline.default_size, rollout_quantization=quantization,
     )  # fmt: skip
-    sampler = make_sampler("ddim", pipeline.scheduler_config, method.num_steps)
-    loss = make_refl_loss(pipeline, reward, sampler, method)
-    step = make_train_step((Phase("refl", loss),), optax.sgd(1.0), dtype=jnp.dtype(dtype))
+    sampler = make_sampler(method.sampler, pipeline.scheduler_config, method.num_steps)
+    phase = Phase("refl", refl.make_loss(method, pipeline, reward), PromptRows(pipeline))
+    step = make_train_step((phase,), optax.sgd(1.0), dtype=jnp.dtype(dtype))
     trainable = {"unet": params.pop("unet")}
-    ids = pipeline.tokenize(prompts)
-    batch = {"input_ids": ids, "negative_ids": ids, "reward": reward.tokenize(prompts)}
+    batch = {"ids": pipeline.tokenize(prompts), "reward": reward.tokenize(prompts)}
     state = init_state(trainable, optax.sgd(1.0), seed=0, ema=False)
-    given = jax.device_put((state, cast(params, jnp.dtype(dtype)) | {"reward": reward.params}, batch), device)
+    frozen = cast(params, jnp.dtype(dtype)) | {"reward": reward.params}
+    given = jax.device_put((state, Fixed(frozen, tables={"refl": sampler}), {"refl": batch}), device)
     with target_platform(platform):
         after, metrics = jax.jit(step)(*given)
     leaves = zip(jax.tree.leaves(trainable), jax.tree.leaves(after.params), strict=True)

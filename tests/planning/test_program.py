@@ -18,6 +18,7 @@ from imagereward_jax.assembly.run import assemble
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.planning.counts import flops_by_dtype
+from imagereward_jax.planning.report import bytes_per_device
 from imagereward_jax.recipes import default_config, recipe_beside
 from imagereward_jax.training.mesh import make_mesh
 from imagereward_jax.training.program import TrainingProgram

@@ -52,6 +52,9 @@ def loss_by(power):
     return loss
 
 
+NOT_A_NUMBER = ("nan_from", "nan_until")
+
+
 class WatchedSource(DataSource):
     """Rows that know their position, so that faults happen at a batch: see `assemble_toy`."""
 
@@ -91,7 +94,11 @@ def assemble_toy(config, mesh, **faults):
     method = Method(
         phases=(
             Phase("refl", loss_by(2), WatchedSource(config, "rows", faults)),
-            Phase("denoising", loss_by(1), WatchedSource(config, "more", {})),
+            Phase(
+                "denoising",
+                loss_by(1),
+                WatchedSource(config, "more", {name: faults[name] for name in NOT_A_NUMBER if name in faults}),
+            ),
         ),
         trains=("net",),
         evaluate={"good": evaluate},
