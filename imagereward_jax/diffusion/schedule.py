@@ -5,6 +5,7 @@ computed once, in float64 numpy; what the methods gather from them is float32.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,48 @@ SCHEDULE_DEFAULTS = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
 }
+
+
+_BETA_FIELDS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
+# diffusers' schedulers whose configuration may leave out betas that are the default ones.
+_WITH_BETAS = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep"),
+        *("DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete"),
+        *("EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM"),
+        *("RePaint", "SASolver", "TCD", "UniPCMultistep"),
+    )
+)
+# Fields of schedulers without betas (flow matching, EDM), by which a configuration without a class is told.
+_WITHOUT_BETAS = ("shift", "base_shift", "max_shift", "stochastic_sampling", "sigma_data", "sigma_schedule")
+
+
+def check_has_betas(config: Mapping) -> None:
+    """Raises ValueError unless a scheduler_config.json describes a noise schedule of betas.
+
+    Flow-matching schedulers, EDM's and others have none; read as one of betas, they would train another model.
+    """
+    name, given = config.get("_class_name"), stated(config)
+    advice = (
+        "only schedules of betas are supported (beta_start, beta_end and beta_schedule, or trained_betas; Stable "
+        "Diffusion 1.x and SDXL have them): open a model that was trained with one"
+    )
+    has_betas = any(config.get(field) is not None for field in _BETA_FIELDS)
+    if name is not None and name not in _WITH_BETAS and not has_betas:
+        raise ValueError(f"scheduler_config.json: _class_name={name!r} is a scheduler without betas; {advice}")
+    if name is None and not has_betas:
+        for field in _WITHOUT_BETAS:
+            if field in given:
+                raise ValueError(
+                    f"scheduler_config.json: {field}={given[field]!r} belongs to a scheduler without betas; {advice}"
+                )
+    for field, usual in (("use_flow_sigmas", False), ("snr_shift_scale", 1.0)):
+        if given.get(field, usual) != usual:
+            raise ValueError(
+                f"scheduler_config.json: {field}={given[field]!r} ({name or 'no _class_name'}) replaces the schedule "
+                f"of betas by another; {advice}"
+            )
 
 
 def one_of(field, value, allowed):
@@ -100,8 +143,8 @@ def _rescale_to_zero_terminal_snr(alphas_cumprod):
 
 
 def per_sample(table, index, ndim):
-    """Float32 entries of a numpy table at `index` (scalar or [B]), shaped to multiply an array of `ndim` axes."""
-    values = jnp.asarray(np.asarray(table, np.float32))[jnp.asarray(index)]
+    """Float32 entries of a table at `index` (scalar or [B]), shaped to multiply an array of `ndim` axes."""
+    values = jnp.asarray(table, jnp.float32)[jnp.asarray(index)]
     return values if values.ndim == 0 else values.reshape(values.shape + (1,) * (ndim - values.ndim))
 
 
@@ -120,7 +163,8 @@ def to_noise(prediction_type, model_output, sample, alpha, sigma):
         return model_output
     if prediction_type == "v_prediction":
         return alpha * model_output + sigma * sample
-    return (sample - alpha * model_output) / sigma
+    # At a sigma of 0 there is no noise to predict; the quotient would be NaN, also in a sum that weighs it by 0.
+    return (sample - alpha * model_output) / jnp.where(sigma > 0, sigma, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,7 +183,8 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config):
-        """From the content of scheduler_config.json. Raises ValueError naming a field that is not supported."""
+        """From the content of scheduler_config.json. Raises ValueError naming what is not supported."""
+        check_has_betas(config)
         prediction_type = (SCHEDULE_DEFAULTS | stated(config))["prediction_type"]
         one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         return cls(alphas_cumprod_from_config(config), prediction_type)

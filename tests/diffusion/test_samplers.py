@@ -232,10 +232,37 @@ def test_what_is_not_supported_is_named(name, fields, num_steps, message):
     assert message in str(caught.value)
 
 
+def test_one_program_serves_every_sampler_of_as_many_steps():
+    """Samplers are arguments: all of one tree, with the same dtypes; clipping too is a number."""
+    step = jax.jit(lambda sampler, state, noise: sampler.step(state, state.latents, jnp.array([3, 9]), noise))
+    state = make_sampler("ddim", SD1, 10).init(jnp.ones(SHAPE))
+    configs = [(name, SD1) for name in SAMPLERS] + [("ddpm", SD1 | {"clip_sample": True})]
+    for name, config in configs:
+        sampler = make_sampler(name, config, 10)
+        noise = jnp.full(SHAPE, 2.0)
+        got, expected = step(sampler, state, noise), sampler.step(state, state.latents, jnp.array([3, 9]), noise)
+        np.testing.assert_allclose(got.latents, expected.latents, rtol=1e-5, atol=1e-5)
+    assert step._cache_size() == 1
+
+
+def test_a_term_of_weight_zero_lets_no_nan_in():
+    """Training betas that begin at 0: the last step predicts clean latents where no noise is left."""
+    betas = np.linspace(0.0, 0.02, 1000).tolist()
+    config = SD1 | {"trained_betas": betas, "prediction_type": "sample", "steps_offset": 0}
+    for name in ("ddpm", "ddim"):
+        sampler = make_sampler(name, config | {"set_alpha_to_one": True}, 10)
+        assert sampler.sigma[-1] == 0
+        state = sampler.init(jnp.ones(SHAPE))
+        final = lambda output: sampler.step(state, output, 9, state.latents).latents.sum()  # noqa: B023, E731
+        value, slope = jax.value_and_grad(final)(jnp.full(SHAPE, 0.5))
+        assert np.isfinite(value) and np.isfinite(slope).all()
+
+
 def test_noise_is_asked_for():
     sampler = make_sampler("ddim", SD1, 10, eta=1.0)
     state = sampler.init(jnp.zeros(SHAPE))
     with pytest.raises(ValueError, match="pass standard normal noise"):
         sampler.step(state, state.latents, 0)
+    assert sampler.stochastic and not make_sampler("ddim", SD1, 10).stochastic
     with pytest.raises(ValueError, match="eta="):
         make_sampler("euler", SD1, 10, eta=0.5)

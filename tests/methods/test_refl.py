@@ -7,7 +7,6 @@ import pytest
 import tiny_sd1
 from refl_reference import PROMPTS, TinyReward, diffusers, draws, method_config, torch, torch_step
 
-from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.denoising import make_denoising_loss
 from imagereward_jax.methods.refl import draw_stop, make_refl_loss, refl_loss
@@ -60,71 +59,6 @@ def test_loss_and_every_unet_gradient_agree_with_pytorch(made, sampler_name, gui
     for name, theirs in expected_gradient.items():
         tolerance = 1e-3 * np.abs(theirs).max() + 1e-6 * largest  # some are zero but for rounding, as to_k's biases
         np.testing.assert_allclose(ours[name], theirs, rtol=0, atol=tolerance, err_msg=name)
-
-
-def test_gradients_skip_the_frozen_weights_and_the_steps_before_the_stop(made):
-    """The gradient is that of the last step alone: the same as with the earlier latents given as constants."""
-    pipeline, params, _ = made
-    sampler = make_sampler("ddim", pipeline.scheduler_config, 4)
-    cond = pipeline.encode_prompts(params, pipeline.tokenize(PROMPTS[:1]))
-
-    def denoise(unet):
-        return lambda latents, timesteps: pipeline.denoise({**params, "unet": unet}, latents, timesteps, cond)
-
-    noise = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
-
-    def through_rollout(unet):
-        return rollout(denoise(unet), sampler, noise, None, stop=jnp.array([2])).latents.sum()
-
-    gradient = jax.jit(jax.grad(through_rollout))(params["unet"])
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
-
-
-def linear_denoiser(weight):
-    return lambda latents, timesteps: weight * latents
-
-
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "dpmpp_2m"])
-def test_rollout_equals_the_sampler_stepped_by_hand_for_each_sample(name):
-    """Each sample stops at its own index; float32 rounding. The stop index is traced: one compilation serves all."""
-    sampler = make_sampler(name, tiny_sd1.SCHEDULER, 7)
-    noise = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
-    keys = jax.random.split(jax.random.key(1), 3)
-    compiled = jax.jit(lambda stop: rollout(linear_denoiser(0.3), sampler, noise, keys, stop=stop).latents)
-    for stops in ([0, 3, 7], [5, 5, 1]):
-        got = compiled(jnp.array(stops))
-        for row, stop in enumerate(stops):
-            state = sampler.init(noise[row : row + 1])
-            for step in range(stop):
-                fresh = jax.random.normal(jax.random.fold_in(keys[row], step), (1, 2, 2, 4))
-                output = 0.3 * sampler.model_input(state, step)
-                state = sampler.step(state, output, step, fresh if sampler.stochastic else None)
-            np.testing.assert_allclose(got[row], state.latents[0], rtol=2e-5, atol=2e-6)
-    assert compiled._cache_size() == 1
-
-
-def test_gradient_through_the_last_steps_is_that_of_unrolled_steps():
-    """grad_steps=K (DRaFT-K) against differentiating the K steps written out; per-sample stops; 1e-5 relative."""
-    sampler = make_sampler("ddim", tiny_sd1.SCHEDULER, 5)
-    noise = jax.random.normal(jax.random.key(0), (2, 2, 2, 4))
-    stops = [3, 5]
-
-    def rolled(weight):
-        return rollout(linear_denoiser(weight), sampler, noise, None, stop=jnp.array(stops), grad_steps=2).latents.sum()
-
-    def unrolled(weight):
-        total = 0.0
-        for row, stop in enumerate(stops):
-            state = sampler.init(noise[row : row + 1])
-            for step in range(stop):
-                if step == stop - 2:
-                    state = jax.lax.stop_gradient(state)
-                state = sampler.step(state, weight * sampler.model_input(state, step), step)
-            total += state.latents.sum()
-        return total
-
-    np.testing.assert_allclose(jax.grad(rolled)(0.3), jax.grad(unrolled)(0.3), rtol=1e-5)
-    np.testing.assert_allclose(rolled(0.3), unrolled(0.3), rtol=1e-5)
 
 
 def test_refl_loss_by_hand():

@@ -1,0 +1,182 @@
+"""A sampler: the table of weights of its steps, and the Gaussian that every step draws the next latents from.
+
+Each step is linear: the next latents are a weighted sum of the latents, the predicted clean latents, the predicted
+noise, the clean latents predicted one step earlier, and fresh noise. Stepping gathers a row of the table for each
+sample of the batch, so samples may be at different steps of one compiled program. The tables are leaves of a pytree:
+passed as an argument, one compiled program serves every sampler of as many steps.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagereward_jax.diffusion.schedule import per_sample, to_noise, to_original
+
+
+class SamplerState(NamedTuple):
+    """Latents and the clean latents predicted last (zeros at first), float32 [B, h, w, c]."""
+
+    latents: jax.Array
+    original: jax.Array
+
+
+class Weights(NamedTuple):
+    """Weight of each term in a step, float32 [S]; all zero for a term that the sampler does not use.
+
+    The terms are the latents, the predicted clean latents, the predicted noise, the clean latents predicted one step
+    earlier, and fresh standard normal noise.
+    """
+
+    latents: np.ndarray
+    original: np.ndarray
+    noise: np.ndarray
+    previous: np.ndarray
+    random: np.ndarray
+
+
+class Transition(NamedTuple):
+    """The Gaussian of one step.
+
+    Attributes:
+        mean: of the next latents, float32 [B, h, w, c].
+        std: float32, a scalar or [B, 1, 1, 1]; 0 for a deterministic step.
+        original: the predicted clean latents, float32 [B, h, w, c].
+    """
+
+    mean: jax.Array
+    std: jax.Array
+    original: jax.Array
+
+
+def log_prob(transition: Transition, latents: jax.Array) -> jax.Array:
+    """Log-density of `latents` [B, ...] under a transition, float32 [B].
+
+    The mean over all axes but the first, as in ddpo-pytorch: the sum's scale would depend on the image size. It is 0
+    for a step without noise, with gradients of 0.
+    """
+    std = transition.std
+    safe = jnp.where(std > 0, std, 1.0)
+    deviation = (latents.astype(jnp.float32) - transition.mean) / safe
+    density = -0.5 * jnp.square(deviation) - jnp.log(safe) - 0.5 * math.log(2 * math.pi)
+    return jnp.where(std > 0, density, 0.0).mean(tuple(range(1, density.ndim)))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["timesteps", "init_noise_sigma", "input_scale", "alpha", "sigma", "weights", "clip"],
+    meta_fields=["prediction_type"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """A trajectory of `num_steps` steps; `step` below is an int32 scalar or [B], traced or not, in [0, num_steps).
+
+    All fields but `prediction_type` are leaves of a pytree, float32 NumPy arrays or what is traced of them.
+
+    Attributes:
+        timesteps: [S], the network's timesteps, falling.
+        init_noise_sigma: scalar, the standard deviation of the first latents.
+        input_scale: [S], the network sees latents * input_scale = alpha * x_0 + sigma * noise.
+        alpha, sigma: [S], as above.
+        weights: of the terms of each step.
+        clip: scalar, predicted clean latents are clipped to +-clip; infinity for no clipping.
+        prediction_type: what the network outputs.
+    """
+
+    timesteps: np.ndarray
+    init_noise_sigma: np.ndarray
+    input_scale: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    weights: Weights
+    clip: np.ndarray
+    prediction_type: str
+
+    @property
+    def num_steps(self) -> int:
+        return self.timesteps.shape[0]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step needs fresh noise.
+
+        Raises:
+            ValueError: if the tables are traced, so that nobody knows.
+        """
+        if isinstance(self.weights.random, jax.core.Tracer):
+            raise ValueError(
+                "inside a compiled program a sampler that is its argument may be stochastic: pass keys (or noise)"
+            )
+        return bool(np.any(self.weights.random))
+
+    def init(self, noise: jax.Array) -> SamplerState:
+        """The initial state. noise: standard normal [B, h, w, c]."""
+        latents = noise.astype(jnp.float32) * self.init_noise_sigma
+        return SamplerState(latents, jnp.zeros_like(latents))
+
+    def timestep(self, step: jax.Array) -> jax.Array:
+        """The network's timestep, of the shape of `step`, float32."""
+        return jnp.asarray(self.timesteps)[jnp.asarray(step)]
+
+    def model_input(self, state: SamplerState, step: jax.Array) -> jax.Array:
+        """The network's input, float32 [B, h, w, c]."""
+        return state.latents * per_sample(self.input_scale, step, state.latents.ndim)
+
+    def pred_original(self, state: SamplerState, model_output: jax.Array, step: jax.Array) -> jax.Array:
+        """The clean latents that `model_output` at `step` means, float32 [B, h, w, c]."""
+        return jnp.clip(to_original(*self._prediction(state, model_output, step)), -self.clip, self.clip)
+
+    def transition(
+        self,
+        state: SamplerState,
+        model_output: jax.Array,
+        step: jax.Array,
+        noise_scale: jax.Array | None = None,
+    ) -> Transition:
+        """The Gaussian that the latents after `step` are drawn from.
+
+        Args:
+            state: before the step.
+            model_output: [B, h, w, c], the network's output for `model_input(state, step)`.
+            noise_scale: scalar or [B], multiplies the standard deviation; None for 1. The mean does not change.
+        """
+        original = self.pred_original(state, model_output, step)
+        terms = {
+            "latents": state.latents,
+            "original": original,
+            "noise": to_noise(*self._prediction(state, model_output, step)),
+            "previous": state.original,
+        }
+        mean = sum(per_sample(getattr(self.weights, name), step, original.ndim) * term for name, term in terms.items())
+        std = per_sample(self.weights.random, step, original.ndim)
+        if noise_scale is not None:
+            scale = jnp.asarray(noise_scale, jnp.float32)
+            std = std * scale.reshape(scale.shape + (1,) * (original.ndim - scale.ndim if scale.ndim else 0))
+        return Transition(mean, std, original)
+
+    def step(
+        self, state: SamplerState, model_output: jax.Array, step: jax.Array, noise: jax.Array | None = None
+    ) -> SamplerState:
+        """The state after `step`.
+
+        Args:
+            state: before the step.
+            model_output: [B, h, w, c], the network's output for `model_input(state, step)`.
+            noise: standard normal [B, h, w, c]; needed if the sampler is `stochastic`.
+
+        Raises:
+            ValueError: if noise is needed and not given.
+        """
+        if noise is None and self.stochastic:
+            raise ValueError("this sampler is stochastic: pass standard normal noise of the shape of the latents")
+        mean, std, original = self.transition(state, model_output, step)
+        return SamplerState(mean if noise is None else mean + std * noise, original)
+
+    def _prediction(self, state, model_output, step):
+        alpha = per_sample(self.alpha, step, model_output.ndim)
+        sigma = per_sample(self.sigma, step, model_output.ndim)
+        return self.prediction_type, model_output.astype(jnp.float32), self.model_input(state, step), alpha, sigma
