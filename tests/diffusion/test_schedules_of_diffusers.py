@@ -1,6 +1,7 @@
 """Every scheduler class of the installed diffusers: its noise schedule is read as it is, or refused by name."""
 
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch di
 def scheduler_classes():
     """Classes whose optional packages are installed and whose arguments all have defaults, by name."""
     found = {}
-    for name in sorted(vars(diffusers.schedulers)):
-        value = getattr(diffusers.schedulers, name)
-        if not (inspect.isclass(value) and issubclass(value, diffusers.SchedulerMixin) and name.endswith("Scheduler")):
+    for name in dir(diffusers):
+        value = getattr(diffusers, name) if name.endswith("Scheduler") else None
+        if not (inspect.isclass(value) and issubclass(value, diffusers.SchedulerMixin)):
             continue
         parameters = list(inspect.signature(value.__init__).parameters.values())[1:]
         if all(parameter.default is not parameter.empty for parameter in parameters):
@@ -27,16 +28,11 @@ def scheduler_classes():
 CLASSES = scheduler_classes()
 
 
-def stored(scheduler):
-    """The content of the scheduler_config.json that diffusers would write."""
-    return {"_class_name": type(scheduler).__name__, **scheduler.config}
-
-
 @pytest.mark.parametrize("name", CLASSES)
 def test_schedule_is_that_of_the_class_or_is_refused(name):
     """Signal variances within 1e-5 of the class's own; a class that has none is refused by its name."""
     scheduler = CLASSES[name]()
-    config = stored(scheduler)
+    config = json.loads(scheduler.to_json_string())  # what diffusers writes to scheduler_config.json
     try:
         schedule = NoiseSchedule.from_config(config)
     except ValueError as error:
@@ -61,7 +57,7 @@ def test_both_kinds_are_there():
         ({"base_shift": 0.5, "use_dynamic_shifting": True}, "base_shift=0.5"),
         ({"sigma_data": 0.5, "prediction_type": "epsilon"}, "sigma_data=0.5"),
         (
-            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0},
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
             "use_flow_sigmas=True",
         ),
         ({"_class_name": "SomeNewScheduler", "num_train_timesteps": 1000}, "SomeNewScheduler"),
