@@ -172,7 +172,7 @@ class _Steps:
         if self.keys is None:
             return None
         draw = jax.vmap(lambda key, step: jax.random.normal(jax.random.fold_in(key, step), shape[1:]))
-        # Of the whole table, not of these steps: with sharded samples the latter would make devices wait for each other.
+        # Looked up in the whole table: with sharded samples, these steps alone would have to be gathered first.
         stochastic = jnp.any(jnp.asarray(self.sampler.weights.random) != 0)
         return jax.lax.cond(stochastic, draw, lambda *_: jnp.zeros(shape), self.keys, step)
 

@@ -1,5 +1,7 @@
 """Samplers and noise schedules against diffusers' schedulers, over whole trajectories with a deterministic denoiser."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,10 +234,33 @@ def test_what_is_not_supported_is_named(name, fields, num_steps, message):
     assert message in str(caught.value)
 
 
+def test_one_program_serves_every_sampler_of_as_many_steps():
+    """Samplers are arguments: all of one tree, with the same dtypes; clipping too is a number."""
+    step = jax.jit(lambda sampler, state, noise: sampler.step(state, state.latents, jnp.array([3, 9]), noise))
+    state = make_sampler("ddim", SD1, 10).init(jnp.ones(SHAPE))
+    configs = [(name, SD1) for name in SAMPLERS] + [("ddpm", SD1 | {"clip_sample": True})]
+    for name, config in configs:
+        sampler = make_sampler(name, config, 10)
+        noise = jnp.full(SHAPE, 2.0)
+        got, expected = step(sampler, state, noise), sampler.step(state, state.latents, jnp.array([3, 9]), noise)
+        np.testing.assert_allclose(got.latents, expected.latents, rtol=1e-5, atol=1e-5)
+    assert step._cache_size() == 1
+
+
+def test_a_term_of_weight_zero_lets_no_nan_in():
+    """The predicted noise divides by sigma: at a sigma of 0, and weighed by 0, it leaves step and gradient finite."""
+    sampler = make_sampler("euler", SD1 | {"prediction_type": "sample"}, 10)
+    sampler = dataclasses.replace(sampler, sigma=np.zeros(10, np.float32))
+    state = sampler.init(jnp.ones(SHAPE))
+    value, slope = jax.value_and_grad(lambda output: sampler.step(state, output, 9).latents.sum())(jnp.ones(SHAPE))
+    assert np.isfinite(value) and np.isfinite(slope).all() and np.any(slope)
+
+
 def test_noise_is_asked_for():
     sampler = make_sampler("ddim", SD1, 10, eta=1.0)
     state = sampler.init(jnp.zeros(SHAPE))
     with pytest.raises(ValueError, match="pass standard normal noise"):
         sampler.step(state, state.latents, 0)
+    assert sampler.stochastic and not make_sampler("ddim", SD1, 10).stochastic
     with pytest.raises(ValueError, match="eta="):
         make_sampler("euler", SD1, 10, eta=0.5)
