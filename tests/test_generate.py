@@ -184,7 +184,7 @@ def test_an_orbax_folder_is_a_model(folder, tmp_path):
     pytest.importorskip("orbax.checkpoint")
     pipeline, params = load_pipeline(folder)
     networks = [
-        (name, pipeline._labelled_config(name), jax.tree.map(jax.numpy.asarray, params[name])) for name in params
+        (name, pipeline.component_config(name), jax.tree.map(jax.numpy.asarray, params[name])) for name in params
     ]
     orbax.save_pipeline_checkpoint(
         tmp_path / "orbax",
