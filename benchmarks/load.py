@@ -21,9 +21,7 @@ from pathlib import Path
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for the model; one that is there is used again"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for the model; one there is used again")
     parser.add_argument("--size", choices=("sdxl", "small"), default="sdxl")
     parser.add_argument("--side", choices=("write", "numpy", "sharded"), help=argparse.SUPPRESS)
     return parser.parse_args()
