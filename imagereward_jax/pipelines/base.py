@@ -311,7 +311,7 @@ class TextToImage:
         order = [*params, *(name for name in self.components if name not in params)]
         diffusers.save_pipeline(
             folder,
-            ((name, (self._labelled_config(name), self._tensors(name, params))) for name in order),
+            ((name, (self.component_config(name), self._tensors(name, params))) for name in order),
             pipeline_class=self.pipeline_class,
             scheduler_config=self.scheduler_config,
             tokenizers=self.tokenizer_folders,
@@ -320,7 +320,8 @@ class TextToImage:
             overwrite=overwrite,
         )
 
-    def _labelled_config(self, name):
+    def component_config(self, name: str) -> dict[str, Any]:
+        """The content of a network's config.json, with its class."""
         return self.configs[name].to_dict() | components.label(self.components[name])
 
     def _tensors(self, name, params):

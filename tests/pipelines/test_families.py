@@ -216,7 +216,8 @@ files.StoredTensor.__getitem__ = counted
 pipeline = open_pipeline(sys.argv[1])
 
 def place(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=NamedSharding(mesh, sharding.weight_spec(leaf.shape, 4)))
+    spec = NamedSharding(mesh, sharding.weight_spec(leaf.shape, 4))
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=spec)
 
 target = {"unet": jax.tree.map(place, pipeline.abstract_params()["unet"])}
 loaded = pipeline.load_params(target)["unet"]

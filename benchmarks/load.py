@@ -1,0 +1,149 @@
+"""Host memory and bytes read when the weights of a pipeline are loaded in bfloat16.
+
+    python benchmarks/load.py --work /tmp/load                  # an SDXL of random weights: 7 GB of disk and of memory
+    python benchmarks/load.py --work /tmp/load --size small
+
+Writes a diffusers folder of random bfloat16 weights, then loads it in two fresh processes: as numpy arrays, for the
+peak of anonymous memory and of the resident size against the weights; and onto 8 virtual devices with fsdp=8, for the
+bytes that each device's part takes from the files. One line of JSON for each.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the model; one there is used again")
+    parser.add_argument("--size", choices=("sdxl", "small"), default="sdxl")
+    parser.add_argument("--side", choices=("write", "numpy", "sharded"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write(folder, size):
+    """Random weights as a diffusers folder, one component in memory at a time."""
+    import ml_dtypes
+    import numpy as np
+    from common import PRESETS
+
+    from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer
+    from imagereward_jax.models.clip import VIT_L
+    from imagereward_jax.pipelines.families import SDXL, from_architecture
+    from imagereward_jax.weights import diffusers, mapping
+
+    scheduler = {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1}
+    small = {"unet": PRESETS["small"]["unet"] | {"cross_attention_dim": 64}, "vae": PRESETS["small"]["vae"]}
+    small |= {"text_encoder": VIT_L | {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}}
+    with tempfile.TemporaryDirectory() as tokenizer:
+        write_clip_tokenizer(tokenizer)
+        pipeline = from_architecture((SDXL if size == "sdxl" else small) | {"scheduler": scheduler}, tokenizer)
+
+        def networks():
+            for name, network in pipeline.networks.items():
+                rng, tensors = np.random.default_rng(0), {}
+                for key, leaf in mapping.torch_layout(network).items():
+                    bits = rng.integers(0x3C00, 0x3D00, leaf.torch_shape, np.uint16)  # from 0.008 to 0.03
+                    tensors[key] = bits.view(ml_dtypes.bfloat16)
+                yield name, (pipeline.component_config(name), tensors)
+
+        diffusers.save_pipeline(
+            folder,
+            networks(),
+            pipeline_class=pipeline.pipeline_class,
+            scheduler_config=pipeline.scheduler_config,
+            tokenizers=pipeline.tokenizer_folders,
+        )
+
+
+class Peak(threading.Thread):
+    """The largest anonymous memory of this process while it runs, sampled every 10 ms."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.bytes = anonymous()
+
+    def run(self):
+        while True:
+            self.bytes = max(self.bytes, anonymous())
+            time.sleep(0.01)
+
+
+def anonymous():
+    """Bytes of anonymous memory that are resident (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def load(folder, sharded):
+    """Loads in bfloat16 and gives the figures."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from common import resident
+    from jax.sharding import Mesh, NamedSharding
+
+    from imagereward_jax.models.sharding import weight_spec
+    from imagereward_jax.pipelines import open_pipeline
+    from imagereward_jax.weights.files import StoredTensor
+
+    devices = np.array(jax.devices())
+    mesh = Mesh(devices.reshape(1, -1), ("data", "fsdp"))
+    read, whole = [], StoredTensor.__getitem__
+
+    def counted(tensor, index):
+        part = whole(tensor, index)
+        read.append(part.nbytes)
+        return part
+
+    StoredTensor.__getitem__ = counted
+    pipeline = open_pipeline(folder, dtype="bfloat16")
+
+    def struct(leaf):
+        spec = NamedSharding(mesh, weight_spec(leaf.shape, devices.size)) if sharded else None
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=spec)
+
+    target = jax.tree.map(struct, pipeline.abstract_params())
+    before, peak = anonymous(), Peak()
+    peak.start()
+    start = time.perf_counter()
+    leaves = jax.block_until_ready(jax.tree.leaves(pipeline.load_params(target)))
+    seconds = time.perf_counter() - start
+    weights = sum(leaf.nbytes for leaf in leaves)
+    return {
+        "sharded_over": int(devices.size) if sharded else 0,
+        "weights_bytes": weights,
+        "anonymous_peak_over_weights": round((peak.bytes - before) / weights, 3),
+        "resident_peak_bytes": resident(),
+        "resident_peak_over_weights": round(resident() / weights, 3),
+        "bytes_read": sum(read),
+        "bytes_read_per_device": sum(read) // devices.size,
+        "seconds": round(seconds, 1),
+    }
+
+
+def main():
+    args = parse_args()
+    folder = args.work / args.size
+    if args.side == "write":
+        write(folder, args.size)
+        return
+    if args.side:
+        print(json.dumps({"size": args.size} | load(folder, args.side == "sharded")))
+        return
+    sides = ["numpy", "sharded"] if folder.is_dir() else ["write", "numpy", "sharded"]
+    for side in sides:
+        flags = "--xla_force_host_platform_device_count=8" if side == "sharded" else ""
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        command = [sys.executable, __file__, "--work", str(args.work), "--size", args.size, "--side", side]
+        subprocess.run(command, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()

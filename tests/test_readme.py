@@ -1,0 +1,25 @@
+"""The README's commands, typed as they stand, do what it says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from imagereward_jax.data.shapes import fully_right
+from imagereward_jax.generate import main
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_readme_draws_what_it_says(tmp_path, monkeypatch):
+    """Its command as it stands: the checker finds all four words in at least 3 of the 4 images."""
+    (command,) = re.findall(r"^python -m imagereward_jax\.generate (.+)$", README.read_text(), re.MULTILINE)
+    arguments = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 0
+    prompt, out = (arguments[arguments.index(flag) + 1] for flag in ("--prompt", "--out"))
+    images = [np.asarray(Image.open(path)) for path in sorted((tmp_path / out).iterdir())]
+    assert len(images) == 4
+    assert sum(fully_right(prompt, image) for image in images) >= 3
