@@ -69,7 +69,12 @@ def default_folder():
         root = Path(given).expanduser()
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagereward_jax" / "compiled"
-    return root / f"{platform.machine()}-{hashlib.sha256(_cpu().encode()).hexdigest()[:8]}"
+    return root / machine_name()
+
+
+def machine_name() -> str:
+    """Names this kind of machine: programs compiled for its CPU may not run on one of another name."""
+    return f"{platform.machine()}-{hashlib.sha256(_cpu().encode()).hexdigest()[:8]}"
 
 
 def _cpu():

@@ -1,14 +1,48 @@
-"""Fixtures that several folders of tests share."""
+"""Compilation settings of the whole test session, and fixtures that several folders of tests share."""
 
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-os.environ["IMAGEREWARD_JAX_CACHE"] = "off"  # tests measure and compare what compiles; none fills the user's cache
+from imagereward_jax.compilation_cache import machine_name
+
+TEST_CACHE = "IMAGEREWARD_JAX_TEST_CACHE"  # the environment variable that moves the folder of compiled programs
+COMPILED = Path(os.environ.get(TEST_CACHE) or Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+# For this process and its children: programs compile in less time to slower code, and equal ones once, in this session
+# and the next.
+QUICK_COMPILATION = {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": str(COMPILED / f"{machine_name()}-jax{jax.__version__}"),
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+}
+os.environ["IMAGEREWARD_JAX_CACHE"] = "off"  # no test fills the user's own cache
+for _name, _value in QUICK_COMPILATION.items():
+    os.environ[_name.upper()] = str(_value)
+    jax.config.update(_name, _value)
 
 WORDS = ["a", "an", "cat", "dog", "red", "blue", "cube", "ball", "painting", "of", "the", "on", "ocean", ",", "."]
+
+
+@pytest.fixture(scope="module")
+def real_compilation():
+    """Compiles as users do, here and in child processes, and keeps nothing between programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in QUICK_COMPILATION:
+            patch.delenv(name.upper())
+        _configure({"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None})
+        yield
+    _configure(QUICK_COMPILATION)
+
+
+def _configure(settings):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    jax.clear_caches()  # functions that were compiled with the other settings
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import pytest
 
 from imagereward_jax import compilation_cache, evaluate, generate, score, train
 
+pytestmark = pytest.mark.usefixtures("real_compilation")
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import json, sys

@@ -1,9 +1,12 @@
-"""Batches from a random-access source: shuffled, repeated, shared out over processes, and resumable exactly.
+"""Batches from a random-access source: shuffled, repeated, split over processes, and resumable exactly.
 
 The order is a grain pipeline of global positions 0, 1, 2, ...; each process takes every `process_count`-th of
-them. All that changes while iterating is how many positions were used, so this one number is the state. It holds
-for any number of workers, and for another number of processes or another batch size.
+them. The number of positions used is the whole state. It is valid for any number of workers, and for another number
+of processes or another batch size.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,35 +17,36 @@ BUFFERED_BATCHES = 4
 
 
 def make_iterator(
-    source,
+    source: Any,
     *,
-    batch_size,
-    seed,
-    shuffle=True,
-    num_workers=0,
-    item_transform=None,
-    transform=None,
-    process_index=0,
-    process_count=1,
-    drop_remainder=True,
-    num_epochs=None,
-):
-    """An iterator of batches over a source: a `BatchIterator`.
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    num_workers: int = 0,
+    item_transform: Callable[[dict, np.random.Generator], dict] | None = None,
+    transform: Callable[[dict], dict] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    drop_remainder: bool = True,
+    num_epochs: int | None = None,
+) -> "BatchIterator":
+    """Makes an iterator of batches over a source.
 
     Args:
         source: has len() and [i], which gives a dict of arrays, numbers and strings, or a string (a prompt, which
             becomes {"prompt": string}). A source with a method `fetch(i, rng)` is read by it instead: that is
-            where random crops take their randomness from.
-        batch_size: examples a batch in this process. May be larger than the source, which is repeated.
+            the generator for random crops comes from.
+        batch_size: examples per batch in this process. May be larger than the source, which is repeated.
         seed: 0 to 2**32 - 1; fixes the order and all randomness.
-        shuffle: a new order each epoch. Every example comes once an epoch.
+        shuffle: draws a new order for each epoch. Every example comes once per epoch.
         num_workers: worker processes; 0 reads ahead in threads. The batches are the same.
-        item_transform: called as (item, rng) -> item before batching; rng hangs on the global position.
-        transform: called as (batch) -> batch where the batch is made; the place to tokenise prompts.
+        item_transform: called as (item, rng) -> item before batching; rng depends on the global position.
+        transform: called as (batch) -> batch where the batch is made; tokenises prompts, for example.
         process_index, process_count: this process's share. The examples of a global batch, and their order, do
             not depend on `process_count` while batch_size * process_count stays the same.
         drop_remainder: with `num_epochs`, leave out what does not fill a (global) batch at the very end.
         num_epochs: epochs before StopIteration; None repeats for ever.
+
     Raises:
         ValueError: an argument is out of range, or (DataError) the source is empty or too small for one batch.
     """
@@ -79,9 +83,9 @@ def make_iterator(
 
 
 class BatchIterator:
-    """Endless or finite iterator of batches: dicts of stacked numpy arrays, and lists of str.
+    """Iterates over batches, endlessly or not: dicts of stacked numpy arrays, and lists of str.
 
-    Made by `make_iterator`. `get_state` may be called between any two batches; what was read ahead is not counted.
+    Made by `make_iterator`. `get_state` may be called between any two batches; batches read ahead are not counted.
     """
 
     def __init__(
@@ -109,19 +113,19 @@ class BatchIterator:
     def __iter__(self):
         return self
 
-    def __next__(self):
+    def __next__(self) -> dict[str, Any]:
         if self._batches is None:
             self._batches = iter(self._dataset())
         batch = next(self._batches)
         self._examples += self._batch_size * self._process_count
         return batch
 
-    def get_state(self):
-        """How far it is, for `set_state` and for JSON: the examples that all processes took, and of what."""
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position, for `set_state` and for JSON: the examples that all processes took, and of what."""
         return {"examples": self._examples, **self._fingerprint}
 
-    def set_state(self, state):
-        """Goes on where `get_state` was called: the next batches are the same bit for bit.
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Resumes from `get_state`: the next batches are the same bit for bit.
 
         Raises:
             DataError: the state belongs to a source of another length, or to another seed or order.
@@ -135,8 +139,8 @@ class BatchIterator:
         self.close()
         self._examples = int(state["examples"])
 
-    def close(self):
-        """Stops reading ahead (threads, worker processes). Iterating again starts it anew at the same place."""
+    def close(self) -> None:
+        """Stops reading ahead (threads, worker processes). Iterating again resumes at the same position."""
         if self._batches is not None and hasattr(self._batches, "close"):
             self._batches.close()
         self._batches = None
@@ -170,7 +174,7 @@ def _allow_absl_flags():
 
 
 def _positions(source, seed, shuffle, num_epochs, item_transform):
-    """The grain dataset that maps a global position to its example."""
+    """Makes the grain dataset that maps a global position to its example."""
     import grain
 
     positions = grain.MapDataset.range(len(source)).seed(int(seed))
@@ -180,7 +184,7 @@ def _positions(source, seed, shuffle, num_epochs, item_transform):
 
 
 class _Fetch:
-    """Reads an example, as a dict. A class, so that worker processes can be sent it."""
+    """Reads an example as a dict. A class, so that it can be sent to worker processes."""
 
     def __init__(self, source, item_transform):
         self.source, self.item_transform = source, item_transform

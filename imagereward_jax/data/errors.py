@@ -1,7 +1,10 @@
-"""What goes wrong with data, said in words for the person who brought it."""
+"""Errors in the user's data, and the words that explain them."""
 
 import difflib
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class DataError(ValueError):
@@ -15,14 +18,14 @@ class MissingDataError(DataError, FileNotFoundError):
         return str(self.args[0])
 
 
-def nearest(name, choices):
-    """ ", did you mean 'x'?" for the choice most like `name`, or ""."""
+def nearest(name: Any, choices: Iterable[Any]) -> str:
+    """Returns ", did you mean 'x'?" for the choice most like `name`, or ""."""
     close = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def missing_file(path, what="data file"):
-    """The error for a path that does not exist, with the nearest name in the same folder."""
+def missing_file(path: str | os.PathLike, what: str = "data file") -> MissingDataError:
+    """Makes the error for a path that does not exist, with the nearest name in the same folder."""
     path = Path(path)
     if not path.parent.is_dir():
         return MissingDataError(f"{path}: no such {what}; the folder {path.parent} does not exist either")

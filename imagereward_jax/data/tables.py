@@ -1,15 +1,16 @@
-"""Rows from wherever people keep them: files, `datasets` folders and names, TFDS. One reader for all kinds of data.
+"""Tables of rows from files, `datasets` folders and names, and TFDS. One reader for all kinds of data.
 
-A `Table` gives rows by number, and says where a row is so that a message can name it.
+A `Table` returns rows by number, and the place of a row so that a message can name it.
 """
 
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imagereward_jax.data.errors import DataError, MissingDataError, missing_file, nearest
 
@@ -24,7 +25,7 @@ class Table(NamedTuple):
         name: the file or data set, for messages.
         rows: sequence of rows; a row is a dict, or a string (one column without a name).
         where: row number from 0 -> "prompts.csv, line 3".
-        folder: what paths in the rows are relative to; None where they must be absolute.
+        folder: what paths in the rows are relative to; None if they must be absolute.
     """
 
     name: str
@@ -32,13 +33,13 @@ class Table(NamedTuple):
     where: Callable[[int], str]
     folder: Path | None
 
-    def columns(self):
-        """The names of the columns, or None where rows are plain strings."""
+    def columns(self) -> list[str] | None:
+        """Lists the names of the columns; None if rows are plain strings."""
         return list(self.rows[0]) if isinstance(self.rows[0], dict) else None
 
 
-def read_table(source, split="train"):
-    """The rows of a file (by its suffix), a folder saved by `datasets`, "tfds:NAME", or a hub name "owner/name".
+def read_table(source: str | os.PathLike, split: str = "train") -> Table:
+    """Reads the rows of a file (by its suffix), a folder saved by `datasets`, "tfds:NAME", or a hub name "owner/name".
 
     Raises:
         DataError: unreadable, empty, or of an unknown kind; the message names file and row.
@@ -61,8 +62,8 @@ def read_table(source, split="train"):
     return table
 
 
-def read_file(path):
-    """The rows of one file, by its suffix; a `Table`, maybe empty."""
+def read_file(path: str | os.PathLike) -> Table:
+    """Reads the rows of one file, by its suffix; the table may be empty."""
     path = Path(path)
     readers = {
         ".json": _json_rows,
@@ -198,7 +199,7 @@ def _hub_table(name, split):
 
 
 def _dataset_table(name, data):
-    """Pictures are left undecoded, so that a broken one is reported with its row."""
+    """Leaves images undecoded, so that a broken one is reported with its row."""
     import datasets
 
     for column, feature in data.features.items():
@@ -208,10 +209,10 @@ def _dataset_table(name, data):
 
 
 class _TfdsRows(Sequence):
-    """Rows of a TFDS data source; pictures stay encoded, text becomes str."""
+    """Rows of a TFDS data source; images stay encoded, text becomes str."""
 
-    def __init__(self, data, pictures):
-        self.data, self.pictures = data, pictures
+    def __init__(self, data, images):
+        self.data, self.images = data, images
 
     def __len__(self):
         return len(self.data)
@@ -222,7 +223,7 @@ class _TfdsRows(Sequence):
         return {key: self._value(key, value) for key, value in self.data[i].items()}
 
     def _value(self, key, value):
-        return value.decode("utf-8") if isinstance(value, bytes) and key not in self.pictures else value
+        return value.decode("utf-8") if isinstance(value, bytes) and key not in self.images else value
 
 
 def _tfds_table(source, split):
@@ -234,22 +235,23 @@ def _tfds_table(source, split):
         folder = Path(name).expanduser()
         builder = tfds.builder_from_directory(folder) if folder.is_dir() else tfds.builder(name)
         features = builder.info.features.items()
-        pictures = {key for key, feature in features if isinstance(feature, tfds.features.Image)}
-        decoders = {key: tfds.decode.SkipDecoding() for key in pictures}
+        images = {key for key, feature in features if isinstance(feature, tfds.features.Image)}
+        decoders = {key: tfds.decode.SkipDecoding() for key in images}
         data = builder.as_data_source(split=split, decoders=decoders)
     except Exception as e:
         raise MissingDataError(
             f"{source}: TensorFlow Datasets cannot open split {split!r} of it: {_first_line(e)}; prepare it first with "
             "file_format='array_record', and set TFDS_DATA_DIR to where it is (or give tfds:FOLDER)"
         ) from e
-    return Table(source, _TfdsRows(data, pictures), lambda i: f"{source}, row {i + 1}", None)
+    return Table(source, _TfdsRows(data, images), lambda i: f"{source}, row {i + 1}", None)
 
 
-def pick_column(table, wanted, usual, flag):
-    """The column to read: `wanted` if given, else the first of `usual` that is there.
+def pick_column(table: Table, wanted: str | None, usual: Sequence[str], flag: str) -> str:
+    """Chooses the column to read: `wanted` if given, else the first of `usual` that is there.
 
     Args:
         flag: what the user sets to choose another column, for the message.
+
     Raises:
         DataError: it is not there; the message lists the columns that are.
     """
@@ -271,8 +273,8 @@ def pick_column(table, wanted, usual, flag):
     return found[0]
 
 
-def column_values(table, column):
-    """All values of a column.
+def column_values(table: Table, column: str) -> list[Any]:
+    """Lists all values of a column.
 
     Raises:
         DataError: a row lacks it.
@@ -290,8 +292,8 @@ def column_values(table, column):
     return values
 
 
-def check_texts(table, texts, what):
-    """The texts, if each is a string with something in it.
+def check_texts(table: Table, texts: list[Any], what: str) -> list[str]:
+    """Returns the texts if each is a string with something in it.
 
     Raises:
         DataError: names the first row that is not, and counts the others.
@@ -308,7 +310,7 @@ def check_texts(table, texts, what):
 
 
 def _kind(value):
-    """What a JSON value is, in words."""
+    """Describes a JSON value in words."""
     if isinstance(value, dict):
         return f"an object with {', '.join(map(repr, value)) or 'nothing in it'}"
     names = {list: "a list", str: "a string", type(None): "nothing (null)", bool: "true or false"}
@@ -316,6 +318,6 @@ def _kind(value):
 
 
 def _first_line(error):
-    """An exception of another package, on one line."""
+    """Describes an exception of another package on one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

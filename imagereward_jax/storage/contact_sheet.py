@@ -1,6 +1,7 @@
-"""Contact sheets: pictures in a grid with a line of text under each."""
+"""Contact sheets: images in a grid with a line of text under each."""
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -8,19 +9,21 @@ from PIL import Image, ImageDraw, ImageFont
 LINE_HEIGHT = 13
 
 
-def to_uint8(images):
-    """Float images in [0, 1] as uint8."""
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Rounds float images in [0, 1] to uint8."""
     return np.clip(np.rint(np.asarray(images, np.float32) * 255), 0, 255).astype(np.uint8)
 
 
-def contact_sheet(images, captions, *, columns=None, smallest=128, largest=256):
-    """A sheet of pictures with captions.
+def contact_sheet(
+    images: np.ndarray, captions: Sequence[str], *, columns: int | None = None, smallest: int = 128, largest: int = 256
+) -> Image.Image:
+    """Draws a sheet of images with captions.
 
     Args:
         images: [N, H, W, 3] float in [0, 1].
-        captions: N strings, "" for none; wrapped to the picture's width, at most three lines.
-        columns: default: near a square sheet.
-        smallest, largest: small pictures are enlarged by whole factors to at least `smallest` pixels of width, large
+        captions: N strings, "" for none; wrapped to the image's width, at most three lines.
+        columns: by default, what comes nearest to a square sheet.
+        smallest, largest: small images are enlarged by whole factors to at least `smallest` pixels of width, large
             ones shrunk to `largest`.
 
     Returns:

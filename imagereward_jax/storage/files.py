@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
+from PIL import Image
 
-def write_text(path, text):
+
+def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes through a temporary file in the same folder."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -12,7 +14,7 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
-def save_image(path, image):
+def save_image(path: str | os.PathLike, image: Image.Image) -> None:
     """Saves a PIL image as PNG through a temporary file in the same folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

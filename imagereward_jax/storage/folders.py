@@ -3,19 +3,20 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from imagereward_jax.weights.files import WeightsError
 
 
 @contextlib.contextmanager
-def new_folder(target, *, overwrite=False, marker):
-    """Gives an empty folder beside `target` to write into, which takes its place when the block ends well.
+def new_folder(target: str | os.PathLike, *, overwrite: bool = False, marker: str) -> Iterator[Path]:
+    """Yields an empty folder beside `target` to write into, which takes its place when the block ends well.
 
     Args:
         target: the folder to be.
         overwrite: replaces a `target` that is there, at the very end, if it holds the file `marker`.
-        marker: the file that says a folder is of the same kind, e.g. "model_index.json": nothing else is ever replaced.
+        marker: the file that shows that a folder is of the same kind, e.g. "model_index.json"; no other is replaced.
 
     Yields:
         Path of the folder to write into; it is removed when the block raises.
@@ -47,7 +48,7 @@ def new_folder(target, *, overwrite=False, marker):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def refuse_existing(target, *, overwrite, marker):
+def refuse_existing(target: str | os.PathLike, *, overwrite: bool, marker: str) -> None:
     """Raises FileExistsError unless `target` is absent, empty, or a folder with the file `marker` to overwrite."""
     target = Path(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -55,4 +56,4 @@ def refuse_existing(target, *, overwrite, marker):
     if not overwrite:
         raise FileExistsError(f"{target} exists already; choose another name, or overwrite it (--overwrite)")
     if not (target / marker).is_file():
-        raise FileExistsError(f"{target} is not overwritten: it has no {marker}, so it is something else than a model")
+        raise FileExistsError(f"{target} is not overwritten: it has no {marker}, so it is not a model")

@@ -195,7 +195,7 @@ def test_rank_follows_the_checker():
         (lambda: shapes.ShapesPairs(1, captions=[]), "captions must not be empty"),
         (lambda: shapes.ShapesPairs(1, caption_noise=2), "caption_noise must be in"),
         (lambda: shapes.ShapesGroups(1, images_per_prompt=1), "images_per_prompt must be in 2..9"),
-        (lambda: shapes.ShapesGroups(1, images_per_prompt=6, spoilt=False), r"in 2..5 without spoilt pictures"),
+        (lambda: shapes.ShapesGroups(1, images_per_prompt=6, spoilt=False), r"in 2..5 without spoilt images"),
         (lambda: shapes.Caption("huge", "red", "circle", "center"), "size must be one of small, large"),
         (lambda: shapes.split(held_out=200), "held_out must be at most"),
     ],

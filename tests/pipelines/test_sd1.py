@@ -29,12 +29,6 @@ SCHEDULERS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return tiny_sd1.make(tmp_path_factory.mktemp("tokenizer"))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_sd1
 import tiny_sdxl
 
 from imagereward_jax.diffusion.samplers import make_sampler
@@ -24,12 +23,6 @@ SCHEDULERS = {
     "euler": diffusers.EulerDiscreteScheduler,
     "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

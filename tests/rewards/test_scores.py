@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 torch = pytest.importorskip("torch")
-import tiny_sd1
 import torch_blip
 import torch_clip
 from PIL import Image
@@ -33,12 +32,6 @@ PROMPTS = ["a small red circle at the top left", "A large BLUE square at the bot
 LENGTH = 16
 VIT_L = ((224, 14, 1024, 16, 24), (49408, 77, 768, 12, 12), 768, torch_clip.QuickGELU)
 VIT_H = ((224, 14, 1280, 16, 32), (49408, 77, 1024, 16, 24), 1024, torch.nn.GELU)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
 """The built-in world of coloured shapes: data that needs no download, and a checker that knows the truth.
 
-A caption has four words (size, colour, shape, place); a picture shows one shape on a plain light background.
-This module is the front door; the parts live in `shapes_drawing`, `shapes_checker`, `shapes_degrade`,
-`shapes_sources` and `shapes_tokenizers`.
+A caption has four words (size, colour, shape, place); an image shows one shape on a plain light background.
+This module re-exports the public names of its parts: drawing, checker, degrade, sources and tokenizers.
 """
 
 from imagereward_jax.data.shapes.checker import check, fully_right, words_right

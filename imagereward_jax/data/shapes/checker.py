@@ -1,8 +1,8 @@
-"""Reads a picture of the shapes world back into words, by rules: the ground truth of every shapes experiment.
+"""Reads an image of the shapes world back into words, by rules: the ground truth of every shapes experiment.
 
 The shape is what differs from the colour of the border. Its soft mask is compared with the four templates, its
 area gives the size, its bounding box the place, and the median of its inner pixels the colour. A word is only
-given where the picture is clear about it, so that textures and blends that please a reward earn nothing here.
+given if the image is clear about it, so that textures and blends that please a reward earn nothing here.
 """
 
 import colorsys
@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from imagereward_jax.data.shapes.drawing import CORNER, RADIUS, SHAPES, WORDS, coverage, parse
 
-SMOOTHING = 0.012  # of the picture's side; takes off pixel noise, and templates get the same
+SMOOTHING = 0.012  # of the image's side; takes off pixel noise, and templates get the same
 MIN_CONTRAST = 0.25  # between shape and background, Euclidean over RGB
 MIN_BACKGROUND = 0.6
 BORDER_TOLERANCE = 0.12
@@ -37,20 +37,20 @@ UNIFORM_DISTANCE = 0.2
 
 
 class Blob(NamedTuple):
-    """The one thing in the picture."""
+    """The one thing in the image."""
 
     alpha: np.ndarray  # [S, S] in [0, 1]: how much a pixel belongs to it
     mask: np.ndarray  # [S, S] bool
     area: float  # pixels
 
 
-def check(image):
-    """What the picture shows: {"size", "colour", "shape", "place"} -> a word of `WORDS`, or None where unclear.
+def check(image: np.ndarray) -> dict[str, str | None]:
+    """Reads what the image shows: {"size", "colour", "shape", "place"} -> a word of `WORDS`, or None if unclear.
 
     Args:
         image: [S, S, 3], uint8, or float in [0, 1] (clipped; a NaN makes every answer None).
     Raises:
-        ValueError: the array is not a square RGB picture.
+        ValueError: the array is not a square RGB image.
     """
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1]:
@@ -71,14 +71,14 @@ def check(image):
     }
 
 
-def words_right(text, image):
-    """{"size", "colour", "shape", "place"} -> whether the picture shows that word of the caption `text`."""
+def words_right(text: str, image: np.ndarray) -> dict[str, bool]:
+    """Judges {"size", "colour", "shape", "place"} -> whether the image shows that word of the caption `text`."""
     caption, shown = parse(text), check(image)
     return {field: shown[field] == getattr(caption, field) for field in WORDS}
 
 
-def fully_right(text, image):
-    """Whether the picture shows every word of the caption `text`."""
+def fully_right(text: str, image: np.ndarray) -> bool:
+    """Returns whether the image shows every word of the caption `text`."""
     return all(words_right(text, image).values())
 
 

@@ -1,18 +1,18 @@
-"""Ways to spoil a picture of the shapes world, each with a severity in (0, 1].
+"""Ways to spoil an image of the shapes world, each with a severity in (0, 1].
 
 A reward model that has seen only clean drawings is easily fooled: textures and washes of colour that no person
-would like raise its score. Ranked groups therefore hold pictures spoilt in the ways that generators go wrong.
+would like raise its score. Ranked groups therefore hold images spoilt in the ways that generators go wrong.
 Every function takes (image, severity, rng, caption) and returns an image that may leave [0, 1].
 """
 
 import numpy as np
 from scipy import ndimage
 
-from imagereward_jax.data.shapes.drawing import RADIUS, RGB, SHAPES, SIZES, all_captions, coverage, draw_float
+from imagereward_jax.data.shapes.drawing import RADIUS, RGB, SHAPES, SIZES, Caption, all_captions, coverage, draw_float
 
 
-def degrade(image, severity, rng, caption):
-    """The picture spoilt in one or two random ways: float32 [S, S, 3] in [0, 1].
+def degrade(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
+    """Spoils the image in one or two random ways: float32 [S, S, 3] in [0, 1].
 
     Args:
         image: float32 [S, S, 3] in [0, 1].
@@ -120,7 +120,7 @@ def mottle(image, severity, rng, caption):
 
 
 def mixture(image, severity, rng, caption):
-    """Two pictures at once."""
+    """Two images at once."""
     captions = all_captions()
     other = draw_float(captions[rng.integers(len(captions))], rng, _side(image))
     weight = 0.1 + 0.45 * severity

@@ -1,4 +1,4 @@
-"""Captions of the shapes world and the pictures that they describe."""
+"""Captions of the shapes world and the images that they describe."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right", "center")
 WORDS = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}
 
-# Lengths are in units of the picture's side.
+# Lengths are in units of the image's side.
 RADIUS = {"small": 0.125, "large": 0.22}
 CORNER = 0.27
 POSITION = {  # (row, column) of the middle of the shape's bounding box
@@ -41,7 +41,7 @@ CROSS_LENGTH, CROSS_WIDTH = 1.1, 0.38
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Caption:
-    """What a picture shows, as one word of each list in `WORDS`."""
+    """The content of an image, as one word of each list in `WORDS`."""
 
     size: str
     colour: str
@@ -65,7 +65,7 @@ class Caption:
 
 
 @functools.cache
-def all_captions():
+def all_captions() -> list["Caption"]:
     """Every caption of the world (240 of them), as a tuple in a fixed order."""
     return tuple(Caption(*words) for words in itertools.product(SIZES, COLOURS, SHAPES, PLACES))
 
@@ -75,7 +75,7 @@ def _by_text():
     return {caption.text: caption for caption in all_captions()}
 
 
-def parse(text):
+def parse(text: str) -> "Caption":
     """The `Caption` whose `.text` this is.
 
     Raises:
@@ -153,19 +153,19 @@ def draw_float(caption, rng, image_size=64):
     return background + alpha * (foreground - background)
 
 
-def draw(caption, rng, image_size=64):
-    """A picture of the caption: uint8 [image_size, image_size, 3].
+def draw(caption: Caption, rng: np.random.Generator, image_size: int = 64) -> np.ndarray:
+    """Draws an image of the caption: uint8 [image_size, image_size, 3].
 
     Place, size, shade and the tint of the background vary a little with `rng` (np.random.Generator).
     """
     return to_uint8(draw_float(caption, rng, image_size))
 
 
-def to_uint8(image):
+def to_uint8(image: np.ndarray) -> np.ndarray:
     """Float in [0, 1] (clipped) to uint8, rounded."""
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def to_float(image):
+def to_float(image: np.ndarray) -> np.ndarray:
     """uint8 to float32 in [0, 1]."""
     return image.astype(np.float32) / np.float32(255)

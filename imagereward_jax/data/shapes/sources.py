@@ -1,25 +1,28 @@
-"""Random-access sources over the shapes world: captioned pictures, and ranked groups of pictures.
+"""Random-access sources over the shapes world: captioned images, and ranked groups of images.
 
-An item hangs on (seed, index) alone, so that any worker on any host makes the same one.
+An item depends only on (seed, index), so that any worker on any host makes the same one.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
 from imagereward_jax.data.shapes.degrade import degrade
-from imagereward_jax.data.shapes.drawing import WORDS, all_captions, draw, draw_float, to_float, to_uint8
+from imagereward_jax.data.shapes.drawing import WORDS, Caption, all_captions, draw, draw_float, to_float, to_uint8
 
 MAX_IMAGES = 9
 MAX_CLEAN_IMAGES = 1 + len(WORDS)  # of one group: no wrong word, or one to four
 # One wrong word costs 1; a degradation costs this times its severity, so that at 1/4 it is as bad as a wrong word.
 SEVERITY_COST = 4.0
 MIN_SEVERITY = 0.12
-MIN_COST_GAP = 0.2  # closer pictures would be ranked by a coin
+MIN_COST_GAP = 0.2  # closer images would be ranked by a coin
 MODES = {"words": 0.6, "quality": 0.15, "mixed": 0.25}
 
 
-def with_wrong_words(caption, count, rng):
-    """The caption with `count` of its four words replaced by random other ones."""
+def with_wrong_words(caption: Caption, count: int, rng: np.random.Generator) -> Caption:
+    """Returns the caption with `count` of its four words replaced by random other ones."""
     fields = rng.choice(list(WORDS), size=count, replace=False)
     return caption.replace(**{f: str(rng.choice([w for w in WORDS[f] if w != getattr(caption, f)])) for f in fields})
 
@@ -39,7 +42,7 @@ def _check_index(index, size):
 
 
 class ShapesPairs:
-    """Captioned pictures: item i is {"image": float32 [S, S, 3] in [0, 1], "prompt": str} and, as other pairs have it,
+    """Captioned images: item i is {"image": float32 [S, S, 3] in [0, 1], "prompt": str} and, as other pairs have it,
     "original_size" (S, S) and "crop_top_left" (0, 0).
 
     Args:
@@ -50,16 +53,23 @@ class ShapesPairs:
         image_size: side in pixels.
     """
 
-    def __init__(self, size, seed=0, captions=None, caption_noise=0.0, image_size=64):
+    def __init__(
+        self,
+        size: int,
+        seed: int = 0,
+        captions: Sequence[Caption] | None = None,
+        caption_noise: float = 0.0,
+        image_size: int = 64,
+    ):
         self.captions = _check_source(size, captions)
         if not 0 <= caption_noise <= 1:
             raise ValueError(f"caption_noise must be in [0, 1]; got {caption_noise}")
         self.size, self.seed, self.caption_noise, self.image_size = size, seed, caption_noise, image_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         _check_index(index, self.size)
         rng = np.random.default_rng((self.seed, int(index)))
         caption = self.captions[rng.integers(len(self.captions))]
@@ -73,7 +83,7 @@ class ShapesPairs:
 class ShapesGroups:
     """Ranked groups: item i is {"prompt": str, "images": float32 [K, S, S, 3], "ranking": int32 [K], 1 is best}.
 
-    Pictures of a group differ in how many words are wrong (0 to 4), in how badly they are spoilt (`degrade`), or
+    Images of a group differ in how many words are wrong (0 to 4), in how badly they are spoilt (`degrade`), or
     in both. There are no ties.
 
     Args:
@@ -82,31 +92,39 @@ class ShapesGroups:
         captions: list of `Caption` to draw from (default: all).
         images_per_prompt: K, 2 to 9.
         image_size: side in pixels.
-        spoilt: whether two groups in five hold spoilt pictures too; without them pictures differ in their words alone.
+        spoilt: whether two groups in five hold spoilt images too; without them images differ in their words alone.
 
     Raises:
-        ValueError: an argument is out of range: without spoilt pictures K is at most 5, as no two have the same rank.
+        ValueError: an argument is out of range: without spoilt images K is at most 5, as no two have the same rank.
     """
 
-    def __init__(self, size, seed=0, captions=None, images_per_prompt=4, image_size=64, spoilt=True):
+    def __init__(
+        self,
+        size: int,
+        seed: int = 0,
+        captions: Sequence[Caption] | None = None,
+        images_per_prompt: int = 4,
+        image_size: int = 64,
+        spoilt: bool = True,
+    ):
         self.captions = _check_source(size, captions)
         if not 2 <= images_per_prompt <= MAX_IMAGES:
             raise ValueError(f"images_per_prompt must be in 2..{MAX_IMAGES}; got {images_per_prompt}")
         if not spoilt and images_per_prompt > MAX_CLEAN_IMAGES:
             raise ValueError(
-                f"images_per_prompt must be in 2..{MAX_CLEAN_IMAGES} without spoilt pictures, one for each number of "
+                f"images_per_prompt must be in 2..{MAX_CLEAN_IMAGES} without spoilt images, one for each number of "
                 f"wrong words; got {images_per_prompt}"
             )
         self.size, self.seed, self.spoilt = size, seed, spoilt
         self.images_per_prompt, self.image_size = images_per_prompt, image_size
         self.largest = images_per_prompt
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         _check_index(index, self.size)
-        rng = np.random.default_rng((self.seed, int(index), 1))  # 1: not the pictures of ShapesPairs
+        rng = np.random.default_rng((self.seed, int(index), 1))  # 1: not the images of ShapesPairs
         caption = self.captions[rng.integers(len(self.captions))]
         plans = self._plan(rng)
         images = np.stack([self._draw(caption, wrong, severity, rng) for wrong, severity in plans])
@@ -138,7 +156,7 @@ class ShapesGroups:
 
 
 def _soften(image, rng):
-    """What any autoencoder does to a picture, and no rank hangs on: up to a pixel of blur, a little noise."""
+    """Softens as any autoencoder does, independently of the rank: up to a pixel of blur, a little noise."""
     sigma = rng.uniform(0, 1 / 64) * image.shape[0]
     soft = ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="nearest")
     return soft + np.float32(rng.uniform(0, 0.02)) * rng.standard_normal(image.shape, np.float32)
