@@ -1,4 +1,4 @@
-"""A method in a file of the user's own: trained by the command, resumed after a kill, planned; no edit to the package."""
+"""A method in a file of the user's own: trained by the command, resumed after a kill, planned."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from imagereward_jax.train import main
 from imagereward_jax.training.metric_writers import read_rows
 from imagereward_jax.weights.files import read_tensors
 
-METHOD = '''"""A denoising loss that looks hardest at the samples with the largest errors and stays near where it began."""
+METHOD = '''"""A denoising loss that weighs large errors more and stays near the weights that it began with."""
 
 import jax
 import jax.numpy as jnp
