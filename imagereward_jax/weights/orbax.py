@@ -107,8 +107,8 @@ def load_pipeline_checkpoint(folder, abstract):
     return {name: _load_params(Path(folder).absolute() / name, tree) for name, tree in abstract.items()}
 
 
-def stored_params(folder, name):
-    """One network's parameters as `jax.ShapeDtypeStruct`, in the dtypes of the checkpoint.
+def stored_dtypes(folder, name, params):
+    """One network's parameters as `jax.ShapeDtypeStruct`, of the shapes of `params` in the dtypes of the checkpoint.
 
     Raises:
         FileNotFoundError, WeightsError: as for `load_pipeline_checkpoint`.
@@ -118,7 +118,11 @@ def stored_params(folder, name):
     _refuse_damaged(Path(folder), name)
     with _quiet(), ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(Path(folder).absolute() / name).item_metadata.tree
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+    # Orbax turns the numbers of layers into strings.
+    dtypes = {tuple(map(str, key)): leaf.dtype for key, leaf in traverse_util.flatten_dict(stored).items()}
+    flat = traverse_util.flatten_dict(params)
+    structs = {key: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(map(str, key))]) for key, leaf in flat.items()}
+    return traverse_util.unflatten_dict(structs)
 
 
 def _save_params(path, params):

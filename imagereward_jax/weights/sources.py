@@ -52,4 +52,5 @@ class OrbaxSource:
 
     def tensors(self, name: str, network: nnx.Module) -> dict[str, Any]:
         """The tensors of one network by PyTorch key, in the dtype of the checkpoint."""
-        return mapping.to_torch(network, self.load(name, network, orbax.stored_params(self.folder, name)))
+        stored = orbax.stored_dtypes(self.folder, name, mapping.params_of(network))
+        return mapping.to_torch(network, self.load(name, network, stored))
