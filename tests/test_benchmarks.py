@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import pytest
-import tiny_sd1
 import tiny_sdxl
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -29,12 +28,11 @@ def benchmarks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
-def test_both_sides_of_a_step_run_and_train_as_many_parameters(benchmarks, rank, tmp_path):
+def test_both_sides_of_a_step_run_and_train_as_many_parameters(benchmarks, rank):
     pytest.importorskip("peft")
     _, refl_step = benchmarks
     arguments = refl_step.parse_args([*OPTIONS, f"--lora={rank}"])
-    with tiny_sd1.quick_compilation(tmp_path):
-        ours = refl_step.run_ours(arguments)
+    ours = refl_step.run_ours(arguments)
     theirs = refl_step.run_torch(arguments)
     assert ours["trained_parameters"] == theirs["trained_parameters"] > 0
     assert len(ours["times"]) == len(theirs["times"]) == 1

@@ -16,12 +16,6 @@ from imagereward_jax.weights import adapters, orbax
 from imagereward_jax.weights.generation import Generation, write_generation
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     pipeline, params = tiny_sd1.make(tmp_path_factory.mktemp("tokenizer"))

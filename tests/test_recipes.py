@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_sd1
 
 for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)
@@ -29,12 +28,6 @@ SMALL_NETWORKS = [
     )
 ]
 SMALL_SAMPLES = ["--config.eval.num_prompts=4", "--config.eval.images_per_prompt=1", "--config.eval.num_steps=2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 def train(name, workdir, *options):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny_sd1
 
 pytestmark = pytest.mark.slow  # some minutes: four programs are compiled
 
@@ -20,12 +19,6 @@ SMALL = [
     "--config.eval.batch_size=2",
     "--config.checkpoint.best_only=True",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """A Stable Diffusion 1.x of some 100,000 random numbers: images of 16 x 16, latents of 8 x 8, 16 tokens."""
 
-import contextlib
-
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
@@ -91,21 +88,3 @@ def random_params(pipeline):
         return noise * np.float32(0.1 if path[-1].key == "bias" else np.prod(leaf.shape[stacked:-1]) ** -0.5)
 
     return jax.tree_util.tree_map_with_path(random, pipeline.abstract_params())
-
-
-@contextlib.contextmanager
-def quick_compilation(cache):
-    """Compiles in less time to slower code, and equal programs once, kept in the folder `cache`."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

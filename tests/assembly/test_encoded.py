@@ -6,7 +6,6 @@ import pickle
 import jax
 import numpy as np
 import pytest
-import tiny_sd1
 import tiny_sdxl
 from PIL import Image
 
@@ -24,12 +23,6 @@ from imagereward_jax.recipes import default_config, validate
 from imagereward_jax.training.mesh import make_mesh
 
 CAPTIONS = ["a red circle", "a blue square", "a green cross", "a big circle", "a small square"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -26,12 +26,6 @@ from imagereward_jax.weights.files import WeightsError, read_tensors
 CONFIG = Path(__file__).parents[2] / "configs" / "refl_tiny_lora.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     pipeline, params = tiny_sd1.make_one_level(tmp_path_factory.mktemp("tokenizer"))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_sd1
 from PIL import Image
 
 for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
@@ -59,12 +58,11 @@ def train(files, workdir, reward, *options):
 @pytest.fixture(scope="module")
 def runs(files, tiny_reward_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("ranking")
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        groups = train(files, root / "groups", tiny_reward_folder, "--config.steps=12", "--config.eval.per_epoch=2")
-        two_steps = ("--config.steps=2", "--config.method.mode=pairs")
-        pairs = train(files, root / "pairs", tiny_reward_folder, *two_steps)
-        narrow = ("--config.dtype=bfloat16", "--config.model.remat=blocks")
-        half = train(files, root / "half", tiny_reward_folder, *two_steps, *narrow)
+    groups = train(files, root / "groups", tiny_reward_folder, "--config.steps=12", "--config.eval.per_epoch=2")
+    two_steps = ("--config.steps=2", "--config.method.mode=pairs")
+    pairs = train(files, root / "pairs", tiny_reward_folder, *two_steps)
+    narrow = ("--config.dtype=bfloat16", "--config.model.remat=blocks")
+    half = train(files, root / "half", tiny_reward_folder, *two_steps, *narrow)
     return root, {"groups": groups, "pairs": pairs, "half": half}
 
 

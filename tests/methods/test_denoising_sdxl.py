@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import tiny_sd1
 import tiny_sdxl
 
 from imagereward_jax.assembly.conditions import with_conditions
@@ -15,12 +14,6 @@ from imagereward_jax.methods.denoising import min_snr_weights
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 def reference_weights(scheduler, timesteps, gamma):

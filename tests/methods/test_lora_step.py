@@ -30,12 +30,6 @@ RANK, ALPHA = 3, 6
 TARGETS = lora.ATTENTION + r"|proj_in|resnets\.\d+\.conv1"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(pipeline, params, diffusers' pipeline), the same weights and the same random adapter in both."""

@@ -23,12 +23,6 @@ from imagereward_jax.methods.refl import draw_stop, hinge
 from imagereward_jax.weights import mapping
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(pipeline, params, diffusers' pipeline with the same weights)."""

@@ -12,12 +12,6 @@ from imagereward_jax.pipelines.sample import ImageSampler
 PROMPTS = ["a red circle", "a big blue square", "a green cross"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return tiny_sd1.make_one_level(tmp_path_factory.mktemp("tokenizer"))

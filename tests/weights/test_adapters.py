@@ -33,12 +33,6 @@ TARGETS = lora.ATTENTION + r"|proj_in|resnets\.\d+\.conv1"
 PROMPT = "a small blue cross in the center"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny_sd1.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The tiny model as `save` writes it."""
