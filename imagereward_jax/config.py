@@ -109,16 +109,20 @@ def check_value(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
 
 
 def _check_bounds(name, value, one, bounds):
-    tests = {
-        "at_least": (lambda x, bound: x >= bound, "at least"),
-        "above": (lambda x, bound: x > bound, "a number above"),
-        "below": (lambda x, bound: x < bound, "a number below"),
-        "at_most": (lambda x, bound: x <= bound, "at most"),
-    }
-    for kind, (holds, words) in tests.items():
-        bound = bounds.get(kind)
-        if bound is not None and one is not None and not holds(one, bound):
-            raise ConfigError(f"{name}={value}: expected {words} {bound:g}")
+    if one is None:
+        return
+    low, high = bounds.get("at_least", bounds.get("above")), bounds.get("below", bounds.get("at_most"))
+    too_low = low is not None and not (one > low if "above" in bounds else one >= low)
+    too_high = high is not None and not (one < high if "below" in bounds else one <= high)
+    if not too_low and not too_high:
+        return
+    if low is not None and high is not None:
+        interval = f"{'(' if 'above' in bounds else '['}{low:g}, {high:g}{')' if 'below' in bounds else ']'}"
+        raise ConfigError(f"{name}={value}: expected a number in {interval}")
+    words = "a number above" if "above" in bounds else "at least"
+    if high is not None:
+        words = "a number below" if "below" in bounds else "at most"
+    raise ConfigError(f"{name}={value}: expected {words} {high if low is None else low:g}")
 
 
 def require_given(config: Any, path: str, way_out: str = "") -> None:

@@ -18,7 +18,7 @@ from imagereward_jax.assembly.rows import nested_cond, pair_batch, repeated_ids,
 from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.groups import Pairs, padded
 from imagereward_jax.data.pairs import load_pairs
-from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
+from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompt_rows
 from imagereward_jax.methods.base import HOST, Batch, Key, Models
 
 MOST_IN_A_GROUP = 9  # images that ImageRewardDB has per prompt at most (arXiv 2304.05977, section 2)
@@ -95,17 +95,17 @@ def prompt_source(parts: Any, negative_prompt: str | None) -> DataSource:
 
     def transform(batch):
         prompts = batch.pop("prompt")
-        ids = {"cond": nested_cond(batch)} if config.data.cache else {"ids": pipeline.tokenize(prompts)}
-        return {**ids, **tokens(prompts), HOST: {"prompt": prompts}}
+        ids = {"cond": nested_cond(batch)} if config.data.get("cache") else {"ids": pipeline.tokenize(prompts)}
+        return {**ids, **tokens(prompts), HOST: {"prompt": prompts, "metadata": batch["metadata"]}}
 
     prepare = functools.partial(with_conditions, pipeline)
     if parts.abstract:
-        cond = encoded.cond_spec(pipeline, size) if config.data.cache else None
+        cond = encoded.cond_spec(pipeline, size) if config.data.get("cache") else None
         given = {"cond": cond} if cond else {"ids": rows_spec(pipeline.tokenize([""]), size)}
         spec = {**given, **rows_spec(tokens([""]), size)}
         return DataSource("prompts", None, transform, spec, images=size, prepare=prepare)
-    rows = load_prompts(config.data.prompts, column=config.data.prompts_column)
-    rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows)) if config.data.cache else rows
+    rows = load_prompt_rows(config.data.prompts, column=config.data.prompts_column)
+    rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows.prompts)) if config.data.get("cache") else rows
     spec = rows_spec({"ids": pipeline.tokenize([""]), **tokens([""])}, size)
     return DataSource("prompts", iterate(config, rows), transform, spec, images=size, prepare=prepare)
 
@@ -117,7 +117,7 @@ def pair_source(parts: Any) -> DataSource:
     spec = pair_spec(config, pipeline)
     if parts.abstract:
         return DataSource("pairs", None, dict, spec, images=config.batch_size, prepare=prepare)
-    if not config.data.cache:
+    if not config.data.get("cache"):
         batches = iterate(config, load_pairs_of(config), functools.partial(drop_caption, config.data.caption_dropout))
         transform = functools.partial(pair_batch, pipeline)
         return DataSource("pairs", batches, transform, spec, images=config.batch_size, prepare=prepare)
@@ -135,7 +135,7 @@ def pair_spec(config: Any, pipeline: Any) -> Batch:
     """Shapes of a global batch of pairs."""
     rows, side = config.batch_size, config.data.image_size
     sizes = {"time_ids": jax.ShapeDtypeStruct((rows, 6), jnp.float32)} if pipeline.micro_conditioned else {}
-    if config.data.cache:
+    if config.data.get("cache"):
         mean = jax.ShapeDtypeStruct((rows, *pipeline.latent_shape(side, side)), jnp.float32)
         return {"latent_mean": mean, "latent_logvar": mean, "cond": encoded.cond_spec(pipeline, rows), **sizes}
     image = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32)

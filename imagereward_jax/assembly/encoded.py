@@ -10,6 +10,7 @@ import numpy as np
 
 from imagereward_jax.assembly.rows import nested_cond, pair_batch, rows_spec
 from imagereward_jax.data.cache import Cache, open_cache
+from imagereward_jax.data.prompts import PromptRows
 from imagereward_jax.methods.base import Batch
 from imagereward_jax.training.interruptions import wait_for_all
 
@@ -39,16 +40,16 @@ class DropPrompt:
 
 
 class EncodedPrompts:
-    """Prompts with their conditions, random access: {"prompt", "cond.NAME": array}."""
+    """Prompts with their metadata and conditions, random access: as `PromptRows`, and "cond.NAME" arrays."""
 
-    def __init__(self, prompts: list[str], cache: Cache):
-        self.prompts, self.cache = prompts, cache
+    def __init__(self, rows: PromptRows, cache: Cache):
+        self.rows, self.cache = rows, cache
 
-    def __len__(self):
-        return len(self.prompts)
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def __getitem__(self, index):
-        return {"prompt": self.prompts[index], **self.cache[index]}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], **self.cache[index]}
 
 
 def pair_cache(parts: Any, pairs: Any) -> Cache:

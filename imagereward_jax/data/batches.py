@@ -208,7 +208,7 @@ class _MakeBatch:
 
 
 def _stack(key, values):
-    if isinstance(values[0], str):
+    if isinstance(values[0], str | dict):
         return values
     shapes = {np.shape(value) for value in values}
     if len(shapes) > 1:

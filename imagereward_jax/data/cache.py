@@ -140,7 +140,7 @@ def open_cache(folder: str | os.PathLike, fingerprint: dict[str, Any], rows: int
         raise FileExistsError(f"{folder} is a file, not a folder: choose another config.data.cache")
     folder.mkdir(parents=True, exist_ok=True)
     if not manifest.is_file():
-        foreign = [path.name for path in folder.iterdir() if not _is_temporary(path.name)]
+        foreign = [path.name for path in folder.iterdir() if not _may_be_beside(path)]
         if foreign and not manifest.is_file():  # looked for again: another process may have written it meanwhile
             raise FileExistsError(f"{folder} exists and is no cache (no {MANIFEST}): choose another config.data.cache")
         _write_first(manifest, json.dumps({"format": FORMAT, "made_by": made_by}, indent=2) + "\n")
@@ -178,6 +178,11 @@ def _write_first(path, text):
             raise error from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _may_be_beside(path):
+    """True for what may be in a new cache's folder: leftovers of a kill, and another cache as a folder in it."""
+    return _is_temporary(path.name) or (path / MANIFEST).is_file()
 
 
 def _is_temporary(name):

@@ -1,6 +1,7 @@
-"""Prompts from files, `datasets`, TFDS and the shapes world, as a list of strings."""
+"""Prompts from files, `datasets`, TFDS and the shapes world: strings, or rows with the other columns as metadata."""
 
 import os
+from typing import Any
 
 from imagereward_jax.data.errors import DataError, nearest
 from imagereward_jax.data.shapes.drawing import Caption
@@ -27,14 +28,51 @@ def load_prompts(source: str | os.PathLike, *, column: str | None = None, split:
         DataError: the source is broken, empty, or has an empty or missing prompt; names file and row.
         MissingDataError: there is no such source.
     """
+    return load_prompt_rows(source, column=column, split=split).prompts
+
+
+def load_prompt_rows(source: str | os.PathLike, *, column: str | None = None, split: str = "train") -> "PromptRows":
+    """Loads prompts with the other columns of their rows; arguments and errors are those of `load_prompts`."""
     source = str(source)
     if source.startswith(SHAPES_PREFIX):
-        return [caption.text for caption in shapes_captions(source)]
+        return PromptRows([caption.text for caption in shapes_captions(source)])
     table = read_table(source, split)
     if column is None and isinstance(table.rows[0], str):
-        return check_texts(table, list(table.rows), "prompt")
+        return PromptRows(check_texts(table, list(table.rows), "prompt"))
     column = pick_column(table, column, PROMPT_COLUMNS, "column=")
-    return check_texts(table, column_values(table, column), f"prompt in column {column!r}")
+    prompts = check_texts(table, column_values(table, column), f"prompt in column {column!r}")
+    others = [name for name, value in table.rows[0].items() if name != column and _is_plain(value)]
+    return PromptRows(prompts, {name: column_values(table, name) for name in others if _in_every_row(table, name)})
+
+
+class PromptRows:
+    """Random access to prompts: item i is {"prompt": str, "metadata": {column: value}}.
+
+    Args:
+        prompts: not empty. columns: the metadata, a value for each prompt by column.
+    """
+
+    def __init__(self, prompts: list[str], columns: dict[str, list] | None = None):
+        self.prompts, self.columns = prompts, columns or {}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.prompts[index], "metadata": {name: v[index] for name, v in self.columns.items()}}
+
+
+def _is_plain(value):
+    """Whether a value is text, a number or lists and objects of those; encoded images are not."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
+def _in_every_row(table, name):
+    return not isinstance(table.rows, list) or all(name in row for row in table.rows)
 
 
 def shapes_captions(source: str) -> list[Caption]:

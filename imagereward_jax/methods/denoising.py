@@ -12,7 +12,7 @@ class Config(MethodConfig):
     """config.method of supervised training."""
 
     uses = ("scratch", "pairs", "cache", "reward", "lora", "samples")
-    defaults = {"eval.best": "eval/reward_mean"}
+    defaults = {"eval.best": "eval/checker_rate"}
 
     train_text_encoder: bool = False
     timestep_power: float = field(

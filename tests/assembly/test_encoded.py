@@ -163,8 +163,8 @@ def test_other_weights_and_foreign_folders_are_refused(made, pairs, tmp_path):
 
 def test_prompts_are_encoded_once_too(made, tmp_path):
     """Batches from the cache have the prompts beside their conditions, within 1e-5 of encoding them in the step."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(CAPTIONS) + "\n")
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"text": caption, "rank": i} for i, caption in enumerate(CAPTIONS)]))
     config = default_config("refl")
     config.batch_size, config.data.prompts, config.data.cache = 3, str(prompts), str(tmp_path / "c")
     config.reward.path = "tiny-shapes"
@@ -172,10 +172,11 @@ def test_prompts_are_encoded_once_too(made, tmp_path):
     batch = next(source.batches(None, 0))
     pipeline, params, _ = made
     expected = jax.jit(pipeline.encode_prompts)(params, pipeline.tokenize(batch["host"]["prompt"]))
-    assert "ids" not in batch and len(batch["host"]["prompt"]) == 3 and batch["reward"]["input_ids"].shape[0] == 3
+    assert "ids" not in batch and batch["reward"]["input_ids"].shape[0] == 3
+    assert [CAPTIONS[row["rank"]] for row in batch["host"]["metadata"]] == batch["host"]["prompt"]
     prepared = source.prepare(Models(params), {name: part for name, part in batch.items() if name != "host"})
     for name, value in expected.items():
         np.testing.assert_allclose(prepared["cond"][name], value, atol=1e-5)
-    prompts.write_text("other\nwords\n")
+    prompts.write_text(json.dumps(["other", "words"]))
     with pytest.raises(CacheError, match="prompts"):
         parts_of(config, made).prompts()

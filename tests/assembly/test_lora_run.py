@@ -134,7 +134,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(run, model, changes, mes
         ({"alpha": 0.0}, r"config\.lora\.alpha=0\.0: expected a number above 0"),
         ({"targets": "to_(q"}, r"config\.lora\.targets='to_\(q' is not a valid regular expression"),
         ({"init": "gausian"}, r"config\.lora\.init='gausian': .*did you mean 'gaussian'"),
-        ({"dropout": 1.0}, r"config\.lora\.dropout=1\.0: expected a number below 1"),
+        ({"dropout": 1.0}, r"config\.lora\.dropout=1\.0: expected a number in \[0, 1\)"),
         ({"dtype": "int8"}, r"config\.lora\.dtype='int8': expected one of float32"),
         ({"rank": 0, "path": "x"}, r"config\.lora\.path='x' has no effect with config\.lora\.rank=0"),
     ],

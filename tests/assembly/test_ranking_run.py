@@ -170,8 +170,8 @@ def test_training_starts_from_blip(vocab_file, tmp_path, tiny_reward_config):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--config.reward.fix_rate=1.5", "fix_rate=1.5: expected at most 1"),
-        ("--config.method.dropout=1.0", "config.method.dropout=1.0: expected a number below 1"),
+        ("--config.reward.fix_rate=1.5", "fix_rate=1.5: expected a number in [0, 1]"),
+        ("--config.method.dropout=1.0", "config.method.dropout=1.0: expected a number in [0, 1)"),
         ("--config.method.mode=pair", "did you mean 'pairs'"),
         ("--config.data.held_out_groups=", "data.held_out_groups is empty"),
         ("--config.reward.blip=x.pth", "both given"),

@@ -49,7 +49,8 @@ def make(config, parts):
         noise = jax.random.normal(keys[1], latents.shape)
         timesteps = jax.random.randint(keys[2], latents.shape[:1], 0, pipeline.schedule.num_train_timesteps)
         noisy = pipeline.schedule.add_noise(latents, noise, timesteps)
-        output, start = (pipeline.denoise(m, noisy, timesteps, batch["cond"]) for m in (models.policy, models.reference))
+        both = (models.policy, models.reference)
+        output, start = (pipeline.denoise(weights, noisy, timesteps, batch["cond"]) for weights in both)
         errors = jnp.square(output - noise).mean((1, 2, 3))
         weights = jax.lax.stop_gradient(jax.nn.softmax(config.sharpness * errors))
         moved = jnp.square(output - start).mean()
@@ -114,7 +115,7 @@ def test_it_is_short():
 
 
 def test_it_trains_and_resumes_bit_for_bit(here, project):
-    """Killed after step 4 in a process of its own and finished by the command: the metrics and weights of a whole run."""
+    """Killed after step 4 in a process of its own, and finished by the command: metrics and weights of a whole run."""
     whole, killed = project / "runs/whole", project / "runs/killed"
     assert main(["train", "--config=recipe.py", f"--workdir={whole}"]) == 0
     command = [sys.executable, "-c", KILLED, "--config=recipe.py", f"--workdir={killed}"]

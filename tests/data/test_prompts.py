@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imagereward_jax.data.errors import DataError
-from imagereward_jax.data.prompts import load_prompts
+from imagereward_jax.data.prompts import load_prompt_rows, load_prompts
 
 PROMPTS = ["a cat, sitting", 'a "quoted" dog', "naïve café 日本"]
 REAL = Path(__file__).parents[3] / "shared" / "real" / "refl_data.json"
@@ -157,3 +157,14 @@ def test_loading_prompts_imports_no_heavy_package(tmp_path):
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == ""
+
+
+def test_metadata_stays_with_its_prompt(tmp_path):
+    """Columns of text and numbers come along row by row; images, and columns that some rows lack, do not."""
+    rows = [{"prompt": f"p{i}", "rank": i, "tags": ["a", i], **({"some": 1} if i else {})} for i in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    loaded = load_prompt_rows(tmp_path / "rows.json")
+    assert [loaded[i] for i in range(3)] == [
+        {"prompt": f"p{i}", "metadata": {"rank": i, "tags": ["a", i]}} for i in range(3)
+    ]
+    assert load_prompt_rows("shapes:train")[0]["metadata"] == {}
