@@ -1,5 +1,6 @@
 """Chooses which weights train, loads all of them into the dtypes and shards that they are held in, and exports them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,15 +110,16 @@ def lora_alpha(config: Any) -> float:
     return config.lora.rank if config.lora.alpha is None else config.lora.alpha
 
 
-def reference(parts: Any, trainable: Params, cast: Any) -> Params:
-    """What training started from, of what trains, in the compute dtype. For an adapter that is none: zeros for B."""
-    if not parts.adapts:
-        return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x), cast(trainable))
+def reference(parts: Any, trainable: Params, cast: Callable[[Params], Params]) -> Params:
+    """The weights that training starts from, of those that train, in the compute dtype; an adapter's B is zero."""
 
-    def without(path, leaf):
-        return jnp.zeros_like(leaf) if path[-1].key == "lora_B" else leaf
+    def at_start(path, leaf):
+        return jnp.zeros_like(leaf) if parts.adapts and path[-1].key == "lora_B" else jnp.copy(leaf)
 
-    return jax.tree_util.tree_map_with_path(without, cast(trainable))
+    def make(trainable):
+        return jax.tree_util.tree_map_with_path(at_start, cast(trainable))
+
+    return jax.eval_shape(make, trainable) if parts.abstract else make(trainable)
 
 
 def export_model(parts: Any, method: Method) -> Export:
