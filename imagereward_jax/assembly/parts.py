@@ -134,8 +134,17 @@ class Parts:
     # evaluators
 
     def samples(self, height: int, width: int) -> dict[str, Evaluator]:
-        """Samples held-out prompts of config.eval and scores them by the reward."""
-        return {} if self.abstract else {"samples": evaluators.SampleEvaluator(self, (height, width))}
+        """Samples held-out prompts of config.eval and scores them by the reward.
+
+        Fills in config.eval's sampler, steps and guidance from the model, so that the run's config.json and report
+        state them.
+        """
+        if self.abstract:
+            return {}
+        generation, settings = self.generation, self.config.eval
+        settings.sampler, settings.num_steps = generation.sampler, generation.num_inference_steps
+        settings.guidance_scale = generation.guidance_scale
+        return {"samples": evaluators.SampleEvaluator(self, (height, width))}
 
     def reconstructions(self) -> dict[str, Evaluator]:
         """Reconstructs held-out images."""

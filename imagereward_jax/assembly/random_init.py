@@ -64,7 +64,7 @@ def init_scorer(config: Any) -> ImageReward:
     """A random ImageReward of `config.reward.architecture` with the shapes world's vocabulary.
 
     BLIP's initial weights, N(0, 0.02), suit networks a thousand wide; in a small one they leave signals so weak that
-    it hardly learns to compare picture and prompt. `config.reward.unit_gain` scales each matrix to variance 1 / inputs,
+    it hardly learns to compare image and prompt. `config.reward.unit_gain` scales each matrix to variance 1 / inputs,
     `config.reward.position_scale` enlarges the vision transformer's initial positions, `config.reward.head_scale` the
     head's initial matrices: five of N(0, 1 / (width + 1)) in a row give scores, and gradients, of almost nothing.
     """

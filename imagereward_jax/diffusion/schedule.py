@@ -210,7 +210,7 @@ class NoiseSchedule:
         return alpha * noise - sigma * x0.astype(jnp.float32)
 
     def target(self, x0, noise, timesteps):
-        """What the network should output for x_t."""
+        """The output that the network should have for x_t."""
         if self.prediction_type == "epsilon":
             return noise
         return self.velocity(x0, noise, timesteps) if self.prediction_type == "v_prediction" else x0

@@ -43,7 +43,7 @@ def _trailing(last, train_steps, num_steps):
 
 
 def _noised(config, timesteps, alphas_cumprod):
-    """What DDPM and DDIM share: latents that are x_t of the training schedule."""
+    """Fields that DDPM and DDIM share: latents that are x_t of the training schedule."""
     at = alphas_cumprod[np.minimum(timesteps, len(alphas_cumprod) - 1)]
     return at, {
         "timesteps": timesteps,
@@ -144,7 +144,7 @@ def _euler_timesteps(config, num_steps):
 
 
 def _sigma_fields(config, timesteps, sigmas):
-    """What both of Euler's samplers share: latents that are x_0 + sigma * noise."""
+    """Fields that both of Euler's samplers share: latents that are x_0 + sigma * noise."""
     alpha = 1 / np.sqrt(sigmas**2 + 1)
     largest = sigmas.max()
     return {

@@ -1,4 +1,4 @@
-"""What the families of latent diffusion models share: weights in and out, guidance, decoding, sampling.
+"""Base of the families of latent diffusion models: weights in and out, guidance, decoding, sampling.
 
 The networks are kept as structure alone; their weights are an argument of every method, a dict
 `{"unet": ..., "vae": ..., "text_encoder": ...}`, so that they can be cast, sharded, trained and frozen by the caller.
@@ -374,7 +374,7 @@ def make_time_ids(original_size, crop_top_left, target_size):
 
     Args:
         original_size: (height, width) [..., 2] of the image before it was resized.
-        crop_top_left: (top, left) [..., 2] of the crop, in the resized picture.
+        crop_top_left: (top, left) [..., 2] of the crop, in the resized image.
         target_size: (height, width) [..., 2] of the crop.
     """
     parts = (original_size, crop_top_left, target_size)
@@ -415,7 +415,7 @@ def _is_path(given):
 
 
 def _vae_dtype(dtype, vae_dtype):
-    """What the VAE computes in; ValueError if float16 is asked for, in which SDXL's overflows."""
+    """The dtype of the VAE's arithmetic; ValueError for float16, in which SDXL's overflows."""
     if vae_dtype is None:
         return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
     if jnp.dtype(vae_dtype) == jnp.float16:

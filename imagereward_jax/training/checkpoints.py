@@ -1,7 +1,8 @@
-"""Checkpoints of a run (Orbax): state, data position and what the loop remembers; the last k and the best."""
+"""Checkpoints of a run (Orbax): state, data positions and open log window; the latest ones and the best."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -12,8 +13,8 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says where and why."""
 
 
-def goodness(metrics, best):
-    """What is largest for the best evaluation: the metric `best`, or with a minus before the name, its negative."""
+def goodness(metrics: dict[str, float], best: str) -> float:
+    """A number that is largest for the best evaluation: the metric `best`, negated after a minus in its name."""
     return -metrics[best[1:]] if best.startswith("-") else metrics[best]
 
 
@@ -26,7 +27,7 @@ class Checkpoints:
         best: name of the metric whose largest value is best; with a minus before it, the smallest.
     """
 
-    def __init__(self, folder, *, keep, best):
+    def __init__(self, folder: str | Path, *, keep: int, best: str):
         def value(metrics):
             return goodness(metrics, best)
 
@@ -44,25 +45,25 @@ class Checkpoints:
             item_names=("state", "loop"),
         )
 
-    def latest(self):
+    def latest(self) -> int | None:
         """The last whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def best(self):
+    def best(self) -> int | None:
         """The step of the best checkpoint that has metrics, or None."""
         return self._manager.best_step()
 
-    def best_metrics(self):
+    def best_metrics(self) -> dict[str, float] | None:
         """The evaluation of the best checkpoint, or None."""
         self.wait()
         step = self._manager.best_step()
         return None if step is None else self._manager.metrics(step)
 
-    def save(self, step, state, loop, metrics=None):
+    def save(self, step: int, state: Any, loop: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Writes in the background; a checkpoint that is there already stays.
 
         Args:
-            loop: what JSON holds: data positions, the open log window.
+            loop: values for JSON: data positions, the open log window.
             metrics: the evaluation at this step, if there was one.
 
         Raises:
@@ -74,19 +75,19 @@ class Checkpoints:
         with self._explained("write"):
             self._manager.save(step, args=args, metrics=metrics, force=True)
 
-    def wait(self):
+    def wait(self) -> None:
         """Blocks until everything is on disk."""
         with self._explained("write"):
             self._manager.wait_until_finished()
 
-    def restore(self, step, abstract_state):
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """(state, loop) of a step; `abstract_state` gives shapes, dtypes and shardings, which may be another mesh's."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), loop=ocp.args.JsonRestore())
         with self._explained("read"):
             restored = self._manager.restore(step, args=args)
         return restored.state, restored.loop
 
-    def close(self):
+    def close(self) -> None:
         """Releases the folder."""
         self._manager.close()
 
@@ -95,7 +96,7 @@ class Checkpoints:
 
 
 class _Explained:
-    """Turns whatever Orbax raises into a `CheckpointError` that says where and why."""
+    """Turns any error of Orbax into a `CheckpointError` that says where and why."""
 
     def __init__(self, what):
         self.what = what
@@ -116,6 +117,6 @@ def _not_orbax(record):
     return record.levelno >= logging.ERROR or "orbax" not in record.pathname
 
 
-def abstract(state, shardings):
+def abstract(state: Any, shardings: Any) -> Any:
     """Shapes, dtypes and shardings of `state`, for `Checkpoints.restore`."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)

@@ -18,7 +18,7 @@ img,svg{max-width:100%;height:auto}figcaption{font-weight:600;margin-bottom:.4em
 pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
 
 
-def write_report(workdir):
+def write_report(workdir: str | Path) -> None:
     """Writes WORKDIR/report.html from metrics.jsonl, samples/ and config.json.
 
     Curves of every metric, the numbers at the first and the last evaluation, and the first and last samples side by
@@ -33,7 +33,7 @@ def write_report(workdir):
         f"<p>{html.escape(config['method']['name'])}, step {rows[-1]['step'] if rows else 0} of {config['steps']}</p>",
         _evaluations(rows),
         _test(rows),
-        _samples(samples),
+        _samples(samples, config),
         _curves(rows),
         f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>",
     ]
@@ -77,7 +77,7 @@ def _number(value):
     return "" if value is None else f"{value:.4g}"
 
 
-def _samples(paths):
+def _samples(paths, config):
     if not paths:
         return ""
     shown = [paths[0], paths[-1]] if len(paths) > 1 else paths
@@ -86,7 +86,16 @@ def _samples(paths):
         f'<img alt="samples" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>'
         for path in shown
     )
-    return f'<h2>Samples: same prompts, same noise</h2><div class="pair">{figures}</div>'
+    return f'<h2>Samples: same prompts, same noise{_sampling(config)}</h2><div class="pair">{figures}</div>'
+
+
+def _sampling(config):
+    """How the samples were made, for methods that sample."""
+    settings = config["eval"]
+    if not settings.get("sampler"):
+        return ""
+    guidance = f"{settings['guidance_scale']:g}" if settings["guidance_scale"] > 1 else "none"
+    return html.escape(f"; {settings['sampler']}, {settings['num_steps']} steps, guidance {guidance}")
 
 
 def _curves(rows):

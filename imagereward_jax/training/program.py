@@ -43,7 +43,7 @@ class TrainingProgram:
         return jax.jit(self._make_state, out_shardings=self.state_shardings)(trainable)
 
     def fixed(self, run: AssembledRun) -> Fixed:
-        """What the step reads beside state and batches; over arrays or shapes, as `run` is."""
+        """The inputs of the step beside state and batches; arrays or shapes, as `run` has them."""
         reference = None
         if run.method.reference:
             dtype = jnp.dtype(self.config.dtype)

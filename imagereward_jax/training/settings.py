@@ -55,7 +55,7 @@ class Optimizer(Section, path="optimizer"):
 
 
 class Checkpoint(Section, path="checkpoint"):
-    """What is saved, and which weights are exported."""
+    """Checkpoints, and which weights are exported."""
 
     every: int = field(100, at_least=1)
     keep: int = field(2, at_least=1)  # the latest ones; the best (by config.eval.best) is kept as well

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and how checkpoints hold it."""
+"""The state that a run carries from step to step, and its form in checkpoints."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

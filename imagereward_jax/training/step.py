@@ -18,7 +18,7 @@ from imagereward_jax.training.state import TrainState
 
 
 class Fixed(NamedTuple):
-    """What a step reads and does not change.
+    """Inputs of a step that it does not change.
 
     Attributes:
         frozen: the components and parts of components that do not train, in the compute dtype.
@@ -32,7 +32,7 @@ class Fixed(NamedTuple):
 
 
 def compile_options(optimization_level: str | None) -> dict[str, Any]:
-    """What `Lowered.compile` takes for `config.optimization_level`."""
+    """Options of `Lowered.compile` for `config.optimization_level`."""
     return {"optimization_level": OPTIMIZATION_LEVELS[optimization_level]} if optimization_level else {}
 
 

@@ -1,12 +1,14 @@
-"""Whose folder a workdir is: a run continues in its own, and in no other's."""
+"""Ownership of a workdir: a run continues in its own, and in no other's."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 from imagereward_jax.recipes import default_config
 
 CONFIG, DONE = "config.json", "done.json"
-# What may be another when a run continues: how long it goes on, what it reports, and what decides how the same numbers
-# are computed, not which (they then differ by rounding: mesh, optimization_level, model.remat).
+# Fields that may differ on resume: how long the run goes on, what it reports, and how (not which) numbers are computed;
+# those then differ by rounding (mesh, optimization_level, model.remat).
 MAY_CHANGE = (
     "steps",
     "log_every",
@@ -28,13 +30,13 @@ class WorkdirError(ValueError):
     """The workdir belongs to another run, or to something else."""
 
 
-def is_complete(workdir, config):
+def is_complete(workdir: Path, config: Any) -> bool:
     """Whether the run reached its last step and left its export and report."""
     done = workdir / DONE
     return done.exists() and json.loads(done.read_text())["step"] >= config.steps
 
 
-def check_workdir(workdir, config):
+def check_workdir(workdir: Path, config: Any) -> None:
     """Refuses a workdir that is not this run's. A field that the run did not have yet had what is now its default.
 
     Raises:

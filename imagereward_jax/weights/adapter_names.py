@@ -1,4 +1,4 @@
-"""What the layers of a model are called in adapter files.
+"""Names of a model's layers in adapter files.
 
 Three layouts are met: PEFT's, which diffusers writes (`unet.MODULE.lora_A.weight`), diffusers' of before
 (`unet.MODULE.lora.down.weight`), and that of kohya's sd-scripts (`lora_unet_MODULE_WITH_UNDERSCORES.lora_down.weight`

@@ -33,7 +33,7 @@ class LowRank(NamedTuple):
         return self.down.shape[0]
 
     def delta(self):
-        """What is added to the layer's PyTorch weight, float32 [out, in, ...]."""
+        """The update of the layer's PyTorch weight, float32 [out, in, ...]."""
         down, up = (np.asarray(array, np.float32) for array in (self.down, self.up))
         product = up.reshape(up.shape[0], self.rank) @ down.reshape(self.rank, -1)
         return np.float32(self.scale) * product.reshape(up.shape[0], *down.shape[1:])

@@ -52,7 +52,7 @@ def to_transformers(tensors):
 
 
 def _renamed(key, array):
-    """What becomes of one tensor: mostly one, but the joint projection of an attention becomes three."""
+    """Splits the joint projection of an attention into three tensors; leaves others as one."""
     if key in _NAMES:
         return {_NAMES[key]: array}
     if key in _TRANSPOSED:

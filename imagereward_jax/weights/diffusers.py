@@ -31,7 +31,7 @@ _FLAX_ONLY = ("dtype", "use_memory_efficient_attention", "split_head_dim")
 
 
 class Index(NamedTuple):
-    """What a folder's model_index.json states.
+    """The content of a folder's model_index.json.
 
     Attributes:
         pipeline_class: the class of the pipeline, or None.
@@ -334,7 +334,7 @@ def _write_json(path, value):
 
 
 def _plain(value):
-    """What JSON cannot hold but configs do: numpy numbers."""
+    """Converts numpy numbers, which configs hold and JSON cannot."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{value!r} cannot be written as JSON")

@@ -135,7 +135,7 @@ def _why(error):
 
 
 def _suggestion(name):
-    """What else the user may have meant: a built-in model of nearly that name, or a path in a folder that is here."""
+    """Suggests another name: a built-in model of nearly that name, or a path in a folder that is here."""
     close = difflib.get_close_matches(name.split("/")[-1].lower(), builtin_models(), n=1)
     if close:
         return f" (did you mean the built-in {close[0]!r}?)"

@@ -64,8 +64,8 @@ def save_pipeline_checkpoint(
 
 
 def read_manifest(folder):
-    """What a checkpoint holds: "pipeline_class", "components" (config by name), "scheduler", "tokenizers" (names) and
-    "fields" (settings of the pipeline).
+    """Reads the manifest of a checkpoint: "pipeline_class", "components" (config by name), "scheduler", "tokenizers"
+    (names) and "fields" (settings of the pipeline).
 
     Raises:
         FileNotFoundError: `folder` is not there. WeightsError: it is no such checkpoint.

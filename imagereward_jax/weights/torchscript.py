@@ -60,7 +60,7 @@ def read_torchscript(path):
 
 
 class _Module(dict):
-    """What a TorchScript object becomes: its attributes by name."""
+    """The attributes by name of a TorchScript object."""
 
     def __setstate__(self, state):
         if not isinstance(state, dict):
