@@ -6,7 +6,7 @@ Compiles the training step of a config, of any method, for a topology, from shap
 accelerator. TPU slices are v4:, v5e:, v5p: or v6e: and a shape (v5e:16x16, v5p:2x2x2), GPUs a100:, h100:,
 h200: or b200: and a number (h200:8), and cpu:N is this machine as N virtual devices. Models are folders, whose
 config.json files are read, or published names such as stabilityai/stable-diffusion-xl-base-1.0. Of a scorer's data the
-size of the largest group counts; where the file is not here, nine pictures are assumed, as in ImageRewardDB, and said.
+size of the largest group counts; where the file is not here, nine images are assumed, as in ImageRewardDB, and said.
 TPUs need the extra `tpu` (or libtpu alone), GPUs `cuda13` (or jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cudnn-cu13).
 
 Exit status: 0 it fits; 3 it does not; 2 bad input.

@@ -1,4 +1,4 @@
-"""Percentile bootstrap over prompts: pictures of one prompt are not independent, prompts are."""
+"""Percentile bootstrap over prompts: images of one prompt are not independent, prompts are."""
 
 from typing import NamedTuple
 

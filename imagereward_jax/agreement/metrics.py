@@ -1,7 +1,7 @@
 """Agreement of scores with human rankings, as in the ImageReward paper (arXiv 2304.05977, tables 1 and 3).
 
 Every function that counts does so for one prompt and returns (hits, cases), so that prompts can be added up and
-resampled. A rank of 1 is best; equal ranks are ties; a rank of None or NaN means that nobody ranked the picture.
+resampled. A rank of 1 is best; equal ranks are ties; a rank of None or NaN means that nobody ranked the image.
 """
 
 import numpy as np
@@ -13,10 +13,10 @@ def known_ranks(ranks):
 
 
 def preference_counts(ranks, scores):
-    """Pairs of one prompt's pictures that the scores order as people did.
+    """Pairs of one prompt's images that the scores order as people did.
 
     Args:
-        ranks: [K], 1 is best. Pairs of equal rank, or with an unranked picture, are no cases.
+        ranks: [K], 1 is best. Pairs of equal rank, or with an unranked image, are no cases.
         scores: [K]. Equal scores, and scores that are not numbers, count as wrong.
 
     Returns:
@@ -31,10 +31,10 @@ def preference_counts(ranks, scores):
 
 
 def recall_counts(ranks, scores, k):
-    """Whether a picture that people rank best is among the k with the highest scores.
+    """Whether an image that people rank best is among the k with the highest scores.
 
     Of equal scores the worst order is assumed, so that a constant scores nothing. A prompt is a case if more than k
-    of its pictures are ranked, and not all the same.
+    of its images are ranked, and not all the same.
 
     Returns:
         (1 or 0, 1 if the prompt is a case else 0).
@@ -43,7 +43,7 @@ def recall_counts(ranks, scores, k):
 
 
 def filter_counts(ranks, scores, k):
-    """Whether a picture that people rank worst is among the k with the lowest scores; see `recall_counts`."""
+    """Whether an image that people rank worst is among the k with the lowest scores; see `recall_counts`."""
     ranks, scores = _aligned(ranks, scores)
     return _selection(-ranks, -scores, k)
 
@@ -77,7 +77,7 @@ def _aligned(a, b):
 
 
 def _selection(ranks, scores, k):
-    """(hit, case) for the pictures of the lowest rank among the k of the highest score."""
+    """(hit, case) for the images of the lowest rank among the k of the highest score."""
     ranked = ~np.isnan(ranks)
     ranks, scores = ranks[ranked], scores[ranked]
     if len(ranks) <= k or (ranks == ranks[0]).all():

@@ -1,4 +1,4 @@
-"""An HTML page of results: the tables, and the prompts where the models contradict people most, with the pictures.
+"""An HTML page of results: the tables, and the prompts where the models contradict people most, with the images.
 
 One file, no script, no network.
 """
@@ -36,7 +36,7 @@ def results_page(title, tables, notes, groups, scores, *, shown=20):
         tables: list of (header, rows) of text.
         notes: list of lines under the tables.
         groups: P `RankedPrompt`s; empty where people's order is not known.
-        scores: {model: [P] lists, the score of every picture}.
+        scores: {model: [P] lists, the score of every image}.
         shown: how many prompts.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", *(_table(*table) for table in tables)]
@@ -70,8 +70,8 @@ def _worst_prompts(groups, scores, shown):
     order = worst_first(groups, scores)[:shown]
     head = (
         f"<h2>Where the models disagree most with people: {len(order)} of {len(groups)} prompts</h2>"
-        '<p class="note">Best picture by people first. Beside each model\'s score is the place that it gives the '
-        "picture; red where it puts a picture on the wrong side of more than half of the others.</p>"
+        '<p class="note">Best image by people first. Beside each model\'s score is the place that it gives the '
+        "image; red where it puts an image on the wrong side of more than half of the others.</p>"
     )
     return head + "".join(_prompt(groups[i], {model: rows[i] for model, rows in scores.items()}) for i in order)
 
@@ -82,7 +82,7 @@ def _prompt(group, scores):
     for model, row in scores.items():
         right, pairs = preference_counts(ranks, row)
         agreement.append(f"{model} {right} of {pairs} pairs")
-    figures = "".join(_picture(group, k, ranks, scores) for k in np.argsort(ranks, kind="stable"))
+    figures = "".join(_figure(group, k, ranks, scores) for k in np.argsort(ranks, kind="stable"))
     return (
         f"<section><h3>{html.escape(group.prompt)}</h3>"
         f'<p class="note">{html.escape(group.id)}: {html.escape(", ".join(agreement))} as people</p>'
@@ -90,7 +90,7 @@ def _prompt(group, scores):
     )
 
 
-def _picture(group, k, ranks, scores):
+def _figure(group, k, ranks, scores):
     human = "not ranked" if np.isnan(ranks[k]) else f"people: {ranks[k]:g}"
     name = f"{group.labels[k]}, {human}" if group.labels else human
     lines = []
@@ -100,23 +100,23 @@ def _picture(group, k, ranks, scores):
         mark = ' class="off"' if pairs and right < pairs / 2 else ""
         lines.append(f"<span>{html.escape(model)}</span><span{mark}>{row[k]:.3f}</span><span{mark}>{place:g}.</span>")
     return (
-        f'<figure><img alt="{html.escape(name)}" src="{thumbnail(group.pictures[k])}"><figcaption>'
+        f'<figure><img alt="{html.escape(name)}" src="{thumbnail(group.images[k])}"><figcaption>'
         f'<b>{html.escape(name)}</b><div class="scores">{"".join(lines)}</div></figcaption></figure>'
     )
 
 
 def _pairs_of(k, ranks, scores):
-    """(right, pairs) among the pairs that picture k is in."""
+    """(right, pairs) among the pairs that image k is in."""
     scores = np.asarray(scores)
     other = ~np.isnan(ranks) & (ranks != ranks[k])
     right = other & (np.sign(ranks - ranks[k]) == np.sign(scores[k] - scores))
     return (0, 0) if np.isnan(ranks[k]) else (int(right.sum()), int(other.sum()))
 
 
-def thumbnail(picture):
-    """A picture as a data URL: JPEG, at most `THUMBNAIL` pixels a side."""
-    picture = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
-    image = open_image(picture).convert("RGB")
+def thumbnail(image):
+    """An image as a data URL: JPEG, at most `THUMBNAIL` pixels a side."""
+    image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+    image = open_image(image).convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88)

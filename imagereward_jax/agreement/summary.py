@@ -1,4 +1,4 @@
-"""From scores of every picture to the numbers of tables 1 and 3."""
+"""From scores of every image to the numbers of tables 1 and 3."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def agreement(groups, scores, *, ks=KS, resamples=1000, level=0.95, seed=0):
 
     Args:
         groups: P `RankedPrompt`s.
-        scores: list of P lists, the score of every picture.
+        scores: list of P lists, the score of every image.
         ks: the k of recall@k and filter@k.
 
     Returns:
@@ -52,7 +52,7 @@ def generator_means(scores, *, human_order=None, resamples=1000, level=0.95, see
     """Table 1 for one model.
 
     Args:
-        scores: {generator: [P, K] the score of every picture}; as many prompts for each.
+        scores: {generator: [P, K] the score of every image}; as many prompts for each.
         human_order: the generators from the best to the worst, or None where it is not known.
 
     Returns:

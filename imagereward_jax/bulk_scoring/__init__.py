@@ -1,1 +1,1 @@
-"""Many pictures through a scorer: decoding beside computing, tables in and out, and the journal of a run."""
+"""Many images through a scorer: decoding beside computing, tables in and out, and the journal of a run."""

@@ -80,7 +80,7 @@ class Journal:
         return chunks
 
     def add(self, chunk, scores, errors):
-        """Records a finished chunk: `scores` with None for a picture that was skipped, `errors` {row in it: why}."""
+        """Records a finished chunk: `scores` with None for an image that was skipped, `errors` {row in it: why}."""
         entry = {"chunk": chunk, "scores": scores, "errors": {str(index): text for index, text in errors.items()}}
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()

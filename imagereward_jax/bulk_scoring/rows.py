@@ -24,7 +24,7 @@ class Rows(NamedTuple):
     items: list
 
     def digest(self):
-        """A hash of all prompts and of what the pictures are called (of their content, where they are in the table)."""
+        """A hash of all prompts and of what the images are called (of their content, where they are in the table)."""
         sha = hashlib.sha256()
         for item in self.items:
             image = item.image if isinstance(item.image, bytes) else str(item.image).encode("utf-8", "ignore")
@@ -38,11 +38,11 @@ def read_rows(source, *, prompt=None, prompt_column=None, image_column=None, ski
 
     Args:
         source: a .csv, .tsv, .json, .jsonl or .parquet file with a prompt and an image column (paths relative to the
-            file, or encoded pictures), a folder of pictures as for training pairs (metadata.jsonl, or a .txt beside
-            each picture), a folder saved by `datasets`, ...; with `prompt` a folder of pictures alone will do.
+            file, or encoded images), a folder of images as for training pairs (metadata.jsonl, or a .txt beside
+            each image), a folder saved by `datasets`, ...; with `prompt` a folder of images alone will do.
         prompt: one prompt for all rows, instead of a column.
         prompt_column, image_column: their names, if not the usual ones.
-        skip_errors: a row whose picture is not there becomes an `Unusable`, instead of ending everything.
+        skip_errors: a row whose image is not there becomes an `Unusable`, instead of ending everything.
 
     Raises:
         DataError, MissingDataError: naming file and row.
@@ -75,7 +75,7 @@ def _read(path, source, prompt):
         return read_pairs_table(str(source), "train")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in images.SUFFIXES)
     if not files:
-        raise DataError(f"{path}: no pictures in it ({', '.join(images.SUFFIXES)})")
+        raise DataError(f"{path}: no images in it ({', '.join(images.SUFFIXES)})")
     rows = [{"image": str(file.relative_to(path)), "prompt": prompt} for file in files]
     return Table(str(path), rows, lambda i: str(files[i]), path)
 
@@ -88,7 +88,7 @@ def check_output(path, table, names, overwrite=False):
 
     Raises:
         DataError, FileExistsError: of an unknown kind, in no folder, there already, with columns that are there
-            already, or with pictures in cells of text.
+            already, or with images in cells of text.
     """
     path = Path(path)
     if path.suffix.lower() not in OUTPUTS:
@@ -103,7 +103,7 @@ def check_output(path, table, names, overwrite=False):
             f"{table.name}: has a column {taken[0]!r} already; call the new one otherwise with --score-column"
         )
     if path.suffix.lower() != ".parquet" and any(_has_bytes(value) for value in table.rows[0].values()):
-        raise DataError(f"--output {path}: the rows hold encoded pictures, which only .parquet can keep")
+        raise DataError(f"--output {path}: the rows hold encoded images, which only .parquet can keep")
 
 
 def _has_bytes(value):

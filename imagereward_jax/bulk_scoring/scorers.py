@@ -11,18 +11,18 @@ RANDOM = "random"
 
 
 class RandomScorer:
-    """The baseline that knows nothing: N(0, 1), the same whenever prompt, picture and seed are."""
+    """The baseline that knows nothing: N(0, 1), the same whenever prompt, image and seed are."""
 
     def __init__(self, seed=0, batch_size=16):
         self.seed, self.batch_size = seed, batch_size
 
     def prepare(self, image, name="image"):
-        """A small copy of the picture, float32 [16, 16, 3], that stands for its content."""
+        """A small copy of the image, float32 [16, 16, 3], that stands for its content."""
         return host_pixels(image, 16, name)
 
     def score_prepared(self, prompts, pixels):
         """[B] float32 NumPy array."""
-        return np.array([self._draw(prompt, picture) for prompt, picture in zip(prompts, pixels)], np.float32)
+        return np.array([self._draw(prompt, image) for prompt, image in zip(prompts, pixels)], np.float32)
 
     def inference_rank(self, prompt, images):
         """As `rewards.base.Reward.inference_rank`."""
@@ -31,8 +31,8 @@ class RandomScorer:
         scores = self.score_prepared([prompt] * len(images), pixels).tolist()
         return ranks_of(scores), scores
 
-    def _draw(self, prompt, picture):
-        digest = hashlib.sha256(f"{self.seed}\n{prompt}\n".encode("utf-8", "ignore") + picture.tobytes()).digest()
+    def _draw(self, prompt, image):
+        digest = hashlib.sha256(f"{self.seed}\n{prompt}\n".encode("utf-8", "ignore") + image.tobytes()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal()
 
 

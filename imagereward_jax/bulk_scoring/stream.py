@@ -1,4 +1,4 @@
-"""Pictures are read by threads while the devices compute the scores of those before."""
+"""Images are read by threads while the devices compute the scores of those before."""
 
 import collections
 import io
@@ -10,11 +10,11 @@ from PIL import Image
 
 from imagereward_jax.rewards.preprocess import ImageError
 
-CHUNKS_AHEAD = 2  # read before they are needed, so that one slow picture does not stall the devices
+CHUNKS_AHEAD = 2  # read before they are needed, so that one slow image does not stall the devices
 
 
 class Item(NamedTuple):
-    """One picture to score: `image` is a path, the bytes of a file, or an array; `where` names its row in errors."""
+    """One image to score: `image` is a path, the bytes of a file, or an array; `where` names its row in errors."""
 
     prompt: str
     image: object
@@ -26,7 +26,7 @@ class Unusable(str):
 
 
 class Scored(NamedTuple):
-    """What became of a chunk: `scores` [n] floats, None for a picture that could not be used; `errors` {index: why}."""
+    """What became of a chunk: `scores` [n] floats, None for an image that could not be used; `errors` {index: why}."""
 
     scores: list
     errors: dict
@@ -37,24 +37,24 @@ class ScoringError(RuntimeError):
 
 
 def default_workers():
-    """Threads that read pictures: one a core, 16 at most."""
+    """Threads that read images: one a core, 16 at most."""
     return min(16, os.cpu_count() or 1)
 
 
 def score_chunks(scorer, chunks, *, workers=None, skip_errors=False):
-    """Scores chunks of pictures in order.
+    """Scores chunks of images in order.
 
     Args:
         scorer: has `prepare(image, name)` and `score_prepared(prompts, prepared)`.
         chunks: iterable of lists of `Item`, each of at most the scorer's `batch_size`.
         workers: threads that read.
-        skip_errors: a picture that cannot be read gets None and a line in `errors`, instead of ending everything.
+        skip_errors: an image that cannot be read gets None and a line in `errors`, instead of ending everything.
 
     Yields:
         A `Scored` for each chunk.
 
     Raises:
-        ImageError: a picture cannot be used (unless `skip_errors`); the message names row and file.
+        ImageError: an image cannot be used (unless `skip_errors`); the message names row and file.
         ScoringError: a score is not a finite number.
     """
     workers = workers or default_workers()
@@ -102,11 +102,11 @@ def _decode(item):
     try:
         return Image.open(io.BytesIO(item.image))
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
-        raise ImageError(f"{item.where}: the picture in this row cannot be read ({error})") from error
+        raise ImageError(f"{item.where}: the image in this row cannot be read ({error})") from error
 
 
 def _start(scorer, chunk, futures, skip_errors):
-    """Hands the pictures of a chunk that could be read to the devices."""
+    """Hands the images of a chunk that could be read to the devices."""
     prepared, errors = {}, {}
     for index, future in enumerate(futures):
         try:

@@ -3,7 +3,7 @@
 - "cudnn": the fused kernel of NVIDIA GPUs, half precision.
 - "pallas": the flash kernel for TPUs that ships with jax.
 - "blocks": plain XLA, one block of queries (or, backward, of keys) after the other, with the softmax's statistics kept
-  for the backward pass, so that no [T, S] matrix of a whole picture is ever stored (FlashAttention, arXiv 2205.14135).
+  for the backward pass, so that no [T, S] matrix of a whole image is ever stored (FlashAttention, arXiv 2205.14135).
   On the CPU a block fits its caches, which is what makes it fast there.
 - "plain": everything at once; what short sequences and masks take.
 

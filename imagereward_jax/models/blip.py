@@ -1,7 +1,7 @@
 """The ImageReward network: BLIP's image-grounded text encoder and a scalar head. Arrays in, arrays out.
 
-A vision transformer (timm's key names) reads the picture; a BERT encoder with cross-attention in every layer
-(post-norm) reads the prompt while looking at the picture; an MLP turns the feature of the first token into the
+A vision transformer (timm's key names) reads the image; a BERT encoder with cross-attention in every layer
+(post-norm) reads the prompt while looking at the image; an MLP turns the feature of the first token into the
 score. Follows ImageReward (arXiv 2304.05977) and BLIP (arXiv 2201.12086). Attribute names are the keys of
 `ImageReward.pt`, so `imagereward_jax.weights.mapping` converts it without a table.
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import layers
-from imagereward_jax.models import remat as rematerialise
+from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.dropout import drop, drops
 from imagereward_jax.models.sharding import shard_batch
 
@@ -47,13 +47,13 @@ class PatchEmbed(nnx.Module):
 
 class VisionAttention(nnx.Module):
     def __init__(self, config, *, remat, dtype, rngs):
-        self.heads, self.mode = config.heads, rematerialise.mode(remat, "attention")
+        self.heads, self.mode = config.heads, remat_mode(remat, "attention")
         self.qkv = Linear(config.width, 3 * config.width, dtype=dtype, rngs=rngs)
         self.proj = Linear(config.width, config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         query, key, value = (layers.split_heads(part, self.heads) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        return self.proj(layers.merge_heads(rematerialise.call(layers.attention, query, key, value, mode=self.mode)))
+        return self.proj(layers.merge_heads(call_with_remat(layers.attention, query, key, value, mode=self.mode)))
 
 
 class VisionMlp(nnx.Module):
@@ -69,14 +69,14 @@ class VisionBlock(nnx.Module):
     """Pre-norm transformer block. path_scale: its share of the drop path rate, 0 to 1."""
 
     def __init__(self, config, path_scale, *, remat, dtype, rngs):
-        self.path_scale, self.mode = path_scale, rematerialise.mode(remat, "blocks")
+        self.path_scale, self.mode = path_scale, remat_mode(remat, "blocks")
         self.norm1 = layers.LayerNorm(config.width, eps=config.layer_norm_eps, dtype=dtype)
         self.attn = VisionAttention(config, remat=remat, dtype=dtype, rngs=rngs)
         self.norm2 = layers.LayerNorm(config.width, eps=config.layer_norm_eps, dtype=dtype)
         self.mlp = VisionMlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        return rematerialise.call(self._forward, x, mode=self.mode)
+        return call_with_remat(self._forward, x, mode=self.mode)
 
     def _forward(self, x):
         drop_path = functools.partial(drop, kind="path", scale=self.path_scale, per_sample=True)
@@ -126,7 +126,7 @@ class AttentionCore(nnx.Module):
     """Multi-head attention from `x` [B, L, hidden] to `source` [B, S, source_width]."""
 
     def __init__(self, config, source_width, *, remat, dtype, rngs):
-        self.heads, self.mode = config.num_attention_heads, rematerialise.mode(remat, "attention")
+        self.heads, self.mode = config.num_attention_heads, remat_mode(remat, "attention")
         self.query = Linear(config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.key = Linear(source_width, config.hidden_size, dtype=dtype, rngs=rngs)
         self.value = Linear(source_width, config.hidden_size, dtype=dtype, rngs=rngs)
@@ -140,7 +140,7 @@ class AttentionCore(nnx.Module):
         def attend(query, key, value, mask):
             return layers.attention(query, key, value, mask=mask, drop=drop_weights)
 
-        return layers.merge_heads(rematerialise.call(attend, query, key, value, mask, mode=self.mode))
+        return layers.merge_heads(call_with_remat(attend, query, key, value, mask, mode=self.mode))
 
 
 class ResidualOutput(nnx.Module):
@@ -172,17 +172,17 @@ class Intermediate(nnx.Module):
 
 
 class TextLayer(nnx.Module):
-    """Self-attention over the prompt, cross-attention to the picture, feed-forward."""
+    """Self-attention over the prompt, cross-attention to the image, feed-forward."""
 
     def __init__(self, config, vision_width, *, remat, dtype, rngs):
-        self.mode = rematerialise.mode(remat, "blocks")
+        self.mode = remat_mode(remat, "blocks")
         self.attention = TextAttention(config, config.hidden_size, remat=remat, dtype=dtype, rngs=rngs)
         self.crossattention = TextAttention(config, vision_width, remat=remat, dtype=dtype, rngs=rngs)
         self.intermediate = Intermediate(config, dtype=dtype, rngs=rngs)
         self.output = ResidualOutput(config, config.intermediate_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, mask, image_embeds=None):
-        return rematerialise.call(self._forward, x, mask, image_embeds, mode=self.mode)
+        return call_with_remat(self._forward, x, mask, image_embeds, mode=self.mode)
 
     def _forward(self, x, mask, image_embeds):
         x = self.attention(x, x, mask)
@@ -280,7 +280,7 @@ class ImageRewardModel(nnx.Module):
 
     def __init__(self, config, *, remat="none", dtype=jnp.float32, rngs):
         self.config = config
-        self.blip = Blip(config, remat=rematerialise.check_remat(remat), dtype=dtype, rngs=rngs)
+        self.blip = Blip(config, remat=check_remat(remat), dtype=dtype, rngs=rngs)
         self.mlp = RewardHead(config.text.hidden_size, config.head_sizes, rngs=rngs)
 
     def encode_images(self, pixels):
@@ -288,7 +288,7 @@ class ImageRewardModel(nnx.Module):
         return self.blip.visual_encoder(pixels)
 
     def score_prompts(self, image_embeds, input_ids, attention_mask):
-        """Scores [B] float32 of each prompt with its picture.
+        """Scores [B] float32 of each prompt with its image.
 
         Args:
             image_embeds: [B, tokens, width] of `encode_images`.

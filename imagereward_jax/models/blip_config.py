@@ -114,7 +114,7 @@ class BlipScoreConfig:
     """BLIP's two encoders and projections; the defaults are BLIP large (`model_large.pth`).
 
     Attributes:
-        projection_dim: width of the space in which pictures and prompts are compared.
+        projection_dim: width of the space in which images and prompts are compared.
         max_prompt_tokens: prompts are padded and cut to this length.
     """
 

@@ -124,7 +124,7 @@ class CLIPTextEmbeddings(nnx.Module):
 
 
 class CLIPAttention(nnx.Module):
-    """Multi-head self-attention; `causal` (text) or to all tokens (pictures)."""
+    """Multi-head self-attention; `causal` (text) or to all tokens (images)."""
 
     def __init__(self, config, *, causal=True, dtype, rngs):
         width = config.hidden_size

@@ -95,7 +95,7 @@ class CLIPVisionTransformer(nnx.Module):
 
 
 class CLIPImageEncoder(nnx.Module):
-    """The half of CLIP that reads pictures."""
+    """The half of CLIP that reads images."""
 
     def __init__(self, config, *, dtype=jnp.float32, rngs):
         self.config = config
@@ -111,7 +111,7 @@ class CLIPImageEncoder(nnx.Module):
 
 
 class CLIPScoreModel(CLIPImageEncoder):
-    """How well a prompt describes a picture: the cosine of their embeddings, times the learnt scale if `scaled`."""
+    """How well a prompt describes an image: the cosine of their embeddings, times the learnt scale if `scaled`."""
 
     def __init__(self, config, *, dtype=jnp.float32, rngs):
         super().__init__(config, dtype=dtype, rngs=rngs)
@@ -134,7 +134,7 @@ class CLIPScoreModel(CLIPImageEncoder):
 
 
 class AestheticModel(CLIPImageEncoder):
-    """LAION's aesthetic predictor: how beautiful a picture is, about 1 to 10, whatever the prompt.
+    """LAION's aesthetic predictor: how beautiful an image is, about 1 to 10, whatever the prompt.
 
     `mlp.layers` is `sac+logos+ava1-l14-linearMSE.pth`: Linear layers without activations over CLIP's unit vectors.
     """

@@ -4,10 +4,10 @@
 `Linear` and `Conv` then multiply by them: nothing else has to know, and parameters that carry gradient never hold one.
 
 Weights are scaled by the largest magnitude of each output channel; activations, as they come, by that of each token or
-pixel, or of each picture where a convolution mixes pixels. int8 products are summed in int32, float8 ones in float32,
+pixel, or of each image where a convolution mixes pixels. int8 products are summed in int32, float8 ones in float32,
 and the scales are float32. Attention's own products, norms and low-rank (LoRA) products stay as they are; so do the
 layers of `KEPT`: the first and last convolution, whose four channels decide about single pixels, and what embeds the
-time, one row a picture.
+time, one row an image.
 
 TPU v5e and NVIDIA H200 programs hold int8 and float8 products and convolutions as such; which of them the hardware has
 units for is its own matter (v5e: int8).
@@ -75,9 +75,9 @@ def conv(x, kernel, stride, padding):
 
     if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
         return linear(x, kernel[0, 0])  # a scale for each pixel
-    pictures = _quantize(x, kernel.qvalue.dtype, (0,))
+    images = _quantize(x, kernel.qvalue.dtype, (0,))
     layout = ("NHWC", "HWIO", "NHWC")
-    y = qwix.conv_general_dilated(pictures, _whole(kernel), (stride, stride), padding, dimension_numbers=layout)
+    y = qwix.conv_general_dilated(images, _whole(kernel), (stride, stride), padding, dimension_numbers=layout)
     return y.astype(x.dtype)
 
 

@@ -29,20 +29,20 @@ def check_remat(policy):
     return policy
 
 
-def mode(policy, unit):
-    """How `call` treats a `unit` ("attention", "blocks", "full") under `policy`: "keep", "recompute" or "offload"."""
+def remat_mode(policy, unit):
+    """How `call_with_remat` treats a `unit` ("attention", "blocks", "full") under `policy`: "keep", "recompute" or "offload"."""
     if policy == unit or (policy, unit) == ("full", "blocks"):
         return "recompute"
     return "offload" if (policy, unit) == ("offload", "blocks") else "keep"
 
 
-def call(function, x, *args, mode, in_scan=False):
+def call_with_remat(function, x, *args, mode, in_scan=False):
     """`function(x, *args)`; by `mode` its inside is kept for the backward pass, or computed again there.
 
     Args:
         x: array or tree of arrays: with "offload", what waits in the host's memory.
         args: arrays or trees of arrays (or None) that many blocks share; they stay where they are.
-        mode: see `mode`.
+        mode: see `remat_mode`.
         in_scan: whether this is called by the body of a scan, which stacks what is kept.
     """
     if mode == "keep":

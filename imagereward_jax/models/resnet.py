@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models import remat as rematerialise
+from imagereward_jax.models.remat import call_with_remat, remat_mode
 from imagereward_jax.models.layers import Conv, GroupNorm, Linear
 from imagereward_jax.models.sharding import shard_batch
 
@@ -15,7 +15,7 @@ class ResnetBlock2D(nnx.Module):
     def __init__(
         self, in_channels, out_channels, *, time_features=None, groups, eps, remat="none", dtype=jnp.float32, rngs
     ):
-        self.mode = rematerialise.mode(remat, "blocks")
+        self.mode = remat_mode(remat, "blocks")
         self.norm1 = GroupNorm(groups, in_channels, eps=eps, dtype=dtype)
         self.conv1 = Conv(in_channels, out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
         timed = time_features is not None
@@ -27,7 +27,7 @@ class ResnetBlock2D(nnx.Module):
 
     def __call__(self, x, time=None):
         """x: [B, H, W, in_channels]; time: [B, time_features] after SiLU. Returns [B, H, W, out_channels]."""
-        return rematerialise.call(self._forward, x, time, mode=self.mode)
+        return call_with_remat(self._forward, x, time, mode=self.mode)
 
     def _forward(self, x, time):
         y = shard_batch(self.conv1(jax.nn.silu(self.norm1(x))))
@@ -45,29 +45,29 @@ class Downsample2D(nnx.Module):
     """
 
     def __init__(self, channels, *, padding=1, remat="none", dtype=jnp.float32, rngs):
-        self.mode = rematerialise.mode(remat, "blocks")
+        self.mode = remat_mode(remat, "blocks")
         self.conv = Conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        return rematerialise.call(lambda x: shard_batch(self.conv(x)), x, mode=self.mode)
+        return call_with_remat(lambda x: shard_batch(self.conv(x)), x, mode=self.mode)
 
 
 class Upsample2D(nnx.Module):
     """Doubles height and width (nearest neighbour), then convolves."""
 
     def __init__(self, channels, *, remat="none", dtype=jnp.float32, rngs):
-        self.mode = rematerialise.mode(remat, "blocks")
+        self.mode = remat_mode(remat, "blocks")
         self.conv = Conv(channels, channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, size=None):
         """x: [B, H, W, C]; size: the height and width to end with, 2 H or 2 H - 1 (the same for W); None doubles."""
-        return rematerialise.call(lambda x: shard_batch(self.conv(nearest_double(x, size))), x, mode=self.mode)
+        return call_with_remat(lambda x: shard_batch(self.conv(nearest_double(x, size))), x, mode=self.mode)
 
 
 def last_layers(network, x):
     """The norm, SiLU and convolution that a UNet, an encoder and a decoder end with, by the network's `mode`."""
     finish = lambda x: network.conv_out(jax.nn.silu(network.conv_norm_out(x)))  # noqa: E731
-    return rematerialise.call(finish, x, mode=network.mode)
+    return call_with_remat(finish, x, mode=network.mode)
 
 
 def nearest_double(x, size=None):

@@ -12,7 +12,7 @@ from imagereward_jax.models.dropout import layer_noise
 
 
 def stack(layers):
-    """One layer, of the class of `layers`, that holds the parameters of them all; `run` calls it."""
+    """One layer, of the class of `layers`, that holds the parameters of them all; `run_layers` calls it."""
     layout = nnx.graphdef(layers[0])
     merged = nnx.merge(layout, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, layers)))
     merged.stacked = len(layers)
@@ -24,7 +24,7 @@ def is_scanned(layer):
     return getattr(layer, "stacked", 1) > 1
 
 
-def run(stacked, x, *args):
+def run_layers(stacked, x, *args):
     """`x` through each layer of a `stack`, as `layer(x, *args)`; the result has the shape and dtype of `x`."""
     return scan(stacked, lambda layer, x: layer(x, *args), x)
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models import remat as rematerialise
+from imagereward_jax.models.remat import call_with_remat, remat_mode
 from imagereward_jax.models import scanned_layers
 from imagereward_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention, gelu, merge_heads, split_heads
 from imagereward_jax.models.sharding import shard_batch
@@ -18,7 +18,7 @@ class Attention(nnx.Module):
 
     def __init__(self, features, heads, *, context_features=None, bias=False, remat="none", dtype=jnp.float32, rngs):
         context_features = context_features or features
-        self.heads, self.mode = heads, rematerialise.mode(remat, "attention")
+        self.heads, self.mode = heads, remat_mode(remat, "attention")
         self.to_q = Linear(features, features, bias=bias, dtype=dtype, rngs=rngs)
         self.to_k = Linear(context_features, features, bias=bias, dtype=dtype, rngs=rngs)
         self.to_v = Linear(context_features, features, bias=bias, dtype=dtype, rngs=rngs)
@@ -31,7 +31,7 @@ class Attention(nnx.Module):
             split_heads(project(tokens), self.heads)
             for project, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
-        return self.to_out[0](merge_heads(rematerialise.call(attention, query, key, value, mode=self.mode)))
+        return self.to_out[0](merge_heads(call_with_remat(attention, query, key, value, mode=self.mode)))
 
 
 class GEGLU(nnx.Module):
@@ -65,7 +65,7 @@ class BasicTransformerBlock(nnx.Module):
     """Pre-norm self-attention, cross-attention and feed-forward."""
 
     def __init__(self, features, heads, context_features, *, remat="none", dtype=jnp.float32, rngs):
-        self.mode = rematerialise.mode(remat, "blocks")
+        self.mode = remat_mode(remat, "blocks")
         options = {"remat": remat, "dtype": dtype, "rngs": rngs}
         self.norm1 = LayerNorm(features, dtype=dtype)
         self.attn1 = Attention(features, heads, **options)
@@ -76,7 +76,7 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x, context):
         """x: [B, T, features]; context: [B, S, context_features]. Returns [B, T, features]."""
-        return rematerialise.call(self._forward, x, context, mode=self.mode, in_scan=scanned_layers.is_scanned(self))
+        return call_with_remat(self._forward, x, context, mode=self.mode, in_scan=scanned_layers.is_scanned(self))
 
     def _forward(self, x, context):
         x = shard_batch(x + self.attn1(self.norm1(x)))
@@ -103,7 +103,7 @@ class Transformer2DModel(nnx.Module):
         # A 1 x 1 convolution and a linear layer are the same here; only the shape of their weights differs.
         tokens = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
         if self.transformer_blocks is not None:
-            tokens = scanned_layers.run(self.transformer_blocks, tokens, context)
+            tokens = scanned_layers.run_layers(self.transformer_blocks, tokens, context)
         return x + self.proj_out(tokens.reshape(x.shape))
 
 

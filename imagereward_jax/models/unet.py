@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models import remat as rematerialise
+from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
 from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
@@ -204,7 +204,7 @@ class DownBlock(nnx.Module):
     """Residual blocks (each with a transformer in "CrossAttnDownBlock2D"), then a downsampler if `halve`."""
 
     def __init__(self, level, kind, in_channels, channels, *, layers, halve):
-        self.mode = rematerialise.mode(level.remat, "full")
+        self.mode = remat_mode(level.remat, "full")
         self.resnets = nnx.List([level.resnet(channels if i else in_channels, channels) for i in range(layers)])
         cross = kind == "CrossAttnDownBlock2D"
         self.attentions = nnx.List([level.transformer(channels) for _ in range(layers if cross else 0)])
@@ -213,7 +213,7 @@ class DownBlock(nnx.Module):
 
     def __call__(self, x, time, context):
         """Returns the result and the list of all intermediate images that the way up takes in."""
-        return rematerialise.call(self._forward, x, time, context, mode=self.mode)
+        return call_with_remat(self._forward, x, time, context, mode=self.mode)
 
     def _forward(self, x, time, context):
         skips = []
@@ -232,12 +232,12 @@ class MidBlock(nnx.Module):
     """Residual block, transformer, residual block at the coarsest resolution."""
 
     def __init__(self, level, channels):
-        self.mode = rematerialise.mode(level.remat, "full")
+        self.mode = remat_mode(level.remat, "full")
         self.resnets = nnx.List([level.resnet(channels, channels) for _ in range(2)])
         self.attentions = nnx.List([level.transformer(channels)])
 
     def __call__(self, x, time, context):
-        return rematerialise.call(self._forward, x, time, context, mode=self.mode)
+        return call_with_remat(self._forward, x, time, context, mode=self.mode)
 
     def _forward(self, x, time, context):
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -248,7 +248,7 @@ class UpBlock(nnx.Module):
     """Residual blocks that each take in one image of the way down, transformers as in `DownBlock`, an upsampler."""
 
     def __init__(self, level, kind, in_channels, skip_channels, channels, *, double):
-        self.mode = rematerialise.mode(level.remat, "full")
+        self.mode = remat_mode(level.remat, "full")
         widths = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nnx.List([level.resnet(a + b, channels) for a, b in zip(widths, skip_channels)])
         cross = kind == "CrossAttnUpBlock2D"
@@ -259,7 +259,7 @@ class UpBlock(nnx.Module):
     def __call__(self, x, skips, time, context, size):
         """skips: images to take in, the first one first; size: (height, width) to end with."""
         forward = lambda images, time, context: self._forward(*images, time, context, size)  # noqa: E731
-        return rematerialise.call(forward, (x, skips), time, context, mode=self.mode)
+        return call_with_remat(forward, (x, skips), time, context, mode=self.mode)
 
     def _forward(self, x, skips, time, context, size):
         for i, resnet in enumerate(self.resnets):
@@ -284,8 +284,8 @@ class UNet2DConditionModel(nnx.Module):
     """
 
     def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
-        rematerialise.check_remat(remat)
-        self.config, self.dtype, self.mode = config, dtype, rematerialise.mode(remat, "blocks")
+        check_remat(remat)
+        self.config, self.dtype, self.mode = config, dtype, remat_mode(remat, "blocks")
         rngs = Keys(rngs)
         channels = config.block_out_channels
         self.conv_in = Conv(

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models import remat as rematerialise
+from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
 from imagereward_jax.models.layers import Conv, GroupNorm, Keys
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
@@ -86,12 +86,12 @@ class MidAttention(Attention):
 
     def __init__(self, channels, *, groups, remat, dtype, rngs):
         super().__init__(channels, 1, bias=True, remat=remat, dtype=dtype, rngs=rngs)
-        self.block_mode = rematerialise.mode(remat, "blocks")
+        self.block_mode = remat_mode(remat, "blocks")
         self.group_norm = GroupNorm(groups, channels, eps=_EPS, dtype=dtype)
 
     def __call__(self, x):
         """x: [B, H, W, channels]; returns the same shape."""
-        return rematerialise.call(self._forward, x, mode=self.block_mode)
+        return call_with_remat(self._forward, x, mode=self.block_mode)
 
     def _forward(self, x):
         batch, height, width, channels = x.shape
@@ -103,13 +103,13 @@ class MidBlock(nnx.Module):
     """Residual block, attention, residual block."""
 
     def __init__(self, channels, *, groups, remat, dtype, rngs):
-        self.mode = rematerialise.mode(remat, "full")
+        self.mode = remat_mode(remat, "full")
         options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         self.attentions = nnx.List([MidAttention(channels, **options)])
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, eps=_EPS, **options) for _ in range(2)])
 
     def __call__(self, x):
-        return rematerialise.call(self._forward, x, mode=self.mode)
+        return call_with_remat(self._forward, x, mode=self.mode)
 
     def _forward(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
@@ -119,13 +119,13 @@ class ResampleBlock(nnx.Module):
     """Residual blocks, then the resampler that a subclass adds: `downsamplers` or `upsamplers`."""
 
     def __init__(self, in_channels, channels, *, layers, groups, remat, dtype, rngs):
-        self.mode = rematerialise.mode(remat, "full")
+        self.mode = remat_mode(remat, "full")
         options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         widths = [in_channels] + [channels] * (layers - 1)
         self.resnets = nnx.List([ResnetBlock2D(width, channels, eps=_EPS, **options) for width in widths])
 
     def __call__(self, x):
-        return rematerialise.call(self._forward, x, mode=self.mode)
+        return call_with_remat(self._forward, x, mode=self.mode)
 
     def _forward(self, x):
         for layer in (*self.resnets, *self.resamplers()):
@@ -161,7 +161,7 @@ class Encoder(nnx.Module):
     """Images to the moments of the latents."""
 
     def __init__(self, config, *, remat, dtype, rngs):
-        self.mode = rematerialise.mode(remat, "blocks")
+        self.mode = remat_mode(remat, "blocks")
         options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         channels = config.block_out_channels
         self.conv_in = Conv(config.in_channels, channels[0], 3, padding=1, dtype=dtype, rngs=rngs)
@@ -186,7 +186,7 @@ class Decoder(nnx.Module):
     """Latents to images."""
 
     def __init__(self, config, *, remat, dtype, rngs):
-        self.mode = rematerialise.mode(remat, "blocks")
+        self.mode = remat_mode(remat, "blocks")
         options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         channels = config.block_out_channels[::-1]
         self.conv_in = Conv(config.latent_channels, channels[0], 3, padding=1, dtype=dtype, rngs=rngs)
@@ -220,7 +220,7 @@ class AutoencoderKL(nnx.Module):
     """
 
     def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
-        rematerialise.check_remat(remat)
+        check_remat(remat)
         self.config, self.dtype = config, dtype
         rngs = Keys(rngs)
         self.encoder = Encoder(config, remat=remat, dtype=dtype, rngs=rngs)

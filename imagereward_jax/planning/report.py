@@ -25,7 +25,7 @@ def plan(config: Any, topology: Topology) -> dict[str, Any]:
         keeps in the host's memory for a chip meanwhile (config.model.remat="offload"); None as those. "flops_per_chip":
         of products and convolutions, recomputed ones included, the sampler's loop at its longest; an equal share of
         what all chips compute, and "flops_per_chip_by_dtype" the same by the dtype of what is multiplied.
-        "images_per_sample": of a batch of ranked groups, the pictures of the largest; else 1. "flops_per_image": of all
+        "images_per_sample": of a batch of ranked groups, the images of the largest; else 1. "flops_per_image": of all
         chips, divided by the batch's images. "compiled_flops": as the compiler counts them, each loop's body once; None
         for NVIDIA's. "collective_bytes": by kind. "assumptions": sentences on what a plan cannot know.
 
@@ -186,7 +186,7 @@ def as_text(figures, config):
         + " x ".join(f"{name} {size}" for name, size in figures["mesh"].items())
         + f", batch {figures['batch_size']} in {figures['accumulation']} round(s) of "
         f"{figures['samples_per_chip']} sample(s) a chip"
-        + (f", each of {figures['images_per_sample']} pictures" if figures["images_per_sample"] > 1 else ""),
+        + (f", each of {figures['images_per_sample']} images" if figures["images_per_sample"] > 1 else ""),
         *(f"assumed: {text}" for text in figures["assumptions"]),
         verdict(figures),
         "",

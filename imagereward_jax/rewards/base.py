@@ -1,4 +1,4 @@
-"""What every score offers: scores of pictures for prompts, ranks, gradients; on every device, in batches."""
+"""What every score offers: scores of images for prompts, ranks, gradients; on every device, in batches."""
 
 import contextlib
 
@@ -15,9 +15,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Reward:
-    """A network that scores pictures, with all that its users call. Higher is better.
+    """A network that scores images, with all that its users call. Higher is better.
 
-    A subclass says how its network is built and how it sees pictures.
+    A subclass says how its network is built and how it sees images.
 
     Args:
         config: sizes of the network; has `vision.image_size`.
@@ -26,7 +26,7 @@ class Reward:
         dtype: "float32" (equal to the original) or "bfloat16" (half the memory, about two digits).
         device: where `score` computes: None for every local device, a platform ("cpu", "gpu", "cuda", "tpu"), one
             device of it ("cuda:1"), or a `jax.Device`.
-        batch_size: pictures at a time, over all devices together.
+        batch_size: images at a time, over all devices together.
 
     Raises:
         ValueError: an argument is not valid.
@@ -58,7 +58,7 @@ class Reward:
 
     @property
     def image_size(self):
-        """Side in pixels of the pictures that the network reads."""
+        """Side in pixels of the images that the network reads."""
         return self.config.vision.image_size
 
     def tokenize(self, prompts):
@@ -80,7 +80,7 @@ class Reward:
         return network.score_prompts(network.encode_images(self.preprocess.device(images, self.image_size)), **tokens)
 
     def score(self, prompt, image):
-        """How well each picture answers its prompt.
+        """How well each image answers its prompt.
 
         Args:
             prompt: one prompt, or a list with a prompt for each image (or several for the one image).
@@ -91,8 +91,8 @@ class Reward:
             A float for one prompt and one image that is not in a list; else a list of floats.
 
         Raises:
-            ValueError: lists of different lengths, or a picture that cannot be used (`images.ImageError`).
-            FileNotFoundError: a picture does not exist.
+            ValueError: lists of different lengths, or an image that cannot be used (`images.ImageError`).
+            FileNotFoundError: an image does not exist.
         """
         images, single_image = preprocess.as_image_list(image)
         prompts = pair_prompts(prompt, images)
@@ -100,7 +100,7 @@ class Reward:
         return rewards[0] if single_image and isinstance(prompt, str) else rewards
 
     def inference_rank(self, prompt, images):
-        """Ranks pictures for a prompt.
+        """Ranks images for a prompt.
 
         Args:
             prompt, images: as for `score`; one image counts as a list of one.
@@ -117,17 +117,17 @@ class Reward:
         return ranks_of(rewards), rewards
 
     def prepare(self, image, name="image"):
-        """One picture made ready for `score_prepared`; safe to call in several threads.
+        """One image made ready for `score_prepared`; safe to call in several threads.
 
         Args:
-            image: what `score` takes for one picture.
+            image: what `score` takes for one image.
             name: how an error names anything but a path.
 
         Returns:
             float32 [S, S, 3].
 
         Raises:
-            images.ImageError: the picture cannot be used.
+            images.ImageError: the image cannot be used.
         """
         return self.preprocess.host(image, self.image_size, name)
 
@@ -202,7 +202,7 @@ class Reward:
             embeds = self._embeds(images[start:stop], start, rows) if shared is None else shared
             inputs = {name: self._on_devices(array[start:stop], rows) for name, array in tokens.items()}
             scores = self._score(self.params, embeds, inputs)[: stop - start]
-            # One chunk behind, so that the next pictures are read while the devices compute.
+            # One chunk behind, so that the next images are read while the devices compute.
             rewards += [] if pending is None else pending.tolist()
             pending = scores
         return rewards + pending.tolist()

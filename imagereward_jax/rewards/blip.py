@@ -1,4 +1,4 @@
-"""The BLIP score: the cosine of BLIP's embeddings of picture and prompt (arXiv 2201.12086)."""
+"""The BLIP score: the cosine of BLIP's embeddings of image and prompt (arXiv 2201.12086)."""
 
 import functools
 

@@ -52,7 +52,7 @@ def load(
         tokenizer: path of a BERT vocab.txt or its folder. By default the one beside the checkpoint, else that of
             bert-base-uncased from the hub.
         dtype: "float32" or "bfloat16".
-        batch_size: pictures computed at a time.
+        batch_size: images computed at a time.
 
     Returns:
         An `ImageReward`.

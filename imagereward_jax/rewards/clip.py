@@ -12,7 +12,7 @@ from imagereward_jax.weights import mapping
 
 
 class CLIPScore(Reward):
-    """The cosine of CLIP's embeddings of picture and prompt, from -1 to 1 (about 0.2 for a picture that fits).
+    """The cosine of CLIP's embeddings of image and prompt, from -1 to 1 (about 0.2 for an image that fits).
 
     Args:
         config: a `clip_score.CLIPConfig`.
@@ -45,13 +45,13 @@ class PickScore(CLIPScore):
 
 
 class HPSv2(CLIPScore):
-    """Human preference score v2 (arXiv 2306.09341): the cosine, about 0.28; the picture is padded, not cropped."""
+    """Human preference score v2 (arXiv 2306.09341): the cosine, about 0.28; the image is padded, not cropped."""
 
     preprocess = preprocess.PAD
 
 
 class AestheticScore(Reward):
-    """LAION's aesthetic predictor: how beautiful a picture is, about 1 to 10. The prompt is not read.
+    """LAION's aesthetic predictor: how beautiful an image is, about 1 to 10. The prompt is not read.
 
     Args:
         config: a `clip_score.CLIPConfig`; its text tower is not used.

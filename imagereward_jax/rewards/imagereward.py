@@ -1,4 +1,4 @@
-"""The ImageReward score: how much people would like a picture for a prompt (arXiv 2304.05977)."""
+"""The ImageReward score: how much people would like an image for a prompt (arXiv 2304.05977)."""
 
 import functools
 import json

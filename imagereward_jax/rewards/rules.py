@@ -35,7 +35,7 @@ class RuleReward:
         raise NotImplementedError
 
     def score(self, prompt, image):
-        """As `rewards.base.Reward.score`; pictures keep their size."""
+        """As `rewards.base.Reward.score`; images keep their size."""
         images, single = preprocess.as_image_list(image)
         prompts = pair_prompts(prompt, images)
         opened = [self.prepare(one, f"image {i}") for i, one in enumerate(images)]
@@ -44,13 +44,13 @@ class RuleReward:
         return scores[0] if single and isinstance(prompt, str) else scores
 
     def prepare(self, image, name="image"):
-        """As `rewards.base.Reward.prepare`: uint8 [H, W, 3], of the picture's own size."""
+        """As `rewards.base.Reward.prepare`: uint8 [H, W, 3], of the image's own size."""
         return np.asarray(preprocess.open_image(image, name).convert("RGB"))
 
     def score_prepared(self, prompts, pixels):
-        """As `rewards.base.Reward.score_prepared`: [B] float32, NumPy. Pictures may differ in size, so one by one."""
+        """As `rewards.base.Reward.score_prepared`: [B] float32, NumPy. Images may differ in size, so one by one."""
         pairs = zip(pixels, prompts, strict=True)
-        return np.concatenate([self.score_arrays(picture[None], [prompt]) for picture, prompt in pairs])
+        return np.concatenate([self.score_arrays(image[None], [prompt]) for image, prompt in pairs])
 
     def inference_rank(self, prompt, images):
         """As `rewards.base.Reward.inference_rank`."""
@@ -59,7 +59,7 @@ class RuleReward:
 
 
 class JPEGSize(RuleReward):
-    """How well a picture compresses (DDPO, arXiv 2305.13301): its size as a JPEG in kB (1,000 bytes).
+    """How well an image compresses (DDPO, arXiv 2305.13301): its size as a JPEG in kB (1,000 bytes).
 
     Args:
         sign: -1 rewards small files (compressibility), 1 large ones (incompressibility).
@@ -103,12 +103,12 @@ class PythonReward(RuleReward):
         """See `RuleReward.score_arrays`.
 
         Raises:
-            ValueError: the function did not return a finite number for each picture.
+            ValueError: the function did not return a finite number for each image.
         """
         scores = np.asarray(self.function(_as_uint8(images), list(prompts)))
         if scores.shape != (len(prompts),) or scores.dtype.kind not in "buif" or not np.isfinite(scores).all():
             raise ValueError(
-                f"reward {self.name!r} must return {len(prompts)} finite numbers, one a picture; it returned an array "
+                f"reward {self.name!r} must return {len(prompts)} finite numbers, one an image; it returned an array "
                 f"of shape {scores.shape} and type {scores.dtype}: {scores.ravel()[:4]}"
             )
         return scores.astype(np.float32)

@@ -33,7 +33,7 @@ class Network(nnx.Module):
         self.blocks = scanned_layers.stack([Layer(rngs) for _ in range(depth)])
 
     def __call__(self, x, shift):
-        return scanned_layers.run(self.blocks, self.first(x), shift)
+        return scanned_layers.run_layers(self.blocks, self.first(x), shift)
 
 
 class Listed(Network):
@@ -90,10 +90,10 @@ def test_each_layer_of_a_scan_drops_for_itself():
 
     layers = scanned_layers.stack([Dropping() for _ in range(3)])
     with noise(jax.random.key(0), test=0.5):
-        out = scanned_layers.run(layers, jnp.ones(4000))
+        out = scanned_layers.run_layers(layers, jnp.ones(4000))
     assert np.isin(out, [0.0, 8.0]).all()
     assert float((out > 0).mean()) == pytest.approx(1 / 8, abs=0.02)  # 1/2 if all three drew the same
-    np.testing.assert_array_equal(scanned_layers.run(layers, jnp.ones(4)), 1.0)
+    np.testing.assert_array_equal(scanned_layers.run_layers(layers, jnp.ones(4)), 1.0)
 
 
 def test_adapters_count_the_layers_of_a_stack_and_take_them_together():

@@ -27,7 +27,7 @@ print(json.dumps([scores, np.asarray(gradient).sum(axis=(1, 2, 3)).tolist(), len
 
 @pytest.fixture(scope="module")
 def images():
-    """Six smooth pictures [6, 40, 48, 3] within [0, 1], of few extremes (only the host path clips)."""
+    """Six smooth images [6, 40, 48, 3] within [0, 1], of few extremes (only the host path clips)."""
     coarse = (np.random.default_rng(3).uniform(0.2, 0.8, (6, 4, 4, 3)) * 255).astype(np.uint8)
     return np.stack([np.asarray(Image.fromarray(c).resize((48, 40), Image.BICUBIC)) for c in coarse]) / np.float32(255)
 

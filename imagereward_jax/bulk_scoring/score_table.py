@@ -42,14 +42,14 @@ def score_table(
         output: .csv, .tsv, .json, .jsonl or .parquet.
         open_scorer: called without arguments once there is something to score.
         settings: dict of what else must not change between runs (the model, its dtype).
-        skip_errors: leave the score of a picture that cannot be used empty, and say why in a column "error".
+        skip_errors: leave the score of an image that cannot be used empty, and say why in a column "error".
         process: (number of this process, count of processes), which share the folder of `output`.
 
     Returns:
         `Outcome`; complete only in process 0, which writes the output.
 
     Raises:
-        DataError, OSError: input or output cannot be used; ImageError: a picture cannot, unless `skip_errors`.
+        DataError, OSError: input or output cannot be used; ImageError: an image cannot, unless `skip_errors`.
     """
     rows = read_rows(source, skip_errors=skip_errors, **columns)
     added = [score_column, "error"][: 1 + skip_errors]

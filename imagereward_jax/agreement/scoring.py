@@ -7,21 +7,21 @@ from imagereward_jax.bulk_scoring.stream import Item, score_items
 
 
 def score_groups(scorer, groups, **options):
-    """[P] lists of floats: the score of every picture of `RankedPrompt`s."""
+    """[P] lists of floats: the score of every image of `RankedPrompt`s."""
     items = [
-        Item(group.prompt, picture, f"prompt {group.id}, picture {k + 1}")
+        Item(group.prompt, image, f"prompt {group.id}, image {k + 1}")
         for group in groups
-        for k, picture in enumerate(group.pictures)
+        for k, image in enumerate(group.images)
     ]
     scores = iter(score_items(scorer, items, **options))
-    return [[next(scores) for _ in group.pictures] for group in groups]
+    return [[next(scores) for _ in group.images] for group in groups]
 
 
 def score_generations(scorer, generations, **options):
     """{generator: float64 [P, K]} for `Generations`."""
     return {
         name: np.array(score_groups(scorer, _as_groups(generations, rows), **options))
-        for name, rows in generations.pictures.items()
+        for name, rows in generations.images.items()
     }
 
 
@@ -32,18 +32,18 @@ def _as_groups(generations, rows):
     ]
 
 
-def one_picture_each(generations, scores_of_models, human_order):
-    """Table 1 seen prompt by prompt: the generators' first pictures, ranked as people rank the generators.
+def one_image_each(generations, scores_of_models, human_order):
+    """Table 1 seen prompt by prompt: the generators' first images, ranked as people rank the generators.
 
     Args:
         scores_of_models: {model: what `score_generations` gives}.
 
     Returns:
-        (list of `RankedPrompt`, {model: [P] lists, the mean score of each generator's pictures}).
+        (list of `RankedPrompt`, {model: [P] lists, the mean score of each generator's images}).
     """
     ranks = tuple(range(1, len(human_order) + 1))
     groups = [
-        RankedPrompt(name, prompt, tuple(generations.pictures[g][i][0] for g in human_order), ranks, tuple(human_order))
+        RankedPrompt(name, prompt, tuple(generations.images[g][i][0] for g in human_order), ranks, tuple(human_order))
         for i, (name, prompt) in enumerate(zip(generations.ids, generations.prompts))
     ]
     scores = {
@@ -53,8 +53,8 @@ def one_picture_each(generations, scores_of_models, human_order):
     return groups, scores
 
 
-def count_pictures(data):
-    """How many pictures one model scores."""
+def count_images(data):
+    """How many images one model scores."""
     if isinstance(data, Generations):
-        return sum(len(row) for rows in data.pictures.values() for row in rows)
-    return sum(len(group.pictures) for group in data)
+        return sum(len(row) for rows in data.images.values() for row in rows)
+    return sum(len(group.images) for group in data)
