@@ -52,14 +52,14 @@ def main(argv=None):
         topology = find_topology(args.topology)
         config, *_ = parse_flags(["plan", *rest], usage=USAGE)
         validate(config)
-        figures = run(config, topology, args)
+        figures = print_plan(config, topology, args)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if figures["fits"] else 3
 
 
-def run(config, topology, args):
+def print_plan(config, topology, args):
     """Plans and prints; returns the figures."""
     import jax
 

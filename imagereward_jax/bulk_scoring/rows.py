@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imagereward_jax.bulk_scoring.stream import Item, Unusable
-from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError, missing_file
+from imagereward_jax.data.images import SUFFIXES, find_image
 from imagereward_jax.data.pairs import IMAGE_COLUMNS, METADATA, read_pairs_table
 from imagereward_jax.data.prompts import PROMPT_COLUMNS
 from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column
@@ -60,7 +60,7 @@ def read_rows(source, *, prompt=None, prompt_column=None, image_column=None, ski
     for i, value in enumerate(column_values(table, image_column)):
         where = table.where(i)
         try:
-            image = images.find_image(value, table.folder, where)
+            image = find_image(value, table.folder, where)
         except DataError as error:
             if not skip_errors:
                 raise
@@ -73,9 +73,9 @@ def _read(path, source, prompt):
     bare = prompt is not None and path.is_dir() and not any((path / name).is_file() for name in METADATA)
     if not bare:
         return read_pairs_table(str(source), "train")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in images.SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise DataError(f"{path}: no images in it ({', '.join(images.SUFFIXES)})")
+        raise DataError(f"{path}: no images in it ({', '.join(SUFFIXES)})")
     rows = [{"image": str(file.relative_to(path)), "prompt": prompt} for file in files]
     return Table(str(path), rows, lambda i: str(files[i]), path)
 

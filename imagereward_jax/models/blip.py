@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imagereward_jax.models import layers
-from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.dropout import drop, drops
+from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.sharding import shard_batch
 
 INIT_STD = 0.02  # of every matrix, before training

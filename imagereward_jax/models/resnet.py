@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models.remat import call_with_remat, remat_mode
 from imagereward_jax.models.layers import Conv, GroupNorm, Linear
+from imagereward_jax.models.remat import call_with_remat, remat_mode
 from imagereward_jax.models.sharding import shard_batch
 
 

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models.remat import call_with_remat, remat_mode
 from imagereward_jax.models import scanned_layers
 from imagereward_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention, gelu, merge_heads, split_heads
+from imagereward_jax.models.remat import call_with_remat, remat_mode
 from imagereward_jax.models.sharding import shard_batch
 
 

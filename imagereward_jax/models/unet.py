@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
 from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear
+from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
 from imagereward_jax.models.sharding import shard_batch
 from imagereward_jax.models.transformer import Transformer2DModel
