@@ -12,10 +12,12 @@ All take the softmax in float32 and agree within the rounding of the dtype.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from imagereward_jax.models.hardware import current_platform, precision
 from imagereward_jax.models.sharding import batch_mesh, shard_batch, splitting_mesh
@@ -28,7 +30,15 @@ PROMPT = 128  # keys of an attention to a prompt: its logits are no larger than 
 SMALLEST_BLOCK = 64
 
 
-def attention(query, key, value, *, mask=None, drop=None, path=None):
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
+    path: str | None = None,
+) -> jax.Array:
     """Scaled dot-product attention with a float32 softmax.
 
     Args:
@@ -57,7 +67,9 @@ def attention(query, key, value, *, mask=None, drop=None, path=None):
     return _on_each_device(_pallas if path == "pallas" else _blocks, query, key, value)
 
 
-def choose_path(platform, query_shape, key_shape, dtype, *, masked=False):
+def choose_path(
+    platform: str, query_shape: Sequence[int], key_shape: Sequence[int], dtype: DTypeLike, *, masked: bool = False
+) -> str:
     """The path for arrays of these shapes on "cpu", "gpu", "cuda" or "tpu"."""
     (batch, queries, _, head_dim), keys = query_shape, key_shape[1]
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)

@@ -1,6 +1,7 @@
 """Sizes of the ImageReward network (`imagereward_jax.models.blip`), read from and written to JSON."""
 
 import dataclasses
+from typing import Any
 
 TEXT_FIXED = {
     "hidden_act": "gelu",
@@ -65,7 +66,7 @@ class VisionConfig:
             raise ValueError(f"vision config: heads {self.heads} does not divide width {self.width}")
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Image tokens, the class token included."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
@@ -93,7 +94,7 @@ class TextConfig:
             )
 
     @classmethod
-    def from_dict(cls, values, where="med_config"):
+    def from_dict(cls, values: dict[str, Any], where: str = "med_config") -> "TextConfig":
         """Reads the fields of a `med_config.json`.
 
         Raises:
@@ -105,7 +106,7 @@ class TextConfig:
                 raise ValueError(f"{where}: {name} must be {expected!r}; other values are not implemented")
         return cls(**_known_fields(cls, values, where))
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {"model_type": "bert", **dataclasses.asdict(self), **TEXT_FIXED}
 
 
@@ -139,7 +140,7 @@ class ImageRewardConfig:
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     projection_dim: int = 256
-    head_sizes: tuple = (1024, 128, 64, 16)
+    head_sizes: tuple[int, ...] = (1024, 128, 64, 16)
     max_prompt_tokens: int = 35
     score_mean: float = 0.16717362830052426
     score_std: float = 1.0333394966054072
@@ -159,7 +160,7 @@ class ImageRewardConfig:
             raise ValueError(f"config: score_std must be above 0, not {self.score_std!r}")
 
     @classmethod
-    def from_dict(cls, values, where="config"):
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> "ImageRewardConfig":
         """Reads what `to_dict` writes.
 
         Raises:
@@ -174,7 +175,7 @@ class ImageRewardConfig:
         text = TextConfig.from_dict(values.pop("text", {}), f"{where}: text")
         return cls(vision=VisionConfig(**vision), text=text, **values)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         values.update(text=self.text.to_dict(), head_sizes=list(self.head_sizes))
         return {"model_type": "imagereward", **values}

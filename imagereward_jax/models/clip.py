@@ -1,11 +1,12 @@
 """CLIP's text encoder, after transformers' `CLIPTextModel`; attributes are named as in the published checkpoints."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models import scanned_layers
 from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
@@ -14,6 +15,7 @@ from imagereward_jax.models.layers import (
     Keys,
     LayerNorm,
     Linear,
+    RngsLike,
     attention,
     gelu,
     merge_heads,
@@ -90,11 +92,11 @@ class CLIPTextConfig:
             )
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> "CLIPTextConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
         return read_config(cls, values, fixed=_FIXED, ignored=_IGNORED)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The content of config.json, as transformers reads it."""
         return {"model_type": "clip_text_model", **write_config(self)}
 
@@ -115,24 +117,35 @@ class CLIPTextOutput(NamedTuple):
 class CLIPTextEmbeddings(nnx.Module):
     """Token plus position embeddings."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, input_ids):
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
+
+
+class TowerConfig(Protocol):
+    """Sizes of a stack of CLIP's layers, of text or of images."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
 
 
 class CLIPAttention(nnx.Module):
     """Multi-head self-attention; `causal` (text) or to all tokens (images)."""
 
-    def __init__(self, config, *, causal=True, dtype, rngs):
+    def __init__(self, config: TowerConfig, *, causal: bool = True, dtype: DTypeLike, rngs: RngsLike) -> None:
         width = config.hidden_size
         self.heads, self.causal = config.num_attention_heads, causal
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, Linear(width, width, dtype=dtype, rngs=rngs))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         query, key, value = (split_heads(layer(x), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
         mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)) if self.causal else None
         return self.out_proj(merge_heads(attention(query, key, value, mask=mask)))
@@ -141,25 +154,25 @@ class CLIPAttention(nnx.Module):
 class CLIPMLP(nnx.Module):
     """Two linear layers with the config's activation between them."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.activation = config.hidden_act
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class CLIPEncoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward."""
 
-    def __init__(self, config, *, causal=True, dtype, rngs):
+    def __init__(self, config: TowerConfig, *, causal: bool = True, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
         self.self_attn = CLIPAttention(config, causal=causal, dtype=dtype, rngs=rngs)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
         self.mlp = CLIPMLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = shard_batch(x + self.self_attn(self.layer_norm1(x)))
         return shard_batch(x + self.mlp(self.layer_norm2(x)))
 
@@ -167,12 +180,12 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, config, *, causal=True, dtype, rngs):
+    def __init__(self, config: TowerConfig, *, causal: bool = True, dtype: DTypeLike, rngs: RngsLike) -> None:
         depth = config.num_hidden_layers
         layers = [CLIPEncoderLayer(config, causal=causal, dtype=dtype, rngs=rngs) for _ in range(depth)]
         self.layers = scanned_layers.stack(layers)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the outputs of the last layer and of the one before."""
         return scanned_layers.scan(self.layers, lambda layer, outputs: (layer(outputs[0]), outputs[0]), (x, x))
 
@@ -180,13 +193,13 @@ class CLIPEncoder(nnx.Module):
 class CLIPTextTransformer(nnx.Module):
     """Everything but the projection."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.eos_token_id = config.eos_token_id
         self.embeddings = CLIPTextEmbeddings(config, dtype=dtype, rngs=rngs)
         self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
-    def __call__(self, input_ids):
+    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
         last, penultimate = self.encoder(self.embeddings(input_ids))
         last = self.final_layer_norm(last)
         # Checkpoints before mid-2023 say eos_token_id 2, which is wrong: theirs is the largest id of the vocabulary.
@@ -204,11 +217,11 @@ class CLIPTextModel(nnx.Module):
         dtype: of the arithmetic and the outputs; norms and attention weights are float32 all the same.
     """
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         self.config = config
         self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=Keys(rngs))
 
-    def __call__(self, input_ids):
+    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
         """Encodes input_ids, int [B, T] with T <= max_position_embeddings, as a `CLIPTextOutput`.
 
         Raises:
@@ -227,10 +240,10 @@ class CLIPTextModel(nnx.Module):
 class CLIPTextModelWithProjection(CLIPTextModel):
     """The same with a linear projection of the pooled output: the second text encoder of SDXL."""
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         super().__init__(config, dtype=dtype, rngs=rngs)
         self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, input_ids):
+    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
         output = super().__call__(input_ids)
         return output._replace(pooled=self.text_projection(output.pooled))

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models import layers
 from imagereward_jax.models.blip import RewardHead
@@ -41,7 +42,7 @@ class CLIPVisionConfig:
             )
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Image tokens, the class token included."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
@@ -63,7 +64,7 @@ class CLIPConfig:
 class CLIPVisionEmbeddings(nnx.Module):
     """Pixels -> class token and patches, with positions."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: layers.RngsLike) -> None:
         self.dtype, width = dtype, config.hidden_size
         self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
         self.patch_embedding = layers.Conv(
@@ -71,7 +72,7 @@ class CLIPVisionEmbeddings(nnx.Module):
         )
         self.position_embedding = layers.Embedding(config.tokens, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: jax.Array) -> jax.Array:
         patches = self.patch_embedding(pixels)
         patches = patches.reshape(len(patches), -1, patches.shape[-1])
         first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (len(patches), 1, patches.shape[-1]))
@@ -82,14 +83,14 @@ class CLIPVisionEmbeddings(nnx.Module):
 class CLIPVisionTransformer(nnx.Module):
     """Normalised pixels [B, S, S, 3] -> the normed class token [B, hidden_size]."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: layers.RngsLike) -> None:
         width, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = CLIPVisionEmbeddings(config, dtype=dtype, rngs=rngs)
         self.pre_layrnorm = layers.LayerNorm(width, eps=eps, dtype=dtype)  # the checkpoints' spelling
         self.encoder = CLIPEncoder(config, causal=False, dtype=dtype, rngs=rngs)
         self.post_layernorm = layers.LayerNorm(width, eps=eps, dtype=dtype)
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: jax.Array) -> jax.Array:
         last, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return self.post_layernorm(last[:, 0])
 
@@ -97,7 +98,7 @@ class CLIPVisionTransformer(nnx.Module):
 class CLIPImageEncoder(nnx.Module):
     """The half of CLIP that reads images."""
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: layers.RngsLike) -> None:
         self.config = config
         rngs = layers.Keys(rngs)
         self.vision_model = CLIPVisionTransformer(config.vision, dtype=dtype, rngs=rngs)
@@ -105,7 +106,7 @@ class CLIPImageEncoder(nnx.Module):
             config.vision.hidden_size, config.projection_dim, bias=False, dtype=dtype, rngs=rngs
         )
 
-    def encode_images(self, pixels):
+    def encode_images(self, pixels: jax.Array) -> jax.Array:
         """Normalised pixels [B, S, S, 3] -> unit vectors [B, projection_dim] float32."""
         return layers.unit(self.visual_projection(self.vision_model(pixels)))
 
@@ -113,7 +114,7 @@ class CLIPImageEncoder(nnx.Module):
 class CLIPScoreModel(CLIPImageEncoder):
     """How well a prompt describes an image: the cosine of their embeddings, times the learnt scale if `scaled`."""
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: layers.RngsLike) -> None:
         super().__init__(config, dtype=dtype, rngs=rngs)
         text, rngs = config.text, layers.Keys(rngs)
         self.text_model = CLIPTextTransformer(text, dtype=dtype, rngs=rngs)
@@ -122,7 +123,7 @@ class CLIPScoreModel(CLIPImageEncoder):
         )
         self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)))
 
-    def score_prompts(self, image_embeds, input_ids):
+    def score_prompts(self, image_embeds: jax.Array, input_ids: jax.Array) -> jax.Array:
         """Scores [B] float32 of `encode_images`' vectors for prompts.
 
         Args:
@@ -141,10 +142,10 @@ class AestheticModel(CLIPImageEncoder):
 
     head_sizes = (1024, 128, 64, 16)
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: layers.RngsLike) -> None:
         super().__init__(config, dtype=dtype, rngs=rngs)
         self.mlp = RewardHead(config.projection_dim, self.head_sizes, rngs=rngs)
 
-    def score_prompts(self, image_embeds):
+    def score_prompts(self, image_embeds: jax.Array) -> jax.Array:
         """Scores [B] float32 of `encode_images`' vectors."""
         return self.mlp(image_embeds)

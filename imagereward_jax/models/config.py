@@ -1,9 +1,15 @@
 """How a checkpoint's config.json becomes a frozen dataclass: nothing is accepted that is not implemented."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
 
 
-def read_config(cls, values, *, fixed, ignored=()):
+def read_config(
+    cls: type[Config], values: dict[str, Any], *, fixed: Mapping[str, Sequence[Any]], ignored: Sequence[str] = ()
+) -> Config:
     """Builds the dataclass `cls` from a checkpoint's config.json.
 
     Args:
@@ -29,13 +35,13 @@ def read_config(cls, values, *, fixed, ignored=()):
     return cls(**kept)
 
 
-def write_config(config):
+def write_config(config: Any) -> dict[str, Any]:
     """The fields of a dataclass as config.json holds them: tuples become lists."""
     values = dataclasses.asdict(config)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def check_choice(cls, name, value, choices):
+def check_choice(cls: type, name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuses a `value` that is not among `choices`."""
     # 1 == True in Python, so types are compared too; 1 and 1.0 are the same setting.
     if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
@@ -43,7 +49,7 @@ def check_choice(cls, name, value, choices):
         raise ValueError(f"{cls.__name__}: {name}={value!r} is not implemented, only {listed}")
 
 
-def check_positive(config, *names):
+def check_positive(config: Any, *names: str) -> None:
     """Refuses fields that are not a whole number of at least 1."""
     for name in names:
         value = getattr(config, name)
@@ -51,7 +57,7 @@ def check_positive(config, *names):
             raise ValueError(f"{type(config).__name__}: {name}={value!r} should be a whole number of at least 1")
 
 
-def check_all_positive(config, *names):
+def check_all_positive(config: Any, *names: str) -> None:
     """The same for fields that may also be a tuple of such numbers."""
     for name in names:
         value = getattr(config, name)

@@ -6,6 +6,7 @@ key and no switch. Each call draws from a key of its own, in the order of the ca
 
 import contextlib
 import contextvars
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ class _Noise:
 
 
 @contextlib.contextmanager
-def noise(key, **rates):
+def noise(key: jax.Array, **rates: float | Sequence[float]) -> Iterator[None]:
     """Switches dropping on for what is traced inside.
 
     Args:
@@ -38,7 +39,7 @@ def noise(key, **rates):
 
 
 @contextlib.contextmanager
-def layer_noise(index):
+def layer_noise(index: int | jax.Array) -> Iterator[None]:
     """Gives layer `index` (which may be traced) of a scan keys of its own; does nothing outside of `noise`."""
     active = _active.get()
     if active is None:
@@ -48,18 +49,20 @@ def layer_noise(index):
         yield
 
 
-def drops(kind):
+def drops(kind: str) -> bool:
     """Whether `drop` of this kind changes anything here."""
     active = _active.get()
     return active is not None and bool(active.rates.get(kind))
 
 
-def keep_mask(key, rate, shape):
+def keep_mask(key: jax.Array, rate: float, shape: Sequence[int]) -> jax.Array:
     """True with probability `1 - rate`."""
     return jax.random.bernoulli(key, 1.0 - rate, shape)
 
 
-def drop(x, kind, *, index=None, scale=1.0, per_sample=False):
+def drop(
+    x: jax.Array, kind: str, *, index: int | None = None, scale: float = 1.0, per_sample: bool = False
+) -> jax.Array:
     """`x` with a share of its numbers set to 0 and the others enlarged, so that the expectation stays.
 
     Args:

@@ -8,10 +8,12 @@ Normalisation statistics and softmax are always float32.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models import quantized
 from imagereward_jax.models.attention import attention
@@ -26,6 +28,7 @@ __all__ = [
     "Keys",
     "LayerNorm",
     "Linear",
+    "RngsLike",
     "attention",
     "gelu",
     "merge_heads",
@@ -34,7 +37,7 @@ __all__ = [
 ]
 
 
-def uniform_init(key, shape, fan_in):
+def uniform_init(key: jax.Array, shape: Sequence[int], fan_in: int) -> jax.Array:
     """PyTorch's default for Linear and Conv: uniform in +-1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
@@ -47,18 +50,22 @@ class Keys:
     of the number of keys: 20 s for SDXL's UNet, and 1 s with this.
     """
 
-    def __init__(self, rngs):
+    def __init__(self, rngs: nnx.Rngs) -> None:
         self.key, self.count = rngs.params(), 0
 
-    def params(self):
+    def params(self) -> jax.Array:
         self.count += 1
         return jax.random.fold_in(self.key, self.count)
+
+
+RngsLike = nnx.Rngs | Keys
+Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
 
 
 class KernelLayer(LoRASlot, nnx.Module):
     """What `Linear` and `Conv` do around the product with their kernel, which is theirs, quantised or not."""
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
         kernel = self.kernel[...]
         if quantized.is_quantized(kernel):
@@ -80,7 +87,9 @@ class Linear(KernelLayer):
         "lora_B": ("lora_B.weight", (1, 0)),
     }
 
-    def __init__(self, in_features, out_features, *, bias=True, dtype=jnp.float32, rngs):
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, dtype: DTypeLike = jnp.float32, rngs: RngsLike
+    ) -> None:
         self.dtype = dtype
         self.kernel = nnx.Param(uniform_init(rngs.params(), (in_features, out_features), in_features))
         self.bias = nnx.Param(uniform_init(rngs.params(), (out_features,), in_features)) if bias else None
@@ -107,8 +116,17 @@ class Conv(KernelLayer):
     }
 
     def __init__(
-        self, in_channels, out_channels, kernel_size, *, stride=1, padding=0, bias=True, dtype=jnp.float32, rngs
-    ):
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int | Padding = 0,
+        bias: bool = True,
+        dtype: DTypeLike = jnp.float32,
+        rngs: RngsLike,
+    ) -> None:
         self.dtype = dtype
         self.stride = stride
         self.padding = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
@@ -137,11 +155,11 @@ class Embedding(nnx.Module):
 
     torch_names = {"embedding": ("weight", None)}
 
-    def __init__(self, num_embeddings, features, *, dtype=jnp.float32, rngs):
+    def __init__(self, num_embeddings: int, features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         self.dtype = dtype
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
 
-    def __call__(self, ids):
+    def __call__(self, ids: jax.Array) -> jax.Array:
         return shard_batch(gather_weight(jnp.asarray(self.embedding[...]))[ids].astype(self.dtype))
 
 
@@ -150,12 +168,12 @@ class LayerNorm(nnx.Module):
 
     torch_names = {"scale": ("weight", None), "bias": ("bias", None)}
 
-    def __init__(self, features, *, eps=1e-5, dtype=jnp.float32):
+    def __init__(self, features: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32) -> None:
         self.dtype, self.eps = dtype, eps
         self.scale = nnx.Param(jnp.ones((features,)))
         self.bias = nnx.Param(jnp.zeros((features,)))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         mean = x.mean(-1, keepdims=True)
         variance = jnp.square(x - mean).mean(-1, keepdims=True)
@@ -168,14 +186,14 @@ class GroupNorm(nnx.Module):
 
     torch_names = {"scale": ("weight", None), "bias": ("bias", None)}
 
-    def __init__(self, groups, features, *, eps=1e-5, dtype=jnp.float32):
+    def __init__(self, groups: int, features: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32) -> None:
         if features % groups:
             raise ValueError(f"norm_num_groups={groups} does not divide {features} channels")
         self.dtype, self.eps, self.groups = dtype, eps, groups
         self.scale = nnx.Param(jnp.ones((features,)))
         self.bias = nnx.Param(jnp.zeros((features,)))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         # Sums over space first, channel by channel, so that the large array is never laid out by groups.
         space = tuple(range(1, x.ndim - 1))
         x = x.astype(jnp.float32)
@@ -190,28 +208,28 @@ class GroupNorm(nnx.Module):
         return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(x.shape)
 
 
-def gelu(x):
+def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU."""
     return jax.nn.gelu(x, approximate=False)
 
 
-def quick_gelu(x):
+def quick_gelu(x: jax.Array) -> jax.Array:
     """`x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def unit(x):
+def unit(x: jax.Array) -> jax.Array:
     """Vectors over the last axis, in float32, divided by their length or by 1e-12, as PyTorch's `normalize`."""
     x = x.astype(jnp.float32)
     # The square root of the bounded sum, not the bounded root: its gradient is finite at zero.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
-def split_heads(x, heads):
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
     """[B, T, heads * head_dim] -> [B, T, heads, head_dim]."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
-def merge_heads(x):
+def merge_heads(x: jax.Array) -> jax.Array:
     """[B, T, heads, head_dim] -> [B, T, heads * head_dim]."""
     return x.reshape(*x.shape[:-2], -1)

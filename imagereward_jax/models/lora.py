@@ -6,6 +6,8 @@ variable type of their own, so that checkpoints of the base and of the adapter a
 
 import math
 import re
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ class LoRAParam(nnx.Variable):
     """A low-rank parameter."""
 
 
-def dropout_key(key):
+def dropout_key(key: jax.Array) -> AbstractContextManager[None]:
     """Switches the dropout of low-rank layers on for what is traced inside; each layer draws its own from `key`."""
     return noise(key, lora=1.0)
 
@@ -36,7 +38,7 @@ class LoRASlot:
     lora_A = None
     lora_B = None
 
-    def add_lora(self, rank, *, scale, dropout=0.0, stacked=False):
+    def add_lora(self, rank: int, *, scale: float, dropout: float = 0.0, stacked: bool = False) -> None:
         """Fills the slot of an abstract layer with the shapes of A and B; stacked: it is one of a `models.stack`."""
         layers, shape = (self.kernel.shape[:1], self.kernel.shape[1:]) if stacked else ((), self.kernel.shape)
         *space, features, out = shape
@@ -53,7 +55,7 @@ class LoRASlot:
         return jnp.matmul(down, up, precision=precision) * self.lora_scale
 
 
-def slots(network):
+def slots(network: nnx.Module) -> dict[str, tuple[nnx.Module, int | None]]:
     """The layers of a network that can be adapted, by PyTorch's name ("down_blocks.0.attentions.0. ... .to_q"), those
     of a stack each: {name: (module, number in its stack or None)}."""
     stacks, found = scanned_layers.depths(network), {}
@@ -63,7 +65,7 @@ def slots(network):
     return found
 
 
-def attach(network, targets, *, rank, alpha, dropout=0.0):
+def attach(network: nnx.Module, targets: str, *, rank: int, alpha: float, dropout: float = 0.0) -> list[str]:
     """Fills the slots of the layers whose names end in `targets`, in place.
 
     Args:
@@ -99,7 +101,7 @@ def attach(network, targets, *, rank, alpha, dropout=0.0):
     return names
 
 
-def init(network, key, kind="gaussian"):
+def init(network: nnx.Module, key: jax.Array, kind: str = "gaussian") -> dict[str, Any]:
     """Initial low-rank parameters of an adapted network, float32: B zero, so that the network is the base's.
 
     Args:

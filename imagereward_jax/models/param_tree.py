@@ -1,9 +1,12 @@
 """Trees of parameters, {network: nested dict}: what of them trains, splitting by that, and putting together again."""
 
+from collections.abc import Collection
+from typing import Any
+
 import jax
 
 
-def trainable_mask(params, networks, *, lora=False):
+def trainable_mask(params: dict[str, Any], networks: Collection[str], *, lora: bool = False) -> dict[str, Any]:
     """A tree of the structure of `params`, True where a parameter trains: `optax.masked` takes it, `split` divides by
     it.
 
@@ -18,7 +21,7 @@ def trainable_mask(params, networks, *, lora=False):
     return jax.tree_util.tree_map_with_path(trains, params)
 
 
-def split(params, mask):
+def split(params: dict[str, Any], mask: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen): the leaves where `mask` is true, and the others, in nested dicts without empty ones."""
     trainable, frozen = {}, {}
     for name, value in params.items():
@@ -31,7 +34,7 @@ def split(params, mask):
     return trainable, frozen
 
 
-def join(frozen, trainable):
+def join(frozen: dict[str, Any], trainable: dict[str, Any]) -> dict[str, Any]:
     """The tree that `split` divided. Where both have a leaf, it is `trainable`'s."""
     joined = dict(frozen)
     for name, value in trainable.items():

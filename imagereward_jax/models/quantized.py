@@ -15,7 +15,10 @@ units for is its own matter (v5e: int8).
 
 import functools
 import operator
+from collections.abc import Collection, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -29,7 +32,7 @@ KINDS = ("none", *DTYPES)
 KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
 
 
-def quantize(network, params, kind, kept=KEPT):
+def quantize(network: nnx.Module, params: dict[str, Any], kind: str, kept: Collection[str] = KEPT) -> dict[str, Any]:
     """`params` of an abstract UNet with every kernel of a `Linear` or `Conv`, but those of `kept`, as a `qwix.QArray`.
 
     Each device quantises its own part of a weight, so that what is gathered later is one byte a weight.
@@ -51,12 +54,12 @@ def quantize(network, params, kind, kept=KEPT):
     return join(params, kernels)
 
 
-def is_quantized(kernel):
+def is_quantized(kernel: Any) -> bool:
     """Whether a kernel is one of `quantize`."""
     return hasattr(kernel, "qvalue")
 
 
-def linear(x, kernel):
+def linear(x: jax.Array, kernel: Any) -> jax.Array:
     """`x @ kernel` over the last axis, in the dtype of `x` [..., in]; kernel: quantised, [in, out]."""
     import qwix
 
@@ -65,7 +68,7 @@ def linear(x, kernel):
     return qwix.dot_general(rows, _whole(kernel), (((last,), (0,)), ((), ()))).astype(x.dtype)
 
 
-def conv(x, kernel, stride, padding):
+def conv(x: jax.Array, kernel: Any, stride: int, padding: Sequence[tuple[int, int]]) -> jax.Array:
     """2-D convolution in the dtype of `x` [B, H, W, in]; kernel: quantised, [k, k, in, out].
 
     Args:

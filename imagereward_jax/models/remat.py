@@ -1,6 +1,9 @@
 """Named rematerialisation policies: what is computed again in the backward pass instead of being kept, and where what
 is kept lies meanwhile."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -16,7 +19,7 @@ class _Static(tuple):
     """What is no array, among residuals."""
 
 
-def check_remat(policy):
+def check_remat(policy: str) -> str:
     """Returns `policy`; raises ValueError listing the choices when there is no such one.
 
     "none" keeps everything; "attention" recomputes the attention weights; "blocks" recomputes each residual,
@@ -29,14 +32,14 @@ def check_remat(policy):
     return policy
 
 
-def remat_mode(policy, unit):
-    """How `call_with_remat` treats a `unit` ("attention", "blocks", "full") under `policy`: "keep", "recompute" or "offload"."""
+def remat_mode(policy: str, unit: str) -> str:
+    """Chooses "keep", "recompute" or "offload" for a `unit` ("attention", "blocks" or "full") under `policy`."""
     if policy == unit or (policy, unit) == ("full", "blocks"):
         return "recompute"
     return "offload" if (policy, unit) == ("offload", "blocks") else "keep"
 
 
-def call_with_remat(function, x, *args, mode, in_scan=False):
+def call_with_remat(function: Callable[..., Any], x: Any, *args: Any, mode: str, in_scan: bool = False) -> Any:
     """`function(x, *args)`; by `mode` its inside is kept for the backward pass, or computed again there.
 
     Args:

@@ -5,13 +5,16 @@ Attributes are named as in the published checkpoints; images are [B, H, W, C].
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
-from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear
+from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear, RngsLike
 from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
 from imagereward_jax.models.sharding import shard_batch
@@ -139,22 +142,24 @@ class UNet2DConditionConfig:
                     f"{channels} of block_out_channels"
                 )
 
-    def per_level(self, name):
+    def per_level(self, name: str) -> tuple[int, ...]:
         """The field `name` as one number for each level, finest first."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> "UNet2DConditionConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
         return read_config(cls, values, fixed=_FIXED)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The content of config.json, as diffusers reads it."""
         return {"_class_name": "UNet2DConditionModel", **write_config(self)}
 
 
-def sinusoidal_embedding(positions, features, *, flip_sin_to_cos=True, freq_shift=0.0):
+def sinusoidal_embedding(
+    positions: jax.Array, features: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> jax.Array:
     """Sines and cosines of `positions` [B] at features / 2 frequencies from 1 to 1e-4: float32 [B, features]."""
     half = features // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
@@ -166,11 +171,11 @@ def sinusoidal_embedding(positions, features, *, flip_sin_to_cos=True, freq_shif
 class TimestepEmbedding(nnx.Module):
     """Two linear layers with SiLU between them."""
 
-    def __init__(self, in_features, features, *, dtype=jnp.float32, rngs):
+    def __init__(self, in_features: int, features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         self.linear_1 = Linear(in_features, features, dtype=dtype, rngs=rngs)
         self.linear_2 = Linear(features, features, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
@@ -203,7 +208,7 @@ class _Level:
 class DownBlock(nnx.Module):
     """Residual blocks (each with a transformer in "CrossAttnDownBlock2D"), then a downsampler if `halve`."""
 
-    def __init__(self, level, kind, in_channels, channels, *, layers, halve):
+    def __init__(self, level: _Level, kind: str, in_channels: int, channels: int, *, layers: int, halve: bool) -> None:
         self.mode = remat_mode(level.remat, "full")
         self.resnets = nnx.List([level.resnet(channels if i else in_channels, channels) for i in range(layers)])
         cross = kind == "CrossAttnDownBlock2D"
@@ -211,7 +216,7 @@ class DownBlock(nnx.Module):
         options = {"remat": level.remat, "dtype": level.dtype, "rngs": level.rngs}
         self.downsamplers = nnx.List([Downsample2D(channels, **options)] if halve else [])
 
-    def __call__(self, x, time, context):
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """Returns the result and the list of all intermediate images that the way up takes in."""
         return call_with_remat(self._forward, x, time, context, mode=self.mode)
 
@@ -231,12 +236,12 @@ class DownBlock(nnx.Module):
 class MidBlock(nnx.Module):
     """Residual block, transformer, residual block at the coarsest resolution."""
 
-    def __init__(self, level, channels):
+    def __init__(self, level: _Level, channels: int) -> None:
         self.mode = remat_mode(level.remat, "full")
         self.resnets = nnx.List([level.resnet(channels, channels) for _ in range(2)])
         self.attentions = nnx.List([level.transformer(channels)])
 
-    def __call__(self, x, time, context):
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
         return call_with_remat(self._forward, x, time, context, mode=self.mode)
 
     def _forward(self, x, time, context):
@@ -247,7 +252,9 @@ class MidBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """Residual blocks that each take in one image of the way down, transformers as in `DownBlock`, an upsampler."""
 
-    def __init__(self, level, kind, in_channels, skip_channels, channels, *, double):
+    def __init__(
+        self, level: _Level, kind: str, in_channels: int, skip_channels: Sequence[int], channels: int, *, double: bool
+    ) -> None:
         self.mode = remat_mode(level.remat, "full")
         widths = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nnx.List([level.resnet(a + b, channels) for a, b in zip(widths, skip_channels)])
@@ -256,7 +263,14 @@ class UpBlock(nnx.Module):
         options = {"remat": level.remat, "dtype": level.dtype, "rngs": level.rngs}
         self.upsamplers = nnx.List([Upsample2D(channels, **options)] if double else [])
 
-    def __call__(self, x, skips, time, context, size):
+    def __call__(
+        self,
+        x: jax.Array,
+        skips: Sequence[jax.Array],
+        time: jax.Array,
+        context: jax.Array,
+        size: tuple[int, int] | None,
+    ) -> jax.Array:
         """skips: images to take in, the first one first; size: (height, width) to end with."""
         forward = lambda images, time, context: self._forward(*images, time, context, size)  # noqa: E731
         return call_with_remat(forward, (x, skips), time, context, mode=self.mode)
@@ -283,7 +297,9 @@ class UNet2DConditionModel(nnx.Module):
         ValueError: for an unknown `remat`.
     """
 
-    def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
+    def __init__(
+        self, config: UNet2DConditionConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none", rngs: RngsLike
+    ) -> None:
         check_remat(remat)
         self.config, self.dtype, self.mode = config, dtype, remat_mode(remat, "blocks")
         rngs = Keys(rngs)
@@ -308,7 +324,13 @@ class UNet2DConditionModel(nnx.Module):
             dtype=dtype, rngs=rngs,
         )  # fmt: skip
 
-    def __call__(self, sample, timesteps, encoder_hidden_states, added_cond=None):
+    def __call__(
+        self,
+        sample: jax.Array,
+        timesteps: jax.Array,
+        encoder_hidden_states: jax.Array,
+        added_cond: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
         """Runs the network.
 
         Args:

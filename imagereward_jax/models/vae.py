@@ -1,12 +1,15 @@
 """The image autoencoder of Stable Diffusion, after diffusers' `AutoencoderKL`. Images and latents are [B, H, W, C]."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
-from imagereward_jax.models.layers import Conv, GroupNorm, Keys
+from imagereward_jax.models.layers import Conv, GroupNorm, Keys, RngsLike
 from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
 from imagereward_jax.models.transformer import Attention
@@ -67,16 +70,16 @@ class AutoencoderKLConfig:
         check_all_positive(self, "block_out_channels")
 
     @property
-    def downsampling(self):
+    def downsampling(self) -> int:
         """Pixels of the image to one of the latents, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> "AutoencoderKLConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
         return read_config(cls, values, fixed=_FIXED)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The content of config.json, as diffusers reads it."""
         return {"_class_name": "AutoencoderKL", **write_config(self)}
 
@@ -84,12 +87,12 @@ class AutoencoderKLConfig:
 class MidAttention(Attention):
     """Single-head self-attention over all pixels, around a skip connection."""
 
-    def __init__(self, channels, *, groups, remat, dtype, rngs):
+    def __init__(self, channels: int, *, groups: int, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
         super().__init__(channels, 1, bias=True, remat=remat, dtype=dtype, rngs=rngs)
         self.block_mode = remat_mode(remat, "blocks")
         self.group_norm = GroupNorm(groups, channels, eps=_EPS, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         """x: [B, H, W, channels]; returns the same shape."""
         return call_with_remat(self._forward, x, mode=self.block_mode)
 
@@ -102,13 +105,13 @@ class MidAttention(Attention):
 class MidBlock(nnx.Module):
     """Residual block, attention, residual block."""
 
-    def __init__(self, channels, *, groups, remat, dtype, rngs):
+    def __init__(self, channels: int, *, groups: int, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.mode = remat_mode(remat, "full")
         options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         self.attentions = nnx.List([MidAttention(channels, **options)])
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, eps=_EPS, **options) for _ in range(2)])
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return call_with_remat(self._forward, x, mode=self.mode)
 
     def _forward(self, x):
@@ -118,13 +121,15 @@ class MidBlock(nnx.Module):
 class ResampleBlock(nnx.Module):
     """Residual blocks, then the resampler that a subclass adds: `downsamplers` or `upsamplers`."""
 
-    def __init__(self, in_channels, channels, *, layers, groups, remat, dtype, rngs):
+    def __init__(
+        self, in_channels: int, channels: int, *, layers: int, groups: int, remat: str, dtype: DTypeLike, rngs: RngsLike
+    ) -> None:
         self.mode = remat_mode(remat, "full")
         options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         widths = [in_channels] + [channels] * (layers - 1)
         self.resnets = nnx.List([ResnetBlock2D(width, channels, eps=_EPS, **options) for width in widths])
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return call_with_remat(self._forward, x, mode=self.mode)
 
     def _forward(self, x):
@@ -136,31 +141,53 @@ class ResampleBlock(nnx.Module):
 class DownBlock(ResampleBlock):
     """Residual blocks, then half the height and width if `resample`; zeros are added below and to the right only."""
 
-    def __init__(self, in_channels, channels, *, layers, resample, groups, remat, dtype, rngs):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        layers: int,
+        resample: bool,
+        groups: int,
+        remat: str,
+        dtype: DTypeLike,
+        rngs: RngsLike,
+    ) -> None:
         options = {"remat": remat, "dtype": dtype, "rngs": rngs}
         super().__init__(in_channels, channels, layers=layers, groups=groups, **options)
         self.downsamplers = nnx.List([Downsample2D(channels, padding=((0, 1), (0, 1)), **options)] if resample else [])
 
-    def resamplers(self):
+    def resamplers(self) -> nnx.List:
         return self.downsamplers
 
 
 class UpBlock(ResampleBlock):
     """Residual blocks, then twice the height and width if `resample`."""
 
-    def __init__(self, in_channels, channels, *, layers, resample, groups, remat, dtype, rngs):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        layers: int,
+        resample: bool,
+        groups: int,
+        remat: str,
+        dtype: DTypeLike,
+        rngs: RngsLike,
+    ) -> None:
         options = {"remat": remat, "dtype": dtype, "rngs": rngs}
         super().__init__(in_channels, channels, layers=layers, groups=groups, **options)
         self.upsamplers = nnx.List([Upsample2D(channels, **options)] if resample else [])
 
-    def resamplers(self):
+    def resamplers(self) -> nnx.List:
         return self.upsamplers
 
 
 class Encoder(nnx.Module):
     """Images to the moments of the latents."""
 
-    def __init__(self, config, *, remat, dtype, rngs):
+    def __init__(self, config: AutoencoderKLConfig, *, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.mode = remat_mode(remat, "blocks")
         options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         channels = config.block_out_channels
@@ -175,7 +202,7 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=_EPS, dtype=dtype)
         self.conv_out = Conv(channels[-1], 2 * config.latent_channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         x = self.conv_in(images)
         for block in self.down_blocks:
             x = block(x)
@@ -185,7 +212,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents to images."""
 
-    def __init__(self, config, *, remat, dtype, rngs):
+    def __init__(self, config: AutoencoderKLConfig, *, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.mode = remat_mode(remat, "blocks")
         options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         channels = config.block_out_channels[::-1]
@@ -200,7 +227,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=_EPS, dtype=dtype)
         self.conv_out = Conv(channels[-1], config.out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, latents):
+    def __call__(self, latents: jax.Array) -> jax.Array:
         x = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x)
@@ -219,7 +246,9 @@ class AutoencoderKL(nnx.Module):
         ValueError: for an unknown `remat`.
     """
 
-    def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
+    def __init__(
+        self, config: AutoencoderKLConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none", rngs: RngsLike
+    ) -> None:
         check_remat(remat)
         self.config, self.dtype = config, dtype
         rngs = Keys(rngs)
@@ -229,7 +258,7 @@ class AutoencoderKL(nnx.Module):
         self.quant_conv = Conv(2 * latent, 2 * latent, 1, dtype=dtype, rngs=rngs)
         self.post_quant_conv = Conv(latent, latent, 1, dtype=dtype, rngs=rngs)
 
-    def encode(self, images):
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of the latents, not yet scaled.
 
         Args:
@@ -244,7 +273,7 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents):
+    def decode(self, latents: jax.Array) -> jax.Array:
         """Images from latents.
 
         Args:
