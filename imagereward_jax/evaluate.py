@@ -10,14 +10,16 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m imagereward_jax.evaluate", description=__doc__)
     parser.add_argument(
         "--model", action="append", required=True, help="what `score` takes; may be given several times"
@@ -44,7 +46,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def evaluate(args):
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Scores and counts.
 
     Returns:
@@ -85,7 +87,7 @@ def _check_numbers(args):
         raise FileNotFoundError(f"--html {args.html}: the folder {args.html.parent} does not exist")
 
 
-def human_order(given, generators):
+def human_order(given: str | None, generators: Sequence[str]) -> list[str] | None:
     """The generators from the best to the worst by people: as given, as published, or None if neither is known.
 
     Raises:
@@ -182,7 +184,7 @@ def _table_1(args, data, names, order, options):
     }
 
 
-def write_page(args, outcome):
+def write_page(args: argparse.Namespace, outcome: dict[str, Any]) -> None:
     """Writes --html; the file appears whole or not at all."""
     from imagereward_jax.agreement.page import results_page
     from imagereward_jax.storage.files import write_text
@@ -203,7 +205,7 @@ def _without_nan(value):
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.agreement.text import table
     from imagereward_jax.bulk_scoring.stream import ScoringError
 

@@ -17,11 +17,16 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imagereward_jax.planning.topologies import Topology
 
 USAGE = "usage: python -m imagereward_jax.plan --config FILE.py --topology NAME [--json] [--config.field=value ...]"
 
 
-def parse_args(argv):
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """(this command's arguments, those that belong to the config)."""
     parser = argparse.ArgumentParser(
         prog="python -m imagereward_jax.plan",
@@ -39,7 +44,7 @@ def parse_args(argv):
     return parser.parse_known_args(argv)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Parses, plans, prints; returns the exit status."""
     args, rest = parse_args(sys.argv[1:] if argv is None else argv)
     use_virtual_devices(args.topology)
@@ -59,7 +64,7 @@ def main(argv=None):
     return 0 if figures["fits"] else 3
 
 
-def print_plan(config, topology, args):
+def print_plan(config: Any, topology: "Topology", args: argparse.Namespace) -> dict[str, Any]:
     """Plans and prints; returns the figures."""
     import jax
 
@@ -83,7 +88,7 @@ def print_plan(config, topology, args):
     return figures
 
 
-def use_virtual_devices(name):
+def use_virtual_devices(name: str) -> None:
     """Makes jax see only the CPU, as the N devices of "cpu:N"; what compiles for other hardware needs no device."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if found := re.fullmatch(r"cpu:([1-9]\d*)", name):

@@ -10,12 +10,17 @@ A run that was ended, even by kill -9, goes on where it was when the same comman
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
 
+if TYPE_CHECKING:
+    from imagereward_jax.bulk_scoring.score_table import Outcome
 
-def parse_args(argv=None):
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m imagereward_jax.score",
         description=__doc__,
@@ -75,7 +80,7 @@ def _check(parser, args):
         parser.error("--coordinator, --num-processes and --process-id need --distributed")
 
 
-def score_files(args):
+def score_files(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Loads the model and scores: one dict an image (image, score, rank), in the order given."""
     from imagereward_jax.bulk_scoring.scorers import open_scorer
     from imagereward_jax.rewards.preprocess import as_image_list
@@ -86,7 +91,7 @@ def score_files(args):
     return [{"image": image, "score": score, "rank": rank} for image, score, rank in zip(args.images, rewards, ranks)]
 
 
-def score_many(args):
+def score_many(args: argparse.Namespace) -> "Outcome":
     """Scores the rows of --input into --output; see `bulk_scoring.score_table`."""
     from imagereward_jax.bulk_scoring.score_table import score_table
     from imagereward_jax.bulk_scoring.scorers import open_scorer
@@ -120,7 +125,7 @@ def _process(args):
     return jax.process_index(), jax.process_count()
 
 
-def as_table(rows):
+def as_table(rows: list[dict[str, Any]]) -> str:
     """The rows as text, best first."""
     lines = [f"{'rank':>4}  {'score':>8}  image"]
     for row in sorted(rows, key=lambda row: row["rank"]):
@@ -140,7 +145,7 @@ def _report(args, outcome):
             print(f"  and {len(outcome.errors) - 10} more, in the column error", file=sys.stderr)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.bulk_scoring.stream import ScoringError
 
     args = parse_args(argv)

@@ -1,5 +1,6 @@
 """Percentile bootstrap over prompts: images of one prompt are not independent, prompts are."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,17 +14,19 @@ class Estimate(NamedTuple):
     high: float
     cases: int
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, float | int | None]:
         """For JSON: NaN becomes None."""
         return {name: None if isinstance(x, float) and np.isnan(x) else x for name, x in self._asdict().items()}
 
 
-def resample_weights(prompts, resamples, seed):
+def resample_weights(prompts: int, resamples: int, seed: int) -> np.ndarray:
     """How often each prompt is in each resample: int64 [resamples, prompts]. The same for every model and metric."""
     return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
 
 
-def ratio(hits, cases, weights, level=0.95):
+def ratio(
+    hits: Sequence[float] | np.ndarray, cases: Sequence[float] | np.ndarray, weights: np.ndarray, level: float = 0.95
+) -> Estimate:
     """sum(hits) / sum(cases) with its interval.
 
     Args:
@@ -43,7 +46,7 @@ def ratio(hits, cases, weights, level=0.95):
     return Estimate(float(hits.sum() / total), *interval(samples, level), int(total))
 
 
-def interval(samples, level=0.95):
+def interval(samples: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """(low, high): the quantiles that hold `level` of the samples; NaN for none."""
     samples = np.asarray(samples, np.float64)
     samples = samples[~np.isnan(samples)]

@@ -4,15 +4,19 @@ Every function that counts does so for one prompt and returns (hits, cases), so 
 resampled. A rank of 1 is best; equal ranks are ties; a rank of None or NaN means that nobody ranked the image.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
+Ranks = Sequence[float | None] | np.ndarray
 
-def known_ranks(ranks):
+
+def known_ranks(ranks: Ranks) -> np.ndarray:
     """float64 [K]; NaN where there is no rank."""
     return np.array([np.nan if rank is None else rank for rank in ranks], np.float64)
 
 
-def preference_counts(ranks, scores):
+def preference_counts(ranks: Ranks, scores: Ranks) -> tuple[int, int]:
     """Pairs of one prompt's images that the scores order as people did.
 
     Args:
@@ -30,7 +34,7 @@ def preference_counts(ranks, scores):
     return int((better & (scores[:, None] > scores[None, :])).sum()), int(better.sum())
 
 
-def recall_counts(ranks, scores, k):
+def recall_counts(ranks: Ranks, scores: Ranks, k: int) -> tuple[int, int]:
     """Whether an image that people rank best is among the k with the highest scores.
 
     Of equal scores the worst order is assumed, so that a constant scores nothing. A prompt is a case if more than k
@@ -42,20 +46,20 @@ def recall_counts(ranks, scores, k):
     return _selection(*_aligned(ranks, scores), k)
 
 
-def filter_counts(ranks, scores, k):
+def filter_counts(ranks: Ranks, scores: Ranks, k: int) -> tuple[int, int]:
     """Whether an image that people rank worst is among the k with the lowest scores; see `recall_counts`."""
     ranks, scores = _aligned(ranks, scores)
     return _selection(-ranks, -scores, k)
 
 
-def average_ranks(values):
+def average_ranks(values: Ranks) -> np.ndarray:
     """Ranks from 1 for the smallest; ties share the mean of theirs. float64 [N]."""
     _, group, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[group]
 
 
-def spearman(a, b):
+def spearman(a: Ranks, b: Ranks) -> float:
     """Spearman's rank correlation, ties by average ranks; NaN where one side is constant or shorter than two.
 
     Raises:

@@ -6,12 +6,15 @@ One file, no script, no network.
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from imagereward_jax.agreement.metrics import average_ranks, known_ranks, preference_counts
+from imagereward_jax.agreement.sources import RankedPrompt
 from imagereward_jax.agreement.summary import disagreement
 from imagereward_jax.bulk_scoring.scorers import RANDOM
 from imagereward_jax.rewards.preprocess import open_image
@@ -28,7 +31,15 @@ font-variant-numeric:tabular-nums}.scores span:nth-child(3n+1){overflow:hidden;t
 white-space:nowrap}.off{color:#b00020}"""
 
 
-def results_page(title, tables, notes, groups, scores, *, shown=20):
+def results_page(
+    title: str,
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]],
+    notes: Sequence[str],
+    groups: Sequence[RankedPrompt],
+    scores: dict[str, Sequence[Sequence[float]]],
+    *,
+    shown: int = 20,
+) -> str:
     """The page as text.
 
     Args:
@@ -55,7 +66,7 @@ def _table(header, rows):
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def worst_first(groups, scores):
+def worst_first(groups: Sequence[RankedPrompt], scores: dict[str, Sequence[Sequence[float]]]) -> list[int]:
     """Numbers of the prompts, those that the models order least like people first.
 
     Prompts without a pair are left out, and so is what the baseline "random" says, unless it is alone.
@@ -113,7 +124,7 @@ def _pairs_of(k, ranks, scores):
     return (0, 0) if np.isnan(ranks[k]) else (int(right.sum()), int(other.sum()))
 
 
-def thumbnail(image):
+def thumbnail(image: Any) -> str:
     """An image as a data URL: JPEG, at most `THUMBNAIL` pixels a side."""
     image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
     image = open_image(image).convert("RGB")
@@ -123,7 +134,7 @@ def thumbnail(image):
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def short_names(models):
+def short_names(models: Sequence[str]) -> list[str]:
     """Last parts of paths (of a run's export the run's), where they stay different; else the names as they are."""
     paths = [Path(name).parent if Path(name).name == "export" else Path(name) for name in models]
     short = [path.name or name for path, name in zip(paths, models)]

@@ -1,12 +1,15 @@
 """Scores what `sources` read with one model, as the summaries need it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from imagereward_jax.agreement.sources import Generations, RankedPrompt
-from imagereward_jax.bulk_scoring.stream import Item, score_items
+from imagereward_jax.bulk_scoring.stream import Item, Scorer, score_items
 
 
-def score_groups(scorer, groups, **options):
+def score_groups(scorer: Scorer, groups: Sequence[RankedPrompt], **options: Any) -> list[list[float]]:
     """[P] lists of floats: the score of every image of `RankedPrompt`s."""
     items = [
         Item(group.prompt, image, f"prompt {group.id}, image {k + 1}")
@@ -17,7 +20,7 @@ def score_groups(scorer, groups, **options):
     return [[next(scores) for _ in group.images] for group in groups]
 
 
-def score_generations(scorer, generations, **options):
+def score_generations(scorer: Scorer, generations: Generations, **options: Any) -> dict[str, np.ndarray]:
     """{generator: float64 [P, K]} for `Generations`."""
     return {
         name: np.array(score_groups(scorer, _as_groups(generations, rows), **options))
@@ -32,7 +35,9 @@ def _as_groups(generations, rows):
     ]
 
 
-def one_image_each(generations, scores_of_models, human_order):
+def one_image_each(
+    generations: Generations, scores_of_models: dict[str, dict[str, np.ndarray]], human_order: Sequence[str]
+) -> tuple[list[RankedPrompt], dict[str, list[list[float]]]]:
     """Table 1 seen prompt by prompt: the generators' first images, ranked as people rank the generators.
 
     Args:
@@ -53,7 +58,7 @@ def one_image_each(generations, scores_of_models, human_order):
     return groups, scores
 
 
-def count_images(data):
+def count_images(data: list[RankedPrompt] | Generations) -> int:
     """How many images one model scores."""
     if isinstance(data, Generations):
         return sum(len(row) for rows in data.images.values() for row in rows)

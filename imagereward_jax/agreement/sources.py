@@ -1,14 +1,15 @@
 """What people said about images: the original repository's test files, and the shapes world."""
 
+import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imagereward_jax.data.errors import DataError, missing_file
 from imagereward_jax.data.groups import load_groups
 from imagereward_jax.data.images import find_image
 from imagereward_jax.data.prompts import SHAPES_PREFIX
-from imagereward_jax.data.tables import check_texts, column_values, read_table
+from imagereward_jax.data.tables import Table, check_texts, column_values, read_table
 
 SHAPES_GROUPS = 100
 
@@ -21,20 +22,22 @@ class RankedPrompt(NamedTuple):
 
     id: str
     prompt: str
-    images: tuple
-    ranks: tuple
-    labels: tuple = ()
+    images: tuple[Any, ...]
+    ranks: tuple[float | None, ...]
+    labels: tuple[str, ...] = ()
 
 
 class Generations(NamedTuple):
     """Images of several generators for the same prompts: `images[generator]` is a list, a prompt each, of paths."""
 
-    ids: list
-    prompts: list
-    images: dict
+    ids: list[str]
+    prompts: list[str]
+    images: dict[str, list[list[Path]]]
 
 
-def load_evaluation(source, images=None, limit=None, spoilt=True):
+def load_evaluation(
+    source: str | os.PathLike, images: str | os.PathLike | None = None, limit: int | None = None, spoilt: bool = True
+) -> list[RankedPrompt] | Generations:
     """Reads what to evaluate on.
 
     Args:
@@ -120,7 +123,7 @@ def _check_ranking(generations, ranking, where):
     return tuple(ranking)
 
 
-def find_generations(table, prompts, ids, folder):
+def find_generations(table: Table, prompts: list[str], ids: list[str], folder: Path) -> Generations:
     """Looks up FOLDER/MODEL/ID_K.png: K from 0, as many for every prompt and model.
 
     Raises:

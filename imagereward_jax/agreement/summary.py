@@ -1,15 +1,26 @@
 """From scores of every image to the numbers of tables 1 and 3."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from imagereward_jax.agreement import bootstrap, metrics
+from imagereward_jax.agreement.sources import RankedPrompt
 
 KS = (1, 2, 4)
 # The human order of table 1, best first, under the names that the original repository gives the folders.
 PUBLISHED_ORDER = ("openjourney", "sd2-1", "dalle2", "sd1-4", "vd", "cogview2")
 
 
-def agreement(groups, scores, *, ks=KS, resamples=1000, level=0.95, seed=0):
+def agreement(
+    groups: Sequence[RankedPrompt],
+    scores: Sequence[Sequence[float]],
+    *,
+    ks: Sequence[int] = KS,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, bootstrap.Estimate]:
     """Table 3 for one model.
 
     Args:
@@ -35,7 +46,7 @@ def _at(count, k):
     return lambda ranks, scores: count(ranks, scores, k)
 
 
-def disagreement(groups, scores_of_models):
+def disagreement(groups: Sequence[RankedPrompt], scores_of_models: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
     """[P] how much the models contradict people on each prompt: share of pairs ordered wrongly, mean over models.
 
     NaN for prompts without a pair. `scores_of_models` is a list, one entry a model, of what `agreement` takes.
@@ -48,7 +59,14 @@ def disagreement(groups, scores_of_models):
     return np.mean(shares, axis=0)
 
 
-def generator_means(scores, *, human_order=None, resamples=1000, level=0.95, seed=0):
+def generator_means(
+    scores: dict[str, np.ndarray],
+    *,
+    human_order: Sequence[str] | None = None,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[dict[str, bootstrap.Estimate], bootstrap.Estimate | None]:
     """Table 1 for one model.
 
     Args:

@@ -1,9 +1,15 @@
 """Results as tables for a terminal."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
+
+from imagereward_jax.agreement.bootstrap import Estimate
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
-def table(header, rows):
+def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     """Columns aligned: the first to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -16,12 +22,12 @@ def table(header, rows):
     return "\n".join(line.rstrip() for line in lines)
 
 
-def percent(estimate):
+def percent(estimate: Estimate) -> str:
     """ "65.14 [63.90, 66.38]", or "-" where there are no cases."""
     return number(estimate, 100, 2)
 
 
-def number(estimate, scale=1.0, digits=4):
+def number(estimate: Estimate, scale: float = 1.0, digits: int = 4) -> str:
     """A value with its interval."""
     if math.isnan(estimate.value):
         return "-"
@@ -29,7 +35,7 @@ def number(estimate, scale=1.0, digits=4):
     return f"{value} [{low}, {high}]"
 
 
-def agreement_table(results):
+def agreement_table(results: dict[str, dict[str, Estimate]]) -> Table:
     """Table 3 of {model: {metric: Estimate}}, one row a model: (header, rows)."""
     names = list(next(iter(results.values())))
     return ["model", *(f"{name} %" for name in names)], [
@@ -37,7 +43,7 @@ def agreement_table(results):
     ]
 
 
-def generator_table(results):
+def generator_table(results: dict[str, tuple[dict[str, Estimate], Estimate | None]]) -> Table:
     """Table 1 of {model: (means, rho)}, one row a generator and the last for rho: (header, rows)."""
     first, rho = next(iter(results.values()))
     best_first = sorted(first, key=lambda name: -first[name].value)

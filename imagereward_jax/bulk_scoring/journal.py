@@ -8,7 +8,9 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.storage.files import write_text
@@ -28,7 +30,7 @@ class Journal:
         DataError: another process of this number is at work, the journal is of another run, or it is damaged.
     """
 
-    def __init__(self, output, settings, process=0):
+    def __init__(self, output: str | os.PathLike, settings: dict[str, Any], process: int = 0) -> None:
         self.folder = parts_folder(output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_settings(settings)
@@ -60,7 +62,7 @@ class Journal:
                 "delete the folder to start anew"
             )
 
-    def done(self):
+    def done(self) -> dict[int, dict[str, Any]]:
         """{chunk number: {"scores", "errors"}} of all processes.
 
         Raises:
@@ -79,18 +81,18 @@ class Journal:
                     ) from error
         return chunks
 
-    def add(self, chunk, scores, errors):
+    def add(self, chunk: int, scores: Sequence[float | None], errors: dict[int, str]) -> None:
         """Records a finished chunk: `scores` with None for an image that was skipped, `errors` {row in it: why}."""
         entry = {"chunk": chunk, "scores": scores, "errors": {str(index): text for index, text in errors.items()}}
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self):
+    def close(self) -> None:
         """Lets go of the lock."""
         self._file.close()
 
-    def remove(self):
+    def remove(self) -> None:
         """Deletes the journal of a finished run: at once by its name, so that no half of it is taken for a journal."""
         self.close()
         done = self.folder.with_name(f".{self.folder.name}.done")
@@ -99,7 +101,7 @@ class Journal:
         shutil.rmtree(done, ignore_errors=True)
 
 
-def parts_folder(output):
+def parts_folder(output: str | os.PathLike) -> Path:
     """Where the journal of an output file is."""
     return Path(output).with_name(f"{Path(output).name}.parts")
 

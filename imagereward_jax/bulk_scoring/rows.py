@@ -4,8 +4,9 @@ import csv
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imagereward_jax.bulk_scoring.stream import Item, Unusable
 from imagereward_jax.data.errors import DataError, missing_file
@@ -21,9 +22,9 @@ class Rows(NamedTuple):
     """What is to be scored: the table as it was read, and an `Item` for each row of it."""
 
     table: Table
-    items: list
+    items: list[Item]
 
-    def digest(self):
+    def digest(self) -> str:
         """A hash of all prompts and of what the images are called (of their content, where they are in the table)."""
         sha = hashlib.sha256()
         for item in self.items:
@@ -33,7 +34,14 @@ class Rows(NamedTuple):
         return sha.hexdigest()
 
 
-def read_rows(source, *, prompt=None, prompt_column=None, image_column=None, skip_errors=False):
+def read_rows(
+    source: str | os.PathLike,
+    *,
+    prompt: str | None = None,
+    prompt_column: str | None = None,
+    image_column: str | None = None,
+    skip_errors: bool = False,
+) -> Rows:
     """Reads what to score.
 
     Args:
@@ -80,7 +88,7 @@ def _read(path, source, prompt):
     return Table(str(path), rows, lambda i: str(files[i]), path)
 
 
-def check_output(path, table, names, overwrite=False):
+def check_output(path: str | os.PathLike, table: Table, names: Sequence[str], overwrite: bool = False) -> None:
     """Refuses an output that cannot be written, before anything is scored.
 
     Args:
@@ -111,7 +119,7 @@ def _has_bytes(value):
     return any(not isinstance(item, (str, int, float, bool, list, dict, type(None))) for item in values)
 
 
-def write_rows(path, table, added):
+def write_rows(path: str | os.PathLike, table: Table, added: dict[str, Sequence[Any]]) -> None:
     """Writes the rows of a table with new columns behind the others. The file appears whole or not at all.
 
     Args:

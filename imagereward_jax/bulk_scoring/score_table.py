@@ -1,12 +1,14 @@
 """Scores the rows of a file, on every device of every process, from wherever the last run was ended."""
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imagereward_jax.bulk_scoring.journal import Journal, parts_folder
 from imagereward_jax.bulk_scoring.rows import check_output, read_rows, write_rows
-from imagereward_jax.bulk_scoring.stream import score_chunks
+from imagereward_jax.bulk_scoring.stream import Scorer, score_chunks
 
 
 class Outcome(NamedTuple):
@@ -14,23 +16,23 @@ class Outcome(NamedTuple):
 
     rows: int
     resumed: int
-    errors: dict
+    errors: dict[int, str]
 
 
 def score_table(
-    source,
-    output,
-    open_scorer,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    open_scorer: Callable[[], Scorer],
     *,
-    settings,
-    batch_size=16,
-    workers=None,
-    skip_errors=False,
-    overwrite=False,
-    score_column="score",
-    process=(0, 1),
-    **columns,
-):
+    settings: dict[str, Any],
+    batch_size: int = 16,
+    workers: int | None = None,
+    skip_errors: bool = False,
+    overwrite: bool = False,
+    score_column: str = "score",
+    process: tuple[int, int] = (0, 1),
+    **columns: str | None,
+) -> Outcome:
     """Reads rows, scores those that no earlier run has, and writes them all with their scores.
 
     Rows are cut into chunks of `batch_size`, always the same; chunk c belongs to process c mod the count of them. So

@@ -1,9 +1,13 @@
 """The scorers that commands take by name; each has `batch_size`, `prepare` and `score_prepared`."""
 
 import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from imagereward_jax.bulk_scoring.stream import Scorer
 from imagereward_jax.rewards.base import ranks_of
 from imagereward_jax.rewards.preprocess import as_image_list, host_pixels
 
@@ -13,18 +17,18 @@ RANDOM = "random"
 class RandomScorer:
     """The baseline that knows nothing: N(0, 1), the same whenever prompt, image and seed are."""
 
-    def __init__(self, seed=0, batch_size=16):
+    def __init__(self, seed: int = 0, batch_size: int = 16) -> None:
         self.seed, self.batch_size = seed, batch_size
 
-    def prepare(self, image, name="image"):
+    def prepare(self, image: Any, name: str = "image") -> np.ndarray:
         """A small copy of the image, float32 [16, 16, 3], that stands for its content."""
         return host_pixels(image, 16, name)
 
-    def score_prepared(self, prompts, pixels):
+    def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> np.ndarray:
         """[B] float32 NumPy array."""
         return np.array([self._draw(prompt, image) for prompt, image in zip(prompts, pixels)], np.float32)
 
-    def inference_rank(self, prompt, images):
+    def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]:
         """As `rewards.base.Reward.inference_rank`."""
         images = as_image_list(images)[0]
         pixels = [self.prepare(image, f"image {i}") for i, image in enumerate(images)]
@@ -36,7 +40,14 @@ class RandomScorer:
         return np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal()
 
 
-def open_scorer(name, *, tokenizer=None, dtype="float32", batch_size=16, seed=0):
+def open_scorer(
+    name: str,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Scorer:
     """The scorer called `name`: "random", or whatever `rewards.registry.open_reward` takes.
 
     Raises:

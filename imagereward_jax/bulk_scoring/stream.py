@@ -3,9 +3,12 @@
 import collections
 import io
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import jax
+import numpy as np
 from PIL import Image
 
 from imagereward_jax.rewards.preprocess import ImageError
@@ -13,11 +16,23 @@ from imagereward_jax.rewards.preprocess import ImageError
 CHUNKS_AHEAD = 2  # read before they are needed, so that one slow image does not stall the devices
 
 
+class Scorer(Protocol):
+    """Anything that scores images in bulk: a `Reward`, a `RuleReward` or the random baseline."""
+
+    batch_size: int
+
+    def prepare(self, image: Any, name: str = "image") -> np.ndarray: ...
+
+    def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> jax.Array | np.ndarray: ...
+
+    def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]: ...
+
+
 class Item(NamedTuple):
     """One image to score: `image` is a path, the bytes of a file, or an array; `where` names its row in errors."""
 
     prompt: str
-    image: object
+    image: Any
     where: str
 
 
@@ -28,20 +43,22 @@ class Unusable(str):
 class Scored(NamedTuple):
     """What became of a chunk: `scores` [n] floats, None for an image that could not be used; `errors` {index: why}."""
 
-    scores: list
-    errors: dict
+    scores: list[float | None]
+    errors: dict[int, str]
 
 
 class ScoringError(RuntimeError):
     """The scorer gave something that is no number."""
 
 
-def default_workers():
+def default_workers() -> int:
     """Threads that read images: one a core, 16 at most."""
     return min(16, os.cpu_count() or 1)
 
 
-def score_chunks(scorer, chunks, *, workers=None, skip_errors=False):
+def score_chunks(
+    scorer: Scorer, chunks: Iterable[list[Item]], *, workers: int | None = None, skip_errors: bool = False
+) -> Iterator[Scored]:
     """Scores chunks of images in order.
 
     Args:
@@ -76,7 +93,9 @@ def score_chunks(scorer, chunks, *, workers=None, skip_errors=False):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def score_items(scorer, items, *, workers=None, progress=None):
+def score_items(
+    scorer: Scorer, items: Sequence[Item], *, workers: int | None = None, progress: Callable[[int], Any] | None = None
+) -> list[float]:
     """The scores of a list of `Item`s, floats in their order. `progress` is called with how many more are done."""
     size, scores = scorer.batch_size, []
     chunks = (items[start : start + size] for start in range(0, len(items), size))

@@ -9,6 +9,8 @@ import gc
 import math
 import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import gradio as gr
 from modules import images, prompt_parser, scripts
@@ -26,7 +28,7 @@ ROW_FIELDS = ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds"
 loaded = {}  # {(model, device): scorer}, of one; both tabs of the web UI share it
 
 
-def load_model(name, device):
+def load_model(name: str, device: str) -> Any:
     """The scorer, loaded at its first use in place of any other."""
     key = (name.strip() or MODEL, device)
     if key not in loaded:
@@ -37,7 +39,7 @@ def load_model(name, device):
     return loaded[key]
 
 
-def unload_model():
+def unload_model() -> str:
     """Frees the scorer's memory; returns what to tell the user."""
     if not loaded:
         return "No model is loaded."
@@ -49,19 +51,19 @@ def unload_model():
     return "The model is unloaded."
 
 
-def plain_prompt(prompt):
+def plain_prompt(prompt: str) -> str:
     """The prompt as a person would say it: without `<lora:...>` and the marks of emphasis."""
     prompt = re.sub(r"<\w+:[^>]*>", "", prompt)
     parts = prompt_parser.parse_prompt_attention(prompt)
     return "".join(", " if text == "BREAK" else text for text, _ in parts).strip()
 
 
-def with_score(infotext, score):
+def with_score(infotext: str, score: float) -> str:
     """The image's parameters with the score behind the last of them, where the web UI can still read them."""
     return f"{infotext}, {LABEL}: {score:.4f}" if infotext else f"{LABEL}: {score:.4f}"
 
 
-def chosen(scores, limit, sort):
+def chosen(scores: Sequence[float], limit: float | None, sort: bool) -> list[int]:
     """Numbers of the images to show: those not below `limit` (None for no limit), best first if `sort`."""
     kept = [i for i, score in enumerate(scores) if limit is None or score >= limit]
     return sorted(kept, key=lambda i: -scores[i]) if sort else kept
@@ -70,13 +72,13 @@ def chosen(scores, limit, sort):
 class Script(scripts.Script):
     """What the web UI shows and calls; see `modules.scripts.Script`."""
 
-    def title(self):
+    def title(self) -> str:
         return "ImageReward scores"
 
-    def show(self, is_img2img):
+    def show(self, is_img2img: bool) -> bool:
         return True
 
-    def ui(self, is_img2img):
+    def ui(self, is_img2img: bool) -> list[Any]:
         with gr.Row():
             filter_low = gr.Checkbox(value=False, label="Leave out images below the limit")
             limit = gr.Number(value=0.0, label="Limit (a score of 0 is average, 1 is good)")
@@ -90,7 +92,7 @@ class Script(scripts.Script):
         unload.click(fn=unload_model, inputs=[], outputs=[status])
         return [filter_low, limit, sort, model, device]
 
-    def run(self, p, filter_low, limit, sort, model, device):
+    def run(self, p: Any, filter_low: bool, limit: float | None, sort: bool, model: str, device: str) -> Any:
         """Generates, scores, and returns what is kept.
 
         Args:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from imagereward_jax.assembly.run import assemble
+from imagereward_jax.assembly.run import AssembledRun, assemble
 from imagereward_jax.config import ConfigError
 from imagereward_jax.planning import counts
 from imagereward_jax.planning.topologies import GIB, Topology
@@ -74,7 +74,7 @@ def plan(config: Any, topology: Topology) -> dict[str, Any]:
     return figures
 
 
-def bytes_per_device(run, program) -> dict[str, int]:
+def bytes_per_device(run: AssembledRun, program: TrainingProgram) -> dict[str, int]:
     """{kind: bytes} of what each device of a program's mesh (or `AbstractMesh`) holds between steps, and of a batch."""
     state, fixed, batches = program.abstract_state, program.fixed(run), program.abstract_batches()
     kinds = {
@@ -127,7 +127,7 @@ def _compile(figures, config, topology, traced, loop_trips):
         figures["compiled_flops"] = int(flops)
 
 
-def options_for(topology, optimization_level):
+def options_for(topology: Topology, optimization_level: str) -> dict[str, Any]:
     """What `Lowered.compile` takes for hardware that is not here."""
     options = compile_options(optimization_level)
     if topology.platform == "gpu":
@@ -144,7 +144,7 @@ def _set_total(figures, total):
     figures["temp_bytes"] = sizes["temporaries"] = max(0, total - arguments)
 
 
-def verdict(figures):
+def verdict(figures: dict[str, Any]) -> str:
     """One line: whether it fits, with which numbers."""
     sizes = figures["bytes_per_chip"]
     if figures["fits"]:
@@ -158,7 +158,7 @@ def verdict(figures):
     return f"does not fit: {gib(sizes['total'])} a chip, of which a program may have {gib(figures['usable_bytes'])}"
 
 
-def advice(figures, config):
+def advice(figures: dict[str, Any], config: Any) -> list[str]:
     """What to change so that it fits, most effective first."""
     sizes, ways = figures["bytes_per_chip"], []
     arguments = sizes["parameters"] + sizes["moments"] + sizes["ema"] + sizes["frozen"]
@@ -178,7 +178,7 @@ def advice(figures, config):
     return ways
 
 
-def as_text(figures, config):
+def as_text(figures: dict[str, Any], config: Any) -> str:
     """The figures for a person."""
     sizes = figures["bytes_per_chip"]
     lines = [
@@ -210,11 +210,11 @@ def as_text(figures, config):
     return "\n".join(lines)
 
 
-def as_error(error):
+def as_error(error: Exception) -> ConfigError:
     """The first line of a compiler's error, as a `ConfigError`."""
     return ConfigError(f"the step does not compile for this hardware: {str(error).splitlines()[0]}")
 
 
-def gib(size):
+def gib(size: int) -> str:
     """Bytes as text."""
     return f"{size / GIB:.2f} GiB"

@@ -1,12 +1,15 @@
 """What every score offers: scores of images for prompts, ranks, gradients; on every device, in batches."""
 
 import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from imagereward_jax.rewards import preprocess
 from imagereward_jax.weights import mapping
@@ -35,7 +38,16 @@ class Reward:
     preprocess = preprocess.CROP
     differentiable = True
 
-    def __init__(self, config, params, tokenizer, *, dtype="float32", device=None, batch_size=16):
+    def __init__(
+        self,
+        config: Any,
+        params: dict[str, Any],
+        tokenizer: Callable[[Sequence[str]], dict[str, np.ndarray]],
+        *,
+        dtype: DTypeLike = "float32",
+        device: str | jax.Device | None = None,
+        batch_size: int = 16,
+    ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive whole number, not {batch_size!r}")
         self.config = config
@@ -52,20 +64,20 @@ class Reward:
         self._apply = jax.jit(self.apply)
 
     @staticmethod
-    def abstract(config, dtype):
+    def abstract(config: Any, dtype: DTypeLike) -> nnx.Module:
         """The network's structure without arrays: has `encode_images(pixels)` and `score_prompts(embeds, **tokens)`."""
         raise NotImplementedError
 
     @property
-    def image_size(self):
+    def image_size(self) -> int:
         """Side in pixels of the images that the network reads."""
         return self.config.vision.image_size
 
-    def tokenize(self, prompts):
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """What the network reads of a list of B prompts: a dict of arrays [B, ...]."""
         return self.tokenizer(prompts)
 
-    def apply(self, params, images, tokens):
+    def apply(self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]) -> jax.Array:
         """Scores, as a pure and differentiable function.
 
         Args:
@@ -79,7 +91,7 @@ class Reward:
         network = self._network(params)
         return network.score_prompts(network.encode_images(self.preprocess.device(images, self.image_size)), **tokens)
 
-    def score(self, prompt, image):
+    def score(self, prompt: str | Sequence[str], image: Any) -> float | list[float]:
         """How well each image answers its prompt.
 
         Args:
@@ -99,7 +111,7 @@ class Reward:
         rewards = self._rewards(prompts, images)
         return rewards[0] if single_image and isinstance(prompt, str) else rewards
 
-    def inference_rank(self, prompt, images):
+    def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]:
         """Ranks images for a prompt.
 
         Args:
@@ -116,7 +128,7 @@ class Reward:
         rewards = self._rewards(prompts, images)
         return ranks_of(rewards), rewards
 
-    def prepare(self, image, name="image"):
+    def prepare(self, image: Any, name: str = "image") -> np.ndarray:
         """One image made ready for `score_prepared`; safe to call in several threads.
 
         Args:
@@ -131,7 +143,7 @@ class Reward:
         """
         return self.preprocess.host(image, self.image_size, name)
 
-    def score_prepared(self, prompts, pixels):
+    def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> jax.Array:
         """Scores of at most `batch_size` pairs, started and not waited for.
 
         Args:
@@ -148,7 +160,7 @@ class Reward:
         inputs = {name: self._on_devices(array, rows) for name, array in tokens.items()}
         return self._score(self.params, embeds, inputs)[: len(prompts)]
 
-    def score_grad(self, prompts, images):
+    def score_grad(self, prompts: str | Sequence[str], images: jax.Array | np.ndarray) -> jax.Array:
         """Scores that can be differentiated by `images`, e.g. `jax.grad(lambda x: reward.score_grad(p, x).sum())`.
 
         Args:
@@ -218,7 +230,7 @@ class Reward:
         )
 
 
-def pair_prompts(prompt, images):
+def pair_prompts(prompt: str | Sequence[str], images: Sequence[Any]) -> list[str]:
     """A prompt for each image (or several for the one image), as `Reward.score` takes them.
 
     Raises:
@@ -233,7 +245,7 @@ def pair_prompts(prompt, images):
     return list(prompt)
 
 
-def cast_params(params, dtype):
+def cast_params(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
     """Matrices to `dtype`; vectors (norms, biases) and the head to float32."""
 
     def cast(path, array):
@@ -243,12 +255,12 @@ def cast_params(params, dtype):
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def held_params(module, dtype):
+def held_params(module: nnx.Module, dtype: DTypeLike) -> dict[str, Any]:
     """The parameters of an abstract network as `jax.ShapeDtypeStruct`, in the dtypes that `cast_params` gives them."""
     return jax.eval_shape(lambda params: cast_params(params, named_dtype(dtype)), mapping.params_of(module))
 
 
-def named_dtype(dtype):
+def named_dtype(dtype: DTypeLike) -> DTypeLike:
     """A dtype by name, or one that is allowed already."""
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
@@ -256,7 +268,7 @@ def named_dtype(dtype):
     return DTYPES[name]
 
 
-def local_devices(device=None):
+def local_devices(device: str | jax.Device | None = None) -> list[jax.Device]:
     """The devices of this process that `device` names (see `Reward`)."""
     if device is None:
         return jax.local_devices()
@@ -274,7 +286,7 @@ def local_devices(device=None):
     return found
 
 
-def ranks_of(rewards):
+def ranks_of(rewards: Sequence[float]) -> list[int]:
     """Ranks from 1 for the highest; of equal rewards the first ranks better."""
     order = np.argsort(-np.asarray(rewards, np.float32), kind="stable")
     ranks = np.empty(len(order), int)

@@ -5,14 +5,20 @@ import difflib
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig
+import jax
+import numpy as np
+
+from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig, TextConfig
 from imagereward_jax.rewards.base import held_params, named_dtype
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, VOCAB_FILE, WEIGHTS_FILE, ImageReward, abstract_module
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, hub, mapping
 
+SizedConfig = TypeVar("SizedConfig", ImageRewardConfig, BlipScoreConfig)
 V1 = ImageRewardConfig()
 HUB_REPO = "THUDM/ImageReward"
 HUB_MODELS = {"ImageReward-v1.0": "ImageReward.pt"}
@@ -22,21 +28,21 @@ DEFAULT_ROOT = "~/.cache/ImageReward"
 IGNORED_KEYS = (r"(^|\.)position_ids$",)
 
 
-def available_models():
+def available_models() -> list[str]:
     """Names that `load` knows: ImageReward's on the hub, and the rewards that come with the package."""
     return [*HUB_MODELS, *(name for name in hub.builtin_models() if _builtin_folder(name).is_dir())]
 
 
 def load(
-    name_or_path="ImageReward-v1.0",
-    device=None,
-    download_root=None,
-    med_config=None,
+    name_or_path: str | os.PathLike = "ImageReward-v1.0",
+    device: str | jax.Device | None = None,
+    download_root: str | os.PathLike | None = None,
+    med_config: str | os.PathLike | None = None,
     *,
-    tokenizer=None,
-    dtype="float32",
-    batch_size=16,
-):
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    batch_size: int = 16,
+) -> ImageReward:
     """Loads an ImageReward scorer.
 
     A PyTorch checkpoint is converted once: a `.safetensors` copy beside it (or in `download_root` where that
@@ -74,7 +80,7 @@ def load(
     return _build(config, tensors, path, prompt_tokenizer, options)
 
 
-def read_cached(path, root):
+def read_cached(path: Path, root: Path) -> dict[str, np.ndarray]:
     """The tensors of a PyTorch checkpoint, from its safetensors copy where one of the same size and time exists."""
     status = path.stat()
     stamp = f"{status.st_size}-{status.st_mtime_ns}"
@@ -131,7 +137,7 @@ def _find(name, root):
     raise unknown_model(name, available_models())
 
 
-def unknown_model(name, known):
+def unknown_model(name: str, known: Sequence[str]) -> hub.ModelNotFound:
     """The `hub.ModelNotFound` for a name that is neither a path nor among `known`, with the nearest of them."""
     if hub.looks_like_path(name) or Path(name).suffix in (*files.PICKLES, ".safetensors"):
         return hub.ModelNotFound(f"{name}: no such file or folder")
@@ -148,7 +154,7 @@ def _find_med_config(path, name, root):
     return hub.resolve_file(HUB_REPO, MED_CONFIG_FILE, cache_dir=root) if name in HUB_MODELS else None
 
 
-def with_text(config, med_config):
+def with_text(config: SizedConfig, med_config: str | os.PathLike) -> SizedConfig:
     """A config of a BLIP with the text encoder that a med_config.json describes."""
     return dataclasses.replace(config, text=TextConfig.from_dict(files.read_json(med_config), str(med_config)))
 
@@ -164,7 +170,7 @@ def config_of(name: str) -> ImageRewardConfig:
     return V1
 
 
-def find_vocab_near(folder):
+def find_vocab_near(folder: Path) -> Path:
     """The BERT vocabulary in a checkpoint's folder, else bert-base-uncased's from the hub."""
     beside = folder / VOCAB_FILE
     if beside.is_file():

@@ -1,13 +1,16 @@
 """Scores that are read off CLIP: CLIP score, PickScore, HPSv2.1 and the aesthetic predictor."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from imagereward_jax.models.clip_score import AestheticModel, CLIPScoreModel
+from imagereward_jax.models.clip_score import AestheticModel, CLIPConfig, CLIPImageEncoder, CLIPScoreModel
 from imagereward_jax.rewards import preprocess
 from imagereward_jax.rewards.base import Reward
+from imagereward_jax.rewards.tokens import CLIPPromptTokenizer
 from imagereward_jax.weights import mapping
 
 
@@ -24,7 +27,9 @@ class CLIPScore(Reward):
         ValueError: the tokenizer has more tokens than the network.
     """
 
-    def __init__(self, config, params, tokenizer, **options):
+    def __init__(
+        self, config: CLIPConfig, params: dict[str, Any], tokenizer: CLIPPromptTokenizer, **options: Any
+    ) -> None:
         if tokenizer.vocab_size > config.text.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens, the network {config.text.vocab_size:,}; pass the "
@@ -33,7 +38,7 @@ class CLIPScore(Reward):
         super().__init__(config, params, tokenizer, **options)
 
     @staticmethod
-    def abstract(config, dtype):
+    def abstract(config: CLIPConfig, dtype: DTypeLike) -> CLIPImageEncoder:
         """See `Reward.abstract`."""
         return abstract_clip(CLIPScoreModel, config, dtype)
 
@@ -61,12 +66,14 @@ class AestheticScore(Reward):
     """
 
     @staticmethod
-    def abstract(config, dtype):
+    def abstract(config: CLIPConfig, dtype: DTypeLike) -> CLIPImageEncoder:
         """See `Reward.abstract`."""
         return abstract_clip(AestheticModel, config, dtype)
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_clip(network, config, dtype=jnp.float32):
+def abstract_clip(
+    network: type[CLIPImageEncoder], config: CLIPConfig, dtype: DTypeLike = jnp.float32
+) -> CLIPImageEncoder:
     """A CLIP network's structure without arrays; only to be read, as it is shared."""
     return mapping.abstract(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -4,13 +4,17 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models.blip import ImageRewardModel
-from imagereward_jax.models.blip_config import ImageRewardConfig
+from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig
 from imagereward_jax.rewards.base import Reward, named_dtype
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, mapping
@@ -31,17 +35,21 @@ class ImageReward(Reward):
         ValueError: the tokenizer has another vocabulary size than the network, or an argument is not valid.
     """
 
-    def __init__(self, config, params, tokenizer, **options):
+    def __init__(
+        self, config: ImageRewardConfig, params: dict[str, Any], tokenizer: PromptTokenizer, **options: Any
+    ) -> None:
         check_vocabulary(config, tokenizer)
         super().__init__(config, params, tokenizer, **options)
 
     @staticmethod
-    def abstract(config, dtype):
+    def abstract(config: ImageRewardConfig, dtype: DTypeLike) -> ImageRewardModel:
         """See `Reward.abstract`."""
         return abstract_module(config, dtype)
 
     @classmethod
-    def from_config(cls, config, vocab_file, key, **options):
+    def from_config(
+        cls, config: ImageRewardConfig | dict[str, Any], vocab_file: str | os.PathLike, key: jax.Array, **options: Any
+    ) -> "ImageReward":
         """A scorer with random weights, to be trained.
 
         Args:
@@ -57,7 +65,7 @@ class ImageReward(Reward):
         params = mapping.params_of(ImageRewardModel(config, rngs=nnx.Rngs(params=key)))
         return cls(config, params, tokenizer, **options)
 
-    def save(self, folder, params=None, *, overwrite=False):
+    def save(self, folder: str | os.PathLike, params: dict[str, Any] | None = None, *, overwrite: bool = False) -> None:
         """Writes config.json, model.safetensors (PyTorch's key names) and vocab.txt, which `load` reads.
 
         A new folder appears whole or not at all; in one that exists each file does.
@@ -87,12 +95,14 @@ class ImageReward(Reward):
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_module(config, dtype=jnp.float32, remat="none"):
+def abstract_module(config: ImageRewardConfig, dtype: DTypeLike = jnp.float32, remat: str = "none") -> ImageRewardModel:
     """The network's structure without arrays; only to be read, as it is shared."""
     return mapping.abstract(lambda: ImageRewardModel(config, remat=remat, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def make_apply(config, dtype, remat="none"):
+def make_apply(
+    config: ImageRewardConfig, dtype: DTypeLike, remat: str = "none"
+) -> Callable[[dict[str, Any], jax.Array, dict[str, Any]], jax.Array]:
     """(params, images, tokens) -> scores, as `Reward.apply`, whatever the parameters' own dtype.
 
     Args:
@@ -108,7 +118,7 @@ def make_apply(config, dtype, remat="none"):
     return apply
 
 
-def check_vocabulary(config, tokenizer):
+def check_vocabulary(config: ImageRewardConfig | BlipScoreConfig, tokenizer: PromptTokenizer) -> None:
     """Raises ValueError unless the tokenizer has exactly the tokens that the network has embeddings for."""
     if tokenizer.vocab_size != config.text.vocab_size:
         raise ValueError(

@@ -1,12 +1,17 @@
 """A weighted sum of several rewards, each brought to a common scale first."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.rewards.base import ranks_of
+
+Scores = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Term:
         if not self.clip >= 0:
             raise ValueError(f"clip={self.clip}: expected 0 (no clipping) or more")
 
-    def contribution(self, scores, numpy=jnp):
+    def contribution(self, scores: Scores, numpy: ModuleType = jnp) -> Scores:
         """What scores [B] add to the mixture."""
         normalised = (scores - self.mean) / self.std
         return self.weight * (numpy.clip(normalised, -self.clip, self.clip) if self.clip else normalised)
@@ -51,40 +56,42 @@ class MixedReward:
         ValueError: there is no term.
     """
 
-    def __init__(self, terms):
+    def __init__(self, terms: Mapping[str, Term]) -> None:
         if not terms:
             raise ValueError("a mixture needs at least one reward")
         self.members = dict(terms)
 
     @property
-    def params(self):
+    def params(self) -> dict[str, Any]:
         """The terms' parameters by name."""
         return {name: term.reward.params for name, term in self.members.items()}
 
     @property
-    def differentiable(self):
+    def differentiable(self) -> bool:
         """Whether every term is."""
         return all(term.reward.differentiable for term in self.members.values())
 
-    def tokenize(self, prompts):
+    def tokenize(self, prompts: str | Sequence[str]) -> dict[str, Any]:
         """The terms' tokens by name."""
         return {name: term.reward.tokenize(prompts) for name, term in self.members.items()}
 
-    def apply_terms(self, params, images, tokens):
+    def apply_terms(
+        self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(mixture [B], {name: scores [B]}); the terms' scores are as they come, not normalised."""
         scores = {name: term.reward.apply(params[name], images, tokens[name]) for name, term in self.members.items()}
         return sum(term.contribution(scores[name]) for name, term in self.members.items()), scores
 
-    def apply(self, params, images, tokens):
+    def apply(self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]) -> jax.Array:
         """The mixture [B] float32; see `Reward.apply`."""
         return self.apply_terms(params, images, tokens)[0]
 
-    def score(self, prompt, image):
+    def score(self, prompt: str | Sequence[str], image: Any) -> float | list[float]:
         """See `Reward.score`."""
         parts = [term.contribution(np.asarray(term.reward.score(prompt, image)), np) for term in self.members.values()]
         return sum(parts).tolist()
 
-    def inference_rank(self, prompt, images):
+    def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]:
         """See `Reward.inference_rank`."""
         parts = [
             term.contribution(np.asarray(term.reward.inference_rank(prompt, images)[1]), np)
@@ -93,12 +100,14 @@ class MixedReward:
         rewards = sum(parts).tolist()
         return ranks_of(rewards), rewards
 
-    def score_grad(self, prompts, images):
+    def score_grad(self, prompts: str | Sequence[str], images: jax.Array) -> jax.Array:
         """See `Reward.score_grad`."""
         return sum(term.contribution(term.reward.score_grad(prompts, images)) for term in self.members.values())
 
 
-def apply_terms(reward, params, images, tokens):
+def apply_terms(
+    reward: Any, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(scores [B], scores of each term by name): of one reward, which has no terms, or of a mixture."""
     if isinstance(reward, MixedReward):
         return reward.apply_terms(params, images, tokens)

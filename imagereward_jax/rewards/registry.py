@@ -1,18 +1,22 @@
 """One door to every reward, by the name or path that a config or a command gives."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from imagereward_jax.rewards.base import Reward
 from imagereward_jax.rewards.checkpoint import available_models, load, unknown_model
-from imagereward_jax.rewards.rules import RULES, is_rule, open_rule
+from imagereward_jax.rewards.rules import RULES, RuleReward, is_rule, open_rule
 from imagereward_jax.rewards.scores import SCORES, load_score
 
 
-def available_rewards():
+def available_rewards() -> list[str]:
     """Names that `open_reward` knows, beside paths and module:function."""
     return [*available_models(), *SCORES, *RULES]
 
 
-def check_name(name, also=()):
+def check_name(name: str, also: Sequence[str] = ()) -> None:
     """Refuses a name that `open_reward` cannot mean, before anything is read.
 
     Args:
@@ -26,7 +30,9 @@ def check_name(name, also=()):
         raise unknown_model(str(name), known)
 
 
-def open_reward(name, *, weights=None, tokenizer=None, **options):
+def open_reward(
+    name: str, *, weights: str | os.PathLike | None = None, tokenizer: str | os.PathLike | None = None, **options: Any
+) -> Reward | RuleReward:
     """The reward called `name`.
 
     Args:

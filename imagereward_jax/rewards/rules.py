@@ -6,6 +6,8 @@ Each has `score`, `inference_rank` and `score_arrays`, and `differentiable` is f
 import importlib
 import io
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,7 +24,7 @@ class RuleReward:
     differentiable = False
     batch_size = 16
 
-    def score_arrays(self, images, prompts):
+    def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Scores of a batch.
 
         Args:
@@ -34,7 +36,7 @@ class RuleReward:
         """
         raise NotImplementedError
 
-    def score(self, prompt, image):
+    def score(self, prompt: str | Sequence[str], image: Any) -> float | list[float]:
         """As `rewards.base.Reward.score`; images keep their size."""
         images, single = preprocess.as_image_list(image)
         prompts = pair_prompts(prompt, images)
@@ -43,16 +45,16 @@ class RuleReward:
         scores = self.score_prepared(prompts, opened).tolist()
         return scores[0] if single and isinstance(prompt, str) else scores
 
-    def prepare(self, image, name="image"):
+    def prepare(self, image: Any, name: str = "image") -> np.ndarray:
         """As `rewards.base.Reward.prepare`: uint8 [H, W, 3], of the image's own size."""
         return np.asarray(preprocess.open_image(image, name).convert("RGB"))
 
-    def score_prepared(self, prompts, pixels):
+    def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> np.ndarray:
         """As `rewards.base.Reward.score_prepared`: [B] float32, NumPy. Images may differ in size, so one by one."""
         pairs = zip(pixels, prompts, strict=True)
         return np.concatenate([self.score_arrays(image[None], [prompt]) for image, prompt in pairs])
 
-    def inference_rank(self, prompt, images):
+    def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]:
         """As `rewards.base.Reward.inference_rank`."""
         scores = self.score(prompt, preprocess.as_image_list(images)[0])
         return ranks_of(scores), scores
@@ -66,10 +68,10 @@ class JPEGSize(RuleReward):
         quality: of the JPEG.
     """
 
-    def __init__(self, sign, quality=95):
+    def __init__(self, sign: int, quality: int = 95) -> None:
         self.sign, self.quality = sign, quality
 
-    def score_arrays(self, images, prompts):
+    def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """See `RuleReward.score_arrays`."""
         return np.array([self.sign * self._kilobytes(image) for image in _as_uint8(images)], np.float32)
 
@@ -89,7 +91,7 @@ class PythonReward(RuleReward):
         ValueError: the module or function is not there, or cannot be called.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self.name = name
         module, _, function = name.partition(":")
         try:
@@ -99,7 +101,7 @@ class PythonReward(RuleReward):
         if not callable(self.function):
             raise ValueError(f"reward {name!r}: {function} is not a function but {type(self.function).__name__}")
 
-    def score_arrays(self, images, prompts):
+    def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """See `RuleReward.score_arrays`.
 
         Raises:
@@ -120,12 +122,12 @@ RULES = {
 }
 
 
-def is_rule(name):
+def is_rule(name: str) -> bool:
     """Whether `name` is a rule's, or names a Python function."""
     return name in RULES or _FUNCTION.fullmatch(str(name)) is not None
 
 
-def open_rule(name):
+def open_rule(name: str) -> RuleReward:
     """The rule called `name`, or the Python function at module:function."""
     return RULES[name]() if name in RULES else PythonReward(name)
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 import difflib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import numpy as np
 from flax import nnx
 
 from imagereward_jax.models.blip import RewardHead
 from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig
 from imagereward_jax.models.clip import CLIPTextConfig
 from imagereward_jax.models.clip_score import CLIPConfig, CLIPVisionConfig
-from imagereward_jax.rewards.base import held_params, named_dtype
+from imagereward_jax.rewards.base import Reward, held_params, named_dtype
 from imagereward_jax.rewards.blip import BlipScore
 from imagereward_jax.rewards.checkpoint import (
     DEFAULT_ROOT,
@@ -66,22 +69,22 @@ CLIPS = {
 SCORES = ("CLIP", "BLIP", "Aesthetic", "PickScore", "HPSv2.1")
 
 
-def available_scores():
+def available_scores() -> list[str]:
     """Names that `load_score` knows."""
     return list(SCORES)
 
 
 def load_score(
-    name="CLIP",
-    device=None,
-    download_root=None,
+    name: str = "CLIP",
+    device: str | jax.Device | None = None,
+    download_root: str | os.PathLike | None = None,
     *,
-    path=None,
-    head=None,
-    tokenizer=None,
-    dtype="float32",
-    batch_size=16,
-):
+    path: str | os.PathLike | None = None,
+    head: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    batch_size: int = 16,
+) -> Reward:
     """Loads one of the scores that ImageReward is compared with; it has the methods of what `load` gives.
 
     Without `path` the published file is taken from `download_root`, where the original package keeps it, or else
@@ -129,7 +132,9 @@ def _load_blip(path, vocab, root, options):
     return BlipScore(config, params, tokenizer, **options)
 
 
-def imagereward_from_blip(path, key, *, tokenizer=None):
+def imagereward_from_blip(
+    path: str | os.PathLike, key: jax.Array, *, tokenizer: str | os.PathLike | None = None
+) -> ImageReward:
     """An ImageReward to be trained: the encoders of `model_large.pth`, and a head that starts anew.
 
     Args:
@@ -168,7 +173,7 @@ def _load_clip(name, path, head, vocab, root, options):
     return published.score(config, params, tokenizer, **options)
 
 
-def read_clip(path, root, tower):
+def read_clip(path: Path, root: Path, tower: Tower) -> tuple[dict[str, np.ndarray], CLIPConfig]:
     """(tensors under transformers' names, `CLIPConfig`) of a CLIP in any published layout.
 
     Args:

@@ -1,6 +1,8 @@
 """Prompts as tokens: BERT's lower-case WordPiece with the two tokens that BLIP adds, and CLIP's byte pairs."""
 
 import gzip
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ class TokenizerError(ValueError):
     """The vocabulary cannot be used; the message names the file and says why."""
 
 
-def find_vocab(path):
+def find_vocab(path: str | os.PathLike) -> Path:
     """`path` itself, or the vocab.txt in it when it is a folder.
 
     Raises:
@@ -26,7 +28,7 @@ def find_vocab(path):
     return file
 
 
-def check_prompts(prompts):
+def check_prompts(prompts: Sequence[str]) -> list[str]:
     """The prompts without lone surrogates (halves of characters, as broken JSON escapes give), as BertTokenizer does.
 
     Raises:
@@ -50,7 +52,7 @@ class PromptTokenizer:
         TokenizerError: a special token is missing, a line is empty or repeated, or `[PAD]` is not the first.
     """
 
-    def __init__(self, vocab, max_length, name="vocab.txt"):
+    def __init__(self, vocab: str, max_length: int, name: str = "vocab.txt") -> None:
         from tokenizers import BertWordPieceTokenizer
 
         self.vocab = vocab
@@ -72,7 +74,7 @@ class PromptTokenizer:
         self._tokenizer.enable_padding(length=max_length)
 
     @classmethod
-    def from_file(cls, path, max_length):
+    def from_file(cls, path: str | os.PathLike, max_length: int) -> "PromptTokenizer":
         """Reads a vocab.txt, or the one in a folder."""
         file = find_vocab(path)
         try:
@@ -81,11 +83,11 @@ class PromptTokenizer:
             raise TokenizerError(f"{file}: not a text file in UTF-8") from error
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         """Number of tokens, the added ones included."""
         return self._tokenizer.get_vocab_size()
 
-    def __call__(self, prompts):
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """{"input_ids", "attention_mask"}: int32 [B, max_length] each.
 
         Raises:
@@ -104,7 +106,7 @@ CLIP_FILES = ("vocab.json", "merges.txt")
 CLIP_BPE = "bpe_simple_vocab_16e6.txt.gz"
 
 
-def find_clip_vocab(path):
+def find_clip_vocab(path: str | os.PathLike) -> Path:
     """The CLIP vocabulary at `path`: a folder with vocab.json and merges.txt, or OpenAI's gzipped list of merges.
 
     Raises:
@@ -134,7 +136,7 @@ class CLIPPromptTokenizer:
         FileNotFoundError: there is no such vocabulary. TokenizerError: it cannot be used.
     """
 
-    def __init__(self, path, max_length):
+    def __init__(self, path: str | os.PathLike, max_length: int) -> None:
         from transformers import CLIPTokenizer
 
         self.max_length = max_length
@@ -149,11 +151,11 @@ class CLIPPromptTokenizer:
             raise TokenizerError(f"{file}: not a CLIP vocabulary ({error})") from error
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         """Number of tokens."""
         return len(self._tokenizer)
 
-    def __call__(self, prompts):
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """{"input_ids"}: int32 [B, max_length].
 
         Raises:
@@ -165,7 +167,7 @@ class CLIPPromptTokenizer:
         return {"input_ids": np.array(encoded["input_ids"], np.int32)}
 
 
-def read_clip_bpe(path):
+def read_clip_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """(vocab, merges) of OpenAI's `bpe_simple_vocab_16e6.txt.gz`: token -> id, and pairs of tokens in order."""
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
@@ -184,7 +186,7 @@ def read_clip_bpe(path):
 class NoTokens:
     """The tokenizer of a score that does not read prompts: no arrays."""
 
-    def __call__(self, prompts):
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """{}, once the prompts are seen to be texts."""
         check_prompts(prompts)
         return {}
