@@ -5,8 +5,8 @@ A vision transformer (timm's key names) reads the image; a BERT encoder with cro
 score. Follows ImageReward (arXiv 2304.05977) and BLIP (arXiv 2201.12086). Attribute names are the keys of
 `ImageReward.pt`, so `imagereward_jax.weights.mapping` converts it without a table.
 
-Inside `dropout.noise` it trains as the original: "text" is BERT's dropout, "path" the drop path of the last vision
-block (the first has none, those between rise evenly), "head" the three rates of the head.
+Inside `dropout.noise` it trains like the original. The rates: "text" is BERT's dropout, "path" the drop path of the
+last vision block (0 in the first block, linear in between), "head" the three rates of the head.
 """
 
 import functools
@@ -25,11 +25,11 @@ from imagereward_jax.models.dropout import drop, drops
 from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.sharding import shard_batch
 
-INIT_STD = 0.02  # of every matrix, before training
+INIT_STD = 0.02  # of every weight matrix at initialisation
 
 
 class Linear(layers.Linear):
-    """A Linear that starts from N(0, std) weights and zero biases, as ViT, BERT and the head do."""
+    """Linear layer with N(0, std) weights and zero biases at initialisation, as in ViT, BERT and the head."""
 
     def __init__(
         self, in_features: int, out_features: int, *, std: float = INIT_STD, dtype: DTypeLike, rngs: layers.RngsLike
@@ -40,7 +40,7 @@ class Linear(layers.Linear):
 
 
 class PatchEmbed(nnx.Module):
-    """[B, S, S, 3] -> [B, patches, width], in row order."""
+    """Patches of pixels as tokens: [B, S, S, 3] -> [B, patches, width], in row order."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: layers.RngsLike) -> None:
         size = config.patch_size
@@ -72,7 +72,7 @@ class VisionMlp(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    """Pre-norm transformer block. path_scale: its share of the drop path rate, 0 to 1."""
+    """Pre-norm transformer block. path_scale: factor of its drop path rate, 0 to 1."""
 
     def __init__(
         self, config: VisionConfig, path_scale: float, *, remat: str, dtype: DTypeLike, rngs: layers.RngsLike
@@ -232,7 +232,7 @@ class TextEncoder(nnx.Module):
 
 
 class Blip(nnx.Module):
-    """BLIP's two encoders and the projections to their common space, which ImageReward holds and does not read."""
+    """BLIP's two encoders and the projections to their common space, which ImageReward does not use."""
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class BlipScoreModel(Blip):
 
 
 class HeadDropout(nnx.Module):
-    """Dropout number `index` of the head, which has a place in the checkpoint's numbering."""
+    """Dropout number `index` of the head; it takes up an index in the checkpoint's numbering."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -296,8 +296,8 @@ class ImageRewardModel(nnx.Module):
 
     Args:
         config: a `blip_config.ImageRewardConfig`.
-        remat: what is recomputed for gradients, see `models.remat`; layers are the blocks, and "full" is "blocks".
-        dtype: of the arithmetic; norms, softmax and the head stay float32.
+        remat: a policy of `models.remat`; the blocks are the transformer layers, and "full" equals "blocks".
+        dtype: of the computation; norms, softmax and the head stay float32.
         rngs: `nnx.Rngs` with a `params` stream.
     """
 
@@ -309,16 +309,16 @@ class ImageRewardModel(nnx.Module):
         self.mlp = RewardHead(config.text.hidden_size, config.head_sizes, rngs=rngs)
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, S, S, 3] -> image_embeds [B, tokens, width], to be reused for many prompts."""
+        """Normalised pixels [B, S, S, 3] -> image_embeds [B, tokens, width], reusable for many prompts."""
         return self.blip.visual_encoder(pixels)
 
     def score_prompts(self, image_embeds: jax.Array, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        """Scores [B] float32 of each prompt with its image.
+        """Scores [B] float32 of each prompt for its image.
 
         Args:
-            image_embeds: [B, tokens, width] of `encode_images`.
+            image_embeds: [B, tokens, width] from `encode_images`.
             input_ids: [B, L] integers.
-            attention_mask: [B, L], non-zero where there is a token.
+            attention_mask: [B, L], non-zero for tokens, 0 for padding.
         """
         hidden = self.blip.text_encoder(input_ids, attention_mask, image_embeds)
         head = self.mlp(hidden[:, 0].astype(jnp.float32))

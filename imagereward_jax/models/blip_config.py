@@ -10,8 +10,8 @@ TEXT_FIXED = {
     "is_decoder": False,
     "pad_token_id": 0,
 }
-# Fields that change nothing here: dropout is off, the segment embedding does not exist, encoder_width is the
-# vision width whatever the file says (as in BLIP), the rest is bookkeeping.
+# Fields without effect: dropout is off, there is no segment embedding, encoder_width is always the vision width (as in
+# BLIP), and the rest is bookkeeping.
 TEXT_IGNORED = {
     "architectures",
     "attention_probs_dropout_prob",
@@ -98,7 +98,7 @@ class TextConfig:
         """Reads the fields of a `med_config.json`.
 
         Raises:
-            ValueError: naming a field or value that is not implemented.
+            ValueError: a field or value is not implemented; the message names it.
         """
         values = {name: value for name, value in values.items() if name not in TEXT_IGNORED}
         for name, expected in TEXT_FIXED.items():
@@ -107,6 +107,7 @@ class TextConfig:
         return cls(**_known_fields(cls, values, where))
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the content of a `med_config.json`."""
         return {"model_type": "bert", **dataclasses.asdict(self), **TEXT_FIXED}
 
 
@@ -116,7 +117,7 @@ class BlipScoreConfig:
 
     Attributes:
         projection_dim: width of the space in which images and prompts are compared.
-        max_prompt_tokens: prompts are padded and cut to this length.
+        max_prompt_tokens: prompts are padded or truncated to this length.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -127,13 +128,13 @@ class BlipScoreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImageRewardConfig:
-    """The whole scorer; the defaults are ImageReward v1.0.
+    """Sizes and score statistics of the scorer; the defaults are ImageReward v1.0.
 
     Attributes:
-        projection_dim: width of BLIP's two contrastive projections, which the checkpoint holds and the score
-            does not use.
-        head_sizes: outputs of the head's linear layers but the last, which has one.
-        max_prompt_tokens: prompts are padded and cut to this length.
+        projection_dim: width of BLIP's two contrastive projections; they are in the checkpoint, the score does not use
+            them.
+        head_sizes: output sizes of the head's linear layers, without the last (1).
+        max_prompt_tokens: prompts are padded or truncated to this length.
         score_mean, score_std: the score is `(head - score_mean) / score_std`.
     """
 
@@ -161,10 +162,10 @@ class ImageRewardConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> "ImageRewardConfig":
-        """Reads what `to_dict` writes.
+        """Builds a config from the dict that `to_dict` returns.
 
         Raises:
-            ValueError: naming a field or value that is not implemented.
+            ValueError: a field or value is not implemented; the message names it.
         """
         values = dict(values)
         model_type = values.pop("model_type", "imagereward")
@@ -176,6 +177,7 @@ class ImageRewardConfig:
         return cls(vision=VisionConfig(**vision), text=text, **values)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the content of a config.json."""
         values = dataclasses.asdict(self)
         values.update(text=self.text.to_dict(), head_sizes=list(self.head_sizes))
         return {"model_type": "imagereward", **values}

@@ -27,7 +27,7 @@ from imagereward_jax.models.sharding import shard_batch
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 _ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _FIXED = {"attention_dropout": (0.0,), "dropout": (0.0,), "model_type": ("clip_text_model",)}
-# Fields that transformers writes into every config.json, or that only its initialisation uses.
+# Fields that transformers writes into every config.json or uses only for initialisation.
 _IGNORED = (
     "chunk_size_feed_forward",
     "dtype",
@@ -44,7 +44,7 @@ _IGNORED = (
     "transformers_version",
 )
 
-# config.json of the encoders of Stable Diffusion 1.x and XL (its second), without what is default.
+# config.json of the encoders of Stable Diffusion 1.x and XL (the second one), without default values.
 VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 VIT_BIG_G = {
     "architectures": ["CLIPTextModelWithProjection"],
@@ -84,7 +84,7 @@ class CLIPTextConfig:
         for name in self.architectures:
             check_choice(type(self), "architectures", name, _ARCHITECTURES)
         if not isinstance(self.eos_token_id, int):
-            raise ValueError(f"CLIPTextConfig: eos_token_id={self.eos_token_id!r} should be one whole number")
+            raise ValueError(f"CLIPTextConfig: eos_token_id={self.eos_token_id!r} should be a whole number")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"CLIPTextConfig: num_attention_heads={self.num_attention_heads} does not divide "
@@ -97,12 +97,12 @@ class CLIPTextConfig:
         return read_config(cls, values, fixed=_FIXED, ignored=_IGNORED)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, as transformers reads it."""
+        """Returns the content of config.json, as transformers reads it."""
         return {"model_type": "clip_text_model", **write_config(self)}
 
 
 class CLIPTextOutput(NamedTuple):
-    """What the encoder gives for input_ids [B, T].
+    """Outputs of the text encoder for input_ids [B, T].
 
     last_hidden_state: [B, T, hidden_size], after the final norm (Stable Diffusion 1.x).
     penultimate_hidden_state: [B, T, hidden_size], the input of the last layer, without the final norm (SDXL).
@@ -137,7 +137,7 @@ class TowerConfig(Protocol):
 
 
 class CLIPAttention(nnx.Module):
-    """Multi-head self-attention; `causal` (text) or to all tokens (images)."""
+    """Multi-head self-attention; `causal` for text, bidirectional for images."""
 
     def __init__(self, config: TowerConfig, *, causal: bool = True, dtype: DTypeLike, rngs: RngsLike) -> None:
         width = config.hidden_size
@@ -178,7 +178,7 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPEncoder(nnx.Module):
-    """The stack of layers."""
+    """Stack of layers."""
 
     def __init__(self, config: TowerConfig, *, causal: bool = True, dtype: DTypeLike, rngs: RngsLike) -> None:
         depth = config.num_hidden_layers
@@ -191,7 +191,7 @@ class CLIPEncoder(nnx.Module):
 
 
 class CLIPTextTransformer(nnx.Module):
-    """Everything but the projection."""
+    """CLIP's text encoder without the projection."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.eos_token_id = config.eos_token_id
@@ -202,7 +202,7 @@ class CLIPTextTransformer(nnx.Module):
     def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
         last, penultimate = self.encoder(self.embeddings(input_ids))
         last = self.final_layer_norm(last)
-        # Checkpoints before mid-2023 say eos_token_id 2, which is wrong: theirs is the largest id of the vocabulary.
+        # Checkpoints from before mid-2023 wrongly state eos_token_id 2; the real one is the vocabulary's largest id.
         scores = input_ids if self.eos_token_id == 2 else input_ids == self.eos_token_id
         position = jnp.argmax(scores, axis=-1)
         pooled = jnp.take_along_axis(last, position[:, None, None], axis=1)[:, 0]
@@ -214,7 +214,7 @@ class CLIPTextModel(nnx.Module):
 
     Args:
         config: sizes.
-        dtype: of the arithmetic and the outputs; norms and attention weights are float32 all the same.
+        dtype: of the computation and the outputs; norms and attention weights are always float32.
     """
 
     def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
@@ -222,10 +222,10 @@ class CLIPTextModel(nnx.Module):
         self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=Keys(rngs))
 
     def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
-        """Encodes input_ids, int [B, T] with T <= max_position_embeddings, as a `CLIPTextOutput`.
+        """Encodes input_ids: int [B, T], T <= max_position_embeddings.
 
         Raises:
-            ValueError: for another shape or type of `input_ids`.
+            ValueError: `input_ids` has another shape or dtype.
         """
         longest = self.config.max_position_embeddings
         integers = jnp.issubdtype(input_ids.dtype, jnp.integer)
@@ -238,7 +238,7 @@ class CLIPTextModel(nnx.Module):
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
-    """The same with a linear projection of the pooled output: the second text encoder of SDXL."""
+    """CLIP's text encoder with a linear projection of the pooled output: the second text encoder of SDXL."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         super().__init__(config, dtype=dtype, rngs=rngs)

@@ -1,4 +1,4 @@
-"""CLIP whole, and the scores that are read off it: CLIP score, PickScore, HPSv2 and the aesthetic predictor.
+"""CLIP's two encoders and the scores based on them: CLIP score, PickScore, HPSv2 and the aesthetic predictor.
 
 Attribute names are the keys of transformers' `CLIPModel`. CLIP: arXiv 2103.00020.
 """
@@ -49,10 +49,10 @@ class CLIPVisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers and the width of the space in which they meet.
+    """Sizes of both encoders and of their common space.
 
     Attributes:
-        scaled: whether the score is the cosine times the learnt scale exp(logit_scale) (PickScore) or the cosine.
+        scaled: whether the cosine is multiplied by the learnt scale exp(logit_scale) (PickScore).
     """
 
     text: CLIPTextConfig
@@ -62,7 +62,7 @@ class CLIPConfig:
 
 
 class CLIPVisionEmbeddings(nnx.Module):
-    """Pixels -> class token and patches, with positions."""
+    """Class token and patches of the pixels, plus position embeddings."""
 
     def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: layers.RngsLike) -> None:
         self.dtype, width = dtype, config.hidden_size
@@ -96,7 +96,7 @@ class CLIPVisionTransformer(nnx.Module):
 
 
 class CLIPImageEncoder(nnx.Module):
-    """The half of CLIP that reads images."""
+    """CLIP's image encoder and its projection."""
 
     def __init__(self, config: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: layers.RngsLike) -> None:
         self.config = config
@@ -112,7 +112,7 @@ class CLIPImageEncoder(nnx.Module):
 
 
 class CLIPScoreModel(CLIPImageEncoder):
-    """How well a prompt describes an image: the cosine of their embeddings, times the learnt scale if `scaled`."""
+    """Agreement of prompt and image: the cosine of their embeddings, times the learnt scale if `scaled`."""
 
     def __init__(self, config: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: layers.RngsLike) -> None:
         super().__init__(config, dtype=dtype, rngs=rngs)
@@ -127,7 +127,7 @@ class CLIPScoreModel(CLIPImageEncoder):
         """Scores [B] float32 of `encode_images`' vectors for prompts.
 
         Args:
-            input_ids: [B, L] integers; what follows the end-of-text token is not read.
+            input_ids: [B, L] integers; tokens after the end-of-text token are ignored.
         """
         text_embeds = layers.unit(self.text_projection(self.text_model(input_ids).pooled))
         cosine = (image_embeds * text_embeds).sum(-1)
@@ -135,7 +135,7 @@ class CLIPScoreModel(CLIPImageEncoder):
 
 
 class AestheticModel(CLIPImageEncoder):
-    """LAION's aesthetic predictor: how beautiful an image is, about 1 to 10, whatever the prompt.
+    """LAION's aesthetic predictor: the beauty of an image, about 1 to 10, independent of the prompt.
 
     `mlp.layers` is `sac+logos+ava1-l14-linearMSE.pth`: Linear layers without activations over CLIP's unit vectors.
     """

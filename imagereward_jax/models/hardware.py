@@ -30,5 +30,5 @@ def current_platform() -> str:
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision:
-    """Full float32 products for float32 layers (TPUs and GPUs would otherwise round the inputs)."""
+    """Returns full precision for float32 layers; TPUs and GPUs would otherwise round the inputs of products."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

@@ -1,9 +1,9 @@
-"""Layers that every network is built from: arrays in, arrays out, channels last.
+"""Layers shared by all networks: arrays in, arrays out, channels last.
 
-Attribute names follow the PyTorch checkpoints. Each layer says in `torch_names` how its parameters are
-called and laid out there, which is all that `imagereward_jax.weights.mapping` needs to convert a whole network.
+Attribute names follow the PyTorch checkpoints. `torch_names` of each layer gives the names and axis order of its
+parameters there; `imagereward_jax.weights.mapping` needs nothing else to convert a network.
 
-Parameters are created in float32 and may be held in any dtype; a layer computes in its own `dtype`.
+Parameters are created in float32 and may be stored in any dtype; a layer computes in its own `dtype`.
 Normalisation statistics and softmax are always float32.
 """
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def uniform_init(key: jax.Array, shape: Sequence[int], fan_in: int) -> jax.Array:
-    """PyTorch's default for Linear and Conv: uniform in +-1 / sqrt(fan_in)."""
+    """Draws PyTorch's default for Linear and Conv: uniform in +-1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -46,14 +46,15 @@ def uniform_init(key: jax.Array, shape: Sequence[int], fan_in: int) -> jax.Array
 class Keys:
     """Random keys for the parameters of a network, counted in Python.
 
-    `nnx.Rngs` counts in an array, which under a trace (`mapping.abstract`) takes time that grows with the square
-    of the number of keys: 20 s for SDXL's UNet, and 1 s with this.
+    `nnx.Rngs` counts in an array; under a trace (`mapping.abstract`) its time grows with the square of the number of
+    keys: 20 s for SDXL's UNet, 1 s with this class.
     """
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.key, self.count = rngs.params(), 0
 
     def params(self) -> jax.Array:
+        """Returns the next key."""
         self.count += 1
         return jax.random.fold_in(self.key, self.count)
 
@@ -63,7 +64,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, righ
 
 
 class KernelLayer(LoRASlot, nnx.Module):
-    """What `Linear` and `Conv` do around the product with their kernel, which is theirs, quantised or not."""
+    """Base of `Linear` and `Conv`: casts, bias and LoRA around the product of the subclass, quantised or not."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
@@ -105,7 +106,7 @@ class Conv(KernelLayer):
     """2-D convolution. x: [B, H, W, C_in]; kernel: [k, k, C_in, C_out].
 
     Args:
-        padding: pixels of zeros on every side, or ((top, bottom), (left, right)).
+        padding: zero pixels on every side, or ((top, bottom), (left, right)).
     """
 
     torch_names = {
@@ -194,7 +195,7 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Sums over space first, channel by channel, so that the large array is never laid out by groups.
+        # Reduces over space first, per channel, so that the large array is never reshaped to groups.
         space = tuple(range(1, x.ndim - 1))
         x = x.astype(jnp.float32)
         mean = self._over_group(x.mean(space, keepdims=True))
@@ -203,7 +204,7 @@ class GroupNorm(nnx.Module):
         return (x + self.bias[...].astype(jnp.float32)).astype(self.dtype)
 
     def _over_group(self, x):
-        """Each channel's entry of [..., C] replaced by the mean over its group's."""
+        """Replaces each channel's entry of [..., C] by the mean over its group."""
         grouped = x.reshape(*x.shape[:-1], self.groups, -1)
         return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(x.shape)
 
@@ -219,9 +220,9 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Vectors over the last axis, in float32, divided by their length or by 1e-12, as PyTorch's `normalize`."""
+    """Normalises vectors over the last axis to length 1, in float32, like PyTorch's `normalize` (eps 1e-12)."""
     x = x.astype(jnp.float32)
-    # The square root of the bounded sum, not the bounded root: its gradient is finite at zero.
+    # The lower bound is inside the square root, so that the gradient is finite at zero.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 

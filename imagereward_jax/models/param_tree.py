@@ -1,4 +1,4 @@
-"""Trees of parameters, {network: nested dict}: what of them trains, splitting by that, and putting together again."""
+"""Trees of parameters, {network: nested dict}: masks of trainable leaves, split and join."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,12 +7,11 @@ import jax
 
 
 def trainable_mask(params: dict[str, Any], networks: Collection[str], *, lora: bool = False) -> dict[str, Any]:
-    """A tree of the structure of `params`, True where a parameter trains: `optax.masked` takes it, `split` divides by
-    it.
+    """Returns a tree like `params` with True for each trainable parameter, for `optax.masked` and `split`.
 
     Args:
-        networks: names of those that train.
-        lora: of these the low-rank parameters alone.
+        networks: names of the networks that train.
+        lora: whether only their low-rank parameters train.
     """
 
     def trains(path, _):
@@ -22,7 +21,7 @@ def trainable_mask(params: dict[str, Any], networks: Collection[str], *, lora: b
 
 
 def split(params: dict[str, Any], mask: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trainable, frozen): the leaves where `mask` is true, and the others, in nested dicts without empty ones."""
+    """Splits leaves into (trainable, frozen) by `mask`; empty dicts are left out."""
     trainable, frozen = {}, {}
     for name, value in params.items():
         if not isinstance(value, dict):
@@ -35,7 +34,7 @@ def split(params: dict[str, Any], mask: dict[str, Any]) -> tuple[dict[str, Any],
 
 
 def join(frozen: dict[str, Any], trainable: dict[str, Any]) -> dict[str, Any]:
-    """The tree that `split` divided. Where both have a leaf, it is `trainable`'s."""
+    """Joins the two trees of `split`; if both have a leaf, `trainable` wins."""
     joined = dict(frozen)
     for name, value in trainable.items():
         both = isinstance(value, dict) and isinstance(frozen.get(name), dict)

@@ -11,7 +11,7 @@ from imagereward_jax.models.sharding import shard_batch
 
 
 class ResnetBlock2D(nnx.Module):
-    """Two normalised 3 x 3 convolutions around a skip connection, shifted by the time embedding where there is one."""
+    """Two normalised 3 x 3 convolutions around a skip connection, shifted by the time embedding if there is one."""
 
     def __init__(
         self,
@@ -78,20 +78,20 @@ class Upsample2D(nnx.Module):
         self.conv = Conv(channels, channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        """x: [B, H, W, C]; size: the height and width to end with, 2 H or 2 H - 1 (the same for W); None doubles."""
+        """x: [B, H, W, C]; size: the output's height and width, 2 H or 2 H - 1 (the same for W); None doubles."""
         return call_with_remat(lambda x: shard_batch(self.conv(nearest_double(x, size))), x, mode=self.mode)
 
 
 def last_layers(network: nnx.Module, x: jax.Array) -> jax.Array:
-    """The norm, SiLU and convolution that a UNet, an encoder and a decoder end with, by the network's `mode`."""
+    """Applies the final norm, SiLU and convolution of a UNet, encoder or decoder, by the network's `mode`."""
     finish = lambda x: network.conv_out(jax.nn.silu(network.conv_norm_out(x)))  # noqa: E731
     return call_with_remat(finish, x, mode=network.mode)
 
 
 def nearest_double(x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-    """Every pixel of x [B, H, W, C] four times, cut to `size` (height, width)."""
+    """Doubles x [B, H, W, C] by repeating pixels, cropped to `size` (height, width)."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     x = x.reshape(batch, 2 * height, 2 * width, channels)
-    # Nearest-neighbour resizing to 2 n - 1 picks the same pixels as doubling and leaving out the last.
+    # Nearest-neighbour resizing to 2 n - 1 gives the same pixels as doubling without the last.
     return x if size is None else x[:, : size[0], : size[1]]

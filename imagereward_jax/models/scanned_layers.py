@@ -1,7 +1,7 @@
-"""Repeated layers of one shape as one layer whose parameters are stacked along a new first axis.
+"""Stacks of equal layers: one layer whose parameters are stacked along a new first axis.
 
-A scan runs them one after the other, so that a network of 70 transformer blocks is compiled as eleven. The PyTorch
-checkpoints number the layers ("transformer_blocks.3"); `weights.mapping` takes the stack apart and puts it together.
+A scan runs the layers one after the other, so a network of 70 transformer blocks compiles as eleven. PyTorch
+checkpoints number the layers ("transformer_blocks.3"); `weights.mapping` converts between the two.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Carry = TypeVar("Carry")
 
 
 def stack(layers: Sequence[nnx.Module]) -> nnx.Module:
-    """One layer, of the class of `layers`, that holds the parameters of them all; `run_layers` calls it."""
+    """Stacks layers of one class into one layer with the parameters of all; `run_layers` calls it."""
     layout = nnx.graphdef(layers[0])
     merged = nnx.merge(layout, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, layers)))
     merged.stacked = len(layers)
@@ -25,17 +25,17 @@ def stack(layers: Sequence[nnx.Module]) -> nnx.Module:
 
 
 def is_scanned(layer: nnx.Module) -> bool:
-    """Whether `scan` runs this layer in a loop: a `stack` of one it calls as it is."""
+    """Whether `scan` runs this layer in a loop; a `stack` of one layer is called directly."""
     return getattr(layer, "stacked", 1) > 1
 
 
 def run_layers(stacked: nnx.Module, x: jax.Array, *args: Any) -> jax.Array:
-    """`x` through each layer of a `stack`, as `layer(x, *args)`; the result has the shape and dtype of `x`."""
+    """Applies each layer of a `stack` in turn, as `layer(x, *args)`; the result has the shape and dtype of `x`."""
     return scan(stacked, lambda layer, x: layer(x, *args), x)
 
 
 def scan(stacked: nnx.Module, function: Callable[[nnx.Module, Carry], Carry], carry: Carry) -> Carry:
-    """`carry = function(layer, carry)` for each layer of a `stack`, in order; `carry` keeps its shapes and dtypes."""
+    """Computes `carry = function(layer, carry)` for each layer of a `stack`; `carry` keeps its shapes and dtypes."""
     layout, state = nnx.split(stacked)
     if not is_scanned(stacked):
         return function(nnx.merge(layout, jax.tree.map(lambda leaf: leaf[0], state)), carry)
@@ -49,7 +49,7 @@ def scan(stacked: nnx.Module, function: Callable[[nnx.Module, Carry], Carry], ca
 
 
 def depths(network: nnx.Module) -> dict[tuple[str | int, ...], int]:
-    """{path: number of layers} of every stack of a network, abstract or not."""
+    """Returns {path: number of layers} of every stack of a network, abstract or not."""
     return {
         tuple(path): module.stacked
         for path, module in nnx.iter_modules(network)
@@ -60,13 +60,14 @@ def depths(network: nnx.Module) -> dict[tuple[str | int, ...], int]:
 def numbered(
     path: Sequence[str | int], stacks: dict[tuple[str | int, ...], int]
 ) -> list[tuple[tuple[str | int, ...], int | None]]:
-    """The paths that PyTorch has for what lies at `path` of a network.
+    """Expands a path of a network to PyTorch's numbered paths.
 
     Args:
-        path: of a layer or parameter. stacks: the network's `depths`.
+        path: of a layer or parameter.
+        stacks: the network's `depths`.
 
     Returns:
-        [(path with the number of the layer, that number)] for what is part of a stack; else [(path, None)].
+        [(path with the layer's index, that index)] for each layer of a stack; outside of stacks [(path, None)].
     """
     for length in range(1, len(path) + 1):
         if depth := stacks.get(tuple(path[:length])):

@@ -22,11 +22,11 @@ from imagereward_jax.models.sharding import shard_batch
 
 
 class Placeholder(nnx.Module):
-    """Holds the index of a PyTorch module without parameters (dropout) in a list, so that the others keep theirs."""
+    """Takes up the list index of a PyTorch module without parameters (dropout)."""
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of `features` wide queries to a context of `context_features` (None: to itself)."""
+    """Multi-head attention to a context of width `context_features` (None: self-attention)."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """One linear layer's two halves: the first times the exact GELU of the second."""
+    """Linear layer with two halves of outputs: the first times the exact GELU of the second."""
 
     def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         self.proj = Linear(in_features, 2 * out_features, dtype=dtype, rngs=rngs)
@@ -68,7 +68,7 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """GEGLU to four times the width and back."""
+    """GEGLU to four times the width, then a linear layer back."""
 
     def __init__(self, features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         self.net = nnx.List(
@@ -141,7 +141,7 @@ class Transformer2DModel(nnx.Module):
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """x: [B, H, W, channels]; context: [B, S, context_features]. Returns [B, H, W, channels]."""
         batch, height, width, channels = x.shape
-        # A 1 x 1 convolution and a linear layer are the same here; only the shape of their weights differs.
+        # A 1 x 1 convolution and a linear layer are equivalent here; only the shape of their weights differs.
         tokens = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
         if self.transformer_blocks is not None:
             tokens = scanned_layers.run_layers(self.transformer_blocks, tokens, context)

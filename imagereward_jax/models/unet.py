@@ -50,11 +50,11 @@ _FIXED = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    # Attention weights are always float32 here, which is all that this one asks for.
+    # Attention weights are always float32 here, so both settings are met.
     "upcast_attention": (False, True, None),
 }
 
-# config.json of Stable Diffusion 1.x and XL, without what is default.
+# config.json of Stable Diffusion 1.x and XL, without default values.
 SD1 = {"sample_size": 64, "cross_attention_dim": 768}
 SDXL = {
     "sample_size": 128,
@@ -73,10 +73,10 @@ SDXL = {
 
 @dataclasses.dataclass(frozen=True)
 class UNet2DConditionConfig:
-    """config.json of a UNet; the defaults are diffusers', which old files leave out.
+    """config.json of a UNet; the defaults are diffusers', as old files omit them.
 
-    `attention_head_dim` is, by a mistake that the checkpoints have kept, the *number* of heads. It,
-    `transformer_layers_per_block` and `layers_per_block` are one number or one for each down block.
+    `attention_head_dim` is the *number* of heads, a mistake that the checkpoints have kept. `attention_head_dim`,
+    `transformer_layers_per_block` and `layers_per_block` are one number, or one per down block.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -130,7 +130,7 @@ class UNet2DConditionConfig:
         if any(not isinstance(depth, int) or depth < 0 for depth in self.per_level("transformer_layers_per_block")):
             raise ValueError(
                 f"UNet2DConditionConfig: transformer_layers_per_block={self.transformer_layers_per_block!r} "
-                "is not implemented, only one whole number for each level"
+                "is not implemented, only one whole number per level"
             )
         for kernel in ("conv_in_kernel", "conv_out_kernel"):
             if getattr(self, kernel) % 2 == 0:
@@ -143,7 +143,7 @@ class UNet2DConditionConfig:
                 )
 
     def per_level(self, name: str) -> tuple[int, ...]:
-        """The field `name` as one number for each level, finest first."""
+        """Returns the field `name` as one number per level, finest first."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
@@ -153,7 +153,7 @@ class UNet2DConditionConfig:
         return read_config(cls, values, fixed=_FIXED)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, as diffusers reads it."""
+        """Returns the content of config.json, as diffusers reads it."""
         return {"_class_name": "UNet2DConditionModel", **write_config(self)}
 
 
@@ -181,7 +181,7 @@ class TimestepEmbedding(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Level:
-    """What all blocks of one resolution share; it builds their parts."""
+    """Settings shared by the blocks of one resolution; builds their parts."""
 
     config: UNet2DConditionConfig
     index: int
@@ -217,7 +217,7 @@ class DownBlock(nnx.Module):
         self.downsamplers = nnx.List([Downsample2D(channels, **options)] if halve else [])
 
     def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Returns the result and the list of all intermediate images that the way up takes in."""
+        """Returns the result and the list of skip connections for the up blocks."""
         return call_with_remat(self._forward, x, time, context, mode=self.mode)
 
     def _forward(self, x, time, context):
@@ -250,7 +250,7 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Residual blocks that each take in one image of the way down, transformers as in `DownBlock`, an upsampler."""
+    """Residual blocks with one skip connection each, transformers as in `DownBlock`, then an upsampler if `double`."""
 
     def __init__(
         self, level: _Level, kind: str, in_channels: int, skip_channels: Sequence[int], channels: int, *, double: bool
@@ -271,7 +271,7 @@ class UpBlock(nnx.Module):
         context: jax.Array,
         size: tuple[int, int] | None,
     ) -> jax.Array:
-        """skips: images to take in, the first one first; size: (height, width) to end with."""
+        """skips: skip connections in order of use; size: the output's (height, width)."""
         forward = lambda images, time, context: self._forward(*images, time, context, size)  # noqa: E731
         return call_with_remat(forward, (x, skips), time, context, mode=self.mode)
 
@@ -290,11 +290,11 @@ class UNet2DConditionModel(nnx.Module):
 
     Args:
         config: sizes.
-        remat: what is recomputed in the backward pass, one of `remat.REMAT_POLICIES`.
-        dtype: of the arithmetic; norms, attention weights and time embedding are float32 all the same.
+        remat: one of `remat.REMAT_POLICIES`; selects which activations the backward pass recomputes.
+        dtype: of the computation; norms, attention weights and time embedding are always float32.
 
     Raises:
-        ValueError: for an unknown `remat`.
+        ValueError: `remat` is unknown.
     """
 
     def __init__(
@@ -343,10 +343,10 @@ class UNet2DConditionModel(nnx.Module):
             float32 [B, h, w, out_channels].
 
         Raises:
-            ValueError: for shapes or conditions that do not fit the config.
+            ValueError: shapes or conditions do not match the config.
         """
         self._check_inputs(sample, encoder_hidden_states, added_cond)
-        # Every residual block begins its use of the embedding with SiLU: done once here.
+        # Every residual block applies SiLU to the embedding first, so it is computed once here.
         time = jax.nn.silu(self._embed_time(timesteps, sample.shape[0], added_cond))
         context = encoder_hidden_states.astype(self.dtype)
         x = shard_batch(self.conv_in(sample))
@@ -389,12 +389,12 @@ class UNet2DConditionModel(nnx.Module):
             if total != config.projection_class_embeddings_input_dim:
                 raise ValueError(
                     f"added_cond has {text} text features and {ids} ids of {config.addition_time_embed_dim}, {total} "
-                    f"in all; projection_class_embeddings_input_dim={config.projection_class_embeddings_input_dim}"
+                    f"in total; projection_class_embeddings_input_dim={config.projection_class_embeddings_input_dim}"
                 )
 
 
 def _down_blocks(config, levels):
-    """The way down, and the channels of every image that it leaves for the way up."""
+    """Builds the down blocks; returns them and the channels of every skip connection."""
     blocks, width = [], config.block_out_channels[0]
     skip_channels = [width]
     for level, kind, channels, layers in zip(
@@ -408,7 +408,7 @@ def _down_blocks(config, levels):
 
 
 def _up_blocks(config, levels, skip_channels):
-    """The way up, coarsest first; each block takes in one skip more than the way down has layers there."""
+    """Builds the up blocks, coarsest first; each has one more skip connection than its down block has layers."""
     blocks, width, skip_channels = [], config.block_out_channels[-1], list(skip_channels)
     for level, kind in zip(reversed(levels), config.up_block_types):
         channels = config.block_out_channels[level.index]

@@ -24,7 +24,7 @@ _FIXED = {
     "use_quant_conv": (True,),
 }
 
-# config.json of Stable Diffusion 1.x and XL, without what is default.
+# config.json of Stable Diffusion 1.x and XL, without default values.
 SD1 = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -37,10 +37,10 @@ SDXL = SD1 | {"scaling_factor": 0.13025}
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """config.json of a VAE; the defaults are diffusers', which old files leave out.
+    """config.json of a VAE; the defaults are diffusers', as old files omit them.
 
     The diffusion model works on `(latents - shift_factor) * scaling_factor`; shift_factor None means 0.
-    `force_upcast` says that the weights overflow in float16, so callers should compute in float32 or bfloat16.
+    `force_upcast` marks weights that overflow in float16; callers should compute in float32 or bfloat16.
     """
 
     in_channels: int = 3
@@ -71,7 +71,7 @@ class AutoencoderKLConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels of the image to one of the latents, along each side."""
+        """Pixels of the image per pixel of the latents, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
@@ -80,7 +80,7 @@ class AutoencoderKLConfig:
         return read_config(cls, values, fixed=_FIXED)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, as diffusers reads it."""
+        """Returns the content of config.json, as diffusers reads it."""
         return {"_class_name": "AutoencoderKL", **write_config(self)}
 
 
@@ -119,7 +119,7 @@ class MidBlock(nnx.Module):
 
 
 class ResampleBlock(nnx.Module):
-    """Residual blocks, then the resampler that a subclass adds: `downsamplers` or `upsamplers`."""
+    """Residual blocks, then the `resamplers` of a subclass."""
 
     def __init__(
         self, in_channels: int, channels: int, *, layers: int, groups: int, remat: str, dtype: DTypeLike, rngs: RngsLike
@@ -139,7 +139,7 @@ class ResampleBlock(nnx.Module):
 
 
 class DownBlock(ResampleBlock):
-    """Residual blocks, then half the height and width if `resample`; zeros are added below and to the right only."""
+    """Residual blocks, then a downsampler if `resample`; it pads with zeros below and to the right only."""
 
     def __init__(
         self,
@@ -158,11 +158,12 @@ class DownBlock(ResampleBlock):
         self.downsamplers = nnx.List([Downsample2D(channels, padding=((0, 1), (0, 1)), **options)] if resample else [])
 
     def resamplers(self) -> nnx.List:
+        """Returns the layers after the residual blocks."""
         return self.downsamplers
 
 
 class UpBlock(ResampleBlock):
-    """Residual blocks, then twice the height and width if `resample`."""
+    """Residual blocks, then an upsampler if `resample`."""
 
     def __init__(
         self,
@@ -181,11 +182,12 @@ class UpBlock(ResampleBlock):
         self.upsamplers = nnx.List([Upsample2D(channels, **options)] if resample else [])
 
     def resamplers(self) -> nnx.List:
+        """Returns the layers after the residual blocks."""
         return self.upsamplers
 
 
 class Encoder(nnx.Module):
-    """Images to the moments of the latents."""
+    """Encodes images to the moments of the latents."""
 
     def __init__(self, config: AutoencoderKLConfig, *, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.mode = remat_mode(remat, "blocks")
@@ -210,7 +212,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to images."""
+    """Decodes latents to images."""
 
     def __init__(self, config: AutoencoderKLConfig, *, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
         self.mode = remat_mode(remat, "blocks")
@@ -235,15 +237,15 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Encodes images as Gaussians over latents, decodes latents to images.
+    """Autoencoder: encodes images as Gaussians over latents, decodes latents to images.
 
     Args:
         config: sizes.
-        remat: what is recomputed in the backward pass, one of `remat.REMAT_POLICIES`.
-        dtype: of the arithmetic; norms and attention weights are float32 all the same.
+        remat: one of `remat.REMAT_POLICIES`; selects which activations the backward pass recomputes.
+        dtype: of the computation; norms and attention weights are always float32.
 
     Raises:
-        ValueError: for an unknown `remat`.
+        ValueError: `remat` is unknown.
     """
 
     def __init__(
@@ -259,7 +261,7 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = Conv(latent, latent, 1, dtype=dtype, rngs=rngs)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log variance of the latents, not yet scaled.
+        """Computes mean and log variance of the latents, not yet scaled.
 
         Args:
             images: [B, H, W, in_channels] in [-1, 1].
@@ -274,13 +276,13 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Images from latents.
+        """Decodes latents to images.
 
         Args:
-            latents: [B, h, w, latent_channels], unscaled: as `encode` gives them.
+            latents: [B, h, w, latent_channels], unscaled, as `encode` returns them.
 
         Returns:
-            float32 [B, h * d, w * d, out_channels], about in [-1, 1], not clipped; d = config.downsampling.
+            float32 [B, h * d, w * d, out_channels], roughly in [-1, 1], not clipped; d = config.downsampling.
         """
         _check_channels("latents", latents, self.config.latent_channels)
         return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
