@@ -107,8 +107,8 @@ def init(network: nnx.Module, key: jax.Array, kind: str = "gaussian") -> dict[st
     """Draws initial low-rank parameters, float32; B = 0, so the adapted network equals its base.
 
     Args:
-        kind: distribution of A: "gaussian" with standard deviation 1 / rank (diffusers' trainers), or "kaiming", uniform
-            in +-1 / sqrt(features) (PEFT's default).
+        kind: distribution of A: "gaussian" with standard deviation 1 / rank (diffusers' trainers), or "kaiming",
+            uniform in +-1 / sqrt(features) (PEFT's default).
     """
     params = nnx.to_pure_dict(nnx.state(network, LoRAParam))
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)

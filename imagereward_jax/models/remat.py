@@ -56,7 +56,7 @@ def call_with_remat(function: Callable[..., Any], x: Any, *args: Any, mode: str,
 
 
 def _offloaded_in_scan(function, x, *args):
-    """Offloads by jax.checkpoint's policy, which keeps the stack of all iterations on the host (`_offloaded` does not)."""
+    """Offloads by jax.checkpoint's policy; unlike `_offloaded`, it keeps the stack of all iterations on the host."""
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_KEPT],
@@ -70,8 +70,8 @@ def _offloaded_in_scan(function, x, *args):
 def _offloaded(function, x, *args):
     """Offloads with an explicit schedule, which XLA does not find by itself outside of loops.
 
-    `x` is copied to the host before anything uses the result. Otherwise XLA may copy it at the last moment, and `x` stays
-    on the device until the backward pass. In the backward pass all gradients of a block are finished before the next
+    `x` is copied to the host before anything uses the result. Otherwise XLA may copy it at the last moment, and `x`
+    stays on the device until the backward pass. In the backward pass all gradients of a block are finished before the next
     block begins. Otherwise XLA may postpone those of weights, and their inputs stay on the device.
     """
     program, shapes = jax.make_jaxpr(function, return_shape=True)(x, *args)

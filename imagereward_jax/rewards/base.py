@@ -1,4 +1,4 @@
-"""What every score offers: scores of images for prompts, ranks, gradients; on every device, in batches."""
+"""Base of network rewards: scores of images for prompts, ranks and gradients, in batches on all devices."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Reward:
-    """A network that scores images, with all that its users call. Higher is better.
+    """A network that scores images. Higher is better.
 
-    A subclass says how its network is built and how it sees images.
+    A subclass defines its network (`abstract`) and its preprocessing (`preprocess`).
 
     Args:
         config: sizes of the network; has `vision.image_size`.
-        params: nested dict of arrays. Matrices are held in `dtype`, vectors and the head in float32.
-        tokenizer: prompts -> dict of arrays [B, ...], the keyword arguments of the network's `score_prompts`.
-        dtype: "float32" (equal to the original) or "bfloat16" (half the memory, about two digits).
+        params: nested dict of arrays. Matrices are stored in `dtype`, vectors and the head in float32.
+        tokenizer: prompts -> dict of arrays [B, ...], keyword arguments of the network's `score_prompts`.
+        dtype: "float32" (equal to the original) or "bfloat16" (half the memory, about two significant digits).
         device: where `score` computes: None for every local device, a platform ("cpu", "gpu", "cuda", "tpu"), one
             device of it ("cuda:1"), or a `jax.Device`.
-        batch_size: images at a time, over all devices together.
+        batch_size: images per batch, over all devices together.
 
     Raises:
         ValueError: an argument is not valid.
@@ -65,25 +65,25 @@ class Reward:
 
     @staticmethod
     def abstract(config: Any, dtype: DTypeLike) -> nnx.Module:
-        """The network's structure without arrays: has `encode_images(pixels)` and `score_prompts(embeds, **tokens)`."""
+        """Builds the network's structure without arrays, with `encode_images(pixels)` and `score_prompts(embeds, **tokens)`."""
         raise NotImplementedError
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the images that the network reads."""
+        """Side in pixels of the network's input images."""
         return self.config.vision.image_size
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """What the network reads of a list of B prompts: a dict of arrays [B, ...]."""
+        """Tokenizes B prompts: a dict of arrays [B, ...] for the network."""
         return self.tokenizer(prompts)
 
     def apply(self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]) -> jax.Array:
-        """Scores, as a pure and differentiable function.
+        """Computes scores, as a pure and differentiable function.
 
         Args:
             params: nested dict, as `self.params`.
             images: [B, H, W, 3] floating point in [0, 1].
-            tokens: what `tokenize` gives, for B prompts.
+            tokens: from `tokenize`, for B prompts.
 
         Returns:
             [B] float32.
@@ -92,7 +92,7 @@ class Reward:
         return network.score_prompts(network.encode_images(self.preprocess.device(images, self.image_size)), **tokens)
 
     def score(self, prompt: str | Sequence[str], image: Any) -> float | list[float]:
-        """How well each image answers its prompt.
+        """Scores each image for its prompt.
 
         Args:
             prompt: one prompt, or a list with a prompt for each image (or several for the one image).
@@ -103,7 +103,7 @@ class Reward:
             A float for one prompt and one image that is not in a list; else a list of floats.
 
         Raises:
-            ValueError: lists of different lengths, or an image that cannot be used (`images.ImageError`).
+            ValueError: lists have different lengths, or an image cannot be used (`preprocess.ImageError`).
             FileNotFoundError: an image does not exist.
         """
         images, single_image = preprocess.as_image_list(image)
@@ -118,8 +118,8 @@ class Reward:
             prompt, images: as for `score`; one image counts as a list of one.
 
         Returns:
-            (ranks, rewards): lists in the order of `images`; rank 1 is the highest reward, and of equal rewards
-            the first in the list has the better rank.
+            (ranks, rewards): lists in the order of `images`; rank 1 is the highest reward; of equal rewards the
+            first in the list ranks better.
         """
         images, _ = preprocess.as_image_list(images)
         prompts = pair_prompts(prompt, images)
@@ -129,26 +129,26 @@ class Reward:
         return ranks_of(rewards), rewards
 
     def prepare(self, image: Any, name: str = "image") -> np.ndarray:
-        """One image made ready for `score_prepared`; safe to call in several threads.
+        """Preprocesses one image for `score_prepared`; thread-safe.
 
         Args:
-            image: what `score` takes for one image.
-            name: how an error names anything but a path.
+            image: as for `score`, one image.
+            name: name of the image in errors, unless it is a path.
 
         Returns:
             float32 [S, S, 3].
 
         Raises:
-            images.ImageError: the image cannot be used.
+            preprocess.ImageError: the image cannot be used.
         """
         return self.preprocess.host(image, self.image_size, name)
 
     def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> jax.Array:
-        """Scores of at most `batch_size` pairs, started and not waited for.
+        """Starts to score at most `batch_size` pairs, without waiting for the result.
 
         Args:
             prompts: list of B texts.
-            pixels: list of B arrays of `prepare`.
+            pixels: list of B arrays from `prepare`.
 
         Returns:
             [B] float32, a JAX array.
@@ -161,7 +161,7 @@ class Reward:
         return self._score(self.params, embeds, inputs)[: len(prompts)]
 
     def score_grad(self, prompts: str | Sequence[str], images: jax.Array | np.ndarray) -> jax.Array:
-        """Scores that can be differentiated by `images`, e.g. `jax.grad(lambda x: reward.score_grad(p, x).sum())`.
+        """Scores that are differentiable in `images`, e.g. `jax.grad(lambda x: reward.score_grad(p, x).sum())`.
 
         Args:
             prompts: a list of B prompts, or one for all images.
@@ -185,25 +185,27 @@ class Reward:
         return nnx.merge(self._graphdef, params)
 
     def _place_params(self):
-        """Copies the parameters to every device once, when they are first needed there."""
+        """Replicates the parameters on all devices at the first use."""
         if not self._placed:
             self.params = jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
             self._placed = True
 
     def _chunk_size(self, count):
-        """Rows computed at a time: the batch size, or for fewer `count` rounded up by less than a quarter, so that few
-        programs are compiled: 1 to 8, 10, 12, 14, 16, 20, 24, ..."""
+        """Rows per batch: the batch size, or a smaller `count` rounded up by less than a quarter.
+
+        So few programs are compiled: 1 to 8, 10, 12, 14, 16, 20, 24, ...
+        """
         step = 1 << max(0, (count - 1).bit_length() - 3)
         rows = min(self.batch_size, -(-count // step) * step)
         return -(-rows // self._mesh.size) * self._mesh.size
 
     def _on_devices(self, array, rows):
-        """`array` padded to `rows` by repeating its last row, split over the devices."""
+        """Pads `array` to `rows` by repeating its last row, then shards it over the devices."""
         padding = [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1)
         return jax.device_put(np.pad(array, padding, mode="edge"), NamedSharding(self._mesh, PartitionSpec("data")))
 
     def _rewards(self, prompts, images):
-        """Scores of pairs as a list of floats; a single image is encoded once for all its prompts."""
+        """Scores pairs, as a list of floats; a single image is encoded once for all its prompts."""
         tokens = self.tokenize(prompts)
         self._place_params()
         rows = self._chunk_size(len(prompts))
@@ -214,7 +216,7 @@ class Reward:
             embeds = self._embeds(images[start:stop], start, rows) if shared is None else shared
             inputs = {name: self._on_devices(array[start:stop], rows) for name, array in tokens.items()}
             scores = self._score(self.params, embeds, inputs)[: stop - start]
-            # One chunk behind, so that the next images are read while the devices compute.
+            # Fetches one chunk late, so that the next images are read while the devices compute.
             rewards += [] if pending is None else pending.tolist()
             pending = scores
         return rewards + pending.tolist()
@@ -231,22 +233,22 @@ class Reward:
 
 
 def pair_prompts(prompt: str | Sequence[str], images: Sequence[Any]) -> list[str]:
-    """A prompt for each image (or several for the one image), as `Reward.score` takes them.
+    """Returns a prompt per image, or several prompts for one image; see `Reward.score`.
 
     Raises:
-        ValueError: neither text nor a list that is not empty, or lists of different lengths.
+        ValueError: `prompt` is neither text nor a non-empty list, or its length does not match.
     """
     if isinstance(prompt, str):
         return [prompt] * len(images)
     if not isinstance(prompt, (list, tuple)) or not prompt:
-        raise ValueError(f"prompt must be text or a list of texts that is not empty, not {prompt!r}")
+        raise ValueError(f"prompt must be text or a non-empty list of texts, not {prompt!r}")
     if len(prompt) != len(images) and len(images) != 1:
         raise ValueError(f"{len(prompt)} prompts for {len(images)} images; pass one prompt, or one for each image")
     return list(prompt)
 
 
 def cast_params(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
-    """Matrices to `dtype`; vectors (norms, biases) and the head to float32."""
+    """Casts matrices to `dtype`, vectors (norms, biases) and the head to float32."""
 
     def cast(path, array):
         narrow = array.ndim >= 2 and path[0].key != "mlp"
@@ -256,12 +258,16 @@ def cast_params(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
 
 
 def held_params(module: nnx.Module, dtype: DTypeLike) -> dict[str, Any]:
-    """The parameters of an abstract network as `jax.ShapeDtypeStruct`, in the dtypes that `cast_params` gives them."""
+    """Returns the parameters of an abstract network as `jax.ShapeDtypeStruct`, in the dtypes of `cast_params`."""
     return jax.eval_shape(lambda params: cast_params(params, named_dtype(dtype)), mapping.params_of(module))
 
 
 def named_dtype(dtype: DTypeLike) -> DTypeLike:
-    """A dtype by name, or one that is allowed already."""
+    """Returns the supported dtype of this name; also accepts a dtype.
+
+    Raises:
+        ValueError: the dtype is not supported.
+    """
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
@@ -269,25 +275,29 @@ def named_dtype(dtype: DTypeLike) -> DTypeLike:
 
 
 def local_devices(device: str | jax.Device | None = None) -> list[jax.Device]:
-    """The devices of this process that `device` names (see `Reward`)."""
+    """Returns the devices of this process that `device` selects (see `Reward`).
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if device is None:
         return jax.local_devices()
     if isinstance(device, jax.Device):
         return [device]
     platform, _, index = str(device).partition(":")
     found = []
-    with contextlib.suppress(RuntimeError):  # what jax raises for a platform that is not there
+    with contextlib.suppress(RuntimeError):  # jax raises it for a platform that does not exist
         found = jax.local_devices(backend={"cuda": "gpu"}.get(platform, platform))
     if index:
         found = [found[int(index)]] if index.isdigit() and int(index) < len(found) else []
     if not found:
         here = ", ".join(f"{device.platform}:{i}" for i, device in enumerate(jax.local_devices()))
-        raise ValueError(f"there is no device {str(device)!r} here; there are {here} and cpu")
+        raise ValueError(f"device {str(device)!r} does not exist; this machine has {here} and cpu")
     return found
 
 
 def ranks_of(rewards: Sequence[float]) -> list[int]:
-    """Ranks from 1 for the highest; of equal rewards the first ranks better."""
+    """Ranks rewards, 1 for the highest; of equal rewards the first ranks better."""
     order = np.argsort(-np.asarray(rewards, np.float32), kind="stable")
     ranks = np.empty(len(order), int)
     ranks[order] = np.arange(1, len(order) + 1)

@@ -16,7 +16,7 @@ from imagereward_jax.weights import mapping
 
 
 class BlipScore(Reward):
-    """The cosine of the two projected class tokens, as ImageReward's authors compare with it.
+    """Cosine of the two projected class tokens, the BLIP baseline of the ImageReward paper.
 
     Args:
         config: a `blip_config.BlipScoreConfig`.
@@ -25,7 +25,7 @@ class BlipScore(Reward):
         **options: those of `Reward`.
 
     Raises:
-        ValueError: the tokenizer has another vocabulary size than the network.
+        ValueError: the vocabulary sizes of tokenizer and network differ.
     """
 
     def __init__(
@@ -42,5 +42,5 @@ class BlipScore(Reward):
 
 @functools.lru_cache(maxsize=8)
 def abstract_blip(config: BlipScoreConfig, dtype: DTypeLike = jnp.float32) -> BlipScoreModel:
-    """The network's structure without arrays; only to be read, as it is shared."""
+    """Builds the network's structure without arrays; shared, so read-only."""
     return mapping.abstract(lambda: BlipScoreModel(config, dtype=dtype, rngs=nnx.Rngs(0)))

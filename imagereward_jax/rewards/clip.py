@@ -1,4 +1,4 @@
-"""Scores that are read off CLIP: CLIP score, PickScore, HPSv2.1 and the aesthetic predictor."""
+"""Rewards based on CLIP: CLIP score, PickScore, HPSv2.1 and the aesthetic predictor."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ from imagereward_jax.weights import mapping
 
 
 class CLIPScore(Reward):
-    """The cosine of CLIP's embeddings of image and prompt, from -1 to 1 (about 0.2 for an image that fits).
+    """Cosine of CLIP's embeddings of image and prompt, from -1 to 1 (about 0.2 for a matching image).
 
     Args:
         config: a `clip_score.CLIPConfig`.
@@ -44,7 +44,7 @@ class CLIPScore(Reward):
 
 
 class PickScore(CLIPScore):
-    """PickScore (arXiv 2305.01569): the cosine times the learnt scale, about 20; trained on 500,000 choices."""
+    """PickScore (arXiv 2305.01569): the cosine times the learnt scale, about 20; trained on 500,000 human choices."""
 
     preprocess = preprocess.RGB_CROP
 
@@ -56,7 +56,7 @@ class HPSv2(CLIPScore):
 
 
 class AestheticScore(Reward):
-    """LAION's aesthetic predictor: how beautiful an image is, about 1 to 10. The prompt is not read.
+    """LAION's aesthetic predictor: the beauty of an image, about 1 to 10. The prompt is ignored.
 
     Args:
         config: a `clip_score.CLIPConfig`; its text tower is not used.
@@ -75,5 +75,5 @@ class AestheticScore(Reward):
 def abstract_clip(
     network: type[CLIPImageEncoder], config: CLIPConfig, dtype: DTypeLike = jnp.float32
 ) -> CLIPImageEncoder:
-    """A CLIP network's structure without arrays; only to be read, as it is shared."""
+    """Builds a CLIP network's structure without arrays; shared, so read-only."""
     return mapping.abstract(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -1,4 +1,4 @@
-"""A weighted sum of several rewards, each brought to a common scale first."""
+"""A weighted sum of several rewards, each normalised to a common scale."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ Scores = jax.Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One reward of a mixture: it counts as `weight * clip((score - mean) / std)`.
+    """One reward of a mixture; it contributes `weight * clip((score - mean) / std)`.
 
     Attributes:
         reward: a `rewards.base.Reward`.
-        weight: any number; negative to avoid what it rewards.
-        mean, std: of its scores, so that rewards on different scales can be added.
-        clip: bound on the normalised score, beyond which there is no gradient; 0 for none.
+        weight: any number; negative values penalise the reward.
+        mean, std: of its scores; they bring rewards to a common scale.
+        clip: bound on the normalised score, without gradient beyond it; 0 for none.
 
     Raises:
         ValueError: std is not positive, or clip is negative.
@@ -41,19 +41,19 @@ class Term:
             raise ValueError(f"clip={self.clip}: expected 0 (no clipping) or more")
 
     def contribution(self, scores: Scores, numpy: ModuleType = jnp) -> Scores:
-        """What scores [B] add to the mixture."""
+        """Computes the contribution of scores [B] to the mixture."""
         normalised = (scores - self.mean) / self.std
         return self.weight * (numpy.clip(normalised, -self.clip, self.clip) if self.clip else normalised)
 
 
 class MixedReward:
-    """The sum of several rewards' contributions; takes the place of a `Reward`.
+    """Sum of the contributions of several rewards; has the interface of `Reward`.
 
     Args:
         terms: {name: `Term`}.
 
     Raises:
-        ValueError: there is no term.
+        ValueError: `terms` is empty.
     """
 
     def __init__(self, terms: Mapping[str, Term]) -> None:
@@ -63,27 +63,27 @@ class MixedReward:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The terms' parameters by name."""
+        """Parameters of the terms, by name."""
         return {name: term.reward.params for name, term in self.members.items()}
 
     @property
     def differentiable(self) -> bool:
-        """Whether every term is."""
+        """Whether every term is differentiable."""
         return all(term.reward.differentiable for term in self.members.values())
 
     def tokenize(self, prompts: str | Sequence[str]) -> dict[str, Any]:
-        """The terms' tokens by name."""
+        """Tokens for each term, by name."""
         return {name: term.reward.tokenize(prompts) for name, term in self.members.items()}
 
     def apply_terms(
         self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(mixture [B], {name: scores [B]}); the terms' scores are as they come, not normalised."""
+        """Computes (mixture [B], {name: scores [B]}); the scores of the terms are not normalised."""
         scores = {name: term.reward.apply(params[name], images, tokens[name]) for name, term in self.members.items()}
         return sum(term.contribution(scores[name]) for name, term in self.members.items()), scores
 
     def apply(self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]) -> jax.Array:
-        """The mixture [B] float32; see `Reward.apply`."""
+        """Computes the mixture [B] float32; see `Reward.apply`."""
         return self.apply_terms(params, images, tokens)[0]
 
     def score(self, prompt: str | Sequence[str], image: Any) -> float | list[float]:
@@ -108,7 +108,7 @@ class MixedReward:
 def apply_terms(
     reward: Any, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(scores [B], scores of each term by name): of one reward, which has no terms, or of a mixture."""
+    """Computes (scores [B], {term: scores [B]}) of a reward; the terms are empty unless it is a mixture."""
     if isinstance(reward, MixedReward):
         return reward.apply_terms(params, images, tokens)
     return reward.apply(params, images, tokens), {}

@@ -101,7 +101,9 @@ def test_adapters_count_the_layers_of_a_stack_and_take_them_together():
     assert [name for name in lora.slots(network) if name.startswith("blocks")] == [
         f"blocks.{index}.linear" for index in range(3)
     ]
-    with pytest.raises(ValueError, match=re.escape("'blocks.[01].linear' leaves out blocks.2.linear, which is of one")):
+    with pytest.raises(
+        ValueError, match=re.escape("'blocks.[01].linear' leaves out blocks.2.linear, but matches other")
+    ):
         lora.attach(network, "blocks.[01].linear", rank=2, alpha=2)
     assert lora.attach(network, "linear", rank=2, alpha=2) == [f"blocks.{index}.linear" for index in range(3)]
     params = lora.init(network, jax.random.key(0), "kaiming")
