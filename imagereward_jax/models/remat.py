@@ -71,8 +71,8 @@ def _offloaded(function, x, *args):
     """Offloads with an explicit schedule, which XLA does not find by itself outside of loops.
 
     `x` is copied to the host before anything uses the result. Otherwise XLA may copy it at the last moment, and `x`
-    stays on the device until the backward pass. In the backward pass all gradients of a block are finished before the next
-    block begins. Otherwise XLA may postpone those of weights, and their inputs stay on the device.
+    stays on the device until the backward pass. In the backward pass all gradients of a block are finished before
+    the next block begins. Otherwise XLA may postpone those of weights, and their inputs stay on the device.
     """
     program, shapes = jax.make_jaxpr(function, return_shape=True)(x, *args)
 

@@ -65,7 +65,7 @@ class Reward:
 
     @staticmethod
     def abstract(config: Any, dtype: DTypeLike) -> nnx.Module:
-        """Builds the network's structure without arrays, with `encode_images(pixels)` and `score_prompts(embeds, **tokens)`."""
+        """Builds the network without arrays; it has `encode_images(pixels)` and `score_prompts(embeds, **tokens)`."""
         raise NotImplementedError
 
     @property

@@ -1,4 +1,4 @@
-"""Prompts as tokens: BERT's lower-case WordPiece with the two tokens that BLIP adds, and CLIP's byte pairs."""
+"""Tokenizers of prompts: BERT's lower-case WordPiece with BLIP's two added tokens, and CLIP's byte pairs."""
 
 import gzip
 import os
@@ -12,11 +12,11 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class TokenizerError(ValueError):
-    """The vocabulary cannot be used; the message names the file and says why."""
+    """The vocabulary cannot be used; the message names the file and the reason."""
 
 
 def find_vocab(path: str | os.PathLike) -> Path:
-    """`path` itself, or the vocab.txt in it when it is a folder.
+    """Returns `path` itself, or the vocab.txt in it if it is a folder.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -29,7 +29,7 @@ def find_vocab(path: str | os.PathLike) -> Path:
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts without lone surrogates (halves of characters, as broken JSON escapes give), as BertTokenizer does.
+    """Removes lone surrogates (from broken JSON escapes) from prompts, as BertTokenizer does.
 
     Raises:
         ValueError: a prompt is not text.
@@ -44,9 +44,9 @@ class PromptTokenizer:
     """Prompts -> ids, equal to those of transformers' `BertTokenizer` with `[DEC]` and `[ENC]` added.
 
     Args:
-        vocab: text of a vocab.txt, one token a line.
-        max_length: prompts are padded and cut to this many tokens, `[CLS]` and `[SEP]` included.
-        name: how an error names the vocabulary.
+        vocab: text of a vocab.txt, one token per line.
+        max_length: prompts are padded or truncated to this many tokens, `[CLS]` and `[SEP]` included.
+        name: name of the vocabulary in errors.
 
     Raises:
         TokenizerError: a special token is missing, a line is empty or repeated, or `[PAD]` is not the first.
@@ -65,7 +65,7 @@ class PromptTokenizer:
             raise TokenizerError(f"{name}: not a BERT vocabulary; it lacks {', '.join(missing)}")
         if len(ids) != len(tokens):
             repeated = next(token for index, token in enumerate(tokens) if ids[token] != index)
-            raise TokenizerError(f"{name}: the token {repeated!r} is there more than once")
+            raise TokenizerError(f"{name}: the token {repeated!r} appears more than once")
         if ids["[PAD]"] != 0:
             raise TokenizerError(f"{name}: [PAD] must be the first token, it is number {ids['[PAD]']}")
         self._tokenizer = BertWordPieceTokenizer(ids, lowercase=True)
@@ -84,7 +84,7 @@ class PromptTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, the added ones included."""
+        """Number of tokens, including the added ones."""
         return self._tokenizer.get_vocab_size()
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -100,17 +100,17 @@ class PromptTokenizer:
         }
 
 
-# OpenAI's vocabulary file lists more merges than CLIP's tokenizer takes.
+# OpenAI's vocabulary file lists more merges than CLIP's tokenizer uses.
 CLIP_MERGES = 49152 - 256 - 2
 CLIP_FILES = ("vocab.json", "merges.txt")
 CLIP_BPE = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def find_clip_vocab(path: str | os.PathLike) -> Path:
-    """The CLIP vocabulary at `path`: a folder with vocab.json and merges.txt, or OpenAI's gzipped list of merges.
+    """Finds the CLIP vocabulary at `path`: a folder with vocab.json and merges.txt, or OpenAI's gzipped list of merges.
 
     Raises:
-        FileNotFoundError: it is neither, nor a folder that holds one.
+        FileNotFoundError: `path` is neither, nor a folder with such a file.
     """
     path = Path(path).expanduser()
     if path.is_dir() and all((path / name).is_file() for name in CLIP_FILES):
@@ -124,16 +124,17 @@ def find_clip_vocab(path: str | os.PathLike) -> Path:
 
 
 class CLIPPromptTokenizer:
-    """Prompts -> ids of CLIP: lower case, byte pairs, cut to `max_length` with the end-of-text token last.
+    """Prompts -> ids of CLIP: lower case, byte pairs, truncated to `max_length` with the end-of-text token last.
 
     Characters are normalised as transformers' `CLIPTokenizer` does; OpenAI's also repairs broken encodings with ftfy.
 
     Args:
-        path: what `find_clip_vocab` takes.
-        max_length: prompts are padded (with the end-of-text token) and cut to this length.
+        path: as for `find_clip_vocab`.
+        max_length: prompts are padded (with the end-of-text token) or truncated to this length.
 
     Raises:
-        FileNotFoundError: there is no such vocabulary. TokenizerError: it cannot be used.
+        FileNotFoundError: the vocabulary does not exist.
+        TokenizerError: it cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike, max_length: int) -> None:
@@ -168,11 +169,11 @@ class CLIPPromptTokenizer:
 
 
 def read_clip_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(vocab, merges) of OpenAI's `bpe_simple_vocab_16e6.txt.gz`: token -> id, and pairs of tokens in order."""
+    """Reads (vocab, merges) of OpenAI's `bpe_simple_vocab_16e6.txt.gz`: token -> id, and pairs of tokens in order."""
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: not a whole gzipped vocabulary ({error})") from error
+        raise TokenizerError(f"{path}: not a complete gzipped vocabulary ({error})") from error
     merges = [tuple(line.split()) for line in lines[1 : CLIP_MERGES + 1]]  # the first line is a version
     merges = [pair for pair in merges if len(pair) == 2]
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
@@ -184,9 +185,9 @@ def read_clip_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 class NoTokens:
-    """The tokenizer of a score that does not read prompts: no arrays."""
+    """Tokenizer of a score that ignores prompts: no arrays."""
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """{}, once the prompts are seen to be texts."""
+        """Checks that the prompts are texts; returns {}."""
         check_prompts(prompts)
         return {}
