@@ -1,7 +1,7 @@
 """Journal of finished chunks of a run over many rows, so that a killed run resumes.
 
-OUTPUT.parts/ holds settings.json (the run's settings) and a file per process with one line per finished chunk of rows. A
-chunk counts once its line ends in a newline; an incomplete line from a kill is removed.
+OUTPUT.parts/ holds settings.json (the run's settings) and a file per process with one line per finished chunk of rows.
+A chunk counts once its line ends in a newline; an incomplete line from a kill is removed.
 """
 
 import fcntl
@@ -54,12 +54,12 @@ class Journal:
             there = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise DataError(f"{path}: broken JSON ({error}); delete {self.folder} to start over") from error
-        changed = [f"{name}: {there.get(name)!r} before, {value!r} now" for name, value in settings.items()
+        changed = [f"{name}: {there.get(name)!r} there, {value!r} now" for name, value in settings.items()
                    if there.get(name) != value]  # fmt: skip
         if changed:
             raise DataError(
-                f"{self.folder} belongs to another run ({'; '.join(changed)}); repeat that run's command to finish it, or "
-                "delete the folder to start over"
+                f"{self.folder} belongs to another run ({'; '.join(changed)}); repeat that run's command to finish it, "
+                "or delete the folder to start over"
             )
 
     def done(self) -> dict[int, dict[str, Any]]:

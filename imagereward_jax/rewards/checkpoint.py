@@ -53,8 +53,8 @@ def load(
             `ImageReward.save` or `convert/imagereward.py` wrote.
         device: None for all local devices, "cpu", "gpu", "cuda:1", a `jax.Device`.
         download_root: folder for downloads; ~/.cache/ImageReward by default.
-        med_config: path of the text encoder's `med_config.json`; by default the one beside the checkpoint, else the sizes are
-            those of v1.0.
+        med_config: path of the text encoder's `med_config.json`; by default the one beside the checkpoint, else the
+            sizes are those of v1.0.
         tokenizer: path of a BERT vocab.txt or its folder. By default the one beside the checkpoint, else that of
             bert-base-uncased from the hub.
         dtype: "float32" or "bfloat16".

@@ -87,7 +87,8 @@ def load_score(
 ) -> Reward:
     """Loads one of the scores that ImageReward is compared with; it has the same methods as the result of `load`.
 
-    Without `path` the published file is read from `download_root`, the original package's location, or downloaded. CLIP weights may be OpenAI's (`ViT-L-14.pt`), OpenCLIP's, or a folder of transformers.
+    Without `path` the published file is read from `download_root`, the original package's location, or downloaded.
+    CLIP weights may be OpenAI's (`ViT-L-14.pt`), OpenCLIP's, or a folder of transformers.
 
     Args:
         name: one of `available_scores()`.
@@ -204,8 +205,8 @@ def _config_of(tensors, tower, what):
 def _config_from_json(settings, what):
     """Builds a `CLIPConfig` from transformers' config.json.
 
-    Files of 2022 repeat every setting of text generation in both encoders, so fields that are not sizes are ignored. The
-    mapping of weights checks the sizes.
+    Files of 2022 repeat every setting of text generation in both encoders, so fields that are not sizes are ignored.
+    The mapping of weights checks the sizes.
     """
     parts = []
     for name, config_class in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):

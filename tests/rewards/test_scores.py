@@ -387,7 +387,7 @@ def test_bad_requests_say_what_to_do(tmp_path):
         imagereward_jax.load_score("Pickscore")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pt: no such file"):
         imagereward_jax.load_score("CLIP", path=tmp_path / "nowhere.pt")
-    with pytest.raises(ValueError, match="head= is for the Aesthetic score alone"):
+    with pytest.raises(ValueError, match="head= applies only to the Aesthetic score"):
         imagereward_jax.load_score("CLIP", head="x.pth")
     torch.save({"something": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt: not a CLIP checkpoint of a known layout"):
