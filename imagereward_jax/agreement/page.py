@@ -1,4 +1,4 @@
-"""An HTML page of results: the tables, and the prompts where the models contradict people most, with the images.
+"""HTML page of results: the tables, and the prompts with the largest disagreement, with images.
 
 One file, no script, no network.
 """
@@ -40,15 +40,15 @@ def results_page(
     *,
     shown: int = 20,
 ) -> str:
-    """The page as text.
+    """Renders the page.
 
     Args:
         title: heading.
         tables: list of (header, rows) of text.
         notes: list of lines under the tables.
-        groups: P `RankedPrompt`s; empty where people's order is not known.
+        groups: P `RankedPrompt`s; empty if the human order is unknown.
         scores: {model: [P] lists, the score of every image}.
-        shown: how many prompts.
+        shown: number of prompts.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", *(_table(*table) for table in tables)]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
@@ -67,9 +67,9 @@ def _table(header, rows):
 
 
 def worst_first(groups: Sequence[RankedPrompt], scores: dict[str, Sequence[Sequence[float]]]) -> list[int]:
-    """Numbers of the prompts, those that the models order least like people first.
+    """Sorts prompt indices by disagreement between models and people, largest first.
 
-    Prompts without a pair are left out, and so is what the baseline "random" says, unless it is alone.
+    Prompts without a pair are left out. The baseline "random" counts only if it is the only model.
     """
     judged = [rows for model, rows in scores.items() if model != RANDOM] or list(scores.values())
     wrong = disagreement(groups, judged)
@@ -82,7 +82,7 @@ def _worst_prompts(groups, scores, shown):
     head = (
         f"<h2>Where the models disagree most with people: {len(order)} of {len(groups)} prompts</h2>"
         '<p class="note">Best image by people first. Beside each model\'s score is the place that it gives the '
-        "image; red where it puts an image on the wrong side of more than half of the others.</p>"
+        "image; red if the model puts it on the wrong side of more than half of the others.</p>"
     )
     return head + "".join(_prompt(groups[i], {model: rows[i] for model, rows in scores.items()}) for i in order)
 
@@ -117,7 +117,7 @@ def _figure(group, k, ranks, scores):
 
 
 def _pairs_of(k, ranks, scores):
-    """(right, pairs) among the pairs that image k is in."""
+    """Counts (right, pairs) among the pairs with image k."""
     scores = np.asarray(scores)
     other = ~np.isnan(ranks) & (ranks != ranks[k])
     right = other & (np.sign(ranks - ranks[k]) == np.sign(scores[k] - scores))
@@ -125,7 +125,7 @@ def _pairs_of(k, ranks, scores):
 
 
 def thumbnail(image: Any) -> str:
-    """An image as a data URL: JPEG, at most `THUMBNAIL` pixels a side."""
+    """Encodes an image as a data URL: JPEG, at most `THUMBNAIL` pixels per side."""
     image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
     image = open_image(image).convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -135,7 +135,7 @@ def thumbnail(image: Any) -> str:
 
 
 def short_names(models: Sequence[str]) -> list[str]:
-    """Last parts of paths (of a run's export the run's), where they stay different; else the names as they are."""
+    """Shortens paths to their last parts (for an export, the run's name) if these differ; else returns the names."""
     paths = [Path(name).parent if Path(name).name == "export" else Path(name) for name in models]
     short = [path.name or name for path, name in zip(paths, models)]
     return short if len(set(short)) == len(models) else list(models)

@@ -1,4 +1,4 @@
-"""Scores what `sources` read with one model, as the summaries need it."""
+"""Scores evaluation data with one model, in the form that the summaries need."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from imagereward_jax.bulk_scoring.stream import Item, Scorer, score_items
 
 
 def score_groups(scorer: Scorer, groups: Sequence[RankedPrompt], **options: Any) -> list[list[float]]:
-    """[P] lists of floats: the score of every image of `RankedPrompt`s."""
+    """Scores every image of `RankedPrompt`s: [P] lists of floats."""
     items = [
         Item(group.prompt, image, f"prompt {group.id}, image {k + 1}")
         for group in groups
@@ -21,7 +21,7 @@ def score_groups(scorer: Scorer, groups: Sequence[RankedPrompt], **options: Any)
 
 
 def score_generations(scorer: Scorer, generations: Generations, **options: Any) -> dict[str, np.ndarray]:
-    """{generator: float64 [P, K]} for `Generations`."""
+    """Scores every image of `Generations`: {generator: float64 [P, K]}."""
     return {
         name: np.array(score_groups(scorer, _as_groups(generations, rows), **options))
         for name, rows in generations.images.items()
@@ -38,10 +38,10 @@ def _as_groups(generations, rows):
 def one_image_each(
     generations: Generations, scores_of_models: dict[str, dict[str, np.ndarray]], human_order: Sequence[str]
 ) -> tuple[list[RankedPrompt], dict[str, list[list[float]]]]:
-    """Table 1 seen prompt by prompt: the generators' first images, ranked as people rank the generators.
+    """Table 1 per prompt: the generators' first images, ranked by the human order of the generators.
 
     Args:
-        scores_of_models: {model: what `score_generations` gives}.
+        scores_of_models: {model: result of `score_generations`}.
 
     Returns:
         (list of `RankedPrompt`, {model: [P] lists, the mean score of each generator's images}).
@@ -59,7 +59,7 @@ def one_image_each(
 
 
 def count_images(data: list[RankedPrompt] | Generations) -> int:
-    """How many images one model scores."""
+    """Counts the images that one model scores."""
     if isinstance(data, Generations):
         return sum(len(row) for rows in data.images.values() for row in rows)
     return sum(len(group.images) for group in data)

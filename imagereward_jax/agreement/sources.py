@@ -1,4 +1,4 @@
-"""What people said about images: the original repository's test files, and the shapes world."""
+"""Human rankings of images: the original repository's test files, and the shapes world."""
 
 import os
 import re
@@ -15,9 +15,9 @@ SHAPES_GROUPS = 100
 
 
 class RankedPrompt(NamedTuple):
-    """One prompt with its images (paths, bytes or arrays), and the rank people gave each: 1 is best, None unranked.
+    """One prompt with its images (paths, bytes or arrays) and their human ranks: 1 is best, None unranked.
 
-    `labels` says what an image is, where that is more than its number.
+    `labels` names the images, if they have names.
     """
 
     id: str
@@ -28,7 +28,7 @@ class RankedPrompt(NamedTuple):
 
 
 class Generations(NamedTuple):
-    """Images of several generators for the same prompts: `images[generator]` is a list, a prompt each, of paths."""
+    """Images of several generators for the same prompts: `images[generator]` is a list of paths per prompt."""
 
     ids: list[str]
     prompts: list[str]
@@ -38,21 +38,21 @@ class Generations(NamedTuple):
 def load_evaluation(
     source: str | os.PathLike, images: str | os.PathLike | None = None, limit: int | None = None, spoilt: bool = True
 ) -> list[RankedPrompt] | Generations:
-    """Reads what to evaluate on.
+    """Reads evaluation data.
 
     Args:
         source: a .json, .jsonl or .parquet of {"id", "prompt", "generations": [images], "ranking": [1 is best, null
             for not ranked]}; one of {"id", "prompt"} with `images`; or "shapes:held_out", "shapes:train".
-        images: the folder that the paths in "generations" are relative to (by default that of the file); without
-            rankings the folder of MODEL/ID_K.png.
-        limit: only the first so many prompts (shapes: 100 by default).
-        spoilt: for shapes alone, see `ShapesGroups`.
+        images: folder that the paths in "generations" are relative to (default: the file's folder); without rankings
+            the folder of MODEL/ID_K.png.
+        limit: number of prompts to read (shapes: 100 by default).
+        spoilt: for shapes only, see `ShapesGroups`.
 
     Returns:
         A list of `RankedPrompt`, or `Generations`.
 
     Raises:
-        DataError, MissingDataError: naming file and row; every path is looked up now.
+        DataError, MissingDataError: the message names file and row; every path is checked here.
     """
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit} should be at least 1")
@@ -124,14 +124,14 @@ def _check_ranking(generations, ranking, where):
 
 
 def find_generations(table: Table, prompts: list[str], ids: list[str], folder: Path) -> Generations:
-    """Looks up FOLDER/MODEL/ID_K.png: K from 0, as many for every prompt and model.
+    """Finds FOLDER/MODEL/ID_K.png: K from 0, equally many for every prompt and model.
 
     Raises:
-        DataError: no models, or an image is missing, naming it.
+        DataError: there are no models, or an image is missing.
     """
     models = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not models:
-        raise DataError(f"{folder}: no folders in it; expected one for each generator, with images ID_K.png")
+        raise DataError(f"{folder}: no folders in it; expected one per generator, with images ID_K.png")
     found = {}
     for model in models:
         names = {path.name for path in (folder / model).iterdir()}

@@ -1,4 +1,4 @@
-"""From scores of every image to the numbers of tables 1 and 3."""
+"""Computes the numbers of tables 1 and 3 from the scores of every image."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from imagereward_jax.agreement import bootstrap, metrics
 from imagereward_jax.agreement.sources import RankedPrompt
 
 KS = (1, 2, 4)
-# The human order of table 1, best first, under the names that the original repository gives the folders.
+# Human order of table 1, best first, by the folder names of the original repository.
 PUBLISHED_ORDER = ("openjourney", "sd2-1", "dalle2", "sd1-4", "vd", "cogview2")
 
 
@@ -21,7 +21,7 @@ def agreement(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, bootstrap.Estimate]:
-    """Table 3 for one model.
+    """Computes table 3 for one model.
 
     Args:
         groups: P `RankedPrompt`s.
@@ -47,9 +47,9 @@ def _at(count, k):
 
 
 def disagreement(groups: Sequence[RankedPrompt], scores_of_models: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
-    """[P] how much the models contradict people on each prompt: share of pairs ordered wrongly, mean over models.
+    """Computes the share of wrongly ordered pairs per prompt [P], mean over models.
 
-    NaN for prompts without a pair. `scores_of_models` is a list, one entry a model, of what `agreement` takes.
+    NaN for prompts without a pair. `scores_of_models` has the `scores` of `agreement` per model.
     """
     shares = []
     for scores in scores_of_models:
@@ -67,11 +67,11 @@ def generator_means(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[dict[str, bootstrap.Estimate], bootstrap.Estimate | None]:
-    """Table 1 for one model.
+    """Computes table 1 for one model.
 
     Args:
-        scores: {generator: [P, K] the score of every image}; as many prompts for each.
-        human_order: the generators from the best to the worst, or None where it is not known.
+        scores: {generator: [P, K] the score of every image}; equally many prompts for each.
+        human_order: the generators from the best to the worst, or None if unknown.
 
     Returns:
         ({generator: Estimate of the mean over prompts of a prompt's mean}, Spearman's rho to the human order as an

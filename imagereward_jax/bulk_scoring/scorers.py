@@ -1,4 +1,4 @@
-"""The scorers that commands take by name; each has `batch_size`, `prepare` and `score_prepared`."""
+"""Scorers by name, for the commands."""
 
 import hashlib
 import os
@@ -15,21 +15,21 @@ RANDOM = "random"
 
 
 class RandomScorer:
-    """The baseline that knows nothing: N(0, 1), the same whenever prompt, image and seed are."""
+    """Random baseline: N(0, 1), a function of prompt, image and seed."""
 
     def __init__(self, seed: int = 0, batch_size: int = 16) -> None:
         self.seed, self.batch_size = seed, batch_size
 
     def prepare(self, image: Any, name: str = "image") -> np.ndarray:
-        """A small copy of the image, float32 [16, 16, 3], that stands for its content."""
+        """Shrinks the image to float32 [16, 16, 3], which seeds its score."""
         return host_pixels(image, 16, name)
 
     def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """[B] float32 NumPy array."""
+        """Draws scores [B] float32."""
         return np.array([self._draw(prompt, image) for prompt, image in zip(prompts, pixels)], np.float32)
 
     def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]:
-        """As `rewards.base.Reward.inference_rank`."""
+        """See `rewards.base.Reward.inference_rank`."""
         images = as_image_list(images)[0]
         pixels = [self.prepare(image, f"image {i}") for i, image in enumerate(images)]
         scores = self.score_prepared([prompt] * len(images), pixels).tolist()
@@ -48,7 +48,7 @@ def open_scorer(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Scorer:
-    """The scorer called `name`: "random", or whatever `rewards.registry.open_reward` takes.
+    """Opens a scorer by name: "random", or a name for `rewards.registry.open_reward`.
 
     Raises:
         FileNotFoundError, ValueError: as `open_reward`.

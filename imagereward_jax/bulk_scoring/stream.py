@@ -1,4 +1,4 @@
-"""Images are read by threads while the devices compute the scores of those before."""
+"""Scores images in chunks; threads read the next images while the devices compute."""
 
 import collections
 import io
@@ -13,7 +13,7 @@ from PIL import Image
 
 from imagereward_jax.rewards.preprocess import ImageError
 
-CHUNKS_AHEAD = 2  # read before they are needed, so that one slow image does not stall the devices
+CHUNKS_AHEAD = 2  # chunks read ahead, so that one slow image does not stall the devices
 
 
 class Scorer(Protocol):
@@ -37,22 +37,22 @@ class Item(NamedTuple):
 
 
 class Unusable(str):
-    """In place of an image: why there is none."""
+    """Takes the place of a missing image; the text gives the reason."""
 
 
 class Scored(NamedTuple):
-    """What became of a chunk: `scores` [n] floats, None for an image that could not be used; `errors` {index: why}."""
+    """Results of a chunk: `scores` [n] floats, None for a broken image; `errors` {index: reason}."""
 
     scores: list[float | None]
     errors: dict[int, str]
 
 
 class ScoringError(RuntimeError):
-    """The scorer gave something that is no number."""
+    """The scorer returned NaN or Inf."""
 
 
 def default_workers() -> int:
-    """Threads that read images: one a core, 16 at most."""
+    """Number of threads that read images: one per core, at most 16."""
     return min(16, os.cpu_count() or 1)
 
 
@@ -62,13 +62,13 @@ def score_chunks(
     """Scores chunks of images in order.
 
     Args:
-        scorer: has `prepare(image, name)` and `score_prepared(prompts, prepared)`.
+        scorer: a `Scorer`.
         chunks: iterable of lists of `Item`, each of at most the scorer's `batch_size`.
-        workers: threads that read.
-        skip_errors: an image that cannot be read gets None and a line in `errors`, instead of ending everything.
+        workers: number of threads that read.
+        skip_errors: gives a broken image None and an entry in `errors`, instead of raising.
 
     Yields:
-        A `Scored` for each chunk.
+        A `Scored` per chunk.
 
     Raises:
         ImageError: an image cannot be used (unless `skip_errors`); the message names row and file.
@@ -82,7 +82,7 @@ def score_chunks(
                 reading.append((chunk, [pool.submit(_prepare, scorer, item) for item in chunk]))
                 if len(reading) > CHUNKS_AHEAD:
                     running.append(_start(scorer, *reading.popleft(), skip_errors))
-                if len(running) > 1:  # one is computed while the scores of the last are fetched
+                if len(running) > 1:  # computes one chunk while the scores of the previous one are fetched
                     yield _finish(*running.popleft())
             while reading or running:
                 if reading:
@@ -96,7 +96,7 @@ def score_chunks(
 def score_items(
     scorer: Scorer, items: Sequence[Item], *, workers: int | None = None, progress: Callable[[int], Any] | None = None
 ) -> list[float]:
-    """The scores of a list of `Item`s, floats in their order. `progress` is called with how many more are done."""
+    """Scores a list of `Item`s, in order. `progress` is called with the number of images since the last call."""
     size, scores = scorer.batch_size, []
     chunks = (items[start : start + size] for start in range(0, len(items), size))
     for scored in score_chunks(scorer, chunks, workers=workers):
@@ -125,7 +125,7 @@ def _decode(item):
 
 
 def _start(scorer, chunk, futures, skip_errors):
-    """Hands the images of a chunk that could be read to the devices."""
+    """Starts to score the readable images of a chunk."""
     prepared, errors = {}, {}
     for index, future in enumerate(futures):
         try:
@@ -145,6 +145,8 @@ def _finish(chunk, indices, scores, errors):
     result = [None] * len(chunk)
     for index, score in zip(indices, [] if scores is None else scores.tolist()):
         if not abs(score) < float("inf"):  # NaN too
-            raise ScoringError(f"{chunk[index].where}: the score is {score}; the weights may be broken")
+            raise ScoringError(
+                f"{chunk[index].where}: the score is {score}, not a finite number; the weights may be broken"
+            )
         result[index] = score
     return Scored(result, errors)
