@@ -1,5 +1,6 @@
 """Compiled programs are kept on disk, so that the next start of the same command compiles less."""
 
+import argparse
 import hashlib
 import os
 import platform
@@ -10,7 +11,7 @@ from pathlib import Path
 FOLDER = "IMAGEREWARD_JAX_CACHE"  # the environment variable that moves the folder, or says "off"
 
 
-def add_flag(parser):
+def add_flag(parser: argparse.ArgumentParser) -> None:
     """Adds --no-compilation-cache to a command."""
     parser.add_argument(
         "--no-compilation-cache",
@@ -20,7 +21,7 @@ def add_flag(parser):
     )
 
 
-def use_compilation_cache(enabled=True):
+def use_compilation_cache(enabled: bool = True) -> Path | None:
     """Turns jax's persistent compilation cache on; commands call this before anything compiles.
 
     The folder is what JAX_COMPILATION_CACHE_DIR says, else `default_folder()`. jax keeps programs that take a second
@@ -56,7 +57,7 @@ def use_compilation_cache(enabled=True):
     return folder
 
 
-def default_folder():
+def default_folder() -> Path | None:
     """Where programs compiled on this kind of machine are kept, or None if IMAGEREWARD_JAX_CACHE is "off".
 
     A folder of its own for each kind of CPU, in IMAGEREWARD_JAX_CACHE or XDG_CACHE_HOME/imagereward_jax/compiled

@@ -5,7 +5,13 @@ class DistributedError(ValueError):
     """The processes could not find each other, or were not described completely; the message says what is missing."""
 
 
-def join(coordinator=None, num_processes=None, process_id=None, *, heartbeat=None):
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat: int | None = None,
+) -> None:
     """Joins the other processes of this program; afterwards `jax.devices()` are those of all of them.
 
     Args:

@@ -1,7 +1,7 @@
 """How well scorers agree with people: `python -m imagereward_jax.evaluate --model ImageReward-v1.0 --data test.json`.
 
 With rankings (ImageReward's test.json, any file of id, prompt, generations and ranking, or shapes:held_out) it
-measures preference accuracy, recall@k and filter@k; with prompts alone and the pictures of several generators
+measures preference accuracy, recall@k and filter@k; with prompts alone and the images of several generators
 (--images DIR with DIR/MODEL/ID_K.png) each generator's mean score and Spearman's rho to the human order. Intervals
 are bootstraps over prompts.
 """
@@ -10,41 +10,43 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m imagereward_jax.evaluate", description=__doc__)
     parser.add_argument(
         "--model", action="append", required=True, help="what `score` takes; may be given several times"
     )
     parser.add_argument("--data", required=True, metavar="FILE", help="rankings, prompts, or shapes:held_out")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where the pictures are, if not beside the file")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where the images are, if not beside the file")
     parser.add_argument("--human-order", metavar="A,B,C", help="the generators as people rank them, best first")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
     parser.add_argument(
-        "--no-spoilt", dest="spoilt", action="store_false", help="shapes: pictures that differ in their words alone"
+        "--no-spoilt", dest="spoilt", action="store_false", help="shapes: images that differ in their words alone"
     )
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4], help="the k of recall@k and filter@k")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the score of every picture")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the score of every image")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the prompts judged worst")
     parser.add_argument("--show", type=int, default=20, help="prompts on that page")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--level", type=float, default=0.95, help="what the intervals hold")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of random")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
-    parser.add_argument("--workers", type=int, help="threads that read pictures; by default one a core")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
+    parser.add_argument("--workers", type=int, help="threads that read images; by default one a core")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not the models' own")
     add_flag(parser)
     return parser.parse_args(argv)
 
 
-def evaluate(args):
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Scores and counts.
 
     Returns:
@@ -62,10 +64,10 @@ def evaluate(args):
     options = {"resamples": args.resamples, "level": args.level, "seed": args.seed}
     names = short_names(args.model)
     if isinstance(data, Generations):
-        order = human_order(args.human_order, list(data.pictures))
+        order = human_order(args.human_order, list(data.images))
         return _table_1(args, data, names, order, options)
     if args.human_order:
-        raise ValueError("--human-order is for pictures of generators; this data has people's rankings in it")
+        raise ValueError("--human-order is for images of generators; this data has people's rankings in it")
     return _table_3(args, data, names, options)
 
 
@@ -85,7 +87,7 @@ def _check_numbers(args):
         raise FileNotFoundError(f"--html {args.html}: the folder {args.html.parent} does not exist")
 
 
-def human_order(given, generators):
+def human_order(given: str | None, generators: Sequence[str]) -> list[str] | None:
     """The generators from the best to the worst by people: as given, as published, or None if neither is known.
 
     Raises:
@@ -105,7 +107,7 @@ def _scores(args, data, names, score):
     """{name: what `score` gives} for each model, one after the other."""
     from tqdm import tqdm
 
-    from imagereward_jax.agreement.run import count_pictures
+    from imagereward_jax.agreement.scoring import count_images
     from imagereward_jax.bulk_scoring.scorers import open_scorer
 
     results = {}
@@ -113,14 +115,14 @@ def _scores(args, data, names, score):
         scorer = open_scorer(
             model, tokenizer=args.tokenizer, dtype=args.dtype, batch_size=args.batch_size, seed=args.seed
         )
-        with tqdm(total=count_pictures(data), unit="image", desc=name, file=sys.stderr) as bar:
+        with tqdm(total=count_images(data), unit="image", desc=name, file=sys.stderr) as bar:
             results[name] = score(scorer, data, workers=args.workers, progress=bar.update)
     return results
 
 
 def _table_3(args, groups, names, options):
     from imagereward_jax.agreement import text
-    from imagereward_jax.agreement.run import score_groups
+    from imagereward_jax.agreement.scoring import score_groups
     from imagereward_jax.agreement.summary import agreement
 
     scores = _scores(args, groups, names, score_groups)
@@ -148,14 +150,14 @@ def _table_3(args, groups, names, options):
 
 def _table_1(args, data, names, order, options):
     from imagereward_jax.agreement import text
-    from imagereward_jax.agreement.run import one_picture_each, score_generations
+    from imagereward_jax.agreement.scoring import one_image_each, score_generations
     from imagereward_jax.agreement.summary import generator_means
 
     scores = _scores(args, data, names, score_generations)
     results = {name: generator_means(rows, human_order=order, **options) for name, rows in scores.items()}
-    count = len(next(iter(data.pictures.values()))[0])
+    count = len(next(iter(data.images.values()))[0])
     notes = [
-        f"{len(data.prompts)} prompts, {count} pictures each by {len(data.pictures)} generators",
+        f"{len(data.prompts)} prompts, {count} images each by {len(data.images)} generators",
         f"[{args.level:.0%} interval, {args.resamples} bootstraps over prompts]",
     ]
     if order is None:
@@ -172,7 +174,7 @@ def _table_1(args, data, names, order, options):
         for i, (name, prompt) in enumerate(zip(data.ids, data.prompts))
     ]
     report = {"data": args.data, "human_order": order, "models": models, "prompts": prompts}
-    groups, means = one_picture_each(data, scores, order) if order else ([], {})
+    groups, means = one_image_each(data, scores, order) if order else ([], {})
     return {
         "report": report,
         "tables": [text.generator_table(results)],
@@ -182,7 +184,7 @@ def _table_1(args, data, names, order, options):
     }
 
 
-def write_page(args, outcome):
+def write_page(args: argparse.Namespace, outcome: dict[str, Any]) -> None:
     """Writes --html; the file appears whole or not at all."""
     from imagereward_jax.agreement.page import results_page
     from imagereward_jax.storage.files import write_text
@@ -203,7 +205,7 @@ def _without_nan(value):
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.agreement.text import table
     from imagereward_jax.bulk_scoring.stream import ScoringError
 

@@ -12,19 +12,25 @@ import math
 import os
 import sys
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
+
+if TYPE_CHECKING:
+    from imagereward_jax.diffusion.sampler import Sampler
+    from imagereward_jax.pipelines.base import TextToImage
+    from imagereward_jax.weights.generation import Generation
 
 
 class GenerationError(RuntimeError):
     """The model made something that is no image."""
 
 
-class Picture(NamedTuple):
+class ImageRequest(NamedTuple):
     """One image to make: its file, prompt, seed, and initial noise if that is given."""
 
     path: Path
@@ -33,7 +39,7 @@ class Picture(NamedTuple):
     noise: np.ndarray | None
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m imagereward_jax.generate", description=__doc__)
     parser.add_argument(
         "--model",
@@ -70,7 +76,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def generate(args):
+def generate(args: argparse.Namespace) -> int:
     """Makes and saves the images; returns how many.
 
     Raises:
@@ -89,15 +95,15 @@ def generate(args):
     take_defaults(args, pipeline.generation, adapters)
     shape = pipeline.latent_shape(args.height or pipeline.default_size, args.width or pipeline.default_size)
     sampler = make_sampler(args.sampler, pipeline.scheduler_config, args.steps, eta=args.eta)
-    pictures = plan(args, prompts, read_noise(args.noise, (len(prompts) * args.num_images, *shape)))
+    requests = plan(args, prompts, read_noise(args.noise, (len(prompts) * args.num_images, *shape)))
     params = load_params(pipeline, adapters, args.dtype)
     for prompt in [*prompts.values(), args.negative_prompt]:
         if rest := pipeline.cut_off(prompt):
             print(f"warning: longer than {pipeline.max_tokens} tokens, left out: {rest!r}", file=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.sampler}, {args.steps} steps, guidance scale {args.guidance_scale:g}")
-    save_all(pictures, make_draw(pipeline, params, sampler, args), args)
-    return len(pictures)
+    save_all(requests, make_draw(pipeline, params, sampler, args), args)
+    return len(requests)
 
 
 def _check_numbers(args):
@@ -110,7 +116,7 @@ def _check_numbers(args):
         raise ValueError(f"--guidance-scale {args.guidance_scale} should be a number, usually from 1 to 15")
 
 
-def take_defaults(args, generation, adapters):
+def take_defaults(args: argparse.Namespace, generation: "Generation", adapters: list[tuple[str, float]]) -> None:
     """Fills in sampler, steps and guidance scale that were not given: the last adapter's if it states them, else the
     model's `generation`.
 
@@ -133,7 +139,7 @@ def take_defaults(args, generation, adapters):
         )
 
 
-def parse_lora(text):
+def parse_lora(text: str) -> tuple[str, float]:
     """(path, weight) of a --lora; the weight is 1 if it is not given.
 
     Raises:
@@ -151,7 +157,7 @@ def parse_lora(text):
     return path, value
 
 
-def load_params(pipeline, loras, dtype):
+def load_params(pipeline: "TextToImage", loras: list[tuple[str, float]], dtype: str) -> dict[str, Any]:
     """The model's weights in `dtype` with adapters [(path, weight)] added, in float32, so that images cost no more."""
     import jax
 
@@ -182,7 +188,7 @@ def _check_absent(args, paths):
         )
 
 
-def read_prompts(args):
+def read_prompts(args: argparse.Namespace) -> dict[str, str]:
     """The prompts by the name that their files begin with.
 
     Raises:
@@ -209,7 +215,7 @@ def read_prompts(args):
     return dict(zip(names, prompts))
 
 
-def read_noise(path, shape):
+def read_noise(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
     """The initial noise of all images, float32 of `shape`; None without a file."""
     if path is None:
         return None
@@ -225,18 +231,20 @@ def read_noise(path, shape):
     return noise.astype(np.float32)
 
 
-def plan(args, prompts, noise):
-    """The list of `Picture`s, all of a prompt after one another."""
-    pictures = []
+def plan(args: argparse.Namespace, prompts: dict[str, str], noise: np.ndarray | None) -> list[ImageRequest]:
+    """The list of `ImageRequest`s, all of a prompt after one another."""
+    requests = []
     for name, prompt in prompts.items():
         for k in range(args.num_images):
-            own_noise = None if noise is None else noise[len(pictures)]
-            pictures.append(Picture(args.out / f"{name}_{k}.png", prompt, args.seed + k, own_noise))
-    return pictures
+            own_noise = None if noise is None else noise[len(requests)]
+            requests.append(ImageRequest(args.out / f"{name}_{k}.png", prompt, args.seed + k, own_noise))
+    return requests
 
 
-def make_draw(pipeline, params, sampler, args):
-    """`draw(pictures)`: images [n, H, W, 3] in [0, 1] of at most `draw.batch` pictures, over all local devices."""
+def make_draw(
+    pipeline: "TextToImage", params: dict[str, Any], sampler: "Sampler", args: argparse.Namespace
+) -> Callable[[Sequence[ImageRequest]], np.ndarray]:
+    """`draw(requests)`: images [n, H, W, 3] in [0, 1] for at most `draw.batch` requests, over all local devices."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -255,14 +263,14 @@ def make_draw(pipeline, params, sampler, args):
         guidance_scale=args.guidance_scale,
     )
 
-    def draw(pictures):
-        keys = [jax.random.fold_in(jax.random.key(p.seed), zlib.crc32(p.prompt.encode())) for p in pictures]
+    def draw(requests):
+        keys = [jax.random.fold_in(jax.random.key(p.seed), zlib.crc32(p.prompt.encode())) for p in requests]
         shape = sample.latent_shape
-        noise = [jax.random.normal(key, shape) if p.noise is None else p.noise for p, key in zip(pictures, keys)]
+        noise = [jax.random.normal(key, shape) if p.noise is None else p.noise for p, key in zip(requests, keys)]
         return sample(
             params,
-            [p.prompt for p in pictures],
-            negative_prompts=[args.negative_prompt] * len(pictures),
+            [p.prompt for p in requests],
+            negative_prompts=[args.negative_prompt] * len(requests),
             noise=np.stack(noise),
             step_keys=jax.numpy.stack([jax.random.fold_in(key, 1) for key in keys]),
         )
@@ -271,7 +279,9 @@ def make_draw(pipeline, params, sampler, args):
     return draw
 
 
-def save_all(pictures, draw, args):
+def save_all(
+    requests: Sequence[ImageRequest], draw: Callable[[Sequence[ImageRequest]], np.ndarray], args: argparse.Namespace
+) -> None:
     """Draws and saves every image, and the sheet of all if asked for."""
     from tqdm import tqdm
 
@@ -279,32 +289,32 @@ def save_all(pictures, draw, args):
     from imagereward_jax.storage.files import save_image
 
     sheet = []
-    with tqdm(total=len(pictures), unit="image", desc=str(args.out)) as progress:
-        for start in range(0, len(pictures), draw.batch):
-            some = pictures[start : start + draw.batch]
-            for picture, image in zip(some, draw(some)):
+    with tqdm(total=len(requests), unit="image", desc=str(args.out)) as progress:
+        for start in range(0, len(requests), draw.batch):
+            some = requests[start : start + draw.batch]
+            for request, image in zip(some, draw(some)):
                 if not np.isfinite(image).all():
                     raise GenerationError(
-                        f"{picture.path.name} ({picture.prompt!r}) has values that are not numbers; the weights may be "
+                        f"{request.path.name} ({request.prompt!r}) has values that are not numbers; the weights may be "
                         "broken, or need --dtype float32"
                     )
-                save_png(picture, image, args)
+                save_png(request, image, args)
                 sheet += [image] * args.grid
             progress.update(len(some))
     if args.grid:
-        columns = args.num_images if args.num_images > 1 and len(pictures) > args.num_images else None
-        save_image(args.out / "grid.png", contact_sheet(np.stack(sheet), [p.prompt for p in pictures], columns=columns))
+        columns = args.num_images if args.num_images > 1 and len(requests) > args.num_images else None
+        save_image(args.out / "grid.png", contact_sheet(np.stack(sheet), [p.prompt for p in requests], columns=columns))
 
 
-def save_png(picture, image, args):
+def save_png(request: ImageRequest, image: np.ndarray, args: argparse.Namespace) -> None:
     """Writes one image [H, W, 3] in [0, 1] with what made it; the file appears whole or not at all."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     settings = {
-        "prompt": picture.prompt,
+        "prompt": request.prompt,
         "negative_prompt": args.negative_prompt,
-        "seed": picture.seed if picture.noise is None else f"noise {args.noise}",
+        "seed": request.seed if request.noise is None else f"noise {args.noise}",
         "model": args.model,
         **{name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance_scale", "dtype")},
     }
@@ -313,12 +323,12 @@ def save_png(picture, image, args):
     text = PngInfo()
     for name, value in settings.items():
         text.add_itxt(name, str(value))
-    partial = picture.path.with_name(f".{picture.path.name}.tmp")
+    partial = request.path.with_name(f".{request.path.name}.tmp")
     Image.fromarray(np.rint(image * 255).astype(np.uint8)).save(partial, format="PNG", pnginfo=text)
-    os.replace(partial, picture.path)
+    os.replace(partial, request.path)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
     try:

@@ -6,7 +6,7 @@ Compiles the training step of a config, of any method, for a topology, from shap
 accelerator. TPU slices are v4:, v5e:, v5p: or v6e: and a shape (v5e:16x16, v5p:2x2x2), GPUs a100:, h100:,
 h200: or b200: and a number (h200:8), and cpu:N is this machine as N virtual devices. Models are folders, whose
 config.json files are read, or published names such as stabilityai/stable-diffusion-xl-base-1.0. Of a scorer's data the
-size of the largest group counts; where the file is not here, nine pictures are assumed, as in ImageRewardDB, and said.
+size of the largest group counts; where the file is not here, nine images are assumed, as in ImageRewardDB, and said.
 TPUs need the extra `tpu` (or libtpu alone), GPUs `cuda13` (or jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cudnn-cu13).
 
 Exit status: 0 it fits; 3 it does not; 2 bad input.
@@ -17,11 +17,16 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imagereward_jax.planning.topologies import Topology
 
 USAGE = "usage: python -m imagereward_jax.plan --config FILE.py --topology NAME [--json] [--config.field=value ...]"
 
 
-def parse_args(argv):
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """(this command's arguments, those that belong to the config)."""
     parser = argparse.ArgumentParser(
         prog="python -m imagereward_jax.plan",
@@ -39,7 +44,7 @@ def parse_args(argv):
     return parser.parse_known_args(argv)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Parses, plans, prints; returns the exit status."""
     args, rest = parse_args(sys.argv[1:] if argv is None else argv)
     use_virtual_devices(args.topology)
@@ -52,14 +57,14 @@ def main(argv=None):
         topology = find_topology(args.topology)
         config, *_ = parse_flags(["plan", *rest], usage=USAGE)
         validate(config)
-        figures = run(config, topology, args)
+        figures = print_plan(config, topology, args)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if figures["fits"] else 3
 
 
-def run(config, topology, args):
+def print_plan(config: Any, topology: "Topology", args: argparse.Namespace) -> dict[str, Any]:
     """Plans and prints; returns the figures."""
     import jax
 
@@ -83,7 +88,7 @@ def run(config, topology, args):
     return figures
 
 
-def use_virtual_devices(name):
+def use_virtual_devices(name: str) -> None:
     """Makes jax see only the CPU, as the N devices of "cpu:N"; what compiles for other hardware needs no device."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if found := re.fullmatch(r"cpu:([1-9]\d*)", name):

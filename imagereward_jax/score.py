@@ -1,4 +1,4 @@
-"""Scores pictures for a prompt: `python -m imagereward_jax.score --prompt "a cat" 1.png 2.png`.
+"""Scores images for a prompt: `python -m imagereward_jax.score --prompt "a cat" 1.png 2.png`.
 
 Many rows of (prompt, image) from a file or folder, with the scores into another:
 
@@ -10,19 +10,24 @@ A run that was ended, even by kill -9, goes on where it was when the same comman
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
 
+if TYPE_CHECKING:
+    from imagereward_jax.bulk_scoring.score_table import Outcome
 
-def parse_args(argv=None):
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m imagereward_jax.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files")
-    parser.add_argument("--prompt", help="the text that the pictures were made for")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
+    parser.add_argument("--prompt", help="the text that the images were made for")
     parser.add_argument(
         "--model",
         default="ImageReward-v1.0",
@@ -30,12 +35,12 @@ def parse_args(argv=None):
         "jpeg-incompressibility, module:function, random, an ImageReward.pt, or a folder",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in the order of the command line")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokenizer", help="the vocabulary or its folder, if not the model's own")
     add_flag(parser)
     many = parser.add_argument_group("many rows")
-    many.add_argument("--input", help=".csv, .tsv, .json, .jsonl, .parquet, or a folder of pictures with captions")
+    many.add_argument("--input", help=".csv, .tsv, .json, .jsonl, .parquet, or a folder of images with captions")
     many.add_argument("--output", type=Path, help="the same with a score column: .csv, .tsv, .json, .jsonl, .parquet")
     many.add_argument("--prompt-column", help="default: text, prompt or caption")
     many.add_argument("--image-column", help="default: image, image_path, file_name, path or file")
@@ -44,7 +49,7 @@ def parse_args(argv=None):
         "--on-error", default="stop", choices=("stop", "skip"), help="skip: no score, and a column error that says why"
     )
     many.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
-    many.add_argument("--workers", type=int, help="threads that read pictures; by default one a core")
+    many.add_argument("--workers", type=int, help="threads that read images; by default one a core")
     many.add_argument(
         "--distributed", action="store_true", help="share the rows with the other processes of a TPU pod or Slurm job"
     )
@@ -61,22 +66,22 @@ def _check(parser, args):
         if args.output is not None:
             parser.error("--output needs --input, the rows to score")
         if not args.images or args.prompt is None:
-            parser.error("give --prompt and pictures, or --input and --output")
+            parser.error("give --prompt and images, or --input and --output")
     else:
         if args.images:
-            parser.error(f"pictures are named by --input {args.input}; {args.images[0]} is one too many")
+            parser.error(f"images are named by --input {args.input}; {args.images[0]} is one too many")
         if args.output is None:
             parser.error("--input needs --output, the file to write")
         if args.json:
-            parser.error("--json is for pictures on the command line; name an --output that ends in .json")
+            parser.error("--json is for images on the command line; name an --output that ends in .json")
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers {args.workers} should be at least 1")
     if not args.distributed and any(x is not None for x in (args.coordinator, args.num_processes, args.process_id)):
         parser.error("--coordinator, --num-processes and --process-id need --distributed")
 
 
-def score_files(args):
-    """Loads the model and scores: one dict a picture (image, score, rank), in the order given."""
+def score_files(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Loads the model and scores: one dict an image (image, score, rank), in the order given."""
     from imagereward_jax.bulk_scoring.scorers import open_scorer
     from imagereward_jax.rewards.preprocess import as_image_list
 
@@ -86,9 +91,9 @@ def score_files(args):
     return [{"image": image, "score": score, "rank": rank} for image, score, rank in zip(args.images, rewards, ranks)]
 
 
-def score_many(args):
-    """Scores the rows of --input into --output; see `scoring.run.score_table`."""
-    from imagereward_jax.bulk_scoring.run import score_table
+def score_many(args: argparse.Namespace) -> "Outcome":
+    """Scores the rows of --input into --output; see `bulk_scoring.score_table`."""
+    from imagereward_jax.bulk_scoring.score_table import score_table
     from imagereward_jax.bulk_scoring.scorers import open_scorer
 
     return score_table(
@@ -120,7 +125,7 @@ def _process(args):
     return jax.process_index(), jax.process_count()
 
 
-def as_table(rows):
+def as_table(rows: list[dict[str, Any]]) -> str:
     """The rows as text, best first."""
     lines = [f"{'rank':>4}  {'score':>8}  image"]
     for row in sorted(rows, key=lambda row: row["rank"]):
@@ -133,14 +138,14 @@ def _report(args, outcome):
     earlier = f", {outcome.resumed} of them by an earlier run" if outcome.resumed else ""
     print(f"{args.output}: {outcome.rows} rows{earlier}", file=sys.stderr)
     if outcome.errors:
-        print(f"{len(outcome.errors)} pictures could not be scored:", file=sys.stderr)
+        print(f"{len(outcome.errors)} images could not be scored:", file=sys.stderr)
         for text in list(outcome.errors.values())[:10]:
             print(f"  {text}", file=sys.stderr)
         if len(outcome.errors) > 10:
             print(f"  and {len(outcome.errors) - 10} more, in the column error", file=sys.stderr)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.bulk_scoring.stream import ScoringError
 
     args = parse_args(argv)

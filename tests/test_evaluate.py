@@ -18,7 +18,7 @@ def smooth(rng, side=40):
 
 @pytest.fixture(scope="module")
 def rankings(tmp_path_factory):
-    """A test.json with ties, an unranked picture and a prompt of one picture, and its folder."""
+    """A test.json with ties, an unranked image and a prompt of one image, and its folder."""
     folder = tmp_path_factory.mktemp("rankings")
     rng = np.random.default_rng(0)
     rows = []
@@ -34,7 +34,7 @@ def rankings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generations(tmp_path_factory):
-    """Prompts with ids, and pictures DIR/MODEL/ID_K.png of three generators."""
+    """Prompts with ids, and images DIR/MODEL/ID_K.png of three generators."""
     folder = tmp_path_factory.mktemp("generations")
     rng = np.random.default_rng(1)
     prompts = [{"id": f"000{i}", "prompt": f"a dog on the {i}"} for i in range(3)]
@@ -81,20 +81,20 @@ def test_rankings_beside_the_models_own_scores(rankings, tiny_reward, tiny_rewar
 
 
 def test_models_come_out_in_the_right_order_on_shapes(capsys):
-    """tiny-shapes was trained on such pictures: far above half; random about half; the intervals do not meet."""
+    """tiny-shapes was trained on such images: far above half; random about half; the intervals do not meet."""
     arguments = ["--data", "shapes:held_out", "--limit", 40, "--json"]
     models = json.loads(printed(capsys, "--model", "tiny-shapes", "--model", "random", *arguments))["models"]
     assert models["tiny-shapes"]["accuracy"]["low"] > max(0.7, models["random"]["accuracy"]["high"])
     assert models["random"]["accuracy"]["low"] < 0.5 < models["random"]["accuracy"]["high"]
 
 
-def test_shapes_without_spoilt_pictures_differ_in_their_words_alone():
-    """The rank is the number of words that the rule-based checker finds right, in every picture."""
+def test_shapes_without_spoilt_images_differ_in_their_words_alone():
+    """The rank is the number of words that the rule-based checker finds right, in every image."""
     from imagereward_jax.agreement.sources import load_evaluation
     from imagereward_jax.data.shapes import words_right
 
     for group in load_evaluation("shapes:held_out", limit=20, spoilt=False):
-        right = [sum(words_right(group.prompt, picture).values()) for picture in group.pictures]
+        right = [sum(words_right(group.prompt, image).values()) for image in group.images]
         assert sorted(group.ranks) == [1, 2, 3, 4]
         assert np.argsort(group.ranks).tolist() == np.argsort(right)[::-1].tolist()
 
@@ -145,14 +145,14 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def test_the_page_shows_the_prompts_judged_worst_with_their_pictures(rankings, loaded, capsys, tmp_path):
-    """Self-contained, prompts as text, worst first, pictures in people's order."""
+def test_the_page_shows_the_prompts_judged_worst_with_their_images(rankings, loaded, capsys, tmp_path):
+    """Self-contained, prompts as text, worst first, images in people's order."""
     arguments = ["--data", rankings / "test.json", "--images", rankings / "images", "--html", tmp_path / "page.html"]
     printed(capsys, "--model", "tiny", "--model", "random", *arguments, "--show", 2)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
-    pictures = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert all(attrs["src"].startswith("data:image/jpeg;base64,") for attrs in pictures)
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert all(attrs["src"].startswith("data:image/jpeg;base64,") for attrs in images)
     assert not any(
         ("src" in attrs and not attrs["src"].startswith("data:")) or "href" in attrs for _, attrs in page.tags
     )
@@ -167,19 +167,19 @@ def test_the_page_shows_the_prompts_judged_worst_with_their_pictures(rankings, l
     worst = sorted(wrong, key=lambda prompt: -wrong[prompt])[:2]
     places = [page.text.index(prompt) for prompt in worst]
     assert places == sorted(places)
-    labels = [attrs["alt"] for attrs in pictures]
+    labels = [attrs["alt"] for attrs in images]
     sizes = {f"a red cat, number {i} <b>": n for i, n in enumerate((4, 3, 3, 1))}
     assert len(labels) == sum(sizes[prompt] for prompt in worst)
 
 
 BAD = {
     "misspelt file": (["--data", "{r}/tst.json"], "did you mean 'test.json'"),
-    "missing picture": (["--data", "{r}/test.json"], "test.json, row 1: .*no such image"),
-    "ranks for other pictures": (["--data", "{b}/short.json"], "short.json, row 1: 'ranking' must be a list of 2"),
+    "missing image": (["--data", "{r}/test.json"], "test.json, row 1: .*no such image"),
+    "ranks for other images": (["--data", "{b}/short.json"], "short.json, row 1: 'ranking' must be a list of 2"),
     "rank of zero": (["--data", "{b}/zero.json"], "zero.json, row 1: .*numbers from 1"),
     "no rankings and no --images": (["--data", "{g}/prompts.json"], "also give --images DIR"),
     "folder without generators": (["--data", "{g}/prompts.json", "--images", "{g}/images/beta"], "no folders in it"),
-    "generator short of a picture": (
+    "generator short of an image": (
         ["--data", "{g}/prompts.json", "--images", "{b}/images"],
         "0001_0.png is not there",
     ),
@@ -188,7 +188,7 @@ BAD = {
         "expected each of alpha, beta, gamma once",
     ),
     "unknown shapes": (["--data", "shapes:heldout"], "shapes:held_out"),
-    "spoilt pictures of a file": (["--data", "{b}", "--no-spoilt"], "--no-spoilt is for shapes:held_out"),
+    "spoilt images of a file": (["--data", "{b}", "--no-spoilt"], "--no-spoilt is for shapes:held_out"),
     "model given twice": (["--data", "shapes:held_out", "--model", "random"], "twice"),
     "no folder for the page": (["--data", "shapes:held_out", "--html", "{b}/no/page.html"], "does not exist"),
     "level of 95": (["--data", "shapes:held_out", "--level", "95"], "between 0 and 1"),

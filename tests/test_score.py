@@ -12,8 +12,8 @@ from imagereward_jax import score
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     paths = [str(folder / f"{name}.png") for name in "abc"]
     for path in paths:
@@ -23,24 +23,24 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def printed_json(tiny_reward_folder, pictures):
+def printed_json(tiny_reward_folder, images):
     """What a real run of the command prints."""
     command = [sys.executable, "-m", "imagereward_jax.score", "--model", str(tiny_reward_folder), "--json"]
-    done = subprocess.run([*command, "--prompt", "a red cat 猫", *pictures], capture_output=True, text=True)
+    done = subprocess.run([*command, "--prompt", "a red cat 猫", *images], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_json_has_the_models_scores_in_the_order_given(printed_json, tiny_reward, tiny_reward_folder, pictures):
-    ranks, rewards = tiny_reward.inference_rank("a red cat 猫", pictures)
+def test_json_has_the_models_scores_in_the_order_given(printed_json, tiny_reward, tiny_reward_folder, images):
+    ranks, rewards = tiny_reward.inference_rank("a red cat 猫", images)
     assert printed_json["model"] == str(tiny_reward_folder) and printed_json["prompt"] == "a red cat 猫"
-    assert [row["image"] for row in printed_json["images"]] == pictures
+    assert [row["image"] for row in printed_json["images"]] == images
     assert [row["rank"] for row in printed_json["images"]] == ranks
     np.testing.assert_allclose([row["score"] for row in printed_json["images"]], rewards, atol=1e-5)
 
 
-def test_the_table_is_sorted(printed_json, tiny_reward_folder, pictures, capsys):
-    assert score.main(["--model", str(tiny_reward_folder), "--prompt", "a red cat 猫", *pictures]) == 0
+def test_the_table_is_sorted(printed_json, tiny_reward_folder, images, capsys):
+    assert score.main(["--model", str(tiny_reward_folder), "--prompt", "a red cat 猫", *images]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["rank", "score", "image"]
     best = sorted(printed_json["images"], key=lambda row: -row["score"])
@@ -63,9 +63,9 @@ def test_the_table_is_sorted(printed_json, tiny_reward_folder, pictures, capsys)
         (["{good}", "--model", "{dir}/PickScore"], "{dir}/PickScore: no such file or folder"),
     ],
 )
-def test_errors_are_one_line(arguments, message, tiny_reward_folder, pictures, tmp_path, capsys):
-    (tmp_path / "broken.png").write_text("not a picture")
-    names = {"dir": tmp_path, "good": pictures[0]}
+def test_errors_are_one_line(arguments, message, tiny_reward_folder, images, tmp_path, capsys):
+    (tmp_path / "broken.png").write_text("not an image")
+    names = {"dir": tmp_path, "good": images[0]}
     arguments = [argument.format(**names) for argument in arguments]
     assert score.main(["--model", str(tiny_reward_folder), "--prompt", "a cat", *arguments]) == 2
     out, err = capsys.readouterr()
@@ -81,11 +81,11 @@ def test_a_missing_prompt_is_asked_for(capsys):
 
 
 @pytest.mark.parametrize("name", ["random", "jpeg-compressibility"])
-def test_a_table_and_the_command_line_give_the_same_scores(name, pictures, tmp_path, capsys):
+def test_a_table_and_the_command_line_give_the_same_scores(name, images, tmp_path, capsys):
     """Of names that read no weights; those that do are in tests/rewards/test_scores.py."""
-    assert score.main(["--model", name, "--prompt", "a red cat", "--json", *pictures]) == 0
+    assert score.main(["--model", name, "--prompt", "a red cat", "--json", *images]) == 0
     rows = json.loads(capsys.readouterr().out)["images"]
-    table = [{"prompt": "a red cat", "image": path} for path in pictures]
+    table = [{"prompt": "a red cat", "image": path} for path in images]
     (tmp_path / "rows.json").write_text(json.dumps(table))
     files = ["--input", str(tmp_path / "rows.json"), "--output", str(tmp_path / "out.json")]
     assert score.main(["--model", name, *files]) == 0

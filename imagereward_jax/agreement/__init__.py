@@ -1,1 +1,1 @@
-"""How well scores agree with people: metrics, intervals, and the pages that show them. NumPy alone."""
+"""Agreement of scores with human rankings: metrics, intervals and result pages, in NumPy."""

@@ -1,65 +1,68 @@
 """Agreement of scores with human rankings, as in the ImageReward paper (arXiv 2304.05977, tables 1 and 3).
 
-Every function that counts does so for one prompt and returns (hits, cases), so that prompts can be added up and
-resampled. A rank of 1 is best; equal ranks are ties; a rank of None or NaN means that nobody ranked the picture.
+The counting functions return (hits, cases) of one prompt, so that prompts can be summed and resampled. A rank of 1 is best; equal ranks are ties; a rank of None or NaN means that nobody ranked the image.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
+Ranks = Sequence[float | None] | np.ndarray
 
-def known_ranks(ranks):
-    """float64 [K]; NaN where there is no rank."""
+
+def known_ranks(ranks: Ranks) -> np.ndarray:
+    """Converts ranks to float64 [K]; NaN if there is no rank."""
     return np.array([np.nan if rank is None else rank for rank in ranks], np.float64)
 
 
-def preference_counts(ranks, scores):
-    """Pairs of one prompt's pictures that the scores order as people did.
+def preference_counts(ranks: Ranks, scores: Ranks) -> tuple[int, int]:
+    """Counts the pairs of one prompt's images that the scores order as people did.
 
     Args:
-        ranks: [K], 1 is best. Pairs of equal rank, or with an unranked picture, are no cases.
-        scores: [K]. Equal scores, and scores that are not numbers, count as wrong.
+        ranks: [K], 1 is best. Pairs of equal rank, or with an unranked image, are not counted.
+        scores: [K]. Equal scores and NaN count as wrong.
 
     Returns:
         (right, pairs).
 
     Raises:
-        ValueError: different lengths.
+        ValueError: the lengths differ.
     """
     ranks, scores = _aligned(ranks, scores)
     better = ranks[:, None] < ranks[None, :]  # False with a NaN
     return int((better & (scores[:, None] > scores[None, :])).sum()), int(better.sum())
 
 
-def recall_counts(ranks, scores, k):
-    """Whether a picture that people rank best is among the k with the highest scores.
+def recall_counts(ranks: Ranks, scores: Ranks, k: int) -> tuple[int, int]:
+    """Whether an image that people rank best is among the k with the highest scores.
 
-    Of equal scores the worst order is assumed, so that a constant scores nothing. A prompt is a case if more than k
-    of its pictures are ranked, and not all the same.
+    Ties are broken against the scorer, so that constant scores get no hits. A prompt is a case if more than k of its images
+    are ranked, with different ranks.
 
     Returns:
-        (1 or 0, 1 if the prompt is a case else 0).
+        (1 for a hit else 0, 1 for a case else 0).
     """
     return _selection(*_aligned(ranks, scores), k)
 
 
-def filter_counts(ranks, scores, k):
-    """Whether a picture that people rank worst is among the k with the lowest scores; see `recall_counts`."""
+def filter_counts(ranks: Ranks, scores: Ranks, k: int) -> tuple[int, int]:
+    """Whether an image that people rank worst is among the k with the lowest scores; see `recall_counts`."""
     ranks, scores = _aligned(ranks, scores)
     return _selection(-ranks, -scores, k)
 
 
-def average_ranks(values):
-    """Ranks from 1 for the smallest; ties share the mean of theirs. float64 [N]."""
+def average_ranks(values: Ranks) -> np.ndarray:
+    """Ranks values from 1 for the smallest; ties get their mean rank. Returns float64 [N]."""
     _, group, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[group]
 
 
-def spearman(a, b):
-    """Spearman's rank correlation, ties by average ranks; NaN where one side is constant or shorter than two.
+def spearman(a: Ranks, b: Ranks) -> float:
+    """Computes Spearman's rank correlation with average ranks for ties; NaN for constant or single values.
 
     Raises:
-        ValueError: different lengths.
+        ValueError: the lengths differ.
     """
     a, b = _aligned(a, b)
     if len(a) < 2 or np.isnan(a).any() or np.isnan(b).any():
@@ -77,7 +80,7 @@ def _aligned(a, b):
 
 
 def _selection(ranks, scores, k):
-    """(hit, case) for the pictures of the lowest rank among the k of the highest score."""
+    """Returns (hit, case): whether an image of the lowest rank is among the k highest scores."""
     ranked = ~np.isnan(ranks)
     ranks, scores = ranks[ranked], scores[ranked]
     if len(ranks) <= k or (ranks == ranks[0]).all():

@@ -1,4 +1,4 @@
-"""An HTML page of results: the tables, and the prompts where the models contradict people most, with the pictures.
+"""HTML page of results: the tables, and the prompts with the largest disagreement, with images.
 
 One file, no script, no network.
 """
@@ -6,12 +6,15 @@ One file, no script, no network.
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from imagereward_jax.agreement.metrics import average_ranks, known_ranks, preference_counts
+from imagereward_jax.agreement.sources import RankedPrompt
 from imagereward_jax.agreement.summary import disagreement
 from imagereward_jax.bulk_scoring.scorers import RANDOM
 from imagereward_jax.rewards.preprocess import open_image
@@ -28,16 +31,24 @@ font-variant-numeric:tabular-nums}.scores span:nth-child(3n+1){overflow:hidden;t
 white-space:nowrap}.off{color:#b00020}"""
 
 
-def results_page(title, tables, notes, groups, scores, *, shown=20):
-    """The page as text.
+def results_page(
+    title: str,
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]],
+    notes: Sequence[str],
+    groups: Sequence[RankedPrompt],
+    scores: dict[str, Sequence[Sequence[float]]],
+    *,
+    shown: int = 20,
+) -> str:
+    """Renders the page.
 
     Args:
         title: heading.
         tables: list of (header, rows) of text.
         notes: list of lines under the tables.
-        groups: P `RankedPrompt`s; empty where people's order is not known.
-        scores: {model: [P] lists, the score of every picture}.
-        shown: how many prompts.
+        groups: P `RankedPrompt`s; empty if the human order is unknown.
+        scores: {model: [P] lists, the score of every image}.
+        shown: number of prompts.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", *(_table(*table) for table in tables)]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
@@ -55,10 +66,10 @@ def _table(header, rows):
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def worst_first(groups, scores):
-    """Numbers of the prompts, those that the models order least like people first.
+def worst_first(groups: Sequence[RankedPrompt], scores: dict[str, Sequence[Sequence[float]]]) -> list[int]:
+    """Sorts prompt indices by disagreement between models and people, largest first.
 
-    Prompts without a pair are left out, and so is what the baseline "random" says, unless it is alone.
+    Prompts without a pair are left out. The baseline "random" counts only if it is the only model.
     """
     judged = [rows for model, rows in scores.items() if model != RANDOM] or list(scores.values())
     wrong = disagreement(groups, judged)
@@ -70,8 +81,8 @@ def _worst_prompts(groups, scores, shown):
     order = worst_first(groups, scores)[:shown]
     head = (
         f"<h2>Where the models disagree most with people: {len(order)} of {len(groups)} prompts</h2>"
-        '<p class="note">Best picture by people first. Beside each model\'s score is the place that it gives the '
-        "picture; red where it puts a picture on the wrong side of more than half of the others.</p>"
+        '<p class="note">Best image by people first. Beside each model\'s score is the place that it gives the '
+        "image; red if the model puts it on the wrong side of more than half of the others.</p>"
     )
     return head + "".join(_prompt(groups[i], {model: rows[i] for model, rows in scores.items()}) for i in order)
 
@@ -82,7 +93,7 @@ def _prompt(group, scores):
     for model, row in scores.items():
         right, pairs = preference_counts(ranks, row)
         agreement.append(f"{model} {right} of {pairs} pairs")
-    figures = "".join(_picture(group, k, ranks, scores) for k in np.argsort(ranks, kind="stable"))
+    figures = "".join(_figure(group, k, ranks, scores) for k in np.argsort(ranks, kind="stable"))
     return (
         f"<section><h3>{html.escape(group.prompt)}</h3>"
         f'<p class="note">{html.escape(group.id)}: {html.escape(", ".join(agreement))} as people</p>'
@@ -90,7 +101,7 @@ def _prompt(group, scores):
     )
 
 
-def _picture(group, k, ranks, scores):
+def _figure(group, k, ranks, scores):
     human = "not ranked" if np.isnan(ranks[k]) else f"people: {ranks[k]:g}"
     name = f"{group.labels[k]}, {human}" if group.labels else human
     lines = []
@@ -100,31 +111,31 @@ def _picture(group, k, ranks, scores):
         mark = ' class="off"' if pairs and right < pairs / 2 else ""
         lines.append(f"<span>{html.escape(model)}</span><span{mark}>{row[k]:.3f}</span><span{mark}>{place:g}.</span>")
     return (
-        f'<figure><img alt="{html.escape(name)}" src="{thumbnail(group.pictures[k])}"><figcaption>'
+        f'<figure><img alt="{html.escape(name)}" src="{thumbnail(group.images[k])}"><figcaption>'
         f'<b>{html.escape(name)}</b><div class="scores">{"".join(lines)}</div></figcaption></figure>'
     )
 
 
 def _pairs_of(k, ranks, scores):
-    """(right, pairs) among the pairs that picture k is in."""
+    """Counts (right, pairs) among the pairs with image k."""
     scores = np.asarray(scores)
     other = ~np.isnan(ranks) & (ranks != ranks[k])
     right = other & (np.sign(ranks - ranks[k]) == np.sign(scores[k] - scores))
     return (0, 0) if np.isnan(ranks[k]) else (int(right.sum()), int(other.sum()))
 
 
-def thumbnail(picture):
-    """A picture as a data URL: JPEG, at most `THUMBNAIL` pixels a side."""
-    picture = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
-    image = open_image(picture).convert("RGB")
+def thumbnail(image: Any) -> str:
+    """Encodes an image as a data URL: JPEG, at most `THUMBNAIL` pixels per side."""
+    image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+    image = open_image(image).convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def short_names(models):
-    """Last parts of paths (of a run's export the run's), where they stay different; else the names as they are."""
+def short_names(models: Sequence[str]) -> list[str]:
+    """Shortens paths to their last parts (for an export, the run's name) if these differ; else returns the names."""
     paths = [Path(name).parent if Path(name).name == "export" else Path(name) for name in models]
     short = [path.name or name for path, name in zip(paths, models)]
     return short if len(set(short)) == len(models) else list(models)

@@ -1,66 +1,69 @@
-"""What people said about pictures: the original repository's test files, and the shapes world."""
+"""Human rankings of images: the original repository's test files, and the shapes world."""
 
+import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError, missing_file
 from imagereward_jax.data.groups import load_groups
+from imagereward_jax.data.images import find_image
 from imagereward_jax.data.prompts import SHAPES_PREFIX
-from imagereward_jax.data.tables import check_texts, column_values, read_table
+from imagereward_jax.data.tables import Table, check_texts, column_values, read_table
 
 SHAPES_GROUPS = 100
 
 
 class RankedPrompt(NamedTuple):
-    """One prompt with its pictures (paths, bytes or arrays), and the rank people gave each: 1 is best, None unranked.
+    """One prompt with its images (paths, bytes or arrays) and their human ranks: 1 is best, None unranked.
 
-    `labels` says what a picture is, where that is more than its number.
+    `labels` names the images, if they have names.
     """
 
     id: str
     prompt: str
-    pictures: tuple
-    ranks: tuple
-    labels: tuple = ()
+    images: tuple[Any, ...]
+    ranks: tuple[float | None, ...]
+    labels: tuple[str, ...] = ()
 
 
 class Generations(NamedTuple):
-    """Pictures of several generators for the same prompts: `pictures[generator]` is a list, a prompt each, of paths."""
+    """Images of several generators for the same prompts: `images[generator]` is a list of paths per prompt."""
 
-    ids: list
-    prompts: list
-    pictures: dict
+    ids: list[str]
+    prompts: list[str]
+    images: dict[str, list[list[Path]]]
 
 
-def load_evaluation(source, images=None, limit=None, spoilt=True):
-    """Reads what to evaluate on.
+def load_evaluation(
+    source: str | os.PathLike, images: str | os.PathLike | None = None, limit: int | None = None, spoilt: bool = True
+) -> list[RankedPrompt] | Generations:
+    """Reads evaluation data.
 
     Args:
-        source: a .json, .jsonl or .parquet of {"id", "prompt", "generations": [pictures], "ranking": [1 is best, null
+        source: a .json, .jsonl or .parquet of {"id", "prompt", "generations": [images], "ranking": [1 is best, null
             for not ranked]}; one of {"id", "prompt"} with `images`; or "shapes:held_out", "shapes:train".
-        images: the folder that the paths in "generations" are relative to (by default that of the file); without
-            rankings the folder of MODEL/ID_K.png.
-        limit: only the first so many prompts (shapes: 100 by default).
-        spoilt: for shapes alone, see `ShapesGroups`.
+        images: folder that the paths in "generations" are relative to (default: the file's folder); without rankings
+            the folder of MODEL/ID_K.png.
+        limit: number of prompts to read (shapes: 100 by default).
+        spoilt: for shapes only, see `ShapesGroups`.
 
     Returns:
         A list of `RankedPrompt`, or `Generations`.
 
     Raises:
-        DataError, MissingDataError: naming file and row; every path is looked up now.
+        DataError, MissingDataError: the message names file and row; every path is checked here.
     """
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit} should be at least 1")
     if str(source).startswith(SHAPES_PREFIX):
         if images is not None:
-            raise DataError(f"--images is for files; {source} draws its own pictures")
+            raise DataError(f"--images is for files; {source} draws its own images")
         return _shapes(source, limit or SHAPES_GROUPS, spoilt)
     if not spoilt:
         raise DataError(f"--no-spoilt is for shapes:held_out and shapes:train; the data is {source}")
     if images is not None and not Path(images).is_dir():
-        raise missing_file(images, "folder of pictures")
+        raise missing_file(images, "folder of images")
     table = read_table(source)
     columns = table.columns() or []
     if "prompt" not in columns:
@@ -78,7 +81,7 @@ def load_evaluation(source, images=None, limit=None, spoilt=True):
         return _ranked(table, prompts, ids, Path(images) if images is not None else table.folder)
     if images is None:
         raise DataError(
-            f"{table.name}: no column 'ranking'; for prompts alone also give --images DIR, with the pictures in "
+            f"{table.name}: no column 'ranking'; for prompts alone also give --images DIR, with the images in "
             "DIR/MODEL/ID_K.png"
         )
     return find_generations(table, prompts, ids[: len(prompts)], Path(images))
@@ -99,43 +102,43 @@ def _ranked(table, prompts, ids, folder):
     for i, prompt in enumerate(prompts):
         where = table.where(i)
         ranks = _check_ranking(generations[i], rankings[i], where)
-        found = tuple(images.find_image(value, folder, where) for value in generations[i])
+        found = tuple(find_image(value, folder, where) for value in generations[i])
         groups.append(RankedPrompt(ids[i], prompt, found, ranks))
     return groups
 
 
 def _check_ranking(generations, ranking, where):
     if not isinstance(generations, list) or not generations:
-        raise DataError(f"{where}: 'generations' must be a list of pictures; got {generations!r}")
+        raise DataError(f"{where}: 'generations' must be a list of images; got {generations!r}")
     if not isinstance(ranking, list) or len(ranking) != len(generations):
         raise DataError(
-            f"{where}: 'ranking' must be a list of {len(generations)} ranks, as many as pictures; got {ranking!r}"
+            f"{where}: 'ranking' must be a list of {len(generations)} ranks, as many as images; got {ranking!r}"
         )
     for rank in ranking:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, (int, float)) or not rank >= 1):
             raise DataError(
-                f"{where}: 'ranking' must hold numbers from 1 (the best) up, or null for a picture that was not "
+                f"{where}: 'ranking' must hold numbers from 1 (the best) up, or null for an image that was not "
                 f"ranked; got {ranking!r}"
             )
     return tuple(ranking)
 
 
-def find_generations(table, prompts, ids, folder):
-    """Looks up FOLDER/MODEL/ID_K.png: K from 0, as many for every prompt and model.
+def find_generations(table: Table, prompts: list[str], ids: list[str], folder: Path) -> Generations:
+    """Finds FOLDER/MODEL/ID_K.png: K from 0, equally many for every prompt and model.
 
     Raises:
-        DataError: no models, or a picture is missing, naming it.
+        DataError: there are no models, or an image is missing.
     """
     models = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not models:
-        raise DataError(f"{folder}: no folders in it; expected one for each generator, with pictures ID_K.png")
+        raise DataError(f"{folder}: no folders in it; expected one per generator, with images ID_K.png")
     found = {}
     for model in models:
         names = {path.name for path in (folder / model).iterdir()}
         first = re.compile(rf"{re.escape(ids[0])}_\d+\.png")
         count = sum(first.fullmatch(name) is not None for name in names)
         if count == 0:
-            raise DataError(f"{folder / model}: no pictures {ids[0]}_K.png for the first prompt of {table.name}")
+            raise DataError(f"{folder / model}: no images {ids[0]}_K.png for the first prompt of {table.name}")
         for i, name in enumerate(ids):
             gone = [f"{name}_{k}.png" for k in range(count) if f"{name}_{k}.png" not in names]
             if gone:

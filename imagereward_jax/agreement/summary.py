@@ -1,20 +1,31 @@
-"""From scores of every picture to the numbers of tables 1 and 3."""
+"""Computes the numbers of tables 1 and 3 from the scores of every image."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from imagereward_jax.agreement import bootstrap, metrics
+from imagereward_jax.agreement.sources import RankedPrompt
 
 KS = (1, 2, 4)
-# The human order of table 1, best first, under the names that the original repository gives the folders.
+# Human order of table 1, best first, by the folder names of the original repository.
 PUBLISHED_ORDER = ("openjourney", "sd2-1", "dalle2", "sd1-4", "vd", "cogview2")
 
 
-def agreement(groups, scores, *, ks=KS, resamples=1000, level=0.95, seed=0):
-    """Table 3 for one model.
+def agreement(
+    groups: Sequence[RankedPrompt],
+    scores: Sequence[Sequence[float]],
+    *,
+    ks: Sequence[int] = KS,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, bootstrap.Estimate]:
+    """Computes table 3 for one model.
 
     Args:
         groups: P `RankedPrompt`s.
-        scores: list of P lists, the score of every picture.
+        scores: list of P lists, the score of every image.
         ks: the k of recall@k and filter@k.
 
     Returns:
@@ -35,10 +46,10 @@ def _at(count, k):
     return lambda ranks, scores: count(ranks, scores, k)
 
 
-def disagreement(groups, scores_of_models):
-    """[P] how much the models contradict people on each prompt: share of pairs ordered wrongly, mean over models.
+def disagreement(groups: Sequence[RankedPrompt], scores_of_models: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
+    """Computes the share of wrongly ordered pairs per prompt [P], mean over models.
 
-    NaN for prompts without a pair. `scores_of_models` is a list, one entry a model, of what `agreement` takes.
+    NaN for prompts without a pair. `scores_of_models` has the `scores` of `agreement` per model.
     """
     shares = []
     for scores in scores_of_models:
@@ -48,12 +59,19 @@ def disagreement(groups, scores_of_models):
     return np.mean(shares, axis=0)
 
 
-def generator_means(scores, *, human_order=None, resamples=1000, level=0.95, seed=0):
-    """Table 1 for one model.
+def generator_means(
+    scores: dict[str, np.ndarray],
+    *,
+    human_order: Sequence[str] | None = None,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[dict[str, bootstrap.Estimate], bootstrap.Estimate | None]:
+    """Computes table 1 for one model.
 
     Args:
-        scores: {generator: [P, K] the score of every picture}; as many prompts for each.
-        human_order: the generators from the best to the worst, or None where it is not known.
+        scores: {generator: [P, K] the score of every image}; equally many prompts for each.
+        human_order: the generators from the best to the worst, or None if unknown.
 
     Returns:
         ({generator: Estimate of the mean over prompts of a prompt's mean}, Spearman's rho to the human order as an

@@ -1,10 +1,16 @@
-"""Results as tables for a terminal."""
+"""Formats results as tables for a terminal."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
+
+from imagereward_jax.agreement.bootstrap import Estimate
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
-def table(header, rows):
-    """Columns aligned: the first to the left, the others to the right."""
+def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """Formats a table; the first column is left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
@@ -16,29 +22,29 @@ def table(header, rows):
     return "\n".join(line.rstrip() for line in lines)
 
 
-def percent(estimate):
-    """ "65.14 [63.90, 66.38]", or "-" where there are no cases."""
+def percent(estimate: Estimate) -> str:
+    """Formats a share in per cent: "65.14 [63.90, 66.38]", or "-" if there are no cases."""
     return number(estimate, 100, 2)
 
 
-def number(estimate, scale=1.0, digits=4):
-    """A value with its interval."""
+def number(estimate: Estimate, scale: float = 1.0, digits: int = 4) -> str:
+    """Formats a value with its interval."""
     if math.isnan(estimate.value):
         return "-"
     value, low, high = (f"{scale * x:.{digits}f}" for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
 
 
-def agreement_table(results):
-    """Table 3 of {model: {metric: Estimate}}, one row a model: (header, rows)."""
+def agreement_table(results: dict[str, dict[str, Estimate]]) -> Table:
+    """Makes table 3 of {model: {metric: Estimate}}, one row per model: (header, rows)."""
     names = list(next(iter(results.values())))
     return ["model", *(f"{name} %" for name in names)], [
         [model, *(percent(row[name]) for name in names)] for model, row in results.items()
     ]
 
 
-def generator_table(results):
-    """Table 1 of {model: (means, rho)}, one row a generator and the last for rho: (header, rows)."""
+def generator_table(results: dict[str, tuple[dict[str, Estimate], Estimate | None]]) -> Table:
+    """Makes table 1 of {model: (means, rho)}, one row per generator and a last one for rho: (header, rows)."""
     first, rho = next(iter(results.values()))
     best_first = sorted(first, key=lambda name: -first[name].value)
     rows = [[name, *(number(means[name]) for means, _ in results.values())] for name in best_first]

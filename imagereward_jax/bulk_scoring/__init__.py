@@ -1,1 +1,1 @@
-"""Many pictures through a scorer: decoding beside computing, tables in and out, and the journal of a run."""
+"""Bulk scoring: reads tables of images, decodes while devices compute, keeps a journal of finished chunks."""

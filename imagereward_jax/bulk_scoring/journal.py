@@ -1,14 +1,16 @@
-"""What a run over many rows has done so far, so that one that was killed goes on where it was.
+"""Journal of finished chunks of a run over many rows, so that a killed run resumes.
 
-OUTPUT.parts/ holds settings.json (what the run is) and a file for each process, one line for each chunk of rows that
-is finished. A chunk counts once its line ends in a newline; the beginning of a line that a kill cut short is removed.
+OUTPUT.parts/ holds settings.json (the run's settings) and a file per process with one line per finished chunk of rows.
+A chunk counts once its line ends in a newline; an incomplete line from a kill is removed.
 """
 
 import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.storage.files import write_text
@@ -17,29 +19,29 @@ SETTINGS = "settings.json"
 
 
 class Journal:
-    """The journal of one output, opened for one process.
+    """Journal of one output, opened by one process.
 
     Args:
-        output: the file that the run makes; the journal is the folder OUTPUT.parts beside it.
-        settings: dict of what must not change between runs.
-        process: the number of this process.
+        output: output file of the run; the journal is the folder OUTPUT.parts beside it.
+        settings: dict of settings that must not change on resume.
+        process: index of this process.
 
     Raises:
-        DataError: another process of this number is at work, the journal is of another run, or it is damaged.
+        DataError: another process with this index is running, the journal is of another run, or it is damaged.
     """
 
-    def __init__(self, output, settings, process=0):
+    def __init__(self, output: str | os.PathLike, settings: dict[str, Any], process: int = 0) -> None:
         self.folder = parts_folder(output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_settings(settings)
         path = self.folder / f"{process:05d}.jsonl"
-        self._file = open(path, "a+b")  # noqa: SIM115 (held, and with it the lock, until `close`)
+        self._file = open(path, "a+b")  # noqa: SIM115 (open until `close`, and with it the lock)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
             raise DataError(
-                f"{path}: another process is writing this; wait for it, or choose another output"
+                f"{path}: another process is writing this file; wait for it, or choose another output"
             ) from error
         _remove_cut_line(self._file)
 
@@ -51,17 +53,17 @@ class Journal:
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}: broken JSON ({error}); delete {self.folder} to start anew") from error
+            raise DataError(f"{path}: broken JSON ({error}); delete {self.folder} to start over") from error
         changed = [f"{name}: {there.get(name)!r} there, {value!r} now" for name, value in settings.items()
                    if there.get(name) != value]  # fmt: skip
         if changed:
             raise DataError(
-                f"{self.folder} is of another run ({'; '.join(changed)}); repeat that run's command to finish it, or "
-                "delete the folder to start anew"
+                f"{self.folder} belongs to another run ({'; '.join(changed)}); repeat that run's command to finish it, "
+                "or delete the folder to start over"
             )
 
-    def done(self):
-        """{chunk number: {"scores", "errors"}} of all processes.
+    def done(self) -> dict[int, dict[str, Any]]:
+        """Reads {chunk index: {"scores", "errors"}} of all processes.
 
         Raises:
             DataError: a line is damaged.
@@ -79,19 +81,19 @@ class Journal:
                     ) from error
         return chunks
 
-    def add(self, chunk, scores, errors):
-        """Records a finished chunk: `scores` with None for a picture that was skipped, `errors` {row in it: why}."""
+    def add(self, chunk: int, scores: Sequence[float | None], errors: dict[int, str]) -> None:
+        """Records a finished chunk: `scores` with None for a skipped image, `errors` {row in the chunk: reason}."""
         entry = {"chunk": chunk, "scores": scores, "errors": {str(index): text for index, text in errors.items()}}
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self):
-        """Lets go of the lock."""
+    def close(self) -> None:
+        """Closes the file and releases the lock."""
         self._file.close()
 
-    def remove(self):
-        """Deletes the journal of a finished run: at once by its name, so that no half of it is taken for a journal."""
+    def remove(self) -> None:
+        """Deletes the journal of a finished run; it is renamed first, so that no partial journal remains."""
         self.close()
         done = self.folder.with_name(f".{self.folder.name}.done")
         shutil.rmtree(done, ignore_errors=True)
@@ -99,8 +101,8 @@ class Journal:
         shutil.rmtree(done, ignore_errors=True)
 
 
-def parts_folder(output):
-    """Where the journal of an output file is."""
+def parts_folder(output: str | os.PathLike) -> Path:
+    """Returns the journal's folder of an output file."""
     return Path(output).with_name(f"{Path(output).name}.parts")
 
 

@@ -1,15 +1,16 @@
-"""Rows of (prompt, image) from files and folders, and the same with a score column back into a file."""
+"""Reads rows of (prompt, image) from files and folders, and writes them with a score column."""
 
 import csv
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imagereward_jax.bulk_scoring.stream import Item, Unusable
-from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError, missing_file
+from imagereward_jax.data.images import SUFFIXES, find_image
 from imagereward_jax.data.pairs import IMAGE_COLUMNS, METADATA, read_pairs_table
 from imagereward_jax.data.prompts import PROMPT_COLUMNS
 from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column
@@ -18,13 +19,13 @@ OUTPUTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 class Rows(NamedTuple):
-    """What is to be scored: the table as it was read, and an `Item` for each row of it."""
+    """Rows to score: the table, and an `Item` per row."""
 
     table: Table
-    items: list
+    items: list[Item]
 
-    def digest(self):
-        """A hash of all prompts and of what the pictures are called (of their content, where they are in the table)."""
+    def digest(self) -> str:
+        """Hashes all prompts and image paths (the image content if it is in the table)."""
         sha = hashlib.sha256()
         for item in self.items:
             image = item.image if isinstance(item.image, bytes) else str(item.image).encode("utf-8", "ignore")
@@ -33,22 +34,29 @@ class Rows(NamedTuple):
         return sha.hexdigest()
 
 
-def read_rows(source, *, prompt=None, prompt_column=None, image_column=None, skip_errors=False):
-    """Reads what to score.
+def read_rows(
+    source: str | os.PathLike,
+    *,
+    prompt: str | None = None,
+    prompt_column: str | None = None,
+    image_column: str | None = None,
+    skip_errors: bool = False,
+) -> Rows:
+    """Reads the rows to score.
 
     Args:
         source: a .csv, .tsv, .json, .jsonl or .parquet file with a prompt and an image column (paths relative to the
-            file, or encoded pictures), a folder of pictures as for training pairs (metadata.jsonl, or a .txt beside
-            each picture), a folder saved by `datasets`, ...; with `prompt` a folder of pictures alone will do.
+            file, or encoded images), a folder of images as for training pairs (metadata.jsonl, or a .txt beside
+            each image), a folder saved by `datasets`, ...; with `prompt` also a folder of images alone.
         prompt: one prompt for all rows, instead of a column.
-        prompt_column, image_column: their names, if not the usual ones.
-        skip_errors: a row whose picture is not there becomes an `Unusable`, instead of ending everything.
+        prompt_column, image_column: names of the columns, if not the usual ones.
+        skip_errors: turns a missing image into an `Unusable` instead of raising.
 
     Raises:
-        DataError, MissingDataError: naming file and row.
+        DataError, MissingDataError: the message names file and row.
     """
     if prompt is not None and prompt_column is not None:
-        raise DataError("--prompt is for all rows; do not give --prompt-column as well")
+        raise DataError("--prompt applies to all rows; do not pass --prompt-column as well")
     table = _read(Path(source).expanduser(), source, prompt)
     image_column = pick_column(table, image_column, IMAGE_COLUMNS, "--image-column")
     if prompt is None:
@@ -60,7 +68,7 @@ def read_rows(source, *, prompt=None, prompt_column=None, image_column=None, ski
     for i, value in enumerate(column_values(table, image_column)):
         where = table.where(i)
         try:
-            image = images.find_image(value, table.folder, where)
+            image = find_image(value, table.folder, where)
         except DataError as error:
             if not skip_errors:
                 raise
@@ -73,37 +81,35 @@ def _read(path, source, prompt):
     bare = prompt is not None and path.is_dir() and not any((path / name).is_file() for name in METADATA)
     if not bare:
         return read_pairs_table(str(source), "train")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in images.SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise DataError(f"{path}: no pictures in it ({', '.join(images.SUFFIXES)})")
+        raise DataError(f"{path}: it contains no images ({', '.join(SUFFIXES)})")
     rows = [{"image": str(file.relative_to(path)), "prompt": prompt} for file in files]
     return Table(str(path), rows, lambda i: str(files[i]), path)
 
 
-def check_output(path, table, names, overwrite=False):
-    """Refuses an output that cannot be written, before anything is scored.
+def check_output(path: str | os.PathLike, table: Table, names: Sequence[str], overwrite: bool = False) -> None:
+    """Checks that the output can be written, before anything is scored.
 
     Args:
-        names: the columns that will be added.
+        names: columns to add.
 
     Raises:
-        DataError, FileExistsError: of an unknown kind, in no folder, there already, with columns that are there
-            already, or with pictures in cells of text.
+        DataError, FileExistsError: the file type is unknown, the folder does not exist, the file or a column exists
+            already, or the rows hold images that a text file cannot store.
     """
     path = Path(path)
     if path.suffix.lower() not in OUTPUTS:
-        raise DataError(f"--output {path}: cannot tell what file to write; expected one of {', '.join(OUTPUTS)}")
+        raise DataError(f"--output {path}: unknown file type; expected one of {', '.join(OUTPUTS)}")
     if not path.parent.is_dir():
         raise missing_file(path, "output file")
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f"--output {path} exists already; choose another file, or pass --overwrite")
     taken = [name for name in names if name in (table.columns() or ())]
     if taken:
-        raise DataError(
-            f"{table.name}: has a column {taken[0]!r} already; call the new one otherwise with --score-column"
-        )
+        raise DataError(f"{table.name}: has a column {taken[0]!r} already; choose another name with --score-column")
     if path.suffix.lower() != ".parquet" and any(_has_bytes(value) for value in table.rows[0].values()):
-        raise DataError(f"--output {path}: the rows hold encoded pictures, which only .parquet can keep")
+        raise DataError(f"--output {path}: the rows hold encoded images, which only .parquet can store")
 
 
 def _has_bytes(value):
@@ -111,12 +117,12 @@ def _has_bytes(value):
     return any(not isinstance(item, (str, int, float, bool, list, dict, type(None))) for item in values)
 
 
-def write_rows(path, table, added):
-    """Writes the rows of a table with new columns behind the others. The file appears whole or not at all.
+def write_rows(path: str | os.PathLike, table: Table, added: dict[str, Sequence[Any]]) -> None:
+    """Writes the rows of a table with new columns at the end. The file appears complete or not at all.
 
     Args:
-        path: its suffix says what kind.
-        added: {column: list of a value for each row, None for none}: the scores, and after them errors if any.
+        path: its suffix selects the file type.
+        added: {column: a value or None per row}: the scores, then the errors if any.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.tmp")
@@ -143,7 +149,7 @@ def _write_csv(partial, suffix, table, added):
 
 
 def _write_json(partial, suffix, table, added):
-    """Halves of characters are written as JSON's escapes, which is how they came in."""
+    """Writes JSON; lone surrogates become JSON escapes, as in the input."""
     lines = (json.dumps(row, ensure_ascii=False) for row in _merged(table, added))
     with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         if suffix == ".jsonl":
@@ -156,7 +162,7 @@ def _write_parquet(partial, suffix, table, added):
     import pyarrow
     import pyarrow.parquet
 
-    arrow = getattr(table.rows, "table", None)  # a Parquet file keeps its types
+    arrow = getattr(table.rows, "table", None)  # set for Parquet files, whose column types are kept
     if arrow is None:
         arrow = pyarrow.Table.from_pylist([dict(row) for row in table.rows])
     for (name, values), kind in zip(added.items(), (pyarrow.float32(), pyarrow.string())):

@@ -1,9 +1,13 @@
-"""The scorers that commands take by name; each has `batch_size`, `prepare` and `score_prepared`."""
+"""Scorers by name, for the commands."""
 
 import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from imagereward_jax.bulk_scoring.stream import Scorer
 from imagereward_jax.rewards.base import ranks_of
 from imagereward_jax.rewards.preprocess import as_image_list, host_pixels
 
@@ -11,33 +15,40 @@ RANDOM = "random"
 
 
 class RandomScorer:
-    """The baseline that knows nothing: N(0, 1), the same whenever prompt, picture and seed are."""
+    """Random baseline: N(0, 1), a function of prompt, image and seed."""
 
-    def __init__(self, seed=0, batch_size=16):
+    def __init__(self, seed: int = 0, batch_size: int = 16) -> None:
         self.seed, self.batch_size = seed, batch_size
 
-    def prepare(self, image, name="image"):
-        """A small copy of the picture, float32 [16, 16, 3], that stands for its content."""
+    def prepare(self, image: Any, name: str = "image") -> np.ndarray:
+        """Shrinks the image to float32 [16, 16, 3], which seeds its score."""
         return host_pixels(image, 16, name)
 
-    def score_prepared(self, prompts, pixels):
-        """[B] float32 NumPy array."""
-        return np.array([self._draw(prompt, picture) for prompt, picture in zip(prompts, pixels)], np.float32)
+    def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Draws scores [B] float32."""
+        return np.array([self._draw(prompt, image) for prompt, image in zip(prompts, pixels)], np.float32)
 
-    def inference_rank(self, prompt, images):
-        """As `rewards.base.Reward.inference_rank`."""
+    def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]:
+        """See `rewards.base.Reward.inference_rank`."""
         images = as_image_list(images)[0]
         pixels = [self.prepare(image, f"image {i}") for i, image in enumerate(images)]
         scores = self.score_prepared([prompt] * len(images), pixels).tolist()
         return ranks_of(scores), scores
 
-    def _draw(self, prompt, picture):
-        digest = hashlib.sha256(f"{self.seed}\n{prompt}\n".encode("utf-8", "ignore") + picture.tobytes()).digest()
+    def _draw(self, prompt, image):
+        digest = hashlib.sha256(f"{self.seed}\n{prompt}\n".encode("utf-8", "ignore") + image.tobytes()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal()
 
 
-def open_scorer(name, *, tokenizer=None, dtype="float32", batch_size=16, seed=0):
-    """The scorer called `name`: "random", or whatever `rewards.registry.open_reward` takes.
+def open_scorer(
+    name: str,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Scorer:
+    """Opens a scorer by name: "random", or a name for `rewards.registry.open_reward`.
 
     Raises:
         FileNotFoundError, ValueError: as `open_reward`.

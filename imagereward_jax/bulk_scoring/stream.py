@@ -1,60 +1,77 @@
-"""Pictures are read by threads while the devices compute the scores of those before."""
+"""Scores images in chunks; threads read the next images while the devices compute."""
 
 import collections
 import io
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import jax
+import numpy as np
 from PIL import Image
 
 from imagereward_jax.rewards.preprocess import ImageError
 
-CHUNKS_AHEAD = 2  # read before they are needed, so that one slow picture does not stall the devices
+CHUNKS_AHEAD = 2  # chunks read ahead, so that one slow image does not stall the devices
+
+
+class Scorer(Protocol):
+    """Anything that scores images in bulk: a `Reward`, a `RuleReward` or the random baseline."""
+
+    batch_size: int
+
+    def prepare(self, image: Any, name: str = "image") -> np.ndarray: ...
+
+    def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> jax.Array | np.ndarray: ...
+
+    def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]: ...
 
 
 class Item(NamedTuple):
-    """One picture to score: `image` is a path, the bytes of a file, or an array; `where` names its row in errors."""
+    """One image to score: `image` is a path, the bytes of a file, or an array; `where` names its row in errors."""
 
     prompt: str
-    image: object
+    image: Any
     where: str
 
 
 class Unusable(str):
-    """In place of an image: why there is none."""
+    """Takes the place of a missing image; the text gives the reason."""
 
 
 class Scored(NamedTuple):
-    """What became of a chunk: `scores` [n] floats, None for a picture that could not be used; `errors` {index: why}."""
+    """Results of a chunk: `scores` [n] floats, None for a broken image; `errors` {index: reason}."""
 
-    scores: list
-    errors: dict
+    scores: list[float | None]
+    errors: dict[int, str]
 
 
 class ScoringError(RuntimeError):
-    """The scorer gave something that is no number."""
+    """The scorer returned NaN or Inf."""
 
 
-def default_workers():
-    """Threads that read pictures: one a core, 16 at most."""
+def default_workers() -> int:
+    """Number of threads that read images: one per core, at most 16."""
     return min(16, os.cpu_count() or 1)
 
 
-def score_chunks(scorer, chunks, *, workers=None, skip_errors=False):
-    """Scores chunks of pictures in order.
+def score_chunks(
+    scorer: Scorer, chunks: Iterable[list[Item]], *, workers: int | None = None, skip_errors: bool = False
+) -> Iterator[Scored]:
+    """Scores chunks of images in order.
 
     Args:
-        scorer: has `prepare(image, name)` and `score_prepared(prompts, prepared)`.
+        scorer: a `Scorer`.
         chunks: iterable of lists of `Item`, each of at most the scorer's `batch_size`.
-        workers: threads that read.
-        skip_errors: a picture that cannot be read gets None and a line in `errors`, instead of ending everything.
+        workers: number of threads that read.
+        skip_errors: gives a broken image None and an entry in `errors`, instead of raising.
 
     Yields:
-        A `Scored` for each chunk.
+        A `Scored` per chunk.
 
     Raises:
-        ImageError: a picture cannot be used (unless `skip_errors`); the message names row and file.
+        ImageError: an image cannot be used (unless `skip_errors`); the message names row and file.
         ScoringError: a score is not a finite number.
     """
     workers = workers or default_workers()
@@ -65,7 +82,7 @@ def score_chunks(scorer, chunks, *, workers=None, skip_errors=False):
                 reading.append((chunk, [pool.submit(_prepare, scorer, item) for item in chunk]))
                 if len(reading) > CHUNKS_AHEAD:
                     running.append(_start(scorer, *reading.popleft(), skip_errors))
-                if len(running) > 1:  # one is computed while the scores of the last are fetched
+                if len(running) > 1:  # computes one chunk while the scores of the previous one are fetched
                     yield _finish(*running.popleft())
             while reading or running:
                 if reading:
@@ -76,8 +93,10 @@ def score_chunks(scorer, chunks, *, workers=None, skip_errors=False):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def score_items(scorer, items, *, workers=None, progress=None):
-    """The scores of a list of `Item`s, floats in their order. `progress` is called with how many more are done."""
+def score_items(
+    scorer: Scorer, items: Sequence[Item], *, workers: int | None = None, progress: Callable[[int], Any] | None = None
+) -> list[float]:
+    """Scores a list of `Item`s, in order. `progress` is called with the number of images since the last call."""
     size, scores = scorer.batch_size, []
     chunks = (items[start : start + size] for start in range(0, len(items), size))
     for scored in score_chunks(scorer, chunks, workers=workers):
@@ -102,11 +121,11 @@ def _decode(item):
     try:
         return Image.open(io.BytesIO(item.image))
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
-        raise ImageError(f"{item.where}: the picture in this row cannot be read ({error})") from error
+        raise ImageError(f"{item.where}: the image in this row cannot be read ({error})") from error
 
 
 def _start(scorer, chunk, futures, skip_errors):
-    """Hands the pictures of a chunk that could be read to the devices."""
+    """Starts to score the readable images of a chunk."""
     prepared, errors = {}, {}
     for index, future in enumerate(futures):
         try:
@@ -126,6 +145,8 @@ def _finish(chunk, indices, scores, errors):
     result = [None] * len(chunk)
     for index, score in zip(indices, [] if scores is None else scores.tolist()):
         if not abs(score) < float("inf"):  # NaN too
-            raise ScoringError(f"{chunk[index].where}: the score is {score}; the weights may be broken")
+            raise ScoringError(
+                f"{chunk[index].where}: the score is {score}, not a finite number; the weights may be broken"
+            )
         result[index] = score
     return Scored(result, errors)

@@ -1,7 +1,7 @@
 """A script for the Stable Diffusion web UI (AUTOMATIC1111): scores, filters and sorts what was generated.
 
 Install this package into the web UI's environment, copy this file into its `scripts` folder, restart it, and choose
-"ImageReward scores" under Script. Pictures are saved once they are scored, with the score among their parameters, and
+"ImageReward scores" under Script. Images are saved once they are scored, with the score among their parameters, and
 those below the limit are neither shown nor saved.
 """
 
@@ -9,6 +9,8 @@ import gc
 import math
 import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import gradio as gr
 from modules import images, prompt_parser, scripts
@@ -26,7 +28,7 @@ ROW_FIELDS = ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds"
 loaded = {}  # {(model, device): scorer}, of one; both tabs of the web UI share it
 
 
-def load_model(name, device):
+def load_model(name: str, device: str) -> Any:
     """The scorer, loaded at its first use in place of any other."""
     key = (name.strip() or MODEL, device)
     if key not in loaded:
@@ -37,7 +39,7 @@ def load_model(name, device):
     return loaded[key]
 
 
-def unload_model():
+def unload_model() -> str:
     """Frees the scorer's memory; returns what to tell the user."""
     if not loaded:
         return "No model is loaded."
@@ -49,20 +51,20 @@ def unload_model():
     return "The model is unloaded."
 
 
-def plain_prompt(prompt):
+def plain_prompt(prompt: str) -> str:
     """The prompt as a person would say it: without `<lora:...>` and the marks of emphasis."""
     prompt = re.sub(r"<\w+:[^>]*>", "", prompt)
     parts = prompt_parser.parse_prompt_attention(prompt)
     return "".join(", " if text == "BREAK" else text for text, _ in parts).strip()
 
 
-def with_score(infotext, score):
-    """The picture's parameters with the score behind the last of them, where the web UI can still read them."""
+def with_score(infotext: str, score: float) -> str:
+    """The image's parameters with the score behind the last of them, where the web UI can still read them."""
     return f"{infotext}, {LABEL}: {score:.4f}" if infotext else f"{LABEL}: {score:.4f}"
 
 
-def chosen(scores, limit, sort):
-    """Numbers of the pictures to show: those not below `limit` (None for no limit), best first if `sort`."""
+def chosen(scores: Sequence[float], limit: float | None, sort: bool) -> list[int]:
+    """Numbers of the images to show: those not below `limit` (None for no limit), best first if `sort`."""
     kept = [i for i, score in enumerate(scores) if limit is None or score >= limit]
     return sorted(kept, key=lambda i: -scores[i]) if sort else kept
 
@@ -70,15 +72,15 @@ def chosen(scores, limit, sort):
 class Script(scripts.Script):
     """What the web UI shows and calls; see `modules.scripts.Script`."""
 
-    def title(self):
+    def title(self) -> str:
         return "ImageReward scores"
 
-    def show(self, is_img2img):
+    def show(self, is_img2img: bool) -> bool:
         return True
 
-    def ui(self, is_img2img):
+    def ui(self, is_img2img: bool) -> list[Any]:
         with gr.Row():
-            filter_low = gr.Checkbox(value=False, label="Leave out pictures below the limit")
+            filter_low = gr.Checkbox(value=False, label="Leave out images below the limit")
             limit = gr.Number(value=0.0, label="Limit (a score of 0 is average, 1 is good)")
             sort = gr.Checkbox(value=True, label="Best first")
         with gr.Row():
@@ -90,7 +92,7 @@ class Script(scripts.Script):
         unload.click(fn=unload_model, inputs=[], outputs=[status])
         return [filter_low, limit, sort, model, device]
 
-    def run(self, p, filter_low, limit, sort, model, device):
+    def run(self, p: Any, filter_low: bool, limit: float | None, sort: bool, model: str, device: str) -> Any:
         """Generates, scores, and returns what is kept.
 
         Args:
@@ -98,7 +100,7 @@ class Script(scripts.Script):
             filter_low, limit, sort, model, device: values of the components of `ui`.
 
         Returns:
-            The `Processed` of the generation with its pictures and all that goes with them chosen and put in order.
+            The `Processed` of the generation with its images and all that goes with them chosen and put in order.
         """
         limit = self._limit(filter_low, limit)
         scorer = load_model(model, device)
@@ -110,7 +112,7 @@ class Script(scripts.Script):
         kept = chosen(scores, limit, sort)
         _keep(processed, kept)
         if len(kept) < len(scores):
-            low = f"{len(scores) - len(kept)} of {len(scores)} pictures scored below {limit:g}"
+            low = f"{len(scores) - len(kept)} of {len(scores)} images scored below {limit:g}"
             processed.comments = f"{processed.comments}{low} (the best {max(scores):.4f})\n"
         _save(p, processed)
         _add_grid(p, processed)
@@ -126,7 +128,7 @@ class Script(scripts.Script):
 
 
 def _generate_unsaved(p):
-    """`process_images`, without writing files or a grid: both are made of the pictures that are kept."""
+    """`process_images`, without writing files or a grid: both are made of the images that are kept."""
     before = p.do_not_save_samples, p.do_not_save_grid
     p.do_not_save_samples = p.do_not_save_grid = True
     try:
@@ -136,7 +138,7 @@ def _generate_unsaved(p):
 
 
 def _take_extras(processed):
-    """Takes away what other scripts put behind the pictures (maps, masks), which has no parameters and no score."""
+    """Takes away what other scripts put behind the images (maps, masks), which has no parameters and no score."""
     count = min(len(processed.images), len(processed.infotexts), len(processed.all_prompts))
     extras = processed.images[count:]
     processed.images = processed.images[:count]
@@ -151,7 +153,7 @@ def _add_scores(processed, scores):
 
 
 def _keep(processed, kept):
-    """Leaves only the pictures `kept`, in that order. Without any the texts stay, since the web UI shows the first."""
+    """Leaves only the images `kept`, in that order. Without any the texts stay, since the web UI shows the first."""
     processed.images = [processed.images[i] for i in kept]
     if not kept:
         return
@@ -163,7 +165,7 @@ def _keep(processed, kept):
 
 
 def _save(p, processed):
-    """Writes the pictures, if the web UI is set to."""
+    """Writes the images, if the web UI is set to."""
     if not p.save_samples():
         return
     for i, image in enumerate(processed.images):
@@ -181,7 +183,7 @@ def _save(p, processed):
 
 
 def _add_grid(p, processed):
-    """Puts a sheet of the pictures before them and saves it, if the web UI is set to."""
+    """Puts a sheet of the images before them and saves it, if the web UI is set to."""
     count = len(processed.images)
     if p.do_not_save_grid or count == 0 or (count < 2 and opts.grid_only_if_multiple):
         return

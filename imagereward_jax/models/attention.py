@@ -1,47 +1,57 @@
-"""Scaled dot-product attention, by the way that suits the device and the shapes.
+"""Scaled dot-product attention; the implementation depends on the device and the shapes.
 
 - "cudnn": the fused kernel of NVIDIA GPUs, half precision.
 - "pallas": the flash kernel for TPUs that ships with jax.
-- "blocks": plain XLA, one block of queries (or, backward, of keys) after the other, with the softmax's statistics kept
-  for the backward pass, so that no [T, S] matrix of a whole picture is ever stored (FlashAttention, arXiv 2205.14135).
-  On the CPU a block fits its caches, which is what makes it fast there.
-- "plain": everything at once; what short sequences and masks take.
+- "blocks": plain XLA, one block of queries (backward: of keys) after the other. The softmax statistics are kept for the
+  backward pass, so the [T, S] matrix of a whole image is never stored (FlashAttention, arXiv 2205.14135). On the CPU
+  it is fast because a block fits the caches.
+- "plain": everything at once; used for short sequences and masks.
 
-All take the softmax in float32 and agree within the rounding of the dtype.
+All compute the softmax in float32 and agree within the rounding of the dtype.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from imagereward_jax.models.hardware import current_platform, precision
 from imagereward_jax.models.sharding import batch_mesh, shard_batch, splitting_mesh
 
 PATHS = ("plain", "blocks", "pallas", "cudnn")
-LONG = 256 * 256  # query-key pairs from which on the whole matrix of logits is not worth storing
+LONG = 256 * 256  # query-key pairs; from here on the whole matrix of logits is not stored
 CPU_BLOCK, BLOCK = 256, 1024  # queries at once
 PALLAS_BLOCK = 512
-PROMPT = 128  # keys of an attention to a prompt: its logits are no larger than the activations around it
+PROMPT = 128  # keys of cross-attention to a prompt: its logits are no larger than the activations around it
 SMALLEST_BLOCK = 64
 
 
-def attention(query, key, value, *, mask=None, drop=None, path=None):
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
+    path: str | None = None,
+) -> jax.Array:
     """Scaled dot-product attention with a float32 softmax.
 
     Args:
         query: [B, T, heads, head_dim]; key, value: [B, S, heads, head_dim].
-        mask: boolean, broadcastable to [B, heads, T, S]; True takes part.
-        drop: what is done to the weights [B, heads, T, S] before they are used, e.g. dropout; None for nothing.
-        path: one of `PATHS`; by default what `choose_path` says.
+        mask: boolean, broadcastable to [B, heads, T, S]; True is attended to.
+        drop: applied to the weights [B, heads, T, S] before they are used, e.g. dropout; None for nothing.
+        path: one of `PATHS`; by default `choose_path` decides.
 
     Returns:
         [B, T, heads, head_dim] in the dtype of `query`.
 
     Raises:
-        ValueError: there is no such path, or it takes no mask.
+        ValueError: the path is unknown, or does not support a mask.
     """
     query, key, value = (shard_batch(x) for x in (query, key, value))
     whole = mask is not None or drop is not None
@@ -51,19 +61,21 @@ def attention(query, key, value, *, mask=None, drop=None, path=None):
     if path == "plain":
         return _plain(query, key, value, mask, drop)
     if whole:
-        raise ValueError(f"attention path {path!r} takes no mask and drops nothing; 'plain' does")
+        raise ValueError(f"attention path {path!r} supports neither mask nor dropout; use 'plain'")
     if path == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     return _on_each_device(_pallas if path == "pallas" else _blocks, query, key, value)
 
 
-def choose_path(platform, query_shape, key_shape, dtype, *, masked=False):
-    """The path for arrays of these shapes on "cpu", "gpu", "cuda" or "tpu"."""
+def choose_path(
+    platform: str, query_shape: Sequence[int], key_shape: Sequence[int], dtype: DTypeLike, *, masked: bool = False
+) -> str:
+    """Chooses the path for arrays of these shapes on "cpu", "gpu", "cuda" or "tpu"."""
     (batch, queries, _, head_dim), keys = query_shape, key_shape[1]
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if masked:
         return "plain"
-    even = queries % 2 == 0 and keys % 2 == 0  # jax (0.10) refuses cuDNN's gradient for others, such as 77 tokens
+    even = queries % 2 == 0 and keys % 2 == 0  # jax (0.10) rejects cuDNN's gradient for odd lengths, such as 77 tokens
     if platform in ("gpu", "cuda") and half and even and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     if queries * keys < LONG or (keys <= PROMPT and platform != "cpu"):
@@ -74,7 +86,7 @@ def choose_path(platform, query_shape, key_shape, dtype, *, masked=False):
 
 
 def _can_split(batch):
-    """Whether each device can be given whole rows of the batch; on several devices only a known mesh tells how."""
+    """Whether each device gets whole rows of the batch; on several devices this needs a known mesh."""
     mesh = batch_mesh()
     return jax.device_count() == 1 if mesh is None else batch % mesh.size == 0
 
@@ -105,7 +117,7 @@ def _pallas(query, key, value):
 
 
 def _on_each_device(function, *arrays):
-    """`function` of arrays [B, ...], each device with its rows, which the compiler does not find out by itself."""
+    """Applies `function` to arrays [B, ...] with the rows sharded, which the compiler does not do by itself."""
     mesh = splitting_mesh(arrays[0].shape[0])
     if mesh is not None:
         rows = PartitionSpec(mesh.axis_names)
@@ -114,7 +126,7 @@ def _on_each_device(function, *arrays):
 
 
 def _block_size(length):
-    """The largest divisor of `length` that is not over the platform's block; all of it if that were tiny."""
+    """Largest divisor of `length` within the platform's block size; `length` itself if that is tiny."""
     limit = CPU_BLOCK if current_platform() == "cpu" else BLOCK
     size = next(size for size in range(min(limit, length), 0, -1) if length % size == 0)
     return size if size >= SMALLEST_BLOCK else length
@@ -126,7 +138,7 @@ def _blocks(query, key, value):
 
 
 def _blocks_forward(query, key, value):
-    """(output, residuals): by the statistics log(sum(exp(logits))) the backward pass finds the weights again."""
+    """Returns (output, residuals); backward recomputes the weights from the statistics log(sum(exp(logits)))."""
     scaled = query * jnp.asarray(1 / math.sqrt(query.shape[-1]), query.dtype)
     block = _block_size(query.shape[1])
     output, statistics = _over_heads(functools.partial(_forward_head, block=block), scaled, key, value)
@@ -152,7 +164,7 @@ def _forward_head(query, key, value, *, block):
 
 def _blocks_backward(residuals, gradient):
     scaled, key, value, output, statistics = residuals
-    # sum(weights * d_weights) of each query, which the softmax's gradient subtracts
+    # sum(weights * d_weights) per query; the softmax's gradient subtracts it
     shift = (output.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1, keepdims=True)
     backward = functools.partial(_backward_head, block=_block_size(key.shape[1]))
     d_query, d_key, d_value = _over_heads(backward, scaled, key, value, gradient, statistics, shift)
@@ -161,7 +173,7 @@ def _blocks_backward(residuals, gradient):
 
 
 def _backward_head(query, key, value, gradient, statistics, shift, *, block):
-    """Block after block of keys, with keys as rows: so only one of the five products has to transpose a large matrix.
+    """Iterates over blocks of keys, with keys as rows: only one of the five products transposes a large matrix.
 
     All [N, T or S, D], statistics and shift [N, T, 1] -> float32 gradients by query, key and value.
     """
@@ -195,7 +207,7 @@ def _join(x):
 
 
 def _over_heads(function, *arrays):
-    """`function` on arrays [B, T, heads, D] as [N, T, D]: on the CPU head by head, elsewhere all at once."""
+    """Applies `function` to arrays [B, T, heads, D] as [N, T, D]: on the CPU head by head, elsewhere all at once."""
     batch = arrays[0].shape[0]
     arrays = tuple(x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[-1]) for x in arrays)
     if current_platform() == "cpu":

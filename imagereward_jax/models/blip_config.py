@@ -1,6 +1,7 @@
 """Sizes of the ImageReward network (`imagereward_jax.models.blip`), read from and written to JSON."""
 
 import dataclasses
+from typing import Any
 
 TEXT_FIXED = {
     "hidden_act": "gelu",
@@ -9,8 +10,8 @@ TEXT_FIXED = {
     "is_decoder": False,
     "pad_token_id": 0,
 }
-# Fields that change nothing here: dropout is off, the segment embedding does not exist, encoder_width is the
-# vision width whatever the file says (as in BLIP), the rest is bookkeeping.
+# Fields without effect: dropout is off, there is no segment embedding, encoder_width is always the vision width (as in
+# BLIP), and the rest is bookkeeping.
 TEXT_IGNORED = {
     "architectures",
     "attention_probs_dropout_prob",
@@ -65,7 +66,7 @@ class VisionConfig:
             raise ValueError(f"vision config: heads {self.heads} does not divide width {self.width}")
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Image tokens, the class token included."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
@@ -93,11 +94,11 @@ class TextConfig:
             )
 
     @classmethod
-    def from_dict(cls, values, where="med_config"):
+    def from_dict(cls, values: dict[str, Any], where: str = "med_config") -> "TextConfig":
         """Reads the fields of a `med_config.json`.
 
         Raises:
-            ValueError: naming a field or value that is not implemented.
+            ValueError: a field or value is not implemented; the message names it.
         """
         values = {name: value for name, value in values.items() if name not in TEXT_IGNORED}
         for name, expected in TEXT_FIXED.items():
@@ -105,7 +106,8 @@ class TextConfig:
                 raise ValueError(f"{where}: {name} must be {expected!r}; other values are not implemented")
         return cls(**_known_fields(cls, values, where))
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of a `med_config.json`."""
         return {"model_type": "bert", **dataclasses.asdict(self), **TEXT_FIXED}
 
 
@@ -114,8 +116,8 @@ class BlipScoreConfig:
     """BLIP's two encoders and projections; the defaults are BLIP large (`model_large.pth`).
 
     Attributes:
-        projection_dim: width of the space in which pictures and prompts are compared.
-        max_prompt_tokens: prompts are padded and cut to this length.
+        projection_dim: width of the space in which images and prompts are compared.
+        max_prompt_tokens: prompts are padded or truncated to this length.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -126,20 +128,20 @@ class BlipScoreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImageRewardConfig:
-    """The whole scorer; the defaults are ImageReward v1.0.
+    """Sizes and score statistics of the scorer; the defaults are ImageReward v1.0.
 
     Attributes:
-        projection_dim: width of BLIP's two contrastive projections, which the checkpoint holds and the score
-            does not use.
-        head_sizes: outputs of the head's linear layers but the last, which has one.
-        max_prompt_tokens: prompts are padded and cut to this length.
+        projection_dim: width of BLIP's two contrastive projections; they are in the checkpoint, the score does not use
+            them.
+        head_sizes: output sizes of the head's linear layers, without the last (1).
+        max_prompt_tokens: prompts are padded or truncated to this length.
         score_mean, score_std: the score is `(head - score_mean) / score_std`.
     """
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     projection_dim: int = 256
-    head_sizes: tuple = (1024, 128, 64, 16)
+    head_sizes: tuple[int, ...] = (1024, 128, 64, 16)
     max_prompt_tokens: int = 35
     score_mean: float = 0.16717362830052426
     score_std: float = 1.0333394966054072
@@ -159,11 +161,11 @@ class ImageRewardConfig:
             raise ValueError(f"config: score_std must be above 0, not {self.score_std!r}")
 
     @classmethod
-    def from_dict(cls, values, where="config"):
-        """Reads what `to_dict` writes.
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> "ImageRewardConfig":
+        """Builds a config from the dict that `to_dict` returns.
 
         Raises:
-            ValueError: naming a field or value that is not implemented.
+            ValueError: a field or value is not implemented; the message names it.
         """
         values = dict(values)
         model_type = values.pop("model_type", "imagereward")
@@ -174,7 +176,8 @@ class ImageRewardConfig:
         text = TextConfig.from_dict(values.pop("text", {}), f"{where}: text")
         return cls(vision=VisionConfig(**vision), text=text, **values)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of a config.json."""
         values = dataclasses.asdict(self)
         values.update(text=self.text.to_dict(), head_sizes=list(self.head_sizes))
         return {"model_type": "imagereward", **values}

@@ -1,4 +1,4 @@
-"""CLIP whole, and the scores that are read off it: CLIP score, PickScore, HPSv2 and the aesthetic predictor.
+"""CLIP's two encoders and the scores based on them: CLIP score, PickScore, HPSv2 and the aesthetic predictor.
 
 Attribute names are the keys of transformers' `CLIPModel`. CLIP: arXiv 2103.00020.
 """
@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models import layers
 from imagereward_jax.models.blip import RewardHead
@@ -41,17 +42,17 @@ class CLIPVisionConfig:
             )
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Image tokens, the class token included."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers and the width of the space in which they meet.
+    """Sizes of both encoders and of their common space.
 
     Attributes:
-        scaled: whether the score is the cosine times the learnt scale exp(logit_scale) (PickScore) or the cosine.
+        scaled: whether the cosine is multiplied by the learnt scale exp(logit_scale) (PickScore).
     """
 
     text: CLIPTextConfig
@@ -61,9 +62,9 @@ class CLIPConfig:
 
 
 class CLIPVisionEmbeddings(nnx.Module):
-    """Pixels -> class token and patches, with positions."""
+    """Class token and patches of the pixels, plus position embeddings."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: layers.RngsLike) -> None:
         self.dtype, width = dtype, config.hidden_size
         self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
         self.patch_embedding = layers.Conv(
@@ -71,7 +72,7 @@ class CLIPVisionEmbeddings(nnx.Module):
         )
         self.position_embedding = layers.Embedding(config.tokens, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: jax.Array) -> jax.Array:
         patches = self.patch_embedding(pixels)
         patches = patches.reshape(len(patches), -1, patches.shape[-1])
         first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (len(patches), 1, patches.shape[-1]))
@@ -82,22 +83,22 @@ class CLIPVisionEmbeddings(nnx.Module):
 class CLIPVisionTransformer(nnx.Module):
     """Normalised pixels [B, S, S, 3] -> the normed class token [B, hidden_size]."""
 
-    def __init__(self, config, *, dtype, rngs):
+    def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: layers.RngsLike) -> None:
         width, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = CLIPVisionEmbeddings(config, dtype=dtype, rngs=rngs)
         self.pre_layrnorm = layers.LayerNorm(width, eps=eps, dtype=dtype)  # the checkpoints' spelling
         self.encoder = CLIPEncoder(config, causal=False, dtype=dtype, rngs=rngs)
         self.post_layernorm = layers.LayerNorm(width, eps=eps, dtype=dtype)
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: jax.Array) -> jax.Array:
         last, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return self.post_layernorm(last[:, 0])
 
 
 class CLIPImageEncoder(nnx.Module):
-    """The half of CLIP that reads pictures."""
+    """CLIP's image encoder and its projection."""
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: layers.RngsLike) -> None:
         self.config = config
         rngs = layers.Keys(rngs)
         self.vision_model = CLIPVisionTransformer(config.vision, dtype=dtype, rngs=rngs)
@@ -105,15 +106,15 @@ class CLIPImageEncoder(nnx.Module):
             config.vision.hidden_size, config.projection_dim, bias=False, dtype=dtype, rngs=rngs
         )
 
-    def encode_images(self, pixels):
+    def encode_images(self, pixels: jax.Array) -> jax.Array:
         """Normalised pixels [B, S, S, 3] -> unit vectors [B, projection_dim] float32."""
         return layers.unit(self.visual_projection(self.vision_model(pixels)))
 
 
 class CLIPScoreModel(CLIPImageEncoder):
-    """How well a prompt describes a picture: the cosine of their embeddings, times the learnt scale if `scaled`."""
+    """Agreement of prompt and image: the cosine of their embeddings, times the learnt scale if `scaled`."""
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: layers.RngsLike) -> None:
         super().__init__(config, dtype=dtype, rngs=rngs)
         text, rngs = config.text, layers.Keys(rngs)
         self.text_model = CLIPTextTransformer(text, dtype=dtype, rngs=rngs)
@@ -122,11 +123,11 @@ class CLIPScoreModel(CLIPImageEncoder):
         )
         self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)))
 
-    def score_prompts(self, image_embeds, input_ids):
+    def score_prompts(self, image_embeds: jax.Array, input_ids: jax.Array) -> jax.Array:
         """Scores [B] float32 of `encode_images`' vectors for prompts.
 
         Args:
-            input_ids: [B, L] integers; what follows the end-of-text token is not read.
+            input_ids: [B, L] integers; tokens after the end-of-text token are ignored.
         """
         text_embeds = layers.unit(self.text_projection(self.text_model(input_ids).pooled))
         cosine = (image_embeds * text_embeds).sum(-1)
@@ -134,17 +135,17 @@ class CLIPScoreModel(CLIPImageEncoder):
 
 
 class AestheticModel(CLIPImageEncoder):
-    """LAION's aesthetic predictor: how beautiful a picture is, about 1 to 10, whatever the prompt.
+    """LAION's aesthetic predictor: the beauty of an image, about 1 to 10, independent of the prompt.
 
     `mlp.layers` is `sac+logos+ava1-l14-linearMSE.pth`: Linear layers without activations over CLIP's unit vectors.
     """
 
     head_sizes = (1024, 128, 64, 16)
 
-    def __init__(self, config, *, dtype=jnp.float32, rngs):
+    def __init__(self, config: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: layers.RngsLike) -> None:
         super().__init__(config, dtype=dtype, rngs=rngs)
         self.mlp = RewardHead(config.projection_dim, self.head_sizes, rngs=rngs)
 
-    def score_prompts(self, image_embeds):
+    def score_prompts(self, image_embeds: jax.Array) -> jax.Array:
         """Scores [B] float32 of `encode_images`' vectors."""
         return self.mlp(image_embeds)

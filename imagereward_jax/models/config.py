@@ -1,19 +1,25 @@
-"""How a checkpoint's config.json becomes a frozen dataclass: nothing is accepted that is not implemented."""
+"""Reads a checkpoint's config.json into a frozen dataclass; settings that are not implemented are rejected."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
 
 
-def read_config(cls, values, *, fixed, ignored=()):
+def read_config(
+    cls: type[Config], values: dict[str, Any], *, fixed: Mapping[str, Sequence[Any]], ignored: Sequence[str] = ()
+) -> Config:
     """Builds the dataclass `cls` from a checkpoint's config.json.
 
     Args:
-        cls: a dataclass; its fields are the settings that may vary. Lists become tuples.
+        cls: a dataclass; its fields are the supported settings. Lists become tuples.
         values: the content of config.json.
-        fixed: name -> the values that are implemented, for settings that are not fields of `cls`.
-        ignored: names without influence on the network; so are all that begin with an underscore.
+        fixed: name -> implemented values, for settings that are not fields of `cls`.
+        ignored: names without effect on the network, beside all that begin with an underscore.
 
     Raises:
-        ValueError: naming the field and value that are not implemented.
+        ValueError: a field or value is not implemented; the message names it.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
     kept = {}
@@ -29,30 +35,30 @@ def read_config(cls, values, *, fixed, ignored=()):
     return cls(**kept)
 
 
-def write_config(config):
-    """The fields of a dataclass as config.json holds them: tuples become lists."""
+def write_config(config: Any) -> dict[str, Any]:
+    """Returns the fields of a dataclass as in config.json: tuples become lists."""
     values = dataclasses.asdict(config)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def check_choice(cls, name, value, choices):
-    """Refuses a `value` that is not among `choices`."""
+def check_choice(cls: type, name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises ValueError if `value` is not one of `choices`."""
     # 1 == True in Python, so types are compared too; 1 and 1.0 are the same setting.
     if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
         listed = " or ".join(map(repr, choices))
         raise ValueError(f"{cls.__name__}: {name}={value!r} is not implemented, only {listed}")
 
 
-def check_positive(config, *names):
-    """Refuses fields that are not a whole number of at least 1."""
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError if a field is not a whole number of at least 1."""
     for name in names:
         value = getattr(config, name)
         if not _is_positive(value):
             raise ValueError(f"{type(config).__name__}: {name}={value!r} should be a whole number of at least 1")
 
 
-def check_all_positive(config, *names):
-    """The same for fields that may also be a tuple of such numbers."""
+def check_all_positive(config: Any, *names: str) -> None:
+    """Like `check_positive`; a field may also be a tuple of such numbers."""
     for name in names:
         value = getattr(config, name)
         items = value if isinstance(value, tuple) else (value,)

@@ -1,11 +1,12 @@
-"""Dropout and drop path, on only where a training loss says so.
+"""Dropout and drop path, active only inside `noise`.
 
-A network calls `drop` wherever it could drop something; outside of `noise` that does nothing, so that scoring needs no
-key and no switch. Each call draws from a key of its own, in the order of the calls.
+A network calls `drop` at every place with dropout. Outside of `noise` this does nothing, so scoring needs no key. Each
+call uses a key of its own, in the order of the calls.
 """
 
 import contextlib
 import contextvars
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,12 @@ class _Noise:
 
 
 @contextlib.contextmanager
-def noise(key, **rates):
-    """Switches dropping on for what is traced inside.
+def noise(key: jax.Array, **rates: float | Sequence[float]) -> Iterator[None]:
+    """Enables dropout for code traced inside.
 
     Args:
         key: a `jax.random` key.
-        **rates: by kind, what `drop` looks up: a share in [0, 1), or a tuple of them.
+        **rates: rate by kind: a number in [0, 1), or a tuple of them.
     """
     token = _active.set(_Noise(key, rates))
     try:
@@ -38,8 +39,8 @@ def noise(key, **rates):
 
 
 @contextlib.contextmanager
-def layer_noise(index):
-    """Gives layer `index` (which may be traced) of a scan keys of its own; does nothing outside of `noise`."""
+def layer_noise(index: int | jax.Array) -> Iterator[None]:
+    """Gives layer `index` (may be traced) of a scan keys of its own; does nothing outside of `noise`."""
     active = _active.get()
     if active is None:
         yield
@@ -48,24 +49,26 @@ def layer_noise(index):
         yield
 
 
-def drops(kind):
-    """Whether `drop` of this kind changes anything here."""
+def drops(kind: str) -> bool:
+    """Whether dropout of this kind is active."""
     active = _active.get()
     return active is not None and bool(active.rates.get(kind))
 
 
-def keep_mask(key, rate, shape):
-    """True with probability `1 - rate`."""
+def keep_mask(key: jax.Array, rate: float, shape: Sequence[int]) -> jax.Array:
+    """Draws a boolean mask that is True with probability `1 - rate`."""
     return jax.random.bernoulli(key, 1.0 - rate, shape)
 
 
-def drop(x, kind, *, index=None, scale=1.0, per_sample=False):
-    """`x` with a share of its numbers set to 0 and the others enlarged, so that the expectation stays.
+def drop(
+    x: jax.Array, kind: str, *, index: int | None = None, scale: float = 1.0, per_sample: bool = False
+) -> jax.Array:
+    """Sets random elements of `x` to 0 and scales up the others, so that the expected value stays the same.
 
     Args:
         x: [B, ...].
-        kind: which of the rates of `noise`; index: which of its tuple; scale: times the rate.
-        per_sample: drops all of a sample or nothing (drop path, arXiv 1603.09382).
+        kind: selects the rate of `noise`. index: selects from a tuple of rates. scale: multiplies the rate.
+        per_sample: drops whole samples (drop path, arXiv 1603.09382).
     """
     active = _active.get()
     rate = 0.0 if active is None else active.rates.get(kind, 0.0)

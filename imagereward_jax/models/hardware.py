@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 _target_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("target_platform", default=None)
 
@@ -28,6 +29,6 @@ def current_platform() -> str:
     return _target_platform.get() or jax.default_backend()
 
 
-def precision(dtype) -> jax.lax.Precision:
-    """Full float32 products for float32 layers (TPUs and GPUs would otherwise round the inputs)."""
+def precision(dtype: DTypeLike) -> jax.lax.Precision:
+    """Returns full precision for float32 layers; TPUs and GPUs would otherwise round the inputs of products."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

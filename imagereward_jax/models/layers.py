@@ -1,17 +1,19 @@
-"""Layers that every network is built from: arrays in, arrays out, channels last.
+"""Layers shared by all networks: arrays in, arrays out, channels last.
 
-Attribute names follow the PyTorch checkpoints. Each layer says in `torch_names` how its parameters are
-called and laid out there, which is all that `imagereward_jax.weights.mapping` needs to convert a whole network.
+Attribute names follow the PyTorch checkpoints. `torch_names` of each layer gives the names and axis order of its
+parameters there; `imagereward_jax.weights.mapping` needs nothing else to convert a network.
 
-Parameters are created in float32 and may be held in any dtype; a layer computes in its own `dtype`.
+Parameters are created in float32 and may be stored in any dtype; a layer computes in its own `dtype`.
 Normalisation statistics and softmax are always float32.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models import quantized
 from imagereward_jax.models.attention import attention
@@ -26,6 +28,7 @@ __all__ = [
     "Keys",
     "LayerNorm",
     "Linear",
+    "RngsLike",
     "attention",
     "gelu",
     "merge_heads",
@@ -34,8 +37,8 @@ __all__ = [
 ]
 
 
-def uniform_init(key, shape, fan_in):
-    """PyTorch's default for Linear and Conv: uniform in +-1 / sqrt(fan_in)."""
+def uniform_init(key: jax.Array, shape: Sequence[int], fan_in: int) -> jax.Array:
+    """Draws PyTorch's default for Linear and Conv: uniform in +-1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -43,22 +46,27 @@ def uniform_init(key, shape, fan_in):
 class Keys:
     """Random keys for the parameters of a network, counted in Python.
 
-    `nnx.Rngs` counts in an array, which under a trace (`mapping.abstract`) takes time that grows with the square
-    of the number of keys: 20 s for SDXL's UNet, and 1 s with this.
+    `nnx.Rngs` counts in an array; under a trace (`mapping.abstract`) its time grows with the square of the number of
+    keys: 20 s for SDXL's UNet, 1 s with this class.
     """
 
-    def __init__(self, rngs):
+    def __init__(self, rngs: nnx.Rngs) -> None:
         self.key, self.count = rngs.params(), 0
 
-    def params(self):
+    def params(self) -> jax.Array:
+        """Returns the next key."""
         self.count += 1
         return jax.random.fold_in(self.key, self.count)
 
 
-class KernelLayer(LoRASlot, nnx.Module):
-    """What `Linear` and `Conv` do around the product with their kernel, which is theirs, quantised or not."""
+RngsLike = nnx.Rngs | Keys
+Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
 
-    def __call__(self, x):
+
+class KernelLayer(LoRASlot, nnx.Module):
+    """Base of `Linear` and `Conv`: casts, bias and LoRA around the product of the subclass, quantised or not."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
         kernel = self.kernel[...]
         if quantized.is_quantized(kernel):
@@ -80,7 +88,9 @@ class Linear(KernelLayer):
         "lora_B": ("lora_B.weight", (1, 0)),
     }
 
-    def __init__(self, in_features, out_features, *, bias=True, dtype=jnp.float32, rngs):
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, dtype: DTypeLike = jnp.float32, rngs: RngsLike
+    ) -> None:
         self.dtype = dtype
         self.kernel = nnx.Param(uniform_init(rngs.params(), (in_features, out_features), in_features))
         self.bias = nnx.Param(uniform_init(rngs.params(), (out_features,), in_features)) if bias else None
@@ -96,7 +106,7 @@ class Conv(KernelLayer):
     """2-D convolution. x: [B, H, W, C_in]; kernel: [k, k, C_in, C_out].
 
     Args:
-        padding: pixels of zeros on every side, or ((top, bottom), (left, right)).
+        padding: zero pixels on every side, or ((top, bottom), (left, right)).
     """
 
     torch_names = {
@@ -107,8 +117,17 @@ class Conv(KernelLayer):
     }
 
     def __init__(
-        self, in_channels, out_channels, kernel_size, *, stride=1, padding=0, bias=True, dtype=jnp.float32, rngs
-    ):
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int | Padding = 0,
+        bias: bool = True,
+        dtype: DTypeLike = jnp.float32,
+        rngs: RngsLike,
+    ) -> None:
         self.dtype = dtype
         self.stride = stride
         self.padding = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
@@ -137,11 +156,11 @@ class Embedding(nnx.Module):
 
     torch_names = {"embedding": ("weight", None)}
 
-    def __init__(self, num_embeddings, features, *, dtype=jnp.float32, rngs):
+    def __init__(self, num_embeddings: int, features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         self.dtype = dtype
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
 
-    def __call__(self, ids):
+    def __call__(self, ids: jax.Array) -> jax.Array:
         return shard_batch(gather_weight(jnp.asarray(self.embedding[...]))[ids].astype(self.dtype))
 
 
@@ -150,12 +169,12 @@ class LayerNorm(nnx.Module):
 
     torch_names = {"scale": ("weight", None), "bias": ("bias", None)}
 
-    def __init__(self, features, *, eps=1e-5, dtype=jnp.float32):
+    def __init__(self, features: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32) -> None:
         self.dtype, self.eps = dtype, eps
         self.scale = nnx.Param(jnp.ones((features,)))
         self.bias = nnx.Param(jnp.zeros((features,)))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         mean = x.mean(-1, keepdims=True)
         variance = jnp.square(x - mean).mean(-1, keepdims=True)
@@ -168,15 +187,15 @@ class GroupNorm(nnx.Module):
 
     torch_names = {"scale": ("weight", None), "bias": ("bias", None)}
 
-    def __init__(self, groups, features, *, eps=1e-5, dtype=jnp.float32):
+    def __init__(self, groups: int, features: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32) -> None:
         if features % groups:
             raise ValueError(f"norm_num_groups={groups} does not divide {features} channels")
         self.dtype, self.eps, self.groups = dtype, eps, groups
         self.scale = nnx.Param(jnp.ones((features,)))
         self.bias = nnx.Param(jnp.zeros((features,)))
 
-    def __call__(self, x):
-        # Sums over space first, channel by channel, so that the large array is never laid out by groups.
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Reduces over space first, per channel, so that the large array is never reshaped to groups.
         space = tuple(range(1, x.ndim - 1))
         x = x.astype(jnp.float32)
         mean = self._over_group(x.mean(space, keepdims=True))
@@ -185,33 +204,33 @@ class GroupNorm(nnx.Module):
         return (x + self.bias[...].astype(jnp.float32)).astype(self.dtype)
 
     def _over_group(self, x):
-        """Each channel's entry of [..., C] replaced by the mean over its group's."""
+        """Replaces each channel's entry of [..., C] by the mean over its group."""
         grouped = x.reshape(*x.shape[:-1], self.groups, -1)
         return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(x.shape)
 
 
-def gelu(x):
+def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU."""
     return jax.nn.gelu(x, approximate=False)
 
 
-def quick_gelu(x):
+def quick_gelu(x: jax.Array) -> jax.Array:
     """`x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def unit(x):
-    """Vectors over the last axis, in float32, divided by their length or by 1e-12, as PyTorch's `normalize`."""
+def unit(x: jax.Array) -> jax.Array:
+    """Normalises vectors over the last axis to length 1, in float32, like PyTorch's `normalize` (eps 1e-12)."""
     x = x.astype(jnp.float32)
-    # The square root of the bounded sum, not the bounded root: its gradient is finite at zero.
+    # The lower bound is inside the square root, so that the gradient is finite at zero.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
-def split_heads(x, heads):
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
     """[B, T, heads * head_dim] -> [B, T, heads, head_dim]."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
-def merge_heads(x):
+def merge_heads(x: jax.Array) -> jax.Array:
     """[B, T, heads, head_dim] -> [B, T, heads * head_dim]."""
     return x.reshape(*x.shape[:-2], -1)

@@ -1,11 +1,13 @@
-"""Low-rank adaptation, LoRA (arXiv 2106.09685): a frozen layer plus `scale * B(A(x))`, of which A and B train.
+"""Low-rank adaptation, LoRA (arXiv 2106.09685): a frozen layer plus `scale * B(A(x))`; only A and B train.
 
-`Linear` and `Conv` have a slot for A and B that is empty until `add_lora` fills it. The low-rank parameters are of a
-variable type of their own, so that checkpoints of the base and of the adapter are each read and written alone.
+`Linear` and `Conv` have a slot for A and B that is empty until `add_lora` fills it. Low-rank parameters have their own
+variable type, so base and adapter checkpoints are read and written separately.
 """
 
 import math
 import re
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +24,22 @@ class LoRAParam(nnx.Variable):
     """A low-rank parameter."""
 
 
-def dropout_key(key):
-    """Switches the dropout of low-rank layers on for what is traced inside; each layer draws its own from `key`."""
+def dropout_key(key: jax.Array) -> AbstractContextManager[None]:
+    """Enables the dropout of low-rank layers in code traced inside; each layer draws its own mask from `key`."""
     return noise(key, lora=1.0)
 
 
 class LoRASlot:
-    """What a layer with a `kernel` [..., in, out] needs to be adapted.
+    """Low-rank parameters of a layer with a `kernel` [..., in, out].
 
-    lora_A: [..., in, rank], of the kernel's size in space. lora_B: [rank, out], with axes of 1 before it for a Conv.
+    lora_A: [..., in, rank], with the kernel's spatial size. lora_B: [rank, out], with leading axes of 1 for a Conv.
     """
 
     lora_A = None
     lora_B = None
 
-    def add_lora(self, rank, *, scale, dropout=0.0, stacked=False):
-        """Fills the slot of an abstract layer with the shapes of A and B; stacked: it is one of a `models.stack`."""
+    def add_lora(self, rank: int, *, scale: float, dropout: float = 0.0, stacked: bool = False) -> None:
+        """Fills the slot of an abstract layer with the shapes of A and B; stacked: it is a `scanned_layers.stack`."""
         layers, shape = (self.kernel.shape[:1], self.kernel.shape[1:]) if stacked else ((), self.kernel.shape)
         *space, features, out = shape
         if rank > min(math.prod(space) * features, out):
@@ -53,9 +55,11 @@ class LoRASlot:
         return jnp.matmul(down, up, precision=precision) * self.lora_scale
 
 
-def slots(network):
-    """The layers of a network that can be adapted, by PyTorch's name ("down_blocks.0.attentions.0. ... .to_q"), those
-    of a stack each: {name: (module, number in its stack or None)}."""
+def slots(network: nnx.Module) -> dict[str, tuple[nnx.Module, int | None]]:
+    """Lists the layers of a network that can be adapted: {name: (module, index in its stack or None)}.
+
+    Names are PyTorch's ("down_blocks.0.attentions.0. ... .to_q"); each layer of a stack has its own.
+    """
     stacks, found = scanned_layers.depths(network), {}
     for path, module in nnx.iter_modules(network):
         if isinstance(module, LoRASlot):
@@ -63,48 +67,48 @@ def slots(network):
     return found
 
 
-def attach(network, targets, *, rank, alpha, dropout=0.0):
+def attach(network: nnx.Module, targets: str, *, rank: int, alpha: float, dropout: float = 0.0) -> list[str]:
     """Fills the slots of the layers whose names end in `targets`, in place.
 
     Args:
-        network: an abstract network. targets: regular expression; it matches whole parts of names.
-        rank, alpha: the update is scaled by alpha / rank. dropout: of A's input, while `dropout_key` is given.
+        network: an abstract network. targets: regular expression that matches whole name parts.
+        rank, alpha: the update is scaled by alpha / rank. dropout: rate on A's input, active inside
+            `dropout_key`.
 
     Returns:
         The names of the adapted layers.
 
     Raises:
-        ValueError: no layer matches, or one has fewer features than `rank`, or of equal layers in a row some match and
-            some do not.
+        ValueError: no layer matches, a layer has fewer features than `rank`, or only some layers of a stack match.
     """
     layers = slots(network)
     names = [name for name in layers if re.search(rf"(?:^|\.)(?:{targets})$", name)]
     if not names:
-        # Numbers go with the name before them: "to_out.0", "net.2".
+        # An index belongs to the name before it: "to_out.0", "net.2".
         endings = sorted({re.search(r"[^.]*?[^.\d][^.]*(?:\.\d+)?$", name).group() for name in layers})
         raise ValueError(f"{targets!r} matches no layer; names of layers end in {', '.join(endings)}")
     chosen = {id(layers[name][0]) for name in names}
     if partly := [name for name, (module, _) in layers.items() if id(module) in chosen and name not in names]:
         raise ValueError(
-            f"{targets!r} leaves out {partly[0]}, which is of one stack with layers that it matches; layers of a stack "
+            f"{targets!r} leaves out {partly[0]}, but matches other layers of its stack; layers of a stack "
             "(transformer_blocks.0, .1, ...) can only be adapted together"
         )
     for name in names:
         module, index = layers[name]
         try:
-            if not index:  # not of a stack, or the first of one
+            if not index:  # not in a stack, or the first layer of one
                 module.add_lora(rank, scale=alpha / rank, dropout=dropout, stacked=index is not None)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return names
 
 
-def init(network, key, kind="gaussian"):
-    """Initial low-rank parameters of an adapted network, float32: B zero, so that the network is the base's.
+def init(network: nnx.Module, key: jax.Array, kind: str = "gaussian") -> dict[str, Any]:
+    """Draws initial low-rank parameters, float32; B = 0, so the adapted network equals its base.
 
     Args:
-        kind: A "gaussian" of standard deviation 1 / rank, as diffusers' trainers have it, or "kaiming", PEFT's default:
-            uniform in +-1 / sqrt(features).
+        kind: distribution of A: "gaussian" with standard deviation 1 / rank (diffusers' trainers), or "kaiming",
+            uniform in +-1 / sqrt(features) (PEFT's default).
     """
     params = nnx.to_pure_dict(nnx.state(network, LoRAParam))
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)

@@ -1,15 +1,17 @@
-"""Trees of parameters, {network: nested dict}: what of them trains, splitting by that, and putting together again."""
+"""Trees of parameters, {network: nested dict}: masks of trainable leaves, split and join."""
+
+from collections.abc import Collection
+from typing import Any
 
 import jax
 
 
-def trainable_mask(params, networks, *, lora=False):
-    """A tree of the structure of `params`, True where a parameter trains: `optax.masked` takes it, `split` divides by
-    it.
+def trainable_mask(params: dict[str, Any], networks: Collection[str], *, lora: bool = False) -> dict[str, Any]:
+    """Returns a tree like `params` with True for each trainable parameter, for `optax.masked` and `split`.
 
     Args:
-        networks: names of those that train.
-        lora: of these the low-rank parameters alone.
+        networks: names of the networks that train.
+        lora: whether only their low-rank parameters train.
     """
 
     def trains(path, _):
@@ -18,8 +20,8 @@ def trainable_mask(params, networks, *, lora=False):
     return jax.tree_util.tree_map_with_path(trains, params)
 
 
-def split(params, mask):
-    """(trainable, frozen): the leaves where `mask` is true, and the others, in nested dicts without empty ones."""
+def split(params: dict[str, Any], mask: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits leaves into (trainable, frozen) by `mask`; empty dicts are left out."""
     trainable, frozen = {}, {}
     for name, value in params.items():
         if not isinstance(value, dict):
@@ -31,8 +33,8 @@ def split(params, mask):
     return trainable, frozen
 
 
-def join(frozen, trainable):
-    """The tree that `split` divided. Where both have a leaf, it is `trainable`'s."""
+def join(frozen: dict[str, Any], trainable: dict[str, Any]) -> dict[str, Any]:
+    """Joins the two trees of `split`; if both have a leaf, `trainable` wins."""
     joined = dict(frozen)
     for name, value in trainable.items():
         both = isinstance(value, dict) and isinstance(frozen.get(name), dict)

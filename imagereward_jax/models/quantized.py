@@ -1,21 +1,23 @@
-"""Kernels of one byte a weight, int8 or float8_e4m3fn, for products that need no gradient; the arithmetic is qwix's.
+"""Kernels of one byte per weight, int8 or float8_e4m3fn, for products without gradient; computed by qwix.
 
-`quantize` puts such kernels where a network's parameters had arrays, once for as long as the weights stay the same, and
-`Linear` and `Conv` then multiply by them: nothing else has to know, and parameters that carry gradient never hold one.
+`quantize` replaces arrays of a network's parameters by such kernels, once per set of weights. Only `Linear` and `Conv`
+handle them. Parameters that carry gradient are never quantised.
 
-Weights are scaled by the largest magnitude of each output channel; activations, as they come, by that of each token or
-pixel, or of each picture where a convolution mixes pixels. int8 products are summed in int32, float8 ones in float32,
-and the scales are float32. Attention's own products, norms and low-rank (LoRA) products stay as they are; so do the
-layers of `KEPT`: the first and last convolution, whose four channels decide about single pixels, and what embeds the
-time, one row a picture.
+Weights are scaled by the largest magnitude of each output channel; activations by that of each token or pixel, or of
+each image if a convolution mixes pixels. int8 products are summed in int32, float8 ones in float32; the scales are
+float32. Not quantised are attention's own products, norms, low-rank (LoRA) products and the layers of `KEPT`: the first
+and last convolution, whose four channels decide about single pixels, and the time embedding, one row per image.
 
-TPU v5e and NVIDIA H200 programs hold int8 and float8 products and convolutions as such; which of them the hardware has
-units for is its own matter (v5e: int8).
+Programs for TPU v5e and NVIDIA H200 contain int8 and float8 products and convolutions; whether they are faster depends
+on the hardware's units (v5e: int8).
 """
 
 import functools
 import operator
+from collections.abc import Collection, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -29,13 +31,13 @@ KINDS = ("none", *DTYPES)
 KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
 
 
-def quantize(network, params, kind, kept=KEPT):
-    """`params` of an abstract UNet with every kernel of a `Linear` or `Conv`, but those of `kept`, as a `qwix.QArray`.
+def quantize(network: nnx.Module, params: dict[str, Any], kind: str, kept: Collection[str] = KEPT) -> dict[str, Any]:
+    """Quantises the kernels of every `Linear` and `Conv` of an abstract UNet, except `kept`, to `qwix.QArray`.
 
-    Each device quantises its own part of a weight, so that what is gathered later is one byte a weight.
+    Each device quantises its own shard of a weight, so that later all-gathers move one byte per weight.
 
     Args:
-        kind: "int8" or "fp8". kept: names of layers (or of what holds them) that stay as they are.
+        kind: "int8" or "fp8". kept: names of layers or their parents that are not quantised.
     """
     stacks, kernels = scanned_layers.depths(network), {}
     for path, layer in nnx.iter_modules(network):
@@ -51,12 +53,12 @@ def quantize(network, params, kind, kept=KEPT):
     return join(params, kernels)
 
 
-def is_quantized(kernel):
-    """Whether a kernel is one of `quantize`."""
+def is_quantized(kernel: Any) -> bool:
+    """Whether a kernel was made by `quantize`."""
     return hasattr(kernel, "qvalue")
 
 
-def linear(x, kernel):
+def linear(x: jax.Array, kernel: Any) -> jax.Array:
     """`x @ kernel` over the last axis, in the dtype of `x` [..., in]; kernel: quantised, [in, out]."""
     import qwix
 
@@ -65,7 +67,7 @@ def linear(x, kernel):
     return qwix.dot_general(rows, _whole(kernel), (((last,), (0,)), ((), ()))).astype(x.dtype)
 
 
-def conv(x, kernel, stride, padding):
+def conv(x: jax.Array, kernel: Any, stride: int, padding: Sequence[tuple[int, int]]) -> jax.Array:
     """2-D convolution in the dtype of `x` [B, H, W, in]; kernel: quantised, [k, k, in, out].
 
     Args:
@@ -74,15 +76,15 @@ def conv(x, kernel, stride, padding):
     import qwix
 
     if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
-        return linear(x, kernel[0, 0])  # a scale for each pixel
-    pictures = _quantize(x, kernel.qvalue.dtype, (0,))
+        return linear(x, kernel[0, 0])  # a scale per pixel
+    images = _quantize(x, kernel.qvalue.dtype, (0,))
     layout = ("NHWC", "HWIO", "NHWC")
-    y = qwix.conv_general_dilated(pictures, _whole(kernel), (stride, stride), padding, dimension_numbers=layout)
+    y = qwix.conv_general_dilated(images, _whole(kernel), (stride, stride), padding, dimension_numbers=layout)
     return y.astype(x.dtype)
 
 
 def _quantize(array, dtype, own_scale):
-    """own_scale: axes along which every index has a scale of its own."""
+    """Quantises an array; own_scale: axes along which every index has a scale of its own."""
     import qwix
 
     return qwix.quantize(array.astype(jnp.float32), dtype, channelwise_axes=tuple(own_scale))

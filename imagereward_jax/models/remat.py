@@ -1,5 +1,7 @@
-"""Named rematerialisation policies: what is computed again in the backward pass instead of being kept, and where what
-is kept lies meanwhile."""
+"""Rematerialisation policies: which activations the backward pass recomputes, and where the others are kept."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,37 +15,37 @@ REMAT_POLICIES = ("none", "blocks", "attention", "full", "offload")
 
 @jax.tree_util.register_static
 class _Static(tuple):
-    """What is no array, among residuals."""
+    """Static data among residuals."""
 
 
-def check_remat(policy):
-    """Returns `policy`; raises ValueError listing the choices when there is no such one.
+def check_remat(policy: str) -> str:
+    """Returns `policy`; raises ValueError with the choices if it is unknown.
 
     "none" keeps everything; "attention" recomputes the attention weights; "blocks" recomputes each residual,
     transformer and resampling block and the last layers; "full" recomputes each down, middle and up block as a whole,
-    and in that again each of its blocks; "offload" recomputes as "blocks" does, and what each block begins with waits
-    in the host's memory (pinned) for the backward pass.
+    and in that again each of its blocks; "offload" recomputes like "blocks" and keeps the inputs of each block
+    in the host's pinned memory until the backward pass.
     """
     if policy not in REMAT_POLICIES:
-        raise ValueError(f"remat={policy!r} is no policy; choose one of {', '.join(REMAT_POLICIES)}")
+        raise ValueError(f"remat={policy!r} is not a policy; choose one of {', '.join(REMAT_POLICIES)}")
     return policy
 
 
-def mode(policy, unit):
-    """How `call` treats a `unit` ("attention", "blocks", "full") under `policy`: "keep", "recompute" or "offload"."""
+def remat_mode(policy: str, unit: str) -> str:
+    """Chooses "keep", "recompute" or "offload" for a `unit` ("attention", "blocks" or "full") under `policy`."""
     if policy == unit or (policy, unit) == ("full", "blocks"):
         return "recompute"
     return "offload" if (policy, unit) == ("offload", "blocks") else "keep"
 
 
-def call(function, x, *args, mode, in_scan=False):
-    """`function(x, *args)`; by `mode` its inside is kept for the backward pass, or computed again there.
+def call_with_remat(function: Callable[..., Any], x: Any, *args: Any, mode: str, in_scan: bool = False) -> Any:
+    """Calls `function(x, *args)`; by `mode` its activations are kept for the backward pass or recomputed there.
 
     Args:
-        x: array or tree of arrays: with "offload", what waits in the host's memory.
-        args: arrays or trees of arrays (or None) that many blocks share; they stay where they are.
-        mode: see `mode`.
-        in_scan: whether this is called by the body of a scan, which stacks what is kept.
+        x: array or tree of arrays; "offload" keeps it in the host's memory.
+        args: arrays or trees of arrays (or None) that many blocks share; they stay on the device.
+        mode: see `remat_mode`.
+        in_scan: whether the caller is the body of a scan, which stacks the kept arrays.
     """
     if mode == "keep":
         return function(x, *args)
@@ -54,7 +56,7 @@ def call(function, x, *args, mode, in_scan=False):
 
 
 def _offloaded_in_scan(function, x, *args):
-    """By jax.checkpoint's own policy: the stack of all iterations is the host's then, which `_offloaded` hinders."""
+    """Offloads by jax.checkpoint's policy; unlike `_offloaded`, it keeps the stack of all iterations on the host."""
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_KEPT],
@@ -66,11 +68,11 @@ def _offloaded_in_scan(function, x, *args):
 
 
 def _offloaded(function, x, *args):
-    """As `_offloaded_in_scan`, and says when, which XLA does not find by itself outside of loops.
+    """Offloads with an explicit schedule, which XLA does not find by itself outside of loops.
 
-    `x` is copied to the host before anything uses the result; otherwise that may happen at the last moment, for
-    nothing: `x` stays on the device until the backward pass. There, all gradients of a block are done before the next
-    block begins; otherwise those of weights may be put off, and what they are computed from stays on the device.
+    `x` is copied to the host before anything uses the result. Otherwise XLA may copy it at the last moment, and `x`
+    stays on the device until the backward pass. In the backward pass all gradients of a block are finished before
+    the next block begins. Otherwise XLA may postpone those of weights, and their inputs stay on the device.
     """
     program, shapes = jax.make_jaxpr(function, return_shape=True)(x, *args)
 

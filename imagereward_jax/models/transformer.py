@@ -1,54 +1,76 @@
 """The transformer of diffusers' conditional UNet: self-attention, cross-attention on the prompt, feed-forward."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models import scanned_layers
-from imagereward_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention, gelu, merge_heads, split_heads
+from imagereward_jax.models.layers import (
+    Conv,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    RngsLike,
+    attention,
+    gelu,
+    merge_heads,
+    split_heads,
+)
+from imagereward_jax.models.remat import call_with_remat, remat_mode
 from imagereward_jax.models.sharding import shard_batch
 
 
 class Placeholder(nnx.Module):
-    """Holds the index of a PyTorch module without parameters (dropout) in a list, so that the others keep theirs."""
+    """Takes up the list index of a PyTorch module without parameters (dropout)."""
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of `features` wide queries to a context of `context_features` (None: to itself)."""
+    """Multi-head attention to a context of width `context_features` (None: self-attention)."""
 
-    def __init__(self, features, heads, *, context_features=None, bias=False, remat="none", dtype=jnp.float32, rngs):
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        context_features: int | None = None,
+        bias: bool = False,
+        remat: str = "none",
+        dtype: DTypeLike = jnp.float32,
+        rngs: RngsLike,
+    ) -> None:
         context_features = context_features or features
-        self.heads, self.mode = heads, rematerialise.mode(remat, "attention")
+        self.heads, self.mode = heads, remat_mode(remat, "attention")
         self.to_q = Linear(features, features, bias=bias, dtype=dtype, rngs=rngs)
         self.to_k = Linear(context_features, features, bias=bias, dtype=dtype, rngs=rngs)
         self.to_v = Linear(context_features, features, bias=bias, dtype=dtype, rngs=rngs)
         self.to_out = nnx.List([Linear(features, features, dtype=dtype, rngs=rngs)])
 
-    def __call__(self, x, context=None):
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         """x: [B, T, features]; context: [B, S, context_features] or None. Returns [B, T, features]."""
         context = x if context is None else context
         query, key, value = (
             split_heads(project(tokens), self.heads)
             for project, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
-        return self.to_out[0](merge_heads(rematerialise.call(attention, query, key, value, mode=self.mode)))
+        return self.to_out[0](merge_heads(call_with_remat(attention, query, key, value, mode=self.mode)))
 
 
 class GEGLU(nnx.Module):
-    """One linear layer's two halves: the first times the exact GELU of the second."""
+    """Linear layer with two halves of outputs: the first times the exact GELU of the second."""
 
-    def __init__(self, in_features, out_features, *, dtype=jnp.float32, rngs):
+    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         self.proj = Linear(in_features, 2 * out_features, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         value, gate = jnp.split(shard_batch(self.proj(x)), 2, axis=-1)
         return value * gelu(gate)
 
 
 class FeedForward(nnx.Module):
-    """GEGLU to four times the width and back."""
+    """GEGLU to four times the width, then a linear layer back."""
 
-    def __init__(self, features, *, dtype=jnp.float32, rngs):
+    def __init__(self, features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         self.net = nnx.List(
             [
                 GEGLU(features, 4 * features, dtype=dtype, rngs=rngs),
@@ -57,15 +79,24 @@ class FeedForward(nnx.Module):
             ]
         )
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.net[2](self.net[0](x))
 
 
 class BasicTransformerBlock(nnx.Module):
     """Pre-norm self-attention, cross-attention and feed-forward."""
 
-    def __init__(self, features, heads, context_features, *, remat="none", dtype=jnp.float32, rngs):
-        self.mode = rematerialise.mode(remat, "blocks")
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        context_features: int,
+        *,
+        remat: str = "none",
+        dtype: DTypeLike = jnp.float32,
+        rngs: RngsLike,
+    ) -> None:
+        self.mode = remat_mode(remat, "blocks")
         options = {"remat": remat, "dtype": dtype, "rngs": rngs}
         self.norm1 = LayerNorm(features, dtype=dtype)
         self.attn1 = Attention(features, heads, **options)
@@ -74,9 +105,9 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(features, dtype=dtype)
         self.ff = FeedForward(features, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, context):
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """x: [B, T, features]; context: [B, S, context_features]. Returns [B, T, features]."""
-        return rematerialise.call(self._forward, x, context, mode=self.mode, in_scan=scanned_layers.is_scanned(self))
+        return call_with_remat(self._forward, x, context, mode=self.mode, in_scan=scanned_layers.is_scanned(self))
 
     def _forward(self, x, context):
         x = shard_batch(x + self.attn1(self.norm1(x)))
@@ -88,8 +119,18 @@ class Transformer2DModel(nnx.Module):
     """`depth` transformer blocks over the pixels of an image, around a skip connection."""
 
     def __init__(
-        self, channels, heads, context_features, *, depth, linear, groups, remat="none", dtype=jnp.float32, rngs
-    ):
+        self,
+        channels: int,
+        heads: int,
+        context_features: int,
+        *,
+        depth: int,
+        linear: bool,
+        groups: int,
+        remat: str = "none",
+        dtype: DTypeLike = jnp.float32,
+        rngs: RngsLike,
+    ) -> None:
         self.norm = GroupNorm(groups, channels, eps=1e-6, dtype=dtype)
         self.proj_in = _projection(channels, linear, dtype, rngs)
         options = {"remat": remat, "dtype": dtype, "rngs": rngs}
@@ -97,13 +138,13 @@ class Transformer2DModel(nnx.Module):
         self.transformer_blocks = scanned_layers.stack(blocks) if blocks else None
         self.proj_out = _projection(channels, linear, dtype, rngs)
 
-    def __call__(self, x, context):
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """x: [B, H, W, channels]; context: [B, S, context_features]. Returns [B, H, W, channels]."""
         batch, height, width, channels = x.shape
-        # A 1 x 1 convolution and a linear layer are the same here; only the shape of their weights differs.
+        # A 1 x 1 convolution and a linear layer are equivalent here; only the shape of their weights differs.
         tokens = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
         if self.transformer_blocks is not None:
-            tokens = scanned_layers.run(self.transformer_blocks, tokens, context)
+            tokens = scanned_layers.run_layers(self.transformer_blocks, tokens, context)
         return x + self.proj_out(tokens.reshape(x.shape))
 
 

@@ -5,14 +5,17 @@ Attributes are named as in the published checkpoints; images are [B, H, W, C].
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
-from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear
+from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear, RngsLike
+from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
 from imagereward_jax.models.sharding import shard_batch
 from imagereward_jax.models.transformer import Transformer2DModel
@@ -47,11 +50,11 @@ _FIXED = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    # Attention weights are always float32 here, which is all that this one asks for.
+    # Attention weights are always float32 here, so both settings are met.
     "upcast_attention": (False, True, None),
 }
 
-# config.json of Stable Diffusion 1.x and XL, without what is default.
+# config.json of Stable Diffusion 1.x and XL, without default values.
 SD1 = {"sample_size": 64, "cross_attention_dim": 768}
 SDXL = {
     "sample_size": 128,
@@ -70,10 +73,10 @@ SDXL = {
 
 @dataclasses.dataclass(frozen=True)
 class UNet2DConditionConfig:
-    """config.json of a UNet; the defaults are diffusers', which old files leave out.
+    """config.json of a UNet; the defaults are diffusers', as old files omit them.
 
-    `attention_head_dim` is, by a mistake that the checkpoints have kept, the *number* of heads. It,
-    `transformer_layers_per_block` and `layers_per_block` are one number or one for each down block.
+    `attention_head_dim` is the *number* of heads, a mistake that the checkpoints have kept. `attention_head_dim`,
+    `transformer_layers_per_block` and `layers_per_block` are one number, or one per down block.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -127,7 +130,7 @@ class UNet2DConditionConfig:
         if any(not isinstance(depth, int) or depth < 0 for depth in self.per_level("transformer_layers_per_block")):
             raise ValueError(
                 f"UNet2DConditionConfig: transformer_layers_per_block={self.transformer_layers_per_block!r} "
-                "is not implemented, only one whole number for each level"
+                "is not implemented, only one whole number per level"
             )
         for kernel in ("conv_in_kernel", "conv_out_kernel"):
             if getattr(self, kernel) % 2 == 0:
@@ -139,22 +142,24 @@ class UNet2DConditionConfig:
                     f"{channels} of block_out_channels"
                 )
 
-    def per_level(self, name):
-        """The field `name` as one number for each level, finest first."""
+    def per_level(self, name: str) -> tuple[int, ...]:
+        """Returns the field `name` as one number per level, finest first."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> "UNet2DConditionConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
         return read_config(cls, values, fixed=_FIXED)
 
-    def to_dict(self):
-        """The content of config.json, as diffusers reads it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of config.json, as diffusers reads it."""
         return {"_class_name": "UNet2DConditionModel", **write_config(self)}
 
 
-def sinusoidal_embedding(positions, features, *, flip_sin_to_cos=True, freq_shift=0.0):
+def sinusoidal_embedding(
+    positions: jax.Array, features: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> jax.Array:
     """Sines and cosines of `positions` [B] at features / 2 frequencies from 1 to 1e-4: float32 [B, features]."""
     half = features // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
@@ -166,17 +171,17 @@ def sinusoidal_embedding(positions, features, *, flip_sin_to_cos=True, freq_shif
 class TimestepEmbedding(nnx.Module):
     """Two linear layers with SiLU between them."""
 
-    def __init__(self, in_features, features, *, dtype=jnp.float32, rngs):
+    def __init__(self, in_features: int, features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         self.linear_1 = Linear(in_features, features, dtype=dtype, rngs=rngs)
         self.linear_2 = Linear(features, features, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Level:
-    """What all blocks of one resolution share; it builds their parts."""
+    """Settings shared by the blocks of one resolution; builds their parts."""
 
     config: UNet2DConditionConfig
     index: int
@@ -203,17 +208,17 @@ class _Level:
 class DownBlock(nnx.Module):
     """Residual blocks (each with a transformer in "CrossAttnDownBlock2D"), then a downsampler if `halve`."""
 
-    def __init__(self, level, kind, in_channels, channels, *, layers, halve):
-        self.mode = rematerialise.mode(level.remat, "full")
+    def __init__(self, level: _Level, kind: str, in_channels: int, channels: int, *, layers: int, halve: bool) -> None:
+        self.mode = remat_mode(level.remat, "full")
         self.resnets = nnx.List([level.resnet(channels if i else in_channels, channels) for i in range(layers)])
         cross = kind == "CrossAttnDownBlock2D"
         self.attentions = nnx.List([level.transformer(channels) for _ in range(layers if cross else 0)])
         options = {"remat": level.remat, "dtype": level.dtype, "rngs": level.rngs}
         self.downsamplers = nnx.List([Downsample2D(channels, **options)] if halve else [])
 
-    def __call__(self, x, time, context):
-        """Returns the result and the list of all intermediate images that the way up takes in."""
-        return rematerialise.call(self._forward, x, time, context, mode=self.mode)
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns the result and the list of skip connections for the up blocks."""
+        return call_with_remat(self._forward, x, time, context, mode=self.mode)
 
     def _forward(self, x, time, context):
         skips = []
@@ -231,13 +236,13 @@ class DownBlock(nnx.Module):
 class MidBlock(nnx.Module):
     """Residual block, transformer, residual block at the coarsest resolution."""
 
-    def __init__(self, level, channels):
-        self.mode = rematerialise.mode(level.remat, "full")
+    def __init__(self, level: _Level, channels: int) -> None:
+        self.mode = remat_mode(level.remat, "full")
         self.resnets = nnx.List([level.resnet(channels, channels) for _ in range(2)])
         self.attentions = nnx.List([level.transformer(channels)])
 
-    def __call__(self, x, time, context):
-        return rematerialise.call(self._forward, x, time, context, mode=self.mode)
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
+        return call_with_remat(self._forward, x, time, context, mode=self.mode)
 
     def _forward(self, x, time, context):
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -245,10 +250,12 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Residual blocks that each take in one image of the way down, transformers as in `DownBlock`, an upsampler."""
+    """Residual blocks with one skip connection each, transformers as in `DownBlock`, then an upsampler if `double`."""
 
-    def __init__(self, level, kind, in_channels, skip_channels, channels, *, double):
-        self.mode = rematerialise.mode(level.remat, "full")
+    def __init__(
+        self, level: _Level, kind: str, in_channels: int, skip_channels: Sequence[int], channels: int, *, double: bool
+    ) -> None:
+        self.mode = remat_mode(level.remat, "full")
         widths = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nnx.List([level.resnet(a + b, channels) for a, b in zip(widths, skip_channels)])
         cross = kind == "CrossAttnUpBlock2D"
@@ -256,10 +263,17 @@ class UpBlock(nnx.Module):
         options = {"remat": level.remat, "dtype": level.dtype, "rngs": level.rngs}
         self.upsamplers = nnx.List([Upsample2D(channels, **options)] if double else [])
 
-    def __call__(self, x, skips, time, context, size):
-        """skips: images to take in, the first one first; size: (height, width) to end with."""
+    def __call__(
+        self,
+        x: jax.Array,
+        skips: Sequence[jax.Array],
+        time: jax.Array,
+        context: jax.Array,
+        size: tuple[int, int] | None,
+    ) -> jax.Array:
+        """skips: skip connections in order of use; size: the output's (height, width)."""
         forward = lambda images, time, context: self._forward(*images, time, context, size)  # noqa: E731
-        return rematerialise.call(forward, (x, skips), time, context, mode=self.mode)
+        return call_with_remat(forward, (x, skips), time, context, mode=self.mode)
 
     def _forward(self, x, skips, time, context, size):
         for i, resnet in enumerate(self.resnets):
@@ -276,16 +290,18 @@ class UNet2DConditionModel(nnx.Module):
 
     Args:
         config: sizes.
-        remat: what is recomputed in the backward pass, one of `remat.REMAT_POLICIES`.
-        dtype: of the arithmetic; norms, attention weights and time embedding are float32 all the same.
+        remat: one of `remat.REMAT_POLICIES`; selects which activations the backward pass recomputes.
+        dtype: of the computation; norms, attention weights and time embedding are always float32.
 
     Raises:
-        ValueError: for an unknown `remat`.
+        ValueError: `remat` is unknown.
     """
 
-    def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
-        rematerialise.check_remat(remat)
-        self.config, self.dtype, self.mode = config, dtype, rematerialise.mode(remat, "blocks")
+    def __init__(
+        self, config: UNet2DConditionConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none", rngs: RngsLike
+    ) -> None:
+        check_remat(remat)
+        self.config, self.dtype, self.mode = config, dtype, remat_mode(remat, "blocks")
         rngs = Keys(rngs)
         channels = config.block_out_channels
         self.conv_in = Conv(
@@ -308,7 +324,13 @@ class UNet2DConditionModel(nnx.Module):
             dtype=dtype, rngs=rngs,
         )  # fmt: skip
 
-    def __call__(self, sample, timesteps, encoder_hidden_states, added_cond=None):
+    def __call__(
+        self,
+        sample: jax.Array,
+        timesteps: jax.Array,
+        encoder_hidden_states: jax.Array,
+        added_cond: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
         """Runs the network.
 
         Args:
@@ -321,10 +343,10 @@ class UNet2DConditionModel(nnx.Module):
             float32 [B, h, w, out_channels].
 
         Raises:
-            ValueError: for shapes or conditions that do not fit the config.
+            ValueError: shapes or conditions do not match the config.
         """
         self._check_inputs(sample, encoder_hidden_states, added_cond)
-        # Every residual block begins its use of the embedding with SiLU: done once here.
+        # Every residual block applies SiLU to the embedding first, so it is computed once here.
         time = jax.nn.silu(self._embed_time(timesteps, sample.shape[0], added_cond))
         context = encoder_hidden_states.astype(self.dtype)
         x = shard_batch(self.conv_in(sample))
@@ -367,12 +389,12 @@ class UNet2DConditionModel(nnx.Module):
             if total != config.projection_class_embeddings_input_dim:
                 raise ValueError(
                     f"added_cond has {text} text features and {ids} ids of {config.addition_time_embed_dim}, {total} "
-                    f"in all; projection_class_embeddings_input_dim={config.projection_class_embeddings_input_dim}"
+                    f"in total; projection_class_embeddings_input_dim={config.projection_class_embeddings_input_dim}"
                 )
 
 
 def _down_blocks(config, levels):
-    """The way down, and the channels of every image that it leaves for the way up."""
+    """Builds the down blocks; returns them and the channels of every skip connection."""
     blocks, width = [], config.block_out_channels[0]
     skip_channels = [width]
     for level, kind, channels, layers in zip(
@@ -386,7 +408,7 @@ def _down_blocks(config, levels):
 
 
 def _up_blocks(config, levels, skip_channels):
-    """The way up, coarsest first; each block takes in one skip more than the way down has layers there."""
+    """Builds the up blocks, coarsest first; each has one more skip connection than its down block has layers."""
     blocks, width, skip_channels = [], config.block_out_channels[-1], list(skip_channels)
     for level, kind in zip(reversed(levels), config.up_block_types):
         channels = config.block_out_channels[level.index]

@@ -1,13 +1,16 @@
 """The image autoencoder of Stable Diffusion, after diffusers' `AutoencoderKL`. Images and latents are [B, H, W, C]."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from imagereward_jax.models import remat as rematerialise
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
-from imagereward_jax.models.layers import Conv, GroupNorm, Keys
+from imagereward_jax.models.layers import Conv, GroupNorm, Keys, RngsLike
+from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
 from imagereward_jax.models.transformer import Attention
 
@@ -21,7 +24,7 @@ _FIXED = {
     "use_quant_conv": (True,),
 }
 
-# config.json of Stable Diffusion 1.x and XL, without what is default.
+# config.json of Stable Diffusion 1.x and XL, without default values.
 SD1 = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -34,10 +37,10 @@ SDXL = SD1 | {"scaling_factor": 0.13025}
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """config.json of a VAE; the defaults are diffusers', which old files leave out.
+    """config.json of a VAE; the defaults are diffusers', as old files omit them.
 
     The diffusion model works on `(latents - shift_factor) * scaling_factor`; shift_factor None means 0.
-    `force_upcast` says that the weights overflow in float16, so callers should compute in float32 or bfloat16.
+    `force_upcast` marks weights that overflow in float16; callers should compute in float32 or bfloat16.
     """
 
     in_channels: int = 3
@@ -67,31 +70,31 @@ class AutoencoderKLConfig:
         check_all_positive(self, "block_out_channels")
 
     @property
-    def downsampling(self):
-        """Pixels of the image to one of the latents, along each side."""
+    def downsampling(self) -> int:
+        """Pixels of the image per pixel of the latents, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> "AutoencoderKLConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
         return read_config(cls, values, fixed=_FIXED)
 
-    def to_dict(self):
-        """The content of config.json, as diffusers reads it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of config.json, as diffusers reads it."""
         return {"_class_name": "AutoencoderKL", **write_config(self)}
 
 
 class MidAttention(Attention):
     """Single-head self-attention over all pixels, around a skip connection."""
 
-    def __init__(self, channels, *, groups, remat, dtype, rngs):
+    def __init__(self, channels: int, *, groups: int, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
         super().__init__(channels, 1, bias=True, remat=remat, dtype=dtype, rngs=rngs)
-        self.block_mode = rematerialise.mode(remat, "blocks")
+        self.block_mode = remat_mode(remat, "blocks")
         self.group_norm = GroupNorm(groups, channels, eps=_EPS, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         """x: [B, H, W, channels]; returns the same shape."""
-        return rematerialise.call(self._forward, x, mode=self.block_mode)
+        return call_with_remat(self._forward, x, mode=self.block_mode)
 
     def _forward(self, x):
         batch, height, width, channels = x.shape
@@ -102,30 +105,32 @@ class MidAttention(Attention):
 class MidBlock(nnx.Module):
     """Residual block, attention, residual block."""
 
-    def __init__(self, channels, *, groups, remat, dtype, rngs):
-        self.mode = rematerialise.mode(remat, "full")
+    def __init__(self, channels: int, *, groups: int, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
+        self.mode = remat_mode(remat, "full")
         options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         self.attentions = nnx.List([MidAttention(channels, **options)])
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, eps=_EPS, **options) for _ in range(2)])
 
-    def __call__(self, x):
-        return rematerialise.call(self._forward, x, mode=self.mode)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return call_with_remat(self._forward, x, mode=self.mode)
 
     def _forward(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class ResampleBlock(nnx.Module):
-    """Residual blocks, then the resampler that a subclass adds: `downsamplers` or `upsamplers`."""
+    """Residual blocks, then the `resamplers` of a subclass."""
 
-    def __init__(self, in_channels, channels, *, layers, groups, remat, dtype, rngs):
-        self.mode = rematerialise.mode(remat, "full")
+    def __init__(
+        self, in_channels: int, channels: int, *, layers: int, groups: int, remat: str, dtype: DTypeLike, rngs: RngsLike
+    ) -> None:
+        self.mode = remat_mode(remat, "full")
         options = {"groups": groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         widths = [in_channels] + [channels] * (layers - 1)
         self.resnets = nnx.List([ResnetBlock2D(width, channels, eps=_EPS, **options) for width in widths])
 
-    def __call__(self, x):
-        return rematerialise.call(self._forward, x, mode=self.mode)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return call_with_remat(self._forward, x, mode=self.mode)
 
     def _forward(self, x):
         for layer in (*self.resnets, *self.resamplers()):
@@ -134,34 +139,58 @@ class ResampleBlock(nnx.Module):
 
 
 class DownBlock(ResampleBlock):
-    """Residual blocks, then half the height and width if `resample`; zeros are added below and to the right only."""
+    """Residual blocks, then a downsampler if `resample`; it pads with zeros below and to the right only."""
 
-    def __init__(self, in_channels, channels, *, layers, resample, groups, remat, dtype, rngs):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        layers: int,
+        resample: bool,
+        groups: int,
+        remat: str,
+        dtype: DTypeLike,
+        rngs: RngsLike,
+    ) -> None:
         options = {"remat": remat, "dtype": dtype, "rngs": rngs}
         super().__init__(in_channels, channels, layers=layers, groups=groups, **options)
         self.downsamplers = nnx.List([Downsample2D(channels, padding=((0, 1), (0, 1)), **options)] if resample else [])
 
-    def resamplers(self):
+    def resamplers(self) -> nnx.List:
+        """Returns the layers after the residual blocks."""
         return self.downsamplers
 
 
 class UpBlock(ResampleBlock):
-    """Residual blocks, then twice the height and width if `resample`."""
+    """Residual blocks, then an upsampler if `resample`."""
 
-    def __init__(self, in_channels, channels, *, layers, resample, groups, remat, dtype, rngs):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        layers: int,
+        resample: bool,
+        groups: int,
+        remat: str,
+        dtype: DTypeLike,
+        rngs: RngsLike,
+    ) -> None:
         options = {"remat": remat, "dtype": dtype, "rngs": rngs}
         super().__init__(in_channels, channels, layers=layers, groups=groups, **options)
         self.upsamplers = nnx.List([Upsample2D(channels, **options)] if resample else [])
 
-    def resamplers(self):
+    def resamplers(self) -> nnx.List:
+        """Returns the layers after the residual blocks."""
         return self.upsamplers
 
 
 class Encoder(nnx.Module):
-    """Images to the moments of the latents."""
+    """Encodes images to the moments of the latents."""
 
-    def __init__(self, config, *, remat, dtype, rngs):
-        self.mode = rematerialise.mode(remat, "blocks")
+    def __init__(self, config: AutoencoderKLConfig, *, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
+        self.mode = remat_mode(remat, "blocks")
         options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         channels = config.block_out_channels
         self.conv_in = Conv(config.in_channels, channels[0], 3, padding=1, dtype=dtype, rngs=rngs)
@@ -175,7 +204,7 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=_EPS, dtype=dtype)
         self.conv_out = Conv(channels[-1], 2 * config.latent_channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         x = self.conv_in(images)
         for block in self.down_blocks:
             x = block(x)
@@ -183,10 +212,10 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to images."""
+    """Decodes latents to images."""
 
-    def __init__(self, config, *, remat, dtype, rngs):
-        self.mode = rematerialise.mode(remat, "blocks")
+    def __init__(self, config: AutoencoderKLConfig, *, remat: str, dtype: DTypeLike, rngs: RngsLike) -> None:
+        self.mode = remat_mode(remat, "blocks")
         options = {"groups": config.norm_num_groups, "remat": remat, "dtype": dtype, "rngs": rngs}
         channels = config.block_out_channels[::-1]
         self.conv_in = Conv(config.latent_channels, channels[0], 3, padding=1, dtype=dtype, rngs=rngs)
@@ -200,7 +229,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=_EPS, dtype=dtype)
         self.conv_out = Conv(channels[-1], config.out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, latents):
+    def __call__(self, latents: jax.Array) -> jax.Array:
         x = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x)
@@ -208,19 +237,21 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Encodes images as Gaussians over latents, decodes latents to images.
+    """Autoencoder: encodes images as Gaussians over latents, decodes latents to images.
 
     Args:
         config: sizes.
-        remat: what is recomputed in the backward pass, one of `remat.REMAT_POLICIES`.
-        dtype: of the arithmetic; norms and attention weights are float32 all the same.
+        remat: one of `remat.REMAT_POLICIES`; selects which activations the backward pass recomputes.
+        dtype: of the computation; norms and attention weights are always float32.
 
     Raises:
-        ValueError: for an unknown `remat`.
+        ValueError: `remat` is unknown.
     """
 
-    def __init__(self, config, *, dtype=jnp.float32, remat="none", rngs):
-        rematerialise.check_remat(remat)
+    def __init__(
+        self, config: AutoencoderKLConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none", rngs: RngsLike
+    ) -> None:
+        check_remat(remat)
         self.config, self.dtype = config, dtype
         rngs = Keys(rngs)
         self.encoder = Encoder(config, remat=remat, dtype=dtype, rngs=rngs)
@@ -229,8 +260,8 @@ class AutoencoderKL(nnx.Module):
         self.quant_conv = Conv(2 * latent, 2 * latent, 1, dtype=dtype, rngs=rngs)
         self.post_quant_conv = Conv(latent, latent, 1, dtype=dtype, rngs=rngs)
 
-    def encode(self, images):
-        """Mean and log variance of the latents, not yet scaled.
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Computes mean and log variance of the latents, not yet scaled.
 
         Args:
             images: [B, H, W, in_channels] in [-1, 1].
@@ -244,14 +275,14 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents):
-        """Images from latents.
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Decodes latents to images.
 
         Args:
-            latents: [B, h, w, latent_channels], unscaled: as `encode` gives them.
+            latents: [B, h, w, latent_channels], unscaled, as `encode` returns them.
 
         Returns:
-            float32 [B, h * d, w * d, out_channels], about in [-1, 1], not clipped; d = config.downsampling.
+            float32 [B, h * d, w * d, out_channels], roughly in [-1, 1], not clipped; d = config.downsampling.
         """
         _check_channels("latents", latents, self.config.latent_channels)
         return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)

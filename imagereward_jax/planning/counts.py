@@ -3,15 +3,17 @@
 import math
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0}
 
 
-def bytes_on_a_device(tree, shardings):
+def bytes_on_a_device(tree: Any, shardings: Any) -> int:
     """Bytes of one device's part of a tree of arrays or shapes."""
     sizes = jax.tree.map(
         lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize,
@@ -21,7 +23,7 @@ def bytes_on_a_device(tree, shardings):
     return sum(jax.tree.leaves(sizes))
 
 
-def flops(jaxpr, while_trips=1):
+def flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> int:
     """Floating-point operations of the products and convolutions of a traced program, over all devices together; those
     of integers count like others.
 
@@ -32,7 +34,7 @@ def flops(jaxpr, while_trips=1):
     return flops_by_dtype(jaxpr, while_trips).total()
 
 
-def flops_by_dtype(jaxpr, while_trips=1):
+def flops_by_dtype(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> Counter[str]:
     """The same as a Counter, by the name of the dtype of what is multiplied (of the two, the first operand's)."""
     return _sum(_flops_of(equation, while_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
@@ -85,7 +87,7 @@ def _inner(params):
                 yield part
 
 
-def collective_bytes(text, while_trips=1):
+def collective_bytes(text: str, while_trips: int = 1) -> dict[str, int]:
     """Bytes that each kind of collective moves in one run of a compiled program, as one device sees it.
 
     A collective counts with the larger of what goes in and what comes out (an all-gather's result, a reduce-scatter's
@@ -195,7 +197,7 @@ def _bytes(type_text):
     return total
 
 
-def used_at_overflow(message):
+def used_at_overflow(message: str) -> int | None:
     """Bytes that a program would have taken, from the compiler's message that they are too many; None if not said."""
     found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from imagereward_jax.assembly.run import assemble
+from imagereward_jax.assembly.run import AssembledRun, assemble
 from imagereward_jax.config import ConfigError
 from imagereward_jax.planning import counts
 from imagereward_jax.planning.topologies import GIB, Topology
@@ -25,7 +25,7 @@ def plan(config: Any, topology: Topology) -> dict[str, Any]:
         keeps in the host's memory for a chip meanwhile (config.model.remat="offload"); None as those. "flops_per_chip":
         of products and convolutions, recomputed ones included, the sampler's loop at its longest; an equal share of
         what all chips compute, and "flops_per_chip_by_dtype" the same by the dtype of what is multiplied.
-        "images_per_sample": of a batch of ranked groups, the pictures of the largest; else 1. "flops_per_image": of all
+        "images_per_sample": of a batch of ranked groups, the images of the largest; else 1. "flops_per_image": of all
         chips, divided by the batch's images. "compiled_flops": as the compiler counts them, each loop's body once; None
         for NVIDIA's. "collective_bytes": by kind. "assumptions": sentences on what a plan cannot know.
 
@@ -74,7 +74,7 @@ def plan(config: Any, topology: Topology) -> dict[str, Any]:
     return figures
 
 
-def bytes_per_device(run, program) -> dict[str, int]:
+def bytes_per_device(run: AssembledRun, program: TrainingProgram) -> dict[str, int]:
     """{kind: bytes} of what each device of a program's mesh (or `AbstractMesh`) holds between steps, and of a batch."""
     state, fixed, batches = program.abstract_state, program.fixed(run), program.abstract_batches()
     kinds = {
@@ -127,7 +127,7 @@ def _compile(figures, config, topology, traced, loop_trips):
         figures["compiled_flops"] = int(flops)
 
 
-def options_for(topology, optimization_level):
+def options_for(topology: Topology, optimization_level: str) -> dict[str, Any]:
     """What `Lowered.compile` takes for hardware that is not here."""
     options = compile_options(optimization_level)
     if topology.platform == "gpu":
@@ -144,7 +144,7 @@ def _set_total(figures, total):
     figures["temp_bytes"] = sizes["temporaries"] = max(0, total - arguments)
 
 
-def verdict(figures):
+def verdict(figures: dict[str, Any]) -> str:
     """One line: whether it fits, with which numbers."""
     sizes = figures["bytes_per_chip"]
     if figures["fits"]:
@@ -158,7 +158,7 @@ def verdict(figures):
     return f"does not fit: {gib(sizes['total'])} a chip, of which a program may have {gib(figures['usable_bytes'])}"
 
 
-def advice(figures, config):
+def advice(figures: dict[str, Any], config: Any) -> list[str]:
     """What to change so that it fits, most effective first."""
     sizes, ways = figures["bytes_per_chip"], []
     arguments = sizes["parameters"] + sizes["moments"] + sizes["ema"] + sizes["frozen"]
@@ -178,7 +178,7 @@ def advice(figures, config):
     return ways
 
 
-def as_text(figures, config):
+def as_text(figures: dict[str, Any], config: Any) -> str:
     """The figures for a person."""
     sizes = figures["bytes_per_chip"]
     lines = [
@@ -186,7 +186,7 @@ def as_text(figures, config):
         + " x ".join(f"{name} {size}" for name, size in figures["mesh"].items())
         + f", batch {figures['batch_size']} in {figures['accumulation']} round(s) of "
         f"{figures['samples_per_chip']} sample(s) a chip"
-        + (f", each of {figures['images_per_sample']} pictures" if figures["images_per_sample"] > 1 else ""),
+        + (f", each of {figures['images_per_sample']} images" if figures["images_per_sample"] > 1 else ""),
         *(f"assumed: {text}" for text in figures["assumptions"]),
         verdict(figures),
         "",
@@ -210,11 +210,11 @@ def as_text(figures, config):
     return "\n".join(lines)
 
 
-def as_error(error):
+def as_error(error: Exception) -> ConfigError:
     """The first line of a compiler's error, as a `ConfigError`."""
     return ConfigError(f"the step does not compile for this hardware: {str(error).splitlines()[0]}")
 
 
-def gib(size):
+def gib(size: int) -> str:
     """Bytes as text."""
     return f"{size / GIB:.2f} GiB"

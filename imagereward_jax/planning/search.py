@@ -1,14 +1,19 @@
 """The largest batch and the smallest slice that a run fits into; each try compiles its step."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jax.sharding import AbstractMesh
 
 from imagereward_jax.assembly.run import assemble
 from imagereward_jax.planning.report import bytes_per_device, gib, plan, verdict
-from imagereward_jax.planning.topologies import sizes_of_kind
+from imagereward_jax.planning.topologies import Topology, sizes_of_kind
 from imagereward_jax.training.program import TrainingProgram
 
 
-def largest_batch(config, topology, say, known=None):
+def largest_batch(
+    config: Any, topology: Topology, say: Callable[[str], None], known: dict[str, Any] | None = None
+) -> tuple[int, int]:
     """The most samples a chip that fit, found by following the memory that the tries before it took.
 
     Exact up to 16 samples; above, to a power of two that is at most an eighth of the result.
@@ -65,7 +70,9 @@ def _where_room_ends(tries):
     return int(one - left / slope) if slope < 0 else None
 
 
-def smallest_slice(config, topology, say, known=None):
+def smallest_slice(
+    config: Any, topology: Topology, say: Callable[[str], None], known: dict[str, Any] | None = None
+) -> str | None:
     """Name of the smallest topology of this kind of chip that fits, with the samples a chip and the accumulation of the
     config and, where it has fsdp > 1, every chip along fsdp; None if none does. known: as for `largest_batch`."""
     samples = max(1, config.batch_size // topology.chips // config.accumulation)

@@ -6,7 +6,9 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import jax
 
@@ -52,7 +54,7 @@ class Topology:
     hbm_bytes: int
     usable_bytes: int
 
-    def devices(self):
+    def devices(self) -> Sequence[Any]:
         """Devices to build a mesh of.
 
         Raises:
@@ -67,7 +69,7 @@ class Topology:
             raise TopologyError(f"--topology {self.name}: {str(error).splitlines()[0]}") from error
 
 
-def find_topology(name):
+def find_topology(name: str) -> Topology:
     """The `Topology` called `name`.
 
     Raises:
@@ -89,13 +91,13 @@ def find_topology(name):
     return Topology(name, "gpu", int(shape), hbm, int(hbm * GPU_USABLE))
 
 
-def known_names():
+def known_names() -> list[str]:
     """Every name that `find_topology` takes, but for other numbers of CPU devices."""
     slices = [f"{kind}:{shape}" for kind, (shapes, _) in TPUS.items() for shape in shapes]
     return [*slices, *(f"{kind}:{number}" for kind in GPUS for number in NODES), "cpu:1", "cpu:8"]
 
 
-def sizes_of_kind(name):
+def sizes_of_kind(name: str) -> list[Topology]:
     """Topologies of the same kind of chip, smallest first."""
     kind = name.partition(":")[0]
     return [find_topology(known) for known in known_names() if known.startswith(f"{kind}:")]
@@ -160,7 +162,7 @@ def _cpu_devices(number):
     return devices[:number]
 
 
-def target_config(kind):
+def target_config(kind: str) -> str:
     """XLA's description of a GPU (GpuTargetConfigProto as text)."""
     name, (major, minor), cores, fpus, bandwidth, l2, clock, memory, shared = GPUS[kind]
     info = {

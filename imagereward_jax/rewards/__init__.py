@@ -1,1 +1,1 @@
-"""Rewards: (images in [0, 1], prompts) -> one score an image. One file per reward."""
+"""Rewards: (images in [0, 1], prompts) -> one score per image. One file per reward."""

@@ -5,14 +5,20 @@ import difflib
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig
+import jax
+import numpy as np
+
+from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig, TextConfig
 from imagereward_jax.rewards.base import held_params, named_dtype
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, VOCAB_FILE, WEIGHTS_FILE, ImageReward, abstract_module
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, hub, mapping
 
+SizedConfig = TypeVar("SizedConfig", ImageRewardConfig, BlipScoreConfig)
 V1 = ImageRewardConfig()
 HUB_REPO = "THUDM/ImageReward"
 HUB_MODELS = {"ImageReward-v1.0": "ImageReward.pt"}
@@ -22,44 +28,44 @@ DEFAULT_ROOT = "~/.cache/ImageReward"
 IGNORED_KEYS = (r"(^|\.)position_ids$",)
 
 
-def available_models():
-    """Names that `load` knows: ImageReward's on the hub, and the rewards that come with the package."""
+def available_models() -> list[str]:
+    """Returns the names that `load` knows: ImageReward on the hub, and the rewards built into the package."""
     return [*HUB_MODELS, *(name for name in hub.builtin_models() if _builtin_folder(name).is_dir())]
 
 
 def load(
-    name_or_path="ImageReward-v1.0",
-    device=None,
-    download_root=None,
-    med_config=None,
+    name_or_path: str | os.PathLike = "ImageReward-v1.0",
+    device: str | jax.Device | None = None,
+    download_root: str | os.PathLike | None = None,
+    med_config: str | os.PathLike | None = None,
     *,
-    tokenizer=None,
-    dtype="float32",
-    batch_size=16,
-):
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    batch_size: int = 16,
+) -> ImageReward:
     """Loads an ImageReward scorer.
 
-    A PyTorch checkpoint is converted once: a `.safetensors` copy beside it (or in `download_root` where that
-    folder cannot be written) makes the next load fast, and is made anew when the checkpoint changes.
+    A PyTorch checkpoint is converted once. The `.safetensors` copy beside it (in `download_root` if that folder is not
+    writable) makes the next load fast; it is rewritten when the checkpoint changes.
 
     Args:
         name_or_path: a name of `available_models()`, the path of an `ImageReward.pt`, or a folder that
             `ImageReward.save` or `convert/imagereward.py` wrote.
         device: None for all local devices, "cpu", "gpu", "cuda:1", a `jax.Device`.
-        download_root: where downloads are kept; ~/.cache/ImageReward by default.
-        med_config: path of the text encoder's `med_config.json`, if not the one beside the checkpoint. Without
-            either the sizes are those of v1.0.
+        download_root: folder for downloads; ~/.cache/ImageReward by default.
+        med_config: path of the text encoder's `med_config.json`; by default the one beside the checkpoint, else the
+            sizes are those of v1.0.
         tokenizer: path of a BERT vocab.txt or its folder. By default the one beside the checkpoint, else that of
             bert-base-uncased from the hub.
         dtype: "float32" or "bfloat16".
-        batch_size: pictures computed at a time.
+        batch_size: images per batch.
 
     Returns:
         An `ImageReward`.
 
     Raises:
-        FileNotFoundError: no such model, file or vocabulary (`hub.ModelNotFound`).
-        ValueError: the files do not fit each other, or are not what they should be.
+        FileNotFoundError: the model, a file or the vocabulary does not exist (`hub.ModelNotFound`).
+        ValueError: the files do not match each other, or are broken.
     """
     options = {"device": device, "dtype": dtype, "batch_size": batch_size}
     root = Path(download_root or DEFAULT_ROOT).expanduser()
@@ -74,8 +80,8 @@ def load(
     return _build(config, tensors, path, prompt_tokenizer, options)
 
 
-def read_cached(path, root):
-    """The tensors of a PyTorch checkpoint, from its safetensors copy where one of the same size and time exists."""
+def read_cached(path: Path, root: Path) -> dict[str, np.ndarray]:
+    """Reads the tensors of a PyTorch checkpoint, from its safetensors copy if one for the same size and time exists."""
     status = path.stat()
     stamp = f"{status.st_size}-{status.st_mtime_ns}"
     places = _cache_places(path, root)
@@ -91,8 +97,8 @@ def read_cached(path, root):
             reason = error
         else:
             return tensors
-    # The same text every time, so that Python's default filter shows it once a process.
-    warnings.warn(f"no converted copy of {path} could be kept ({reason}): it is converted at each load", stacklevel=3)
+    # The text is always the same, so that Python's default filter shows it once per process.
+    warnings.warn(f"cannot store a converted copy of {path} ({reason}): it is converted at each load", stacklevel=3)
     return tensors
 
 
@@ -102,7 +108,7 @@ def _cache_places(path, root):
 
 
 def _stamp(place):
-    """What the copy at `place` was made from; None for none, or for one that cannot be read and is written anew."""
+    """Returns the source stamp of the copy at `place`; None if there is no readable copy."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -117,10 +123,10 @@ def _builtin_folder(name):
 
 
 def _find(name, root):
-    """The folder or file of a model."""
+    """Finds the folder or file of a model."""
     path = Path(name).expanduser()
     if name in HUB_MODELS:
-        downloaded = root / HUB_MODELS[name]  # where the original package puts it, too
+        downloaded = root / HUB_MODELS[name]  # the original package's location, too
         return downloaded if downloaded.is_file() else hub.resolve_file(HUB_REPO, HUB_MODELS[name], cache_dir=root)
     if path.is_dir() and not (path / CONFIG_FILE).is_file() and (path / "ImageReward.pt").is_file():
         return path / "ImageReward.pt"
@@ -131,8 +137,8 @@ def _find(name, root):
     raise unknown_model(name, available_models())
 
 
-def unknown_model(name, known):
-    """The `hub.ModelNotFound` for a name that is neither a path nor among `known`, with the nearest of them."""
+def unknown_model(name: str, known: Sequence[str]) -> hub.ModelNotFound:
+    """Makes the `hub.ModelNotFound` for a name that is neither a path nor `known`; it suggests the nearest name."""
     if hub.looks_like_path(name) or Path(name).suffix in (*files.PICKLES, ".safetensors"):
         return hub.ModelNotFound(f"{name}: no such file or folder")
     lower = {one.lower(): one for one in known}
@@ -148,14 +154,16 @@ def _find_med_config(path, name, root):
     return hub.resolve_file(HUB_REPO, MED_CONFIG_FILE, cache_dir=root) if name in HUB_MODELS else None
 
 
-def with_text(config, med_config):
-    """A config of a BLIP with the text encoder that a med_config.json describes."""
+def with_text(config: SizedConfig, med_config: str | os.PathLike) -> SizedConfig:
+    """Replaces the text encoder's sizes of a config by those of a med_config.json."""
     return dataclasses.replace(config, text=TextConfig.from_dict(files.read_json(med_config), str(med_config)))
 
 
 def config_of(name: str) -> ImageRewardConfig:
-    """The sizes of an ImageReward without its weights: by the config.json of a folder or built-in reward; a file is of
-    v1.0's sizes but for the text encoder of the med_config.json beside it."""
+    """Reads the sizes of an ImageReward without its weights: from the config.json of a folder or built-in reward.
+
+    A file has the sizes of v1.0, with the text encoder of the med_config.json beside it.
+    """
     path = _builtin_folder(name) if name in hub.builtin_models() else Path(name).expanduser()
     if (path / CONFIG_FILE).is_file():
         return ImageRewardConfig.from_dict(files.read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
@@ -164,8 +172,8 @@ def config_of(name: str) -> ImageRewardConfig:
     return V1
 
 
-def find_vocab_near(folder):
-    """The BERT vocabulary in a checkpoint's folder, else bert-base-uncased's from the hub."""
+def find_vocab_near(folder: Path) -> Path:
+    """Finds the BERT vocabulary in a checkpoint's folder, else bert-base-uncased's on the hub."""
     beside = folder / VOCAB_FILE
     if beside.is_file():
         return beside
@@ -173,8 +181,8 @@ def find_vocab_near(folder):
         return hub.resolve_file(VOCAB_REPO, VOCAB_FILE)
     except hub.ModelNotFound as error:
         raise hub.ModelNotFound(
-            f"no vocabulary: there is no {beside}, and bert-base-uncased could not be had from the hub; pass "
-            f"`tokenizer=`, the path of its vocab.txt ({error})"
+            f"no vocabulary: {beside} does not exist, and bert-base-uncased cannot be downloaded; pass "
+            f"`tokenizer=`, the path of a vocab.txt ({error})"
         ) from error
 
 

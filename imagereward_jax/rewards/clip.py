@@ -1,18 +1,21 @@
-"""Scores that are read off CLIP: CLIP score, PickScore, HPSv2.1 and the aesthetic predictor."""
+"""Rewards based on CLIP: CLIP score, PickScore, HPSv2.1 and the aesthetic predictor."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from imagereward_jax.models.clip_score import AestheticModel, CLIPScoreModel
+from imagereward_jax.models.clip_score import AestheticModel, CLIPConfig, CLIPImageEncoder, CLIPScoreModel
 from imagereward_jax.rewards import preprocess
 from imagereward_jax.rewards.base import Reward
+from imagereward_jax.rewards.tokens import CLIPPromptTokenizer
 from imagereward_jax.weights import mapping
 
 
 class CLIPScore(Reward):
-    """The cosine of CLIP's embeddings of picture and prompt, from -1 to 1 (about 0.2 for a picture that fits).
+    """Cosine of CLIP's embeddings of image and prompt, from -1 to 1 (about 0.2 for a matching image).
 
     Args:
         config: a `clip_score.CLIPConfig`.
@@ -24,7 +27,9 @@ class CLIPScore(Reward):
         ValueError: the tokenizer has more tokens than the network.
     """
 
-    def __init__(self, config, params, tokenizer, **options):
+    def __init__(
+        self, config: CLIPConfig, params: dict[str, Any], tokenizer: CLIPPromptTokenizer, **options: Any
+    ) -> None:
         if tokenizer.vocab_size > config.text.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens, the network {config.text.vocab_size:,}; pass the "
@@ -33,25 +38,25 @@ class CLIPScore(Reward):
         super().__init__(config, params, tokenizer, **options)
 
     @staticmethod
-    def abstract(config, dtype):
+    def abstract(config: CLIPConfig, dtype: DTypeLike) -> CLIPImageEncoder:
         """See `Reward.abstract`."""
         return abstract_clip(CLIPScoreModel, config, dtype)
 
 
 class PickScore(CLIPScore):
-    """PickScore (arXiv 2305.01569): the cosine times the learnt scale, about 20; trained on 500,000 choices."""
+    """PickScore (arXiv 2305.01569): the cosine times the learnt scale, about 20; trained on 500,000 human choices."""
 
     preprocess = preprocess.RGB_CROP
 
 
 class HPSv2(CLIPScore):
-    """Human preference score v2 (arXiv 2306.09341): the cosine, about 0.28; the picture is padded, not cropped."""
+    """Human preference score v2 (arXiv 2306.09341): the cosine, about 0.28; the image is padded, not cropped."""
 
     preprocess = preprocess.PAD
 
 
 class AestheticScore(Reward):
-    """LAION's aesthetic predictor: how beautiful a picture is, about 1 to 10. The prompt is not read.
+    """LAION's aesthetic predictor: the beauty of an image, about 1 to 10. The prompt is ignored.
 
     Args:
         config: a `clip_score.CLIPConfig`; its text tower is not used.
@@ -61,12 +66,14 @@ class AestheticScore(Reward):
     """
 
     @staticmethod
-    def abstract(config, dtype):
+    def abstract(config: CLIPConfig, dtype: DTypeLike) -> CLIPImageEncoder:
         """See `Reward.abstract`."""
         return abstract_clip(AestheticModel, config, dtype)
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_clip(network, config, dtype=jnp.float32):
-    """A CLIP network's structure without arrays; only to be read, as it is shared."""
+def abstract_clip(
+    network: type[CLIPImageEncoder], config: CLIPConfig, dtype: DTypeLike = jnp.float32
+) -> CLIPImageEncoder:
+    """Builds a CLIP network's structure without arrays; shared, so read-only."""
     return mapping.abstract(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -1,16 +1,20 @@
-"""The ImageReward score: how much people would like a picture for a prompt (arXiv 2304.05977)."""
+"""The ImageReward score: human preference for an image given a prompt (arXiv 2304.05977)."""
 
 import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models.blip import ImageRewardModel
-from imagereward_jax.models.blip_config import ImageRewardConfig
+from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig
 from imagereward_jax.rewards.base import Reward, named_dtype
 from imagereward_jax.rewards.tokens import PromptTokenizer
 from imagereward_jax.weights import files, mapping
@@ -19,7 +23,7 @@ CONFIG_FILE, WEIGHTS_FILE, VOCAB_FILE = "config.json", "model.safetensors", "voc
 
 
 class ImageReward(Reward):
-    """The scorer. `imagereward_jax.load` makes one; higher scores are better, about N(0, 1) for v1.0.
+    """The ImageReward scorer, loaded by `imagereward_jax.load`. Scores are about N(0, 1) for v1.0.
 
     Args:
         config: an `ImageRewardConfig`.
@@ -28,21 +32,25 @@ class ImageReward(Reward):
         **options: those of `Reward`.
 
     Raises:
-        ValueError: the tokenizer has another vocabulary size than the network, or an argument is not valid.
+        ValueError: the vocabulary sizes of tokenizer and network differ, or an argument is not valid.
     """
 
-    def __init__(self, config, params, tokenizer, **options):
+    def __init__(
+        self, config: ImageRewardConfig, params: dict[str, Any], tokenizer: PromptTokenizer, **options: Any
+    ) -> None:
         check_vocabulary(config, tokenizer)
         super().__init__(config, params, tokenizer, **options)
 
     @staticmethod
-    def abstract(config, dtype):
+    def abstract(config: ImageRewardConfig, dtype: DTypeLike) -> ImageRewardModel:
         """See `Reward.abstract`."""
         return abstract_module(config, dtype)
 
     @classmethod
-    def from_config(cls, config, vocab_file, key, **options):
-        """A scorer with random weights, to be trained.
+    def from_config(
+        cls, config: ImageRewardConfig | dict[str, Any], vocab_file: str | os.PathLike, key: jax.Array, **options: Any
+    ) -> "ImageReward":
+        """Builds a scorer with random weights, for training.
 
         Args:
             config: an `ImageRewardConfig` or its dict.
@@ -57,20 +65,20 @@ class ImageReward(Reward):
         params = mapping.params_of(ImageRewardModel(config, rngs=nnx.Rngs(params=key)))
         return cls(config, params, tokenizer, **options)
 
-    def save(self, folder, params=None, *, overwrite=False):
+    def save(self, folder: str | os.PathLike, params: dict[str, Any] | None = None, *, overwrite: bool = False) -> None:
         """Writes config.json, model.safetensors (PyTorch's key names) and vocab.txt, which `load` reads.
 
-        A new folder appears whole or not at all; in one that exists each file does.
+        A new folder appears complete or not at all; in an existing folder this holds for each file.
 
         Args:
-            params: saved instead of `self.params`.
+            params: parameters to save instead of `self.params`.
 
         Raises:
             FileExistsError: the folder holds a model and `overwrite` is False.
         """
         folder = Path(folder)
         if (folder / WEIGHTS_FILE).exists() and not overwrite:
-            raise FileExistsError(f"{folder} already holds a model; choose another folder or ask to overwrite it")
+            raise FileExistsError(f"{folder} already holds a model; choose another folder or pass overwrite=True")
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         try:
             partial.mkdir(parents=True)
@@ -87,17 +95,18 @@ class ImageReward(Reward):
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_module(config, dtype=jnp.float32, remat="none"):
-    """The network's structure without arrays; only to be read, as it is shared."""
+def abstract_module(config: ImageRewardConfig, dtype: DTypeLike = jnp.float32, remat: str = "none") -> ImageRewardModel:
+    """Builds the network's structure without arrays; shared, so read-only."""
     return mapping.abstract(lambda: ImageRewardModel(config, remat=remat, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def make_apply(config, dtype, remat="none"):
-    """(params, images, tokens) -> scores, as `Reward.apply`, whatever the parameters' own dtype.
+def make_apply(
+    config: ImageRewardConfig, dtype: DTypeLike, remat: str = "none"
+) -> Callable[[dict[str, Any], jax.Array, dict[str, Any]], jax.Array]:
+    """Makes a function (params, images, tokens) -> scores, like `Reward.apply`, for parameters of any dtype.
 
     Args:
-        config: an `ImageRewardConfig`. dtype: of the arithmetic. remat: what is recomputed for gradients, see
-            `models.remat`.
+        config: an `ImageRewardConfig`. dtype: of the computation. remat: a policy of `models.remat`.
     """
     graphdef = nnx.graphdef(abstract_module(config, named_dtype(dtype), remat))
 
@@ -108,8 +117,8 @@ def make_apply(config, dtype, remat="none"):
     return apply
 
 
-def check_vocabulary(config, tokenizer):
-    """Raises ValueError unless the tokenizer has exactly the tokens that the network has embeddings for."""
+def check_vocabulary(config: ImageRewardConfig | BlipScoreConfig, tokenizer: PromptTokenizer) -> None:
+    """Raises ValueError if the vocabulary sizes of tokenizer and network differ."""
     if tokenizer.vocab_size != config.text.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens (with [DEC] and [ENC]), the network "

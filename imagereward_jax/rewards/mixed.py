@@ -1,23 +1,28 @@
-"""A weighted sum of several rewards, each brought to a common scale first."""
+"""A weighted sum of several rewards, each normalised to a common scale."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.rewards.base import ranks_of
 
+Scores = jax.Array | np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One reward of a mixture: it counts as `weight * clip((score - mean) / std)`.
+    """One reward of a mixture; it contributes `weight * clip((score - mean) / std)`.
 
     Attributes:
         reward: a `rewards.base.Reward`.
-        weight: any number; negative to avoid what it rewards.
-        mean, std: of its scores, so that rewards on different scales can be added.
-        clip: bound on the normalised score, beyond which there is no gradient; 0 for none.
+        weight: any number; negative values penalise the reward.
+        mean, std: of its scores; they bring rewards to a common scale.
+        clip: bound on the normalised score, without gradient beyond it; 0 for none.
 
     Raises:
         ValueError: std is not positive, or clip is negative.
@@ -35,56 +40,58 @@ class Term:
         if not self.clip >= 0:
             raise ValueError(f"clip={self.clip}: expected 0 (no clipping) or more")
 
-    def contribution(self, scores, numpy=jnp):
-        """What scores [B] add to the mixture."""
+    def contribution(self, scores: Scores, numpy: ModuleType = jnp) -> Scores:
+        """Computes the contribution of scores [B] to the mixture."""
         normalised = (scores - self.mean) / self.std
         return self.weight * (numpy.clip(normalised, -self.clip, self.clip) if self.clip else normalised)
 
 
 class MixedReward:
-    """The sum of several rewards' contributions; takes the place of a `Reward`.
+    """Sum of the contributions of several rewards; has the interface of `Reward`.
 
     Args:
         terms: {name: `Term`}.
 
     Raises:
-        ValueError: there is no term.
+        ValueError: `terms` is empty.
     """
 
-    def __init__(self, terms):
+    def __init__(self, terms: Mapping[str, Term]) -> None:
         if not terms:
             raise ValueError("a mixture needs at least one reward")
         self.members = dict(terms)
 
     @property
-    def params(self):
-        """The terms' parameters by name."""
+    def params(self) -> dict[str, Any]:
+        """Parameters of the terms, by name."""
         return {name: term.reward.params for name, term in self.members.items()}
 
     @property
-    def differentiable(self):
-        """Whether every term is."""
+    def differentiable(self) -> bool:
+        """Whether every term is differentiable."""
         return all(term.reward.differentiable for term in self.members.values())
 
-    def tokenize(self, prompts):
-        """The terms' tokens by name."""
+    def tokenize(self, prompts: str | Sequence[str]) -> dict[str, Any]:
+        """Tokens for each term, by name."""
         return {name: term.reward.tokenize(prompts) for name, term in self.members.items()}
 
-    def apply_terms(self, params, images, tokens):
-        """(mixture [B], {name: scores [B]}); the terms' scores are as they come, not normalised."""
+    def apply_terms(
+        self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes (mixture [B], {name: scores [B]}); the scores of the terms are not normalised."""
         scores = {name: term.reward.apply(params[name], images, tokens[name]) for name, term in self.members.items()}
         return sum(term.contribution(scores[name]) for name, term in self.members.items()), scores
 
-    def apply(self, params, images, tokens):
-        """The mixture [B] float32; see `Reward.apply`."""
+    def apply(self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]) -> jax.Array:
+        """Computes the mixture [B] float32; see `Reward.apply`."""
         return self.apply_terms(params, images, tokens)[0]
 
-    def score(self, prompt, image):
+    def score(self, prompt: str | Sequence[str], image: Any) -> float | list[float]:
         """See `Reward.score`."""
         parts = [term.contribution(np.asarray(term.reward.score(prompt, image)), np) for term in self.members.values()]
         return sum(parts).tolist()
 
-    def inference_rank(self, prompt, images):
+    def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]:
         """See `Reward.inference_rank`."""
         parts = [
             term.contribution(np.asarray(term.reward.inference_rank(prompt, images)[1]), np)
@@ -93,13 +100,15 @@ class MixedReward:
         rewards = sum(parts).tolist()
         return ranks_of(rewards), rewards
 
-    def score_grad(self, prompts, images):
+    def score_grad(self, prompts: str | Sequence[str], images: jax.Array) -> jax.Array:
         """See `Reward.score_grad`."""
         return sum(term.contribution(term.reward.score_grad(prompts, images)) for term in self.members.values())
 
 
-def apply_terms(reward, params, images, tokens):
-    """(scores [B], scores of each term by name): of one reward, which has no terms, or of a mixture."""
+def apply_terms(
+    reward: Any, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes (scores [B], {term: scores [B]}) of a reward; the terms are empty unless it is a mixture."""
     if isinstance(reward, MixedReward):
         return reward.apply_terms(params, images, tokens)
     return reward.apply(params, images, tokens), {}

@@ -1,39 +1,45 @@
-"""One door to every reward, by the name or path that a config or a command gives."""
+"""Opens every reward by the name or path from a config or command."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from imagereward_jax.rewards.base import Reward
 from imagereward_jax.rewards.checkpoint import available_models, load, unknown_model
-from imagereward_jax.rewards.rules import RULES, is_rule, open_rule
+from imagereward_jax.rewards.rules import RULES, RuleReward, is_rule, open_rule
 from imagereward_jax.rewards.scores import SCORES, load_score
 
 
-def available_rewards():
-    """Names that `open_reward` knows, beside paths and module:function."""
+def available_rewards() -> list[str]:
+    """Returns the names that `open_reward` knows, beside paths and module:function."""
     return [*available_models(), *SCORES, *RULES]
 
 
-def check_name(name, also=()):
-    """Refuses a name that `open_reward` cannot mean, before anything is read.
+def check_name(name: str, also: Sequence[str] = ()) -> None:
+    """Checks that `open_reward` knows a name, before any file is read.
 
     Args:
-        also: names that are known as well.
+        also: further known names.
 
     Raises:
-        FileNotFoundError: it is no known name, rule or path (`hub.ModelNotFound`); the message has the nearest name.
+        FileNotFoundError: not a known name, rule or path (`hub.ModelNotFound`); the message suggests the nearest name.
     """
     known = [*available_rewards(), *also]
     if not (name in known or is_rule(name) or Path(name).expanduser().exists()):
         raise unknown_model(str(name), known)
 
 
-def open_reward(name, *, weights=None, tokenizer=None, **options):
-    """The reward called `name`.
+def open_reward(
+    name: str, *, weights: str | os.PathLike | None = None, tokenizer: str | os.PathLike | None = None, **options: Any
+) -> Reward | RuleReward:
+    """Opens a reward by name.
 
     Args:
-        name: what `load` takes; one of `available_scores()`; "jpeg-compressibility" or "jpeg-incompressibility"; or
+        name: as for `load`; one of `available_scores()`; "jpeg-compressibility" or "jpeg-incompressibility"; or
             "module:function", a Python function.
         weights: path of the weights of one of `available_scores()`.
-        tokenizer: path of the vocabulary, if not the one beside the weights.
+        tokenizer: path of the vocabulary; by default the one beside the weights.
         **options: device, dtype, batch_size, as for `load`.
 
     Returns:
@@ -46,5 +52,5 @@ def open_reward(name, *, weights=None, tokenizer=None, **options):
     if name in SCORES:
         return load_score(name, path=weights or None, tokenizer=tokenizer, **options)
     if weights:
-        raise ValueError(f"weights={weights!r} is for {', '.join(SCORES)} alone; the reward is {name!r}")
+        raise ValueError(f"weights={weights!r} applies only to {', '.join(SCORES)}; the reward is {name!r}")
     return open_rule(name) if is_rule(name) else load(name, tokenizer=tokenizer, **options)

@@ -1,4 +1,4 @@
-"""Rewards that are computed by rule and have no gradient: for methods that learn from scores alone.
+"""Rewards computed by rules, without gradient: for methods that learn from scores alone.
 
 Each has `score`, `inference_rank` and `score_arrays`, and `differentiable` is false.
 """
@@ -6,6 +6,8 @@ Each has `score`, `inference_rank` and `score_arrays`, and `differentiable` is f
 import importlib
 import io
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,13 +19,13 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class RuleReward:
-    """What rules share. A subclass says in `score_arrays` what it computes."""
+    """Base of rules; a subclass implements `score_arrays`."""
 
     differentiable = False
     batch_size = 16
 
-    def score_arrays(self, images, prompts):
-        """Scores of a batch.
+    def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Scores a batch.
 
         Args:
             images: [B, H, W, 3] uint8, or floating point in [0, 1], NumPy.
@@ -34,8 +36,8 @@ class RuleReward:
         """
         raise NotImplementedError
 
-    def score(self, prompt, image):
-        """As `rewards.base.Reward.score`; pictures keep their size."""
+    def score(self, prompt: str | Sequence[str], image: Any) -> float | list[float]:
+        """See `rewards.base.Reward.score`; images keep their size."""
         images, single = preprocess.as_image_list(image)
         prompts = pair_prompts(prompt, images)
         opened = [self.prepare(one, f"image {i}") for i, one in enumerate(images)]
@@ -43,33 +45,33 @@ class RuleReward:
         scores = self.score_prepared(prompts, opened).tolist()
         return scores[0] if single and isinstance(prompt, str) else scores
 
-    def prepare(self, image, name="image"):
-        """As `rewards.base.Reward.prepare`: uint8 [H, W, 3], of the picture's own size."""
+    def prepare(self, image: Any, name: str = "image") -> np.ndarray:
+        """See `rewards.base.Reward.prepare`: returns uint8 [H, W, 3] in the image's own size."""
         return np.asarray(preprocess.open_image(image, name).convert("RGB"))
 
-    def score_prepared(self, prompts, pixels):
-        """As `rewards.base.Reward.score_prepared`: [B] float32, NumPy. Pictures may differ in size, so one by one."""
+    def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """See `rewards.base.Reward.score_prepared`: returns [B] float32, NumPy. Images may differ in size."""
         pairs = zip(pixels, prompts, strict=True)
-        return np.concatenate([self.score_arrays(picture[None], [prompt]) for picture, prompt in pairs])
+        return np.concatenate([self.score_arrays(image[None], [prompt]) for image, prompt in pairs])
 
-    def inference_rank(self, prompt, images):
-        """As `rewards.base.Reward.inference_rank`."""
+    def inference_rank(self, prompt: str, images: Any) -> tuple[list[int], list[float]]:
+        """See `rewards.base.Reward.inference_rank`."""
         scores = self.score(prompt, preprocess.as_image_list(images)[0])
         return ranks_of(scores), scores
 
 
 class JPEGSize(RuleReward):
-    """How well a picture compresses (DDPO, arXiv 2305.13301): its size as a JPEG in kB (1,000 bytes).
+    """Compressibility of an image (DDPO, arXiv 2305.13301): its size as a JPEG in kB (1,000 bytes).
 
     Args:
         sign: -1 rewards small files (compressibility), 1 large ones (incompressibility).
-        quality: of the JPEG.
+        quality: JPEG quality.
     """
 
-    def __init__(self, sign, quality=95):
+    def __init__(self, sign: int, quality: int = 95) -> None:
         self.sign, self.quality = sign, quality
 
-    def score_arrays(self, images, prompts):
+    def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """See `RuleReward.score_arrays`."""
         return np.array([self.sign * self._kilobytes(image) for image in _as_uint8(images)], np.float32)
 
@@ -86,10 +88,10 @@ class PythonReward(RuleReward):
         name: "module:function"; the module is imported.
 
     Raises:
-        ValueError: the module or function is not there, or cannot be called.
+        ValueError: the module or function does not exist, or is not callable.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self.name = name
         module, _, function = name.partition(":")
         try:
@@ -99,16 +101,16 @@ class PythonReward(RuleReward):
         if not callable(self.function):
             raise ValueError(f"reward {name!r}: {function} is not a function but {type(self.function).__name__}")
 
-    def score_arrays(self, images, prompts):
+    def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """See `RuleReward.score_arrays`.
 
         Raises:
-            ValueError: the function did not return a finite number for each picture.
+            ValueError: the function did not return a finite number for each image.
         """
         scores = np.asarray(self.function(_as_uint8(images), list(prompts)))
         if scores.shape != (len(prompts),) or scores.dtype.kind not in "buif" or not np.isfinite(scores).all():
             raise ValueError(
-                f"reward {self.name!r} must return {len(prompts)} finite numbers, one a picture; it returned an array "
+                f"reward {self.name!r} must return {len(prompts)} finite numbers, one per image; it returned an array "
                 f"of shape {scores.shape} and type {scores.dtype}: {scores.ravel()[:4]}"
             )
         return scores.astype(np.float32)
@@ -120,18 +122,18 @@ RULES = {
 }
 
 
-def is_rule(name):
-    """Whether `name` is a rule's, or names a Python function."""
+def is_rule(name: str) -> bool:
+    """Whether `name` is a rule or module:function."""
     return name in RULES or _FUNCTION.fullmatch(str(name)) is not None
 
 
-def open_rule(name):
-    """The rule called `name`, or the Python function at module:function."""
+def open_rule(name: str) -> RuleReward:
+    """Opens a rule by name, or a Python function by module:function."""
     return RULES[name]() if name in RULES else PythonReward(name)
 
 
 def _as_uint8(images):
-    """[B, H, W, 3] uint8 of arrays that are so already, or floating point in [0, 1]."""
+    """Converts images [B, H, W, 3], uint8 or floating point in [0, 1], to uint8."""
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images

@@ -2,16 +2,19 @@
 
 import dataclasses
 import difflib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import numpy as np
 from flax import nnx
 
 from imagereward_jax.models.blip import RewardHead
 from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig
 from imagereward_jax.models.clip import CLIPTextConfig
 from imagereward_jax.models.clip_score import CLIPConfig, CLIPVisionConfig
-from imagereward_jax.rewards.base import held_params, named_dtype
+from imagereward_jax.rewards.base import Reward, held_params, named_dtype
 from imagereward_jax.rewards.blip import BlipScore
 from imagereward_jax.rewards.checkpoint import (
     DEFAULT_ROOT,
@@ -39,7 +42,7 @@ CLIP_UNUSED = (*IGNORED_KEYS, *clip_layouts.BOOKKEEPING)
 
 
 class Tower(NamedTuple):
-    """What a CLIP's weights do not show: the width of an attention head in each tower, and the activation."""
+    """Settings that CLIP weights do not show: the width of an attention head in each encoder, and the activation."""
 
     vision_head: int
     text_head: int
@@ -47,7 +50,7 @@ class Tower(NamedTuple):
 
 
 class Published(NamedTuple):
-    """Where a CLIP score is published. local: its file's name. hub: (repository, file or None for a folder)."""
+    """Source of a published CLIP score. local: its file name. hub: (repository, file or None for a folder)."""
 
     score: type
     local: str
@@ -66,32 +69,32 @@ CLIPS = {
 SCORES = ("CLIP", "BLIP", "Aesthetic", "PickScore", "HPSv2.1")
 
 
-def available_scores():
-    """Names that `load_score` knows."""
+def available_scores() -> list[str]:
+    """Returns the names that `load_score` knows."""
     return list(SCORES)
 
 
 def load_score(
-    name="CLIP",
-    device=None,
-    download_root=None,
+    name: str = "CLIP",
+    device: str | jax.Device | None = None,
+    download_root: str | os.PathLike | None = None,
     *,
-    path=None,
-    head=None,
-    tokenizer=None,
-    dtype="float32",
-    batch_size=16,
-):
-    """Loads one of the scores that ImageReward is compared with; it has the methods of what `load` gives.
+    path: str | os.PathLike | None = None,
+    head: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    batch_size: int = 16,
+) -> Reward:
+    """Loads one of the scores that ImageReward is compared with; it has the same methods as the result of `load`.
 
-    Without `path` the published file is taken from `download_root`, where the original package keeps it, or else
-    downloaded. CLIP weights may be OpenAI's (`ViT-L-14.pt`), OpenCLIP's, or a folder of transformers.
+    Without `path` the published file is read from `download_root`, the original package's location, or downloaded.
+    CLIP weights may be OpenAI's (`ViT-L-14.pt`), OpenCLIP's, or a folder of transformers.
 
     Args:
         name: one of `available_scores()`.
         device, dtype, batch_size: as for `load`.
-        download_root: where downloads are kept; ~/.cache/ImageReward by default.
-        path: file or folder of the network's weights: CLIP's for all but BLIP.
+        download_root: folder for downloads; ~/.cache/ImageReward by default.
+        path: file or folder of the network's weights: CLIP weights for all scores except BLIP.
         head: Aesthetic only: path of `sac+logos+ava1-l14-linearMSE.pth`.
         tokenizer: path of the vocabulary: for BLIP a vocab.txt or its folder, else a folder with vocab.json and
             merges.txt, or `bpe_simple_vocab_16e6.txt.gz`. By default the one beside the weights, else the hub's.
@@ -100,15 +103,15 @@ def load_score(
         A `rewards.base.Reward`.
 
     Raises:
-        FileNotFoundError: no such score, file or vocabulary (`hub.ModelNotFound`).
-        ValueError: the files do not fit each other, or are not what they should be.
+        FileNotFoundError: the score, a file or the vocabulary does not exist (`hub.ModelNotFound`).
+        ValueError: the files do not match each other, or are broken.
     """
     if name not in SCORES:
         close = difflib.get_close_matches(str(name), SCORES, n=1, cutoff=0.4)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise hub.ModelNotFound(f"no score {name!r}{hint}; known: {', '.join(SCORES)}")
     if head is not None and name != "Aesthetic":
-        raise ValueError(f"head= is for the Aesthetic score alone, not {name}")
+        raise ValueError(f"head= applies only to the Aesthetic score, not to {name}")
     root = Path(download_root or DEFAULT_ROOT).expanduser()
     options = {"device": device, "dtype": dtype, "batch_size": batch_size}
     if name == "BLIP":
@@ -129,11 +132,13 @@ def _load_blip(path, vocab, root, options):
     return BlipScore(config, params, tokenizer, **options)
 
 
-def imagereward_from_blip(path, key, *, tokenizer=None):
-    """An ImageReward to be trained: the encoders of `model_large.pth`, and a head that starts anew.
+def imagereward_from_blip(
+    path: str | os.PathLike, key: jax.Array, *, tokenizer: str | os.PathLike | None = None
+) -> ImageReward:
+    """Builds an ImageReward for training: the encoders of `model_large.pth` with a newly initialised head.
 
     Args:
-        path: BLIP's checkpoint; a med_config.json beside it is heeded.
+        path: BLIP's checkpoint; a med_config.json beside it is used.
         key: a `jax.random` key for the head.
         tokenizer: as for `load_score`.
 
@@ -168,12 +173,12 @@ def _load_clip(name, path, head, vocab, root, options):
     return published.score(config, params, tokenizer, **options)
 
 
-def read_clip(path, root, tower):
-    """(tensors under transformers' names, `CLIPConfig`) of a CLIP in any published layout.
+def read_clip(path: Path, root: Path, tower: Tower) -> tuple[dict[str, np.ndarray], CLIPConfig]:
+    """Reads (tensors with transformers' names, `CLIPConfig`) of a CLIP in any published layout.
 
     Args:
         path: a file, or a folder of transformers with config.json.
-        root: where converted copies of pickles go if not beside them.
+        root: folder for converted copies of pickles if the checkpoint's folder is not writable.
         tower: a `Tower`, for files without a config.json beside them.
     """
     if not path.is_dir():
@@ -198,10 +203,10 @@ def _config_of(tensors, tower, what):
 
 
 def _config_from_json(settings, what):
-    """A `CLIPConfig` from transformers' config.json.
+    """Builds a `CLIPConfig` from transformers' config.json.
 
-    Files of 2022 repeat every setting of text generation in both towers, so fields that are no sizes are passed over;
-    that the weights have just these sizes is checked when they are mapped.
+    Files of 2022 repeat every setting of text generation in both encoders, so fields that are not sizes are ignored.
+    The mapping of weights checks the sizes.
     """
     parts = []
     for name, config_class in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
@@ -237,7 +242,7 @@ def _find_clip(published, root):
 
 
 def _clip_vocab_near(path):
-    """The CLIP vocabulary in the weights' folder, else the hub's."""
+    """Finds the CLIP vocabulary in the weights' folder, else on the hub."""
     folder = path if path.is_dir() else path.parent
     if all((folder / name).is_file() for name in CLIP_FILES):
         return folder
@@ -248,5 +253,5 @@ def _clip_vocab_near(path):
     except hub.ModelNotFound as error:
         raise hub.ModelNotFound(
             f"no CLIP vocabulary: {folder} has neither {' and '.join(CLIP_FILES)} nor {CLIP_BPE}, and {CLIP_REPO} "
-            f"could not be had from the hub; pass `tokenizer=`, the path of one ({error})"
+            f"cannot be downloaded; pass `tokenizer=`, the path of one ({error})"
         ) from error

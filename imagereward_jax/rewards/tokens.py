@@ -1,6 +1,8 @@
-"""Prompts as tokens: BERT's lower-case WordPiece with the two tokens that BLIP adds, and CLIP's byte pairs."""
+"""Tokenizers of prompts: BERT's lower-case WordPiece with BLIP's two added tokens, and CLIP's byte pairs."""
 
 import gzip
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,11 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class TokenizerError(ValueError):
-    """The vocabulary cannot be used; the message names the file and says why."""
+    """The vocabulary cannot be used; the message names the file and the reason."""
 
 
-def find_vocab(path):
-    """`path` itself, or the vocab.txt in it when it is a folder.
+def find_vocab(path: str | os.PathLike) -> Path:
+    """Returns `path` itself, or the vocab.txt in it if it is a folder.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -26,8 +28,8 @@ def find_vocab(path):
     return file
 
 
-def check_prompts(prompts):
-    """The prompts without lone surrogates (halves of characters, as broken JSON escapes give), as BertTokenizer does.
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """Removes lone surrogates (from broken JSON escapes) from prompts, as BertTokenizer does.
 
     Raises:
         ValueError: a prompt is not text.
@@ -42,15 +44,15 @@ class PromptTokenizer:
     """Prompts -> ids, equal to those of transformers' `BertTokenizer` with `[DEC]` and `[ENC]` added.
 
     Args:
-        vocab: text of a vocab.txt, one token a line.
-        max_length: prompts are padded and cut to this many tokens, `[CLS]` and `[SEP]` included.
-        name: how an error names the vocabulary.
+        vocab: text of a vocab.txt, one token per line.
+        max_length: prompts are padded or truncated to this many tokens, `[CLS]` and `[SEP]` included.
+        name: name of the vocabulary in errors.
 
     Raises:
         TokenizerError: a special token is missing, a line is empty or repeated, or `[PAD]` is not the first.
     """
 
-    def __init__(self, vocab, max_length, name="vocab.txt"):
+    def __init__(self, vocab: str, max_length: int, name: str = "vocab.txt") -> None:
         from tokenizers import BertWordPieceTokenizer
 
         self.vocab = vocab
@@ -63,7 +65,7 @@ class PromptTokenizer:
             raise TokenizerError(f"{name}: not a BERT vocabulary; it lacks {', '.join(missing)}")
         if len(ids) != len(tokens):
             repeated = next(token for index, token in enumerate(tokens) if ids[token] != index)
-            raise TokenizerError(f"{name}: the token {repeated!r} is there more than once")
+            raise TokenizerError(f"{name}: the token {repeated!r} appears more than once")
         if ids["[PAD]"] != 0:
             raise TokenizerError(f"{name}: [PAD] must be the first token, it is number {ids['[PAD]']}")
         self._tokenizer = BertWordPieceTokenizer(ids, lowercase=True)
@@ -72,7 +74,7 @@ class PromptTokenizer:
         self._tokenizer.enable_padding(length=max_length)
 
     @classmethod
-    def from_file(cls, path, max_length):
+    def from_file(cls, path: str | os.PathLike, max_length: int) -> "PromptTokenizer":
         """Reads a vocab.txt, or the one in a folder."""
         file = find_vocab(path)
         try:
@@ -81,11 +83,11 @@ class PromptTokenizer:
             raise TokenizerError(f"{file}: not a text file in UTF-8") from error
 
     @property
-    def vocab_size(self):
-        """Number of tokens, the added ones included."""
+    def vocab_size(self) -> int:
+        """Number of tokens, including the added ones."""
         return self._tokenizer.get_vocab_size()
 
-    def __call__(self, prompts):
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """{"input_ids", "attention_mask"}: int32 [B, max_length] each.
 
         Raises:
@@ -98,17 +100,17 @@ class PromptTokenizer:
         }
 
 
-# OpenAI's vocabulary file lists more merges than CLIP's tokenizer takes.
+# OpenAI's vocabulary file lists more merges than CLIP's tokenizer uses.
 CLIP_MERGES = 49152 - 256 - 2
 CLIP_FILES = ("vocab.json", "merges.txt")
 CLIP_BPE = "bpe_simple_vocab_16e6.txt.gz"
 
 
-def find_clip_vocab(path):
-    """The CLIP vocabulary at `path`: a folder with vocab.json and merges.txt, or OpenAI's gzipped list of merges.
+def find_clip_vocab(path: str | os.PathLike) -> Path:
+    """Finds the CLIP vocabulary at `path`: a folder with vocab.json and merges.txt, or OpenAI's gzipped list of merges.
 
     Raises:
-        FileNotFoundError: it is neither, nor a folder that holds one.
+        FileNotFoundError: `path` is neither, nor a folder with such a file.
     """
     path = Path(path).expanduser()
     if path.is_dir() and all((path / name).is_file() for name in CLIP_FILES):
@@ -122,19 +124,20 @@ def find_clip_vocab(path):
 
 
 class CLIPPromptTokenizer:
-    """Prompts -> ids of CLIP: lower case, byte pairs, cut to `max_length` with the end-of-text token last.
+    """Prompts -> ids of CLIP: lower case, byte pairs, truncated to `max_length` with the end-of-text token last.
 
     Characters are normalised as transformers' `CLIPTokenizer` does; OpenAI's also repairs broken encodings with ftfy.
 
     Args:
-        path: what `find_clip_vocab` takes.
-        max_length: prompts are padded (with the end-of-text token) and cut to this length.
+        path: as for `find_clip_vocab`.
+        max_length: prompts are padded (with the end-of-text token) or truncated to this length.
 
     Raises:
-        FileNotFoundError: there is no such vocabulary. TokenizerError: it cannot be used.
+        FileNotFoundError: the vocabulary does not exist.
+        TokenizerError: it cannot be used.
     """
 
-    def __init__(self, path, max_length):
+    def __init__(self, path: str | os.PathLike, max_length: int) -> None:
         from transformers import CLIPTokenizer
 
         self.max_length = max_length
@@ -149,11 +152,11 @@ class CLIPPromptTokenizer:
             raise TokenizerError(f"{file}: not a CLIP vocabulary ({error})") from error
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         """Number of tokens."""
         return len(self._tokenizer)
 
-    def __call__(self, prompts):
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """{"input_ids"}: int32 [B, max_length].
 
         Raises:
@@ -165,12 +168,12 @@ class CLIPPromptTokenizer:
         return {"input_ids": np.array(encoded["input_ids"], np.int32)}
 
 
-def read_clip_bpe(path):
-    """(vocab, merges) of OpenAI's `bpe_simple_vocab_16e6.txt.gz`: token -> id, and pairs of tokens in order."""
+def read_clip_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Reads (vocab, merges) of OpenAI's `bpe_simple_vocab_16e6.txt.gz`: token -> id, and pairs of tokens in order."""
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: not a whole gzipped vocabulary ({error})") from error
+        raise TokenizerError(f"{path}: not a complete gzipped vocabulary ({error})") from error
     merges = [tuple(line.split()) for line in lines[1 : CLIP_MERGES + 1]]  # the first line is a version
     merges = [pair for pair in merges if len(pair) == 2]
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
@@ -182,9 +185,9 @@ def read_clip_bpe(path):
 
 
 class NoTokens:
-    """The tokenizer of a score that does not read prompts: no arrays."""
+    """Tokenizer of a score that ignores prompts: no arrays."""
 
-    def __call__(self, prompts):
-        """{}, once the prompts are seen to be texts."""
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Checks that the prompts are texts; returns {}."""
         check_prompts(prompts)
         return {}

@@ -9,7 +9,7 @@ from scipy import stats
 from imagereward_jax.agreement import bootstrap, metrics, summary
 from imagereward_jax.agreement.sources import RankedPrompt
 
-GAP = None  # nobody ranked this picture
+GAP = None  # nobody ranked this image
 
 
 # Counted by hand: (ranks, scores, (right, pairs)).
@@ -21,9 +21,9 @@ PAIRS = {
     "constant scores": ([1, 2, 3], [0.0, 0.0, 0.0], (0, 3)),
     "ranks that skip": ([1, 5, 3], [3.0, 1.0, 2.0], (3, 3)),
     "ranks that do not start at 1": ([4, 2], [0.0, 1.0], (1, 1)),
-    "unranked picture": ([2, GAP, 1], [0.0, 9.0, 1.0], (1, 1)),
+    "unranked image": ([2, GAP, 1], [0.0, 9.0, 1.0], (1, 1)),
     "all the same": ([2, 2, 2], [1.0, 2.0, 3.0], (0, 0)),
-    "single picture": ([1], [0.5], (0, 0)),
+    "single image": ([1], [0.5], (0, 0)),
     "nothing ranked": ([GAP, GAP], [0.5, 0.1], (0, 0)),
     "score that is not a number": ([1, 2, 3], [float("nan"), 2.0, 1.0], (1, 3)),
 }
@@ -36,11 +36,11 @@ SELECTIONS = {
     "best ties with another: the worst order": ([1, 2, 3], [1.0, 1.0, 0.0], 1, (0, 1), (1, 1)),
     "two best tie with each other": ([1, 1, 3], [1.0, 1.0, 0.0], 1, (1, 1), (1, 1)),
     "constant scores": ([1, 2, 3, 4], [0.0] * 4, 2, (0, 1), (0, 1)),
-    "too few pictures for k": ([1, 2], [1.0, 0.0], 2, (0, 0), (0, 0)),
-    "unranked pictures do not count": ([1, GAP, 2], [1.0, 9.0, 0.0], 1, (1, 1), (1, 1)),
+    "too few images for k": ([1, 2], [1.0, 0.0], 2, (0, 0), (0, 0)),
+    "unranked images do not count": ([1, GAP, 2], [1.0, 9.0, 0.0], 1, (1, 1), (1, 1)),
     "too few ranked for k": ([1, GAP, 2], [1.0, 9.0, 0.0], 2, (0, 0), (0, 0)),
     "all the same": ([3, 3, 3], [1.0, 2.0, 3.0], 1, (0, 0), (0, 0)),
-    "single picture": ([1], [1.0], 1, (0, 0), (0, 0)),
+    "single image": ([1], [1.0], 1, (0, 0), (0, 0)),
     "score that is not a number: last either way": ([1, 2, 3], [float("nan"), 2.0, 1.0], 1, (0, 1), (1, 1)),
     "worst has no score: not found": ([1, 2, 3], [3.0, 2.0, float("nan")], 1, (1, 1), (0, 1)),
 }
@@ -89,7 +89,7 @@ def random_rankings(count):
         yield ranks, rng.integers(0, 4, size).astype(float).tolist()  # few values: many ties
 
 
-def test_random_rankings_with_ties_gaps_and_single_pictures_against_loops():
+def test_random_rankings_with_ties_gaps_and_single_images_against_loops():
     for ranks, scores in random_rankings(150):
         assert metrics.preference_counts(ranks, scores) == count_pairs(ranks, scores)
         known = [rank for rank in ranks if rank is not None]
@@ -105,7 +105,7 @@ def test_random_rankings_with_ties_gaps_and_single_pictures_against_loops():
 
 def test_accuracy_adds_up_pairs_over_prompts():
     """(3 + 1 + 0 right) of (3 + 2 + 3 pairs); a mean of the prompts' shares would be 0.5."""
-    rows = [PAIRS[name] for name in ("as people", "tie of people is no pair", "constant scores", "single picture")]
+    rows = [PAIRS[name] for name in ("as people", "tie of people is no pair", "constant scores", "single image")]
     groups = [RankedPrompt(str(i), "a cat", (None,) * len(ranks), ranks) for i, (ranks, _, _) in enumerate(rows)]
     results = summary.agreement(groups, [scores for _, scores, _ in rows], ks=(1,), resamples=10)
     assert results["accuracy"].value == 4 / 8 and results["accuracy"].cases == 8

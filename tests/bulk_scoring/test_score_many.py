@@ -1,4 +1,4 @@
-"""`score --input --output`: every format, bad pictures, kills, two processes; beside the scorer's own `score`."""
+"""`score --input --output`: every format, bad images, kills, two processes; beside the scorer's own `score`."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 PROMPTS = ("a red cat", 'a "blue", dog', "the ocean on a cube 猫")
 
 
-def write_pictures(folder, count):
+def write_images(folder, count):
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -44,10 +44,10 @@ def read_csv(path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """rows.csv of ten rows over six pictures, one prompt for several rows."""
+    """rows.csv of ten rows over six images, one prompt for several rows."""
     folder = tmp_path_factory.mktemp("data")
-    write_pictures(folder / "pictures", 6)
-    rows = [{"id": f"{i:03}", "image": f"pictures/{i % 6}.png", "prompt": PROMPTS[i % 3]} for i in range(10)]
+    write_images(folder / "images", 6)
+    rows = [{"id": f"{i:03}", "image": f"images/{i % 6}.png", "prompt": PROMPTS[i % 3]} for i in range(10)]
     write_csv(folder / "rows.csv", rows)
     return folder
 
@@ -91,8 +91,8 @@ def test_a_table_comes_out_with_its_scores(suffix, data, expected, loaded, tmp_p
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_parquet_with_encoded_pictures_keeps_its_types(data, expected, loaded, tmp_path):
-    """Columns renamed and chosen by flags; pictures as bytes; other columns and their types untouched."""
+def test_parquet_with_encoded_images_keeps_its_types(data, expected, loaded, tmp_path):
+    """Columns renamed and chosen by flags; images as bytes; other columns and their types untouched."""
     rows = read_csv(data / "rows.csv")
     table = pyarrow.table(
         {
@@ -111,15 +111,15 @@ def test_parquet_with_encoded_pictures_keeps_its_types(data, expected, loaded, t
 
 
 def test_folders_with_captions_and_with_one_prompt_for_all(data, tiny_reward, loaded, tmp_path):
-    write_pictures(tmp_path / "pictures", 5)
-    assert run("--input", tmp_path / "pictures", "--prompt", "a red cat", "--output", tmp_path / "one.csv") == 0
+    write_images(tmp_path / "images", 5)
+    assert run("--input", tmp_path / "images", "--prompt", "a red cat", "--output", tmp_path / "one.csv") == 0
     rows = read_csv(tmp_path / "one.csv")
     assert [row["image"] for row in rows] == [f"{i}.png" for i in range(5)]
-    paths = [tmp_path / "pictures" / row["image"] for row in rows]
+    paths = [tmp_path / "images" / row["image"] for row in rows]
     np.testing.assert_allclose([float(r["score"]) for r in rows], tiny_reward.score("a red cat", paths), atol=1e-6)
     for i in range(5):
-        (tmp_path / f"pictures/{i}.txt").write_text(PROMPTS[i % 3], encoding="utf-8")
-    assert run("--input", tmp_path / "pictures", "--output", tmp_path / "own.jsonl") == 0
+        (tmp_path / f"images/{i}.txt").write_text(PROMPTS[i % 3], encoding="utf-8")
+    assert run("--input", tmp_path / "images", "--output", tmp_path / "own.jsonl") == 0
     rows = read_any(tmp_path / "own.jsonl")
     scores = tiny_reward.score([PROMPTS[i % 3] for i in range(5)], paths)
     np.testing.assert_allclose([row["score"] for row in rows], scores, atol=1e-6)
@@ -127,19 +127,19 @@ def test_folders_with_captions_and_with_one_prompt_for_all(data, tiny_reward, lo
 
 @pytest.fixture
 def damaged(data, tmp_path):
-    """The rows with a missing, a broken and an empty picture among the good ones."""
+    """The rows with a missing, a broken and an empty image among the good ones."""
     rows = read_csv(data / "rows.csv")
     for row in rows:
         row["image"] = str(data / row["image"])
-    (tmp_path / "cut.png").write_bytes((data / "pictures/0.png").read_bytes()[:200])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes((data / "images/0.png").read_bytes()[:200])
+    (tmp_path / "text.png").write_text("no image")
     for i, name in ((1, "gone.png"), (4, "cut.png"), (5, "text.png")):
         rows[i]["image"] = str(tmp_path / name)
     write_csv(tmp_path / "damaged.csv", rows)
     return tmp_path / "damaged.csv"
 
 
-def test_bad_pictures_are_skipped_and_reported(damaged, expected, loaded, tmp_path, capsys):
+def test_bad_images_are_skipped_and_reported(damaged, expected, loaded, tmp_path, capsys):
     """The other scores are as ever; the bad rows have none, and say why."""
     assert run("--input", damaged, "--output", tmp_path / "out.csv", "--on-error", "skip") == 0
     rows = read_csv(tmp_path / "out.csv")
@@ -149,18 +149,18 @@ def test_bad_pictures_are_skipped_and_reported(damaged, expected, loaded, tmp_pa
         else:
             assert row["error"] == "" and float(row["score"]) == pytest.approx(expected[i], abs=1e-6)
     assert "gone.png" in rows[1]["error"] and "cut.png" in rows[4]["error"] and "text.png" in rows[5]["error"]
-    assert "3 pictures could not be scored" in capsys.readouterr().err
+    assert "3 images could not be scored" in capsys.readouterr().err
 
 
-def test_a_bad_picture_stops_the_run_and_it_goes_on_once_mended(damaged, data, expected, loaded, tmp_path, capsys):
+def test_a_bad_image_stops_the_run_and_it_goes_on_once_mended(damaged, data, expected, loaded, tmp_path, capsys):
     assert run("--input", damaged, "--output", tmp_path / "out.csv") == 2
     assert "gone.png: no such image" in capsys.readouterr().err and not (tmp_path / "out.csv").exists()
-    (tmp_path / "gone.png").write_bytes((data / "pictures/1.png").read_bytes())
+    (tmp_path / "gone.png").write_bytes((data / "images/1.png").read_bytes())
     assert run("--input", damaged, "--output", tmp_path / "out.csv") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"damaged.csv, line 6: .*cut.png", error) and not (tmp_path / "out.csv").exists()
     for i, name in ((4, "cut.png"), (5, "text.png")):
-        (tmp_path / name).write_bytes((data / f"pictures/{i}.png").read_bytes())
+        (tmp_path / name).write_bytes((data / f"images/{i}.png").read_bytes())
     assert run("--input", damaged, "--output", tmp_path / "out.csv") == 0
     found = [float(row["score"]) for row in read_csv(tmp_path / "out.csv")]
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -175,8 +175,8 @@ BAD = {
     "two prompts": (["--output", "{t}/o.csv", "--prompt", "a", "--prompt-column", "prompt"], "--prompt is for all"),
     "batch of none": (["--output", "{t}/o.csv", "--batch-size", "0"], "--batch-size 0"),
     "no --output": ([], "--input needs --output"),
-    "pictures too": (["--output", "{t}/o.csv", "a.png"], "one too many"),
-    "JSON too": (["--output", "{t}/o.csv", "--json"], "--json is for pictures"),
+    "images too": (["--output", "{t}/o.csv", "a.png"], "one too many"),
+    "JSON too": (["--output", "{t}/o.csv", "--json"], "--json is for images"),
     "rank without --distributed": (["--output", "{t}/o.csv", "--process-id", "1"], "need --distributed"),
 }
 
@@ -195,7 +195,7 @@ def test_bad_input_is_one_line(case, data, tmp_path, capsys):
 
 def test_a_journal_of_another_run_is_not_continued(damaged, data, loaded, tmp_path, capsys):
     for name in ("gone.png", "text.png"):
-        (tmp_path / name).write_bytes((data / "pictures/1.png").read_bytes())
+        (tmp_path / name).write_bytes((data / "images/1.png").read_bytes())
     arguments = ["--input", damaged, "--output", tmp_path / "out.csv"]
     assert run(*arguments) == 2  # cut.png
     capsys.readouterr()
@@ -237,8 +237,8 @@ def killed_and_restarted(rows, output, model, chunks, kills=3):
 
 
 def check_kills(folder, model, count):
-    write_pictures(folder / "pictures", 6)
-    rows = [{"image": f"pictures/{i % 6}.png", "prompt": f"{PROMPTS[i % 3]} {i}"} for i in range(count)]
+    write_images(folder / "images", 6)
+    rows = [{"image": f"images/{i % 6}.png", "prompt": f"{PROMPTS[i % 3]} {i}"} for i in range(count)]
     write_csv(folder / "rows.csv", rows)
     killed_and_restarted(folder / "rows.csv", folder / "killed.csv", model, -(-count // 4))
     assert run("--input", folder / "rows.csv", "--output", folder / "clean.csv") == 0

@@ -38,7 +38,7 @@ def module(opts, monkeypatch):
 
 @pytest.fixture
 def request_of(opts, tmp_path):
-    """Makes a request for four pictures."""
+    """Makes a request for four images."""
 
     def make(**changes):
         folders = {"outpath_samples": str(tmp_path / "samples"), "outpath_grids": str(tmp_path / "grids")}
@@ -59,14 +59,14 @@ def run(module, p, *, filter_low=False, limit=0.0, sort=True):
 
 
 def expected_scores(tiny_reward, prompt="a cat"):
-    return {seed: tiny_reward.score(prompt, webui.picture(seed)) for seed in range(100, 104)}
+    return {seed: tiny_reward.score(prompt, webui.make_image(seed)) for seed in range(100, 104)}
 
 
 def score_in(text):
     return float(dict(PARAMETER.findall(text.split("\n")[-1]))["ImageReward score"])
 
 
-def test_pictures_come_best_first_with_their_scores(ready, request_of, tiny_reward, opts):
+def test_images_come_best_first_with_their_scores(ready, request_of, tiny_reward, opts):
     """Gallery, infotexts, prompts and seeds in the order of `score`'s scores, to the 4 digits that are written."""
     opts.return_grid = opts.grid_save = False
     processed = run(ready, request_of())
@@ -75,7 +75,7 @@ def test_pictures_come_best_first_with_their_scores(ready, request_of, tiny_rewa
     for image, text, seed, subseed in zip(
         processed.images, processed.infotexts, processed.all_seeds, processed.all_subseeds
     ):
-        assert image.tobytes() == webui.picture(seed).tobytes() and subseed == seed - 93
+        assert image.tobytes() == webui.make_image(seed).tobytes() and subseed == seed - 93
         assert score_in(text) == pytest.approx(scores[seed], abs=1e-4) and image.info["parameters"] == text
         assert f"Seed: {seed}," in text
     assert processed.info == processed.infotexts[0] and processed.seed == processed.all_seeds[0]
@@ -91,7 +91,7 @@ def test_the_other_parameters_can_still_be_read(ready, request_of):
     assert found["Steps"] == "20" and found["Sampler"] == "Euler" and found["Size"].startswith("48x48")
 
 
-def test_pictures_below_the_limit_are_neither_shown_nor_saved(ready, request_of, tiny_reward, tmp_path):
+def test_images_below_the_limit_are_neither_shown_nor_saved(ready, request_of, tiny_reward, tmp_path):
     """The limit is the second best score less a little: two stay, in the gallery, on disk and in the grid."""
     scores = sorted(expected_scores(tiny_reward).items(), key=lambda item: -item[1])
     processed = run(ready, request_of(), filter_low=True, limit=scores[1][1] - 1e-4)
@@ -104,12 +104,12 @@ def test_pictures_below_the_limit_are_neither_shown_nor_saved(ready, request_of,
         with Image.open(path) as image:
             assert score_in(image.info["parameters"]) == pytest.approx(score, abs=1e-4)
     assert len(list((tmp_path / "grids").iterdir())) == 1
-    assert "2 of 4 pictures scored below" in processed.comments
+    assert "2 of 4 images scored below" in processed.comments
 
 
 def test_nothing_above_the_limit(ready, request_of, tmp_path):
     processed = run(ready, request_of(), filter_low=True, limit=1e6)
-    assert processed.images == [] and "4 of 4 pictures scored below" in processed.comments
+    assert processed.images == [] and "4 of 4 images scored below" in processed.comments
     assert processed.all_prompts and processed.infotexts, "the web UI shows the first of these"
     assert not (tmp_path / "samples").exists() and not (tmp_path / "grids").exists()
 
@@ -134,7 +134,7 @@ def test_the_prompt_is_scored_as_a_person_would_say_it(ready, request_of, tiny_r
 
 
 def test_what_other_scripts_add_is_left_alone(ready, request_of, monkeypatch):
-    """A map behind the pictures has no parameters: it is not scored, and comes last."""
+    """A map behind the images has no parameters: it is not scored, and comes last."""
     generate, extra = ready.process_images, Image.new("L", (8, 8))
 
     def with_a_map(p):

@@ -94,7 +94,7 @@ class Processed:
         self.index_of_first_image, self.infotexts, self.comments = index_of_first_image, infotexts or [info], comments
 
 
-def picture(seed):
+def make_image(seed):
     """What the stand-in "generates"."""
     coarse = (np.random.default_rng(seed).random((3, 3, 3)) * 255).astype(np.uint8)
     return Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)
@@ -146,7 +146,7 @@ def make_modules(opts):
         p.all_prompts = [p.prompt] * count
         output, texts = [], []
         for i in range(count):
-            image, text = picture(p.seed + i), infotext(p, i)
+            image, text = make_image(p.seed + i), infotext(p, i)
             if p.save_samples():
                 save_image(image, p.outpath_samples, "", p.seed + i, p.prompt, opts.samples_format, info=text, p=p)
             if opts.enable_pnginfo:

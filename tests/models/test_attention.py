@@ -101,5 +101,5 @@ def test_unknown_paths_and_masks_that_a_path_cannot_take_are_refused():
     query, key, value, _ = arrays(8, 8, 1, 8)
     with pytest.raises(ValueError, match="expected one of plain, blocks, pallas, cudnn"):
         attention(query, key, value, path="flash")
-    with pytest.raises(ValueError, match="'blocks' takes no mask"):
+    with pytest.raises(ValueError, match="'blocks' supports neither mask"):
         attention(query, key, value, path="blocks", mask=jnp.ones((8, 8), bool))

@@ -73,15 +73,15 @@ def test_a_linear_layer_is_the_product_of_rounded_numbers_times_their_scales(kin
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_has_a_scale_for_each_picture_and_output_channel(kind, stride):
+def test_a_convolution_has_a_scale_for_each_image_and_output_channel(kind, stride):
     call, params, narrow = layer_and_params(lambda: Conv(6, 8, 3, stride=stride, padding=1, rngs=nnx.Rngs(0)), kind)
     x = np.random.default_rng(0).normal(size=(2, 6, 8, 6)).astype(np.float32) * np.float32([[[[1]]], [[[3]]]])
     x = largest_positive(x, (1, 2, 3))
-    pictures, picture_scale = scaled(x, (1, 2, 3), kind)
+    images, image_scale = scaled(x, (1, 2, 3), kind)
     kernel, kernel_scale = scaled(np.asarray(params["layer"]["kernel"]), (0, 1, 2), kind)
-    padded = np.pad(pictures, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     total = sum(padded[:, i : i + 6 : stride, j : j + 8 : stride] @ kernel[i, j] for i in range(3) for j in range(3))
-    expected = rescaled(total, picture_scale, kernel_scale) + np.asarray(params["layer"]["bias"])
+    expected = rescaled(total, image_scale, kernel_scale) + np.asarray(params["layer"]["bias"])
     assert_close(kind, call(narrow, x), expected)
 
 
@@ -98,7 +98,7 @@ def test_a_convolution_of_one_pixel_is_a_linear_layer(kind):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(pipeline, params, function of params: the UNet's output for two noisy pictures)."""
+    """(pipeline, params, function of params: the UNet's output for two noisy images)."""
     pipeline, params = load_pipeline("tiny-shapes")
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     cond = pipeline.encode_prompts(params, pipeline.tokenize(["a large red circle at the top left", ""]))

@@ -33,7 +33,7 @@ class Network(nnx.Module):
         self.blocks = scanned_layers.stack([Layer(rngs) for _ in range(depth)])
 
     def __call__(self, x, shift):
-        return scanned_layers.run(self.blocks, self.first(x), shift)
+        return scanned_layers.run_layers(self.blocks, self.first(x), shift)
 
 
 class Listed(Network):
@@ -90,10 +90,10 @@ def test_each_layer_of_a_scan_drops_for_itself():
 
     layers = scanned_layers.stack([Dropping() for _ in range(3)])
     with noise(jax.random.key(0), test=0.5):
-        out = scanned_layers.run(layers, jnp.ones(4000))
+        out = scanned_layers.run_layers(layers, jnp.ones(4000))
     assert np.isin(out, [0.0, 8.0]).all()
     assert float((out > 0).mean()) == pytest.approx(1 / 8, abs=0.02)  # 1/2 if all three drew the same
-    np.testing.assert_array_equal(scanned_layers.run(layers, jnp.ones(4)), 1.0)
+    np.testing.assert_array_equal(scanned_layers.run_layers(layers, jnp.ones(4)), 1.0)
 
 
 def test_adapters_count_the_layers_of_a_stack_and_take_them_together():
@@ -101,7 +101,9 @@ def test_adapters_count_the_layers_of_a_stack_and_take_them_together():
     assert [name for name in lora.slots(network) if name.startswith("blocks")] == [
         f"blocks.{index}.linear" for index in range(3)
     ]
-    with pytest.raises(ValueError, match=re.escape("'blocks.[01].linear' leaves out blocks.2.linear, which is of one")):
+    with pytest.raises(
+        ValueError, match=re.escape("'blocks.[01].linear' leaves out blocks.2.linear, but matches other")
+    ):
         lora.attach(network, "blocks.[01].linear", rank=2, alpha=2)
     assert lora.attach(network, "linear", rank=2, alpha=2) == [f"blocks.{index}.linear" for index in range(3)]
     params = lora.init(network, jax.random.key(0), "kaiming")

@@ -59,7 +59,7 @@ def test_plans_the_training_of_a_scorer():
     options = ("--config.batch_size=2", "--config.data.groups=nowhere.json")
     done = command("--topology", "cpu:2", *options, config="imagereward_tiny")
     assert done.returncode == 0, done.stderr
-    assert "batch 2 in 1 round(s) of 1 sample(s) a chip, each of 9 pictures" in done.stdout
+    assert "batch 2 in 1 round(s) of 1 sample(s) a chip, each of 9 images" in done.stdout
     assert "assumed: config.data.groups='nowhere.json' is not here" in done.stdout and "fits: " in done.stdout
 
 
@@ -159,7 +159,7 @@ def test_says_what_does_not_fit_and_what_would_help():
     config.model.remat, figures["topology"] = "blocks", "cpu:8"
     assert "--config.model.remat" not in report.as_text(figures, config)
     text = report.as_text({**figures, "images_per_sample": 9, "assumptions": ["so it is"]}, default_config("ranking"))
-    assert "sample(s) a chip, each of 9 pictures\nassumed: so it is\ndoes not fit" in text and "lora" not in text
+    assert "sample(s) a chip, each of 9 images\nassumed: so it is\ndoes not fit" in text and "lora" not in text
 
 
 @pytest.mark.parametrize(

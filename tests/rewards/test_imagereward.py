@@ -27,7 +27,7 @@ print(json.dumps([scores, np.asarray(gradient).sum(axis=(1, 2, 3)).tolist(), len
 
 @pytest.fixture(scope="module")
 def images():
-    """Six smooth pictures [6, 40, 48, 3] within [0, 1], of few extremes (only the host path clips)."""
+    """Six smooth images [6, 40, 48, 3] within [0, 1], of few extremes (only the host path clips)."""
     coarse = (np.random.default_rng(3).uniform(0.2, 0.8, (6, 4, 4, 3)) * 255).astype(np.uint8)
     return np.stack([np.asarray(Image.fromarray(c).resize((48, 40), Image.BICUBIC)) for c in coarse]) / np.float32(255)
 
@@ -156,8 +156,8 @@ def test_bad_settings_are_refused(tiny_reward_folder, tiny_reward, vocab_file):
     for options, message in (
         ({"batch_size": 0}, "batch_size must be a positive whole number, not 0"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, not 'float16'"),
-        ({"device": "abacus"}, "there is no device 'abacus' here; there are cpu:0"),
-        ({"device": "cpu:99"}, "there is no device 'cpu:99' here"),
+        ({"device": "abacus"}, "device 'abacus' does not exist; this machine has cpu:0"),
+        ({"device": "cpu:99"}, "device 'cpu:99' does not exist"),
     ):
         with pytest.raises(ValueError, match=message):
             imagereward_jax.load(tiny_reward_folder, **options)

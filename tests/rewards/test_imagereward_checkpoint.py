@@ -92,7 +92,7 @@ def test_where_nothing_can_be_written_beside_the_pickle(pickle_folder, tiny_rewa
         assert_same_params(imagereward_jax.load(pickle_folder, download_root=tmp_path / "root"), tiny_reward)
     assert not beside.exists() and len(list((tmp_path / "root" / "converted").iterdir())) == 1
     (tmp_path / "occupied").write_text("a file, so that no folder can be made under it")
-    with pytest.warns(UserWarning, match="no converted copy of .*ImageReward.pt could be kept") as caught:
+    with pytest.warns(UserWarning, match="cannot store a converted copy of .*ImageReward.pt") as caught:
         for _ in range(2):
             reward = imagereward_jax.load(pickle_folder, download_root=tmp_path / "occupied")
     assert len({str(w.message) for w in caught}) == 1

@@ -1,4 +1,4 @@
-"""Preprocessing of pictures against Pillow's float resize and PyTorch's antialiased one, and what is refused."""
+"""Preprocessing of images against Pillow's float resize and PyTorch's antialiased one, and what is refused."""
 
 import struct
 import zlib
@@ -23,7 +23,7 @@ def normalised(image):
 
 
 def pillow_float(image, size):
-    """Resize and crop of a float picture, one channel at a time, by Pillow's own float filter."""
+    """Resize and crop of a float image, one channel at a time, by Pillow's own float filter."""
     height, width = image.shape[:2]
     scale = size / min(height, width)
     shape = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
@@ -36,7 +36,7 @@ def pillow_float(image, size):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_device_pixels_are_pillows_float_bicubic(shape):
-    """Within 2e-5 of Pillow in float mode: smaller, larger, odd and long pictures."""
+    """Within 2e-5 of Pillow in float mode: smaller, larger, odd and long images."""
     image = random_image(*shape)
     expected = normalised(pillow_float(image, 32))
     np.testing.assert_allclose(preprocess.device_pixels(image[None], 32)[0], expected, atol=2e-5)
@@ -44,7 +44,7 @@ def test_device_pixels_are_pillows_float_bicubic(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_host_pixels_are_within_rounding_of_device_pixels(shape):
-    """The host path rounds to 8 bits after each of its two passes and clips; smooth pictures show only the rounding."""
+    """The host path rounds to 8 bits after each of its two passes and clips; smooth images show only the rounding."""
     coarse = Image.fromarray((255 * (0.2 + 0.6 * random_image(3, 3))).astype(np.uint8))
     image = np.asarray(coarse.resize(shape[::-1], Image.BILINEAR))
     host = preprocess.host_pixels(image, 32)
@@ -64,12 +64,12 @@ def test_gradient_of_the_resize_is_pytorchs():
     np.testing.assert_allclose(gradient, tensor.grad[0].numpy().transpose(1, 2, 0), atol=1e-5)
 
 
-def test_a_picture_of_the_right_size_is_only_normalised():
+def test_an_image_of_the_right_size_is_only_normalised():
     image = (random_image(32, 32) * 255).astype(np.uint8)
     np.testing.assert_allclose(preprocess.host_pixels(image, 32), normalised(image / 255), atol=1e-6)
 
 
-def test_the_resize_happens_in_the_pictures_own_mode():
+def test_the_resize_happens_in_the_images_own_mode():
     """Transparent pixels do not bleed their hidden colour; a palette is not mixed into new colours."""
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[:, ::2] = (255, 0, 0, 255)  # opaque red
@@ -82,7 +82,7 @@ def test_the_resize_happens_in_the_pictures_own_mode():
     assert {tuple(colour) for colour in np.rint(seen * 255).astype(np.uint8).reshape(-1, 3)} <= colours
 
 
-def test_all_ways_to_pass_a_picture_agree(tmp_path):
+def test_all_ways_to_pass_an_image_agree(tmp_path):
     image = (random_image(40, 50) * 255).astype(np.uint8)
     path = tmp_path / "picture.png"
     Image.fromarray(image).save(path)
@@ -93,7 +93,7 @@ def test_all_ways_to_pass_a_picture_agree(tmp_path):
     np.testing.assert_array_equal(preprocess.host_pixels(grey, 32), preprocess.host_pixels(grey[..., None], 32))
 
 
-def test_lists_and_batches_are_told_from_single_pictures(tmp_path):
+def test_lists_and_batches_are_told_from_single_images(tmp_path):
     image = random_image(8, 8)
     assert preprocess.as_image_list(image)[1] is True
     assert preprocess.as_image_list([image])[1] is False
@@ -116,7 +116,7 @@ def test_bad_files_are_named(tmp_path):
     Image.fromarray((random_image(64, 64) * 255).astype(np.uint8)).save(whole)
     cut, text, bomb, empty = (tmp_path / name for name in ("cut.png", "text.png", "bomb.png", "empty.png"))
     cut.write_bytes(whole.read_bytes()[:3000])
-    text.write_text("not a picture")
+    text.write_text("not an image")
     huge_png(bomb, 40_000)
     empty.write_bytes(b"")
     for path, reason in (

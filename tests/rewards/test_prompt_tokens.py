@@ -50,7 +50,7 @@ def test_prompts_that_are_not_text_are_named(vocab_file):
     [
         (b"", "lacks .PAD., .UNK., .CLS., .SEP., .MASK."),
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\ncat\n", "lacks .MASK."),
-        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncat\ncat\n", "'cat' is there more than once"),
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncat\ncat\n", "'cat' appears more than once"),
         (b"[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n", "must be the first token, it is number 1"),
         (b"\xff\xfe[PAD]", "not a text file in UTF-8"),
     ],

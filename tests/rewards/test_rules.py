@@ -49,7 +49,7 @@ def test_jpeg_size_is_that_of_the_file_both_ways(images):
 
 
 def test_commands_take_scores_and_rules_by_name(images):
-    """What `evaluate` and `score` open: prepare and score_prepared of a rule, whose pictures differ in size."""
+    """What `evaluate` and `score` open: prepare and score_prepared of a rule, whose images differ in size."""
     from imagereward_jax.bulk_scoring.scorers import open_scorer
 
     scorer = open_scorer("jpeg-incompressibility", batch_size=2)

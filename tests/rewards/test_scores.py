@@ -43,9 +43,9 @@ def vocab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images():
-    """Four pictures as uint8 [40, 56, 3], of 28 pixels once resized and cropped."""
+    """Four images as uint8 [40, 56, 3], of 28 pixels once resized and cropped."""
     coarse = (np.random.default_rng(1).random((4, 4, 5, 3)) * 255).astype(np.uint8)
-    return [Image.fromarray(picture).resize((56, 40), Image.Resampling.BICUBIC) for picture in coarse]
+    return [Image.fromarray(image).resize((56, 40), Image.Resampling.BICUBIC) for image in coarse]
 
 
 def small_clip(vocab_size, vision_head, activation, seed):
@@ -142,7 +142,7 @@ def save_blip(path, vocab_file):
 
 def close(ours, reference):
     reference = reference.detach().numpy()
-    assert np.ptp(reference) > 0.02  # pictures and prompts make a difference
+    assert np.ptp(reference) > 0.02  # images and prompts make a difference
     np.testing.assert_allclose(ours, reference, atol=1e-4)
 
 
@@ -154,7 +154,7 @@ def test_clip_from_openais_archive(openai, vocab, images, tmp_path):
     np.testing.assert_array_equal(np.argsort(np.argsort(-np.array(rewards))) + 1, ranks)
 
 
-def test_gradients_of_the_clip_score_by_the_pictures(openai, vocab, tmp_path):
+def test_gradients_of_the_clip_score_by_the_images(openai, vocab, tmp_path):
     """It is a reward to train with: d score / d pixels equals PyTorch's within 1e-4 of the largest."""
     model, path = openai
     reward = imagereward_jax.load_score("CLIP", path=path, tokenizer=vocab[0], download_root=tmp_path, device="cpu")
@@ -179,7 +179,7 @@ def test_aesthetic_reads_the_published_head_over_clip(openai, images, tmp_path):
 
 
 def test_hpsv2_from_an_openclip_checkpoint(vocab, images, tmp_path):
-    """Heads of 80 and exact GELU, as in ViT-H/14; the picture is padded to a square."""
+    """Heads of 80 and exact GELU, as in ViT-H/14; the image is padded to a square."""
     path = tmp_path / "HPS_v2.1_compressed.pt"
     model = save_openclip(path, vocab[1])
     reward = imagereward_jax.load_score("HPSv2.1", path=path, tokenizer=vocab[0], download_root=tmp_path, device="cpu")
@@ -232,7 +232,7 @@ def home(openai, vocab, vocab_file, tmp_path_factory):
 
 @pytest.mark.parametrize("name", scores.SCORES)
 def test_the_score_command_takes_every_score_by_name(name, home, images, tmp_path, capsys):
-    """Pictures on the command line: the scores of `load_score`, which are those of the command's table."""
+    """Images on the command line: the scores of `load_score`, which are those of the command's table."""
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for path, image in zip(paths, images):
         image.save(path)
@@ -387,7 +387,7 @@ def test_bad_requests_say_what_to_do(tmp_path):
         imagereward_jax.load_score("Pickscore")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pt: no such file"):
         imagereward_jax.load_score("CLIP", path=tmp_path / "nowhere.pt")
-    with pytest.raises(ValueError, match="head= is for the Aesthetic score alone"):
+    with pytest.raises(ValueError, match="head= applies only to the Aesthetic score"):
         imagereward_jax.load_score("CLIP", head="x.pth")
     torch.save({"something": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt: not a CLIP checkpoint of a known layout"):

@@ -36,18 +36,18 @@ def _random_colour(rng, caption):
     return ((colour - colour.min()) / (np.ptp(colour) + 1e-6)).astype(np.float32)
 
 
-def blur(image, severity, rng, caption):
+def blur(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """Gaussian blur."""
     sigma = (0.01 + 0.1 * severity) * _side(image)
     return ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="nearest")
 
 
-def noise(image, severity, rng, caption):
+def noise(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """Gaussian noise on every pixel."""
     return image + (0.03 + 0.4 * severity) * rng.standard_normal(image.shape, np.float32)
 
 
-def checkerboard(image, severity, rng, caption):
+def checkerboard(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """A fine checkerboard of a random tint, as transposed convolutions leave."""
     period = int(rng.choice([1, 2, 4, 8]))
     rows, columns = np.indices(image.shape[:2]) // period
@@ -55,7 +55,7 @@ def checkerboard(image, severity, rng, caption):
     return image + (0.08 + 0.5 * severity) * pattern
 
 
-def stripes(image, severity, rng, caption):
+def stripes(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """Coloured waves of a random direction and frequency."""
     rows, columns = np.indices(image.shape[:2]) / _side(image)
     angle, cycles = rng.uniform(0, np.pi), rng.uniform(4, 28)
@@ -64,13 +64,13 @@ def stripes(image, severity, rng, caption):
     return image + (0.06 + 0.4 * severity) * waves
 
 
-def cast(image, severity, rng, caption):
+def cast(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """A wash of one colour over everything, the background too."""
     weight = 0.08 + 0.72 * severity
     return image * (1 - weight) + weight * _random_colour(rng, caption)
 
 
-def patches(image, severity, rng, caption):
+def patches(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """Rectangles of saturated colour."""
     image, side = image.copy(), _side(image)
     for _ in range(1 + round(7 * severity)):
@@ -80,7 +80,7 @@ def patches(image, severity, rng, caption):
     return image
 
 
-def doubled(image, severity, rng, caption):
+def doubled(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """More shapes than were asked for: often more of the same."""
     side = _side(image)
     for _ in range(1 + round(4 * severity)):
@@ -91,18 +91,18 @@ def doubled(image, severity, rng, caption):
     return image
 
 
-def faded(image, severity, rng, caption):
+def faded(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """Little contrast left, towards a random grey."""
     keep = 0.9 - 0.85 * severity
     return keep * image + (1 - keep) * rng.uniform(0.2, 0.95)
 
 
-def dark(image, severity, rng, caption):
+def dark(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """Too little light."""
     return image * (0.9 - 0.8 * severity)
 
 
-def speckle(image, severity, rng, caption):
+def speckle(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """Plus or minus a constant in blocks of pixels: what adversarial perturbations look like."""
     block, side = int(rng.choice([1, 2, 4])), _side(image)
     blocks = -(-side // block)
@@ -110,7 +110,7 @@ def speckle(image, severity, rng, caption):
     return image + (0.04 + 0.35 * severity) * np.kron(signs, np.ones((block, block, 1), np.float32))[:side, :side]
 
 
-def mottle(image, severity, rng, caption):
+def mottle(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """Smooth blotches of colour: latents that left the decoder's manifold."""
     side, cells = _side(image), int(rng.choice([4, 8, 16]))
     blotches = ndimage.zoom(
@@ -119,7 +119,7 @@ def mottle(image, severity, rng, caption):
     return image + (0.05 + 0.4 * severity) * blotches[:side, :side]
 
 
-def mixture(image, severity, rng, caption):
+def mixture(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """Two images at once."""
     captions = all_captions()
     other = draw_float(captions[rng.integers(len(captions))], rng, _side(image))
@@ -127,7 +127,7 @@ def mixture(image, severity, rng, caption):
     return (1 - weight) * image + weight * other
 
 
-def warp(image, severity, rng, caption):
+def warp(image: np.ndarray, severity: float, rng: np.random.Generator, caption: Caption) -> np.ndarray:
     """The outline bent by a smooth random displacement."""
     side = _side(image)
     grid = np.indices((side, side)).astype(np.float32)

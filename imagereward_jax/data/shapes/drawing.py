@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,18 +55,18 @@ class Caption:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}")
 
     @property
-    def text(self):
+    def text(self) -> str:
         """The caption in English: "a large red circle at the top left"."""
         where = "in the center" if self.place == "center" else f"at the {self.place}"
         return f"a {self.size} {self.colour} {self.shape} {where}"
 
-    def replace(self, **words):
+    def replace(self, **words: str) -> "Caption":
         """The caption with some words changed."""
         return dataclasses.replace(self, **words)
 
 
 @functools.cache
-def all_captions() -> list["Caption"]:
+def all_captions() -> tuple[Caption, ...]:
     """Every caption of the world (240 of them), as a tuple in a fixed order."""
     return tuple(Caption(*words) for words in itertools.product(SIZES, COLOURS, SHAPES, PLACES))
 
@@ -75,7 +76,7 @@ def _by_text():
     return {caption.text: caption for caption in all_captions()}
 
 
-def parse(text: str) -> "Caption":
+def parse(text: str) -> Caption:
     """The `Caption` whose `.text` this is.
 
     Raises:
@@ -89,7 +90,7 @@ def parse(text: str) -> "Caption":
     return caption
 
 
-def split(seed=0, held_out=64):
+def split(seed: int = 0, held_out: int = 64) -> tuple[list[Caption], list[Caption]]:
     """(train, held_out): two disjoint lists that together hold every caption.
 
     The choice hangs on `seed` alone (it is a hash, so it is the same on every machine and version), and no word
@@ -111,7 +112,7 @@ def split(seed=0, held_out=64):
     return [caption for caption in order if caption not in set(chosen)], chosen
 
 
-def coverage(shape, centre, radius, image_size):
+def coverage(shape: str, centre: Sequence[float] | np.ndarray, radius: float, image_size: int) -> np.ndarray:
     """How much of each pixel the shape covers: float32 [image_size, image_size] in [0, 1].
 
     Args:
@@ -142,7 +143,7 @@ def _distance(shape, y, x, radius):
     raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {shape!r}")
 
 
-def draw_float(caption, rng, image_size=64):
+def draw_float(caption: Caption, rng: np.random.Generator, image_size: int = 64) -> np.ndarray:
     """Like `draw`, before rounding: float32 [image_size, image_size, 3] in [0, 1]."""
     jitter = rng.uniform(-1, 1, 10).astype(np.float32)
     centre = (np.array(POSITION[caption.place], np.float32) + 0.025 * jitter[0:2]) * image_size

@@ -5,6 +5,7 @@ Every word of a caption is one token; any other text still encodes (CLIP: every 
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 from imagereward_jax.data.shapes.drawing import all_captions
@@ -14,7 +15,7 @@ BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
-def caption_words():
+def caption_words() -> list[str]:
     """The different words of all captions, sorted."""
     return sorted({word for caption in all_captions() for word in caption.text.split()})
 
@@ -52,7 +53,7 @@ def _merges(words):
     return list(ranks)
 
 
-def write_clip_tokenizer(folder):
+def write_clip_tokenizer(folder: str | os.PathLike) -> int:
     """Writes the files that `transformers.CLIPTokenizer` and `CLIPTokenizerFast` load; returns the vocabulary's size.
 
     As in CLIP's own vocabulary the start and end tokens are the last two, and padding is the end token.
@@ -79,7 +80,7 @@ def write_clip_tokenizer(folder):
     return len(vocab)
 
 
-def write_bert_vocab(folder):
+def write_bert_vocab(folder: str | os.PathLike) -> int:
     """Writes `vocab.txt` for a lower-casing BERT tokenizer; returns its size.
 
     [DEC] and [ENC] are not in it: they are added behind it, as to bert-base-uncased (30,522 -> 30,524).

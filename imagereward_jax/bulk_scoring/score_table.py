@@ -1,55 +1,57 @@
-"""Scores the rows of a file, on every device of every process, from wherever the last run was ended."""
+"""Scores the rows of a file on all devices of all processes; an interrupted run resumes."""
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imagereward_jax.bulk_scoring.journal import Journal, parts_folder
 from imagereward_jax.bulk_scoring.rows import check_output, read_rows, write_rows
-from imagereward_jax.bulk_scoring.stream import score_chunks
+from imagereward_jax.bulk_scoring.stream import Scorer, score_chunks
 
 
 class Outcome(NamedTuple):
-    """How a run ended: number of rows, how many were there from an earlier run, and {row: why} it was skipped."""
+    """Result of a run: number of rows, number of rows scored by earlier runs, and {row: reason} of skipped rows."""
 
     rows: int
     resumed: int
-    errors: dict
+    errors: dict[int, str]
 
 
 def score_table(
-    source,
-    output,
-    open_scorer,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    open_scorer: Callable[[], Scorer],
     *,
-    settings,
-    batch_size=16,
-    workers=None,
-    skip_errors=False,
-    overwrite=False,
-    score_column="score",
-    process=(0, 1),
-    **columns,
-):
-    """Reads rows, scores those that no earlier run has, and writes them all with their scores.
+    settings: dict[str, Any],
+    batch_size: int = 16,
+    workers: int | None = None,
+    skip_errors: bool = False,
+    overwrite: bool = False,
+    score_column: str = "score",
+    process: tuple[int, int] = (0, 1),
+    **columns: str | None,
+) -> Outcome:
+    """Reads rows, scores those that no earlier run has scored, and writes all rows with their scores.
 
-    Rows are cut into chunks of `batch_size`, always the same; chunk c belongs to process c mod the count of them. So
-    the same programs see the same batches, whenever a run is ended and begun again, and the scores are equal to the
-    last bit.
+    Rows are split into fixed chunks of `batch_size`; chunk c belongs to process c mod the number of processes. So a resumed
+    run computes the same batches, and its scores are equal bit for bit.
 
     Args:
         source, columns: see `read_rows`.
         output: .csv, .tsv, .json, .jsonl or .parquet.
-        open_scorer: called without arguments once there is something to score.
-        settings: dict of what else must not change between runs (the model, its dtype).
-        skip_errors: leave the score of a picture that cannot be used empty, and say why in a column "error".
-        process: (number of this process, count of processes), which share the folder of `output`.
+        open_scorer: called without arguments if there are rows left to score.
+        settings: dict of further settings that must not change on resume (the model, its dtype).
+        skip_errors: leaves the score of a broken image empty and gives the reason in a column "error".
+        process: (index of this process, number of processes); all share the folder of `output`.
 
     Returns:
         `Outcome`; complete only in process 0, which writes the output.
 
     Raises:
-        DataError, OSError: input or output cannot be used; ImageError: a picture cannot, unless `skip_errors`.
+        DataError, OSError: input or output cannot be used.
+        ImageError: an image cannot be used, unless `skip_errors`.
     """
     rows = read_rows(source, skip_errors=skip_errors, **columns)
     added = [score_column, "error"][: 1 + skip_errors]
@@ -78,7 +80,7 @@ def score_table(
 
 
 def _open_journal(output, settings, index, count):
-    """Process 0 makes the folder, the others find it there."""
+    """Opens the journal; process 0 creates the folder before the others open it."""
     journal = Journal(output, settings) if index == 0 else None
     _together("opened", count)
     return Journal(output, settings, index) if journal is None else journal
@@ -89,7 +91,7 @@ def _choice(skip_errors):
 
 
 def _together(name, count):
-    """Waits until every process is here."""
+    """Waits for all processes."""
     if count > 1:
         from jax.experimental import multihost_utils
 
@@ -97,7 +99,7 @@ def _together(name, count):
 
 
 def _score_missing(journal, chunks, mine, done, open_scorer, workers, skip_errors, title):
-    """Scores and records the chunks of this process that are not done."""
+    """Scores and records the unfinished chunks of this process."""
     from tqdm import tqdm
 
     missing = [c for c in mine if c not in done]
@@ -114,7 +116,7 @@ def _score_missing(journal, chunks, mine, done, open_scorer, workers, skip_error
 
 
 def _collect(done, chunks, batch_size):
-    """All scores in the order of the rows, and {row: why} of the skipped ones."""
+    """Returns all scores in the order of the rows, and {row: reason} of the skipped rows."""
     scores, errors = [], {}
     for c, chunk in enumerate(chunks):
         entry = done[c]
