@@ -1,6 +1,7 @@
 """Agreement of scores with human rankings, as in the ImageReward paper (arXiv 2304.05977, tables 1 and 3).
 
-The counting functions return (hits, cases) of one prompt, so that prompts can be summed and resampled. A rank of 1 is best; equal ranks are ties; a rank of None or NaN means that nobody ranked the image.
+The counting functions return (hits, cases) of one prompt, so that prompts can be summed and resampled.
+A rank of 1 is best; equal ranks are ties; None or NaN marks an unranked image.
 """
 
 from collections.abc import Sequence
@@ -36,8 +37,8 @@ def preference_counts(ranks: Ranks, scores: Ranks) -> tuple[int, int]:
 def recall_counts(ranks: Ranks, scores: Ranks, k: int) -> tuple[int, int]:
     """Whether an image that people rank best is among the k with the highest scores.
 
-    Ties are broken against the scorer, so that constant scores get no hits. A prompt is a case if more than k of its images
-    are ranked, with different ranks.
+    Ties are broken against the scorer, so that constant scores get no hits. A prompt is a case if more than k of its
+    images are ranked, with different ranks.
 
     Returns:
         (1 for a hit else 0, 1 for a case else 0).

@@ -35,8 +35,8 @@ def score_table(
 ) -> Outcome:
     """Reads rows, scores those that no earlier run has scored, and writes all rows with their scores.
 
-    Rows are split into fixed chunks of `batch_size`; chunk c belongs to process c mod the number of processes. So a resumed
-    run computes the same batches, and its scores are equal bit for bit.
+    Rows are split into fixed chunks of `batch_size`; chunk c belongs to process c mod the number of processes. So a
+    resumed run computes the same batches, and its scores are equal bit for bit.
 
     Args:
         source, columns: see `read_rows`.

@@ -1,8 +1,8 @@
-"""A script for the Stable Diffusion web UI (AUTOMATIC1111): scores, filters and sorts what was generated.
+"""Script for the Stable Diffusion web UI (AUTOMATIC1111): scores, filters and sorts generated images.
 
 Install this package into the web UI's environment, copy this file into its `scripts` folder, restart it, and choose
-"ImageReward scores" under Script. Images are saved once they are scored, with the score among their parameters, and
-those below the limit are neither shown nor saved.
+"ImageReward scores" under Script. Images are saved after they are scored, with the score in their
+parameters; those below the limit are neither shown nor saved.
 """
 
 import gc
@@ -17,7 +17,7 @@ from modules import images, prompt_parser, scripts
 from modules.processing import process_images
 from modules.shared import opts
 
-# The web UI's own model is on the same device: XLA takes only what it needs, and gives it back.
+# The web UI's own model is on the same device, so XLA allocates only the memory that it needs and frees it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
 
@@ -25,11 +25,11 @@ LABEL = "ImageReward score"
 MODEL = "ImageReward-v1.0"
 DEVICES = ("default", "cpu")
 ROW_FIELDS = ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds")
-loaded = {}  # {(model, device): scorer}, of one; both tabs of the web UI share it
+loaded = {}  # {(model, device): scorer}, at most one; both tabs of the web UI share it
 
 
 def load_model(name: str, device: str) -> Any:
-    """The scorer, loaded at its first use in place of any other."""
+    """Returns the scorer; loads it at the first use and unloads any other."""
     key = (name.strip() or MODEL, device)
     if key not in loaded:
         import imagereward_jax
@@ -40,7 +40,7 @@ def load_model(name: str, device: str) -> Any:
 
 
 def unload_model() -> str:
-    """Frees the scorer's memory; returns what to tell the user."""
+    """Frees the scorer's memory; returns a message for the user."""
     if not loaded:
         return "No model is loaded."
     import jax
@@ -52,33 +52,36 @@ def unload_model() -> str:
 
 
 def plain_prompt(prompt: str) -> str:
-    """The prompt as a person would say it: without `<lora:...>` and the marks of emphasis."""
+    """Removes `<lora:...>` and the marks of emphasis from a prompt."""
     prompt = re.sub(r"<\w+:[^>]*>", "", prompt)
     parts = prompt_parser.parse_prompt_attention(prompt)
     return "".join(", " if text == "BREAK" else text for text, _ in parts).strip()
 
 
 def with_score(infotext: str, score: float) -> str:
-    """The image's parameters with the score behind the last of them, where the web UI can still read them."""
+    """Appends the score to the image's parameters, where the web UI can still read them."""
     return f"{infotext}, {LABEL}: {score:.4f}" if infotext else f"{LABEL}: {score:.4f}"
 
 
 def chosen(scores: Sequence[float], limit: float | None, sort: bool) -> list[int]:
-    """Numbers of the images to show: those not below `limit` (None for no limit), best first if `sort`."""
+    """Selects the indices of images to show: those not below `limit` (None: all), best first if `sort`."""
     kept = [i for i, score in enumerate(scores) if limit is None or score >= limit]
     return sorted(kept, key=lambda i: -scores[i]) if sort else kept
 
 
 class Script(scripts.Script):
-    """What the web UI shows and calls; see `modules.scripts.Script`."""
+    """Interface to the web UI; see `modules.scripts.Script`."""
 
     def title(self) -> str:
+        """Name of the script."""
         return "ImageReward scores"
 
     def show(self, is_img2img: bool) -> bool:
+        """Whether the script is available in a tab."""
         return True
 
     def ui(self, is_img2img: bool) -> list[Any]:
+        """Builds the components."""
         with gr.Row():
             filter_low = gr.Checkbox(value=False, label="Leave out images below the limit")
             limit = gr.Number(value=0.0, label="Limit (a score of 0 is average, 1 is good)")
@@ -93,14 +96,14 @@ class Script(scripts.Script):
         return [filter_low, limit, sort, model, device]
 
     def run(self, p: Any, filter_low: bool, limit: float | None, sort: bool, model: str, device: str) -> Any:
-        """Generates, scores, and returns what is kept.
+        """Generates, scores and filters images.
 
         Args:
             p: `StableDiffusionProcessing`.
             filter_low, limit, sort, model, device: values of the components of `ui`.
 
         Returns:
-            The `Processed` of the generation with its images and all that goes with them chosen and put in order.
+            The `Processed` of the generation, with images and their parameters filtered and sorted.
         """
         limit = self._limit(filter_low, limit)
         scorer = load_model(model, device)
@@ -128,7 +131,7 @@ class Script(scripts.Script):
 
 
 def _generate_unsaved(p):
-    """`process_images`, without writing files or a grid: both are made of the images that are kept."""
+    """Calls `process_images` without saving files or a grid; both are made later, from the kept images."""
     before = p.do_not_save_samples, p.do_not_save_grid
     p.do_not_save_samples = p.do_not_save_grid = True
     try:
@@ -138,7 +141,7 @@ def _generate_unsaved(p):
 
 
 def _take_extras(processed):
-    """Takes away what other scripts put behind the images (maps, masks), which has no parameters and no score."""
+    """Removes and returns extras that other scripts append (maps, masks); they have no parameters and no score."""
     count = min(len(processed.images), len(processed.infotexts), len(processed.all_prompts))
     extras = processed.images[count:]
     processed.images = processed.images[:count]
@@ -153,7 +156,7 @@ def _add_scores(processed, scores):
 
 
 def _keep(processed, kept):
-    """Leaves only the images `kept`, in that order. Without any the texts stay, since the web UI shows the first."""
+    """Keeps only the images `kept`, in that order. If there are none, the texts stay; the web UI shows the first."""
     processed.images = [processed.images[i] for i in kept]
     if not kept:
         return
@@ -165,7 +168,7 @@ def _keep(processed, kept):
 
 
 def _save(p, processed):
-    """Writes the images, if the web UI is set to."""
+    """Saves the images, if the web UI is set to."""
     if not p.save_samples():
         return
     for i, image in enumerate(processed.images):
@@ -183,7 +186,7 @@ def _save(p, processed):
 
 
 def _add_grid(p, processed):
-    """Puts a sheet of the images before them and saves it, if the web UI is set to."""
+    """Inserts a grid of the images before them and saves it, if the web UI is set to."""
     count = len(processed.images)
     if p.do_not_save_grid or count == 0 or (count < 2 and opts.grid_only_if_multiple):
         return

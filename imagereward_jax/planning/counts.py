@@ -1,4 +1,4 @@
-"""Counts read off shapes, the traced program and the compiled one: bytes, FLOPs, collectives."""
+"""Counts bytes, FLOPs and collectives from shapes, the traced program and the compiled program."""
 
 import math
 import re
@@ -14,7 +14,7 @@ ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0}
 
 
 def bytes_on_a_device(tree: Any, shardings: Any) -> int:
-    """Bytes of one device's part of a tree of arrays or shapes."""
+    """Counts the bytes of one device's shards of a tree of arrays or shapes."""
     sizes = jax.tree.map(
         lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize,
         tree,
@@ -24,23 +24,22 @@ def bytes_on_a_device(tree: Any, shardings: Any) -> int:
 
 
 def flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> int:
-    """Floating-point operations of the products and convolutions of a traced program, over all devices together; those
-    of integers count like others.
+    """Counts the FLOPs of products and convolutions of a traced program, over all devices; integers count too.
 
     Args:
-        jaxpr: a `ClosedJaxpr` or `Jaxpr`. Loops of static length count as often as they run.
-        while_trips: how often a loop of traced length runs.
+        jaxpr: a `ClosedJaxpr` or `Jaxpr`. Loops of static length count once per iteration.
+        while_trips: iterations of a loop of traced length.
     """
     return flops_by_dtype(jaxpr, while_trips).total()
 
 
 def flops_by_dtype(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> Counter[str]:
-    """The same as a Counter, by the name of the dtype of what is multiplied (of the two, the first operand's)."""
+    """Counts FLOPs by dtype name of the first operand."""
     return _sum(_flops_of(equation, while_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
 def _flops_of(equation, while_trips):
-    """Counter of one equation."""
+    """Counts the FLOPs of one equation."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -51,7 +50,7 @@ def _flops_of(equation, while_trips):
         kernel = equation.invars[1].aval.shape
         taps = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
         count = 2 * math.prod(equation.outvars[0].aval.shape) * taps
-        # of a dilated input (a strided convolution's gradient) only one in prod(dilation) taps meets a number
+        # with a dilated input (gradient of a strided convolution) only one in prod(dilation) taps is not zero
         return _counted(equation, count // math.prod(params["lhs_dilation"]))
     if name.startswith("dot_product_attention"):  # cuDNN's kernel: two products forward, five backward
         (batch, queries, heads, size), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
@@ -64,7 +63,7 @@ def _flops_of(equation, while_trips):
         times = params["length"]
     if name == "while":
         times = while_trips
-    if name == "shard_map":  # its program is one device's
+    if name == "shard_map":  # its program is that of one device
         times = params["mesh"].size
     if name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
@@ -80,7 +79,7 @@ def _sum(counters):
 
 
 def _inner(params):
-    """The programs that an equation's parameters hold."""
+    """Yields the inner programs of an equation."""
     for value in params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
@@ -88,17 +87,17 @@ def _inner(params):
 
 
 def collective_bytes(text: str, while_trips: int = 1) -> dict[str, int]:
-    """Bytes that each kind of collective moves in one run of a compiled program, as one device sees it.
+    """Counts the bytes that each kind of collective moves per device in one run of a compiled program.
 
-    A collective counts with the larger of what goes in and what comes out (an all-gather's result, a reduce-scatter's
-    operand), as often as the loops around it run.
+    A collective counts with the larger of operand and result (an all-gather's result, a reduce-scatter's operand),
+    times the iterations of the loops around it.
 
     Args:
         text: of the compiled module (`Compiled.as_text()`).
-        while_trips: how often a loop runs whose length the text does not tell.
+        while_trips: iterations of loops whose length is not in the text.
 
     Returns:
-        {kind of `COLLECTIVES`: bytes}, the kinds that occur.
+        {kind: bytes} for the kinds of `COLLECTIVES` that occur.
     """
     module = _Module(text)
     totals = module.totals(while_trips)
@@ -106,7 +105,7 @@ def collective_bytes(text: str, while_trips: int = 1) -> dict[str, int]:
 
 
 class _Module:
-    """The computations of a module, as far as collectives need them."""
+    """Parsed computations of a module, as needed to count collectives."""
 
     header = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
     instruction = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+)\s*=\s*(\([^=]*?\)|\S+)\s+([\w\-]+)\((.*)$")
@@ -115,7 +114,7 @@ class _Module:
 
     def __init__(self, text):
         self.lines, self.types, self.entry, current = {}, {}, None, None
-        for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # long tuples have comments that number their items
+        for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # long tuples hold comments with indices
             if header := self.header.match(line):
                 current = header[2]
                 self.lines[current] = []
@@ -125,16 +124,16 @@ class _Module:
                 self.types[found[1]] = found[2]
 
     def totals(self, while_trips):
-        """{kind: bytes} of one run of the module.
+        """Counts {kind: bytes} of one run of the module.
 
-        A TPU's collective may go on while several fusions compute, even while a loop turns, and is written into each of
-        them, with one chain_id: it is one, and runs as often as what runs least often of those.
+        A collective of a TPU may overlap several fusions, even a loop, and then appears in each of them with the same
+        chain_id. It counts once, with the fewest iterations of these.
         """
         found = {}
         for name, times in self._runs(while_trips).items():
             for instruction, result, operation, rest in self.lines.get(name, ()):
                 kind = operation.removesuffix("-start")
-                # how TPUs have a reduce-scatter: a fusion of this name, of an all-reduce and slices
+                # on TPUs a reduce-scatter is a fusion of this name, of an all-reduce and slices
                 kind = "reduce-scatter" if kind == "all-reduce" and name.startswith("all-reduce-scatter") else kind
                 if kind in COLLECTIVES:
                     chain = re.search(r'chain_id="(\d+)"', rest)
@@ -147,7 +146,7 @@ class _Module:
         return totals
 
     def _runs(self, while_trips):
-        """{computation: how often it runs}, by the loops around it."""
+        """Counts the runs of each computation, by the loops around it."""
         runs = Counter()
 
         def visit(name, times):
@@ -170,7 +169,7 @@ class _Module:
         operands = sum(_bytes(self.types.get(name, "")) for name in re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
         if operation == "collective-permute-start":
             return operands
-        # the start of an asynchronous gather holds its operands beside its result
+        # the start of an asynchronous all-gather returns its operands too
         results = _bytes(result) - (operands if operation == "all-gather-start" and result.startswith("(") else 0)
         return max(operands, results)
 
@@ -189,7 +188,7 @@ class _Module:
 
 
 def _bytes(type_text):
-    """Bytes of a type as HLO writes it, tuples summed."""
+    """Counts the bytes of an HLO type; tuples are summed."""
     total = 0
     for name, shape in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", type_text):
         bits = ITEM_BITS.get(name) or int((re.search(r"\d+", name) or ["8"])[0])
@@ -198,7 +197,7 @@ def _bytes(type_text):
 
 
 def used_at_overflow(message: str) -> int | None:
-    """Bytes that a program would have taken, from the compiler's message that they are too many; None if not said."""
+    """Reads the bytes that a program needs from the compiler's out-of-memory message; None if not stated."""
     found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return int(float(found[1]) * units[found[2]]) if found else None

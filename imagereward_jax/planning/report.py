@@ -1,4 +1,4 @@
-"""What a run needs on a topology, as figures and as text."""
+"""Resources that a run needs on a topology, as figures and as text."""
 
 import time
 from typing import Any
@@ -15,23 +15,24 @@ from imagereward_jax.training.step import compile_options
 
 
 def plan(config: Any, topology: Topology) -> dict[str, Any]:
-    """Compiles a config's training step for a `Topology` and counts.
+    """Compiles a config's training step for a `Topology` and counts its resources.
 
     Returns:
         dict for JSON; bytes and FLOPs are those of one chip and one training step. "fits": whether the step can run.
-        "hbm_bytes": memory of a chip, "usable_bytes": what of it a program may take. "bytes_per_chip": by kind;
-        "temporaries" (also "temp_bytes") are what the step needs beside its arguments, None where the step was not
-        compiled because its arguments alone are too much, or where the compiler did not say. "host_temp_bytes": what it
-        keeps in the host's memory for a chip meanwhile (config.model.remat="offload"); None as those. "flops_per_chip":
-        of products and convolutions, recomputed ones included, the sampler's loop at its longest; an equal share of
-        what all chips compute, and "flops_per_chip_by_dtype" the same by the dtype of what is multiplied.
-        "images_per_sample": of a batch of ranked groups, the images of the largest; else 1. "flops_per_image": of all
-        chips, divided by the batch's images. "compiled_flops": as the compiler counts them, each loop's body once; None
-        for NVIDIA's. "collective_bytes": by kind. "assumptions": sentences on what a plan cannot know.
+        "hbm_bytes": memory of a chip, "usable_bytes": its part for programs. "bytes_per_chip": by kind;
+        "temporaries" (also "temp_bytes") are needed beside the arguments; None if the step was not compiled
+        because its arguments alone do not fit, or if the compiler did not report them. "host_temp_bytes": host memory
+        per chip (config.model.remat="offload"); None likewise. "flops_per_chip":
+        of products and convolutions, recomputed ones included, with the longest sampler loop; the total
+        of all chips divided by their number; "flops_per_chip_by_dtype" splits it by the dtype of the operands.
+        "images_per_sample": for ranked groups, images of the largest group; else 1. "flops_per_image": of all
+        chips, divided by the batch's images. "compiled_flops": by the compiler,
+        with each loop body once; None on NVIDIA. "collective_bytes": by kind. "assumptions": facts that the plan has
+        to assume.
 
     Raises:
-        ConfigError: mesh or batch do not fit the number of chips, or remat not their kind. TopologyError: see
-            `Topology.devices`.
+        ConfigError: mesh or batch do not fit the number of chips, or remat does not fit their kind.
+        TopologyError: see `Topology.devices`.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, list(topology.devices()))
     check_batch(mesh, config.batch_size, config.accumulation)
@@ -75,7 +76,7 @@ def plan(config: Any, topology: Topology) -> dict[str, Any]:
 
 
 def bytes_per_device(run: AssembledRun, program: TrainingProgram) -> dict[str, int]:
-    """{kind: bytes} of what each device of a program's mesh (or `AbstractMesh`) holds between steps, and of a batch."""
+    """Counts {kind: bytes} per device of a program's mesh (or `AbstractMesh`): state between steps, and a batch."""
     state, fixed, batches = program.abstract_state, program.fixed(run), program.abstract_batches()
     kinds = {
         "parameters": state.params,
@@ -100,7 +101,7 @@ def _of_the_level(config, topology):
 
 
 def _compile(figures, config, topology, traced, loop_trips):
-    """Fills in what the compiled step tells."""
+    """Fills in the figures of the compiled step."""
     options = options_for(topology, config.optimization_level)
     lowered = traced.lower()
     start = time.monotonic()
@@ -128,7 +129,7 @@ def _compile(figures, config, topology, traced, loop_trips):
 
 
 def options_for(topology: Topology, optimization_level: str) -> dict[str, Any]:
-    """What `Lowered.compile` takes for hardware that is not here."""
+    """Returns options of `Lowered.compile` for hardware that this machine does not have."""
     options = compile_options(optimization_level)
     if topology.platform == "gpu":
         # A GPU would try out tiles for Triton's matrix products; without one the compiler takes a first guess, which
@@ -145,7 +146,7 @@ def _set_total(figures, total):
 
 
 def verdict(figures: dict[str, Any]) -> str:
-    """One line: whether it fits, with which numbers."""
+    """Formats one line: whether the run fits, with the memory."""
     sizes = figures["bytes_per_chip"]
     if figures["fits"]:
         free = figures["usable_bytes"] - sizes["total"]
@@ -159,7 +160,7 @@ def verdict(figures: dict[str, Any]) -> str:
 
 
 def advice(figures: dict[str, Any], config: Any) -> list[str]:
-    """What to change so that it fits, most effective first."""
+    """Lists changes that help the run to fit, most effective first."""
     sizes, ways = figures["bytes_per_chip"], []
     arguments = sizes["parameters"] + sizes["moments"] + sizes["ema"] + sizes["frozen"]
     if config.mesh.fsdp < figures["chips"]:
@@ -179,7 +180,7 @@ def advice(figures: dict[str, Any], config: Any) -> list[str]:
 
 
 def as_text(figures: dict[str, Any], config: Any) -> str:
-    """The figures for a person."""
+    """Formats the figures as text."""
     sizes = figures["bytes_per_chip"]
     lines = [
         f"{figures['topology']}: {figures['chips']} chip(s), mesh "
@@ -211,10 +212,10 @@ def as_text(figures: dict[str, Any], config: Any) -> str:
 
 
 def as_error(error: Exception) -> ConfigError:
-    """The first line of a compiler's error, as a `ConfigError`."""
+    """Converts a compiler's error to a `ConfigError` with its first line."""
     return ConfigError(f"the step does not compile for this hardware: {str(error).splitlines()[0]}")
 
 
 def gib(size: int) -> str:
-    """Bytes as text."""
+    """Formats bytes in GiB."""
     return f"{size / GIB:.2f} GiB"

@@ -1,4 +1,4 @@
-"""The largest batch and the smallest slice that a run fits into; each try compiles its step."""
+"""Finds the largest batch and the smallest slice that fit; each try compiles the training step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +14,16 @@ from imagereward_jax.training.program import TrainingProgram
 def largest_batch(
     config: Any, topology: Topology, say: Callable[[str], None], known: dict[str, Any] | None = None
 ) -> tuple[int, int]:
-    """The most samples a chip that fit, found by following the memory that the tries before it took.
+    """Finds the largest number of samples per chip that fits, by extrapolating the memory of earlier tries.
 
-    Exact up to 16 samples; above, to a power of two that is at most an eighth of the result.
+    Exact up to 16 samples; above, to within a power of two of at most an eighth of the result.
 
     Args:
-        config: its batch size is not looked at. say: takes a line of text about each try.
-        known: the figures that `plan` gave for this config and topology already, which saves a try.
+        config: its batch size is ignored. say: called with a line of text per try.
+        known: figures of `plan` for this config and topology; saves a try.
 
     Returns:
-        (samples a chip at a time, batch size); (0, 0) if one sample does not fit.
+        (samples per chip at a time, batch size); (0, 0) if one sample does not fit.
     """
     tries = {known["samples_per_chip"]: known} if known else {}
 
@@ -43,13 +43,13 @@ def largest_batch(
 
 
 def _room(figures):
-    """(whether it fits, bytes left over or missing); None for bytes where the compiler did not tell."""
+    """Returns (whether it fits, bytes left or missing); bytes are None if the compiler did not report them."""
     left = figures["usable_bytes"] - figures["bytes_per_chip"]["total"]
     return figures["fits"], None if figures["temp_bytes"] is None else left
 
 
 def _next_try(tries):
-    """The number of samples to try after `tries` {samples: (fits, bytes left)}; None when the largest is known."""
+    """Chooses the next number of samples after `tries` {samples: (fits, bytes left)}; None if the largest is known."""
     low = max((samples for samples, (fits, _) in tries.items() if fits), default=0)
     high = min((samples for samples, (fits, _) in tries.items() if not fits and samples > low), default=None)
     grain = 1 if low < 16 else 1 << ((low // 8).bit_length() - 1)
@@ -61,7 +61,7 @@ def _next_try(tries):
 
 
 def _where_room_ends(tries):
-    """Samples at which the line through the two tries nearest to the limit has no bytes left; None without a line."""
+    """Extrapolates the two tries nearest to the limit to 0 bytes left: samples, or None with fewer tries."""
     points = sorted((abs(left), samples, left) for samples, (_, left) in tries.items() if left is not None)[:2]
     if len(points) < 2:
         return None
@@ -73,8 +73,11 @@ def _where_room_ends(tries):
 def smallest_slice(
     config: Any, topology: Topology, say: Callable[[str], None], known: dict[str, Any] | None = None
 ) -> str | None:
-    """Name of the smallest topology of this kind of chip that fits, with the samples a chip and the accumulation of the
-    config and, where it has fsdp > 1, every chip along fsdp; None if none does. known: as for `largest_batch`."""
+    """Finds the name of the smallest topology of this kind of chip that fits; None if none does.
+
+    Samples per chip and accumulation are those of the config; if it has fsdp > 1, all chips are along fsdp. known: as
+    for `largest_batch`.
+    """
     samples = max(1, config.batch_size // topology.chips // config.accumulation)
     for other in sizes_of_kind(topology.name):
         tried = config.copy_and_resolve_references()

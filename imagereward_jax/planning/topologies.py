@@ -1,4 +1,4 @@
-"""Hardware by name ("v5e:2x4", "h200:8", "cpu:8"): what a chip holds, and devices to compile for without owning any."""
+"""Hardware by name ("v5e:2x4", "h200:8", "cpu:8"): memory per chip, and devices to compile for without the hardware."""
 
 import dataclasses
 import importlib.util
@@ -25,7 +25,7 @@ TPUS = {
     "v5p": (CUBES, 95 * GIB),
     "v6e": (FLAT, 32 * GIB),
 }
-# What the driver reports of each GPU; shared memory a multiprocessor; with it the compiler needs no GPU.
+# Values that the driver reports for each GPU, and shared memory per multiprocessor; the compiler needs no GPU then.
 GPUS = {
     "a100": ("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2039040000000, 41943040, 1.41, 85100068864, 167936),
     "h100": ("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 3352320000000, 52428800, 1.98, 84942979072, 233472),
@@ -33,19 +33,19 @@ GPUS = {
     "b200": ("NVIDIA B200", (10, 0), 148, 128, 7672320000000, 132644864, 1.965, 191514411008, 233472),
 }
 GPUS_A_NODE = 8
-GPU_USABLE = 0.95  # of a GPU's memory: CUDA's own, cuDNN's and NCCL's is not XLA's
+GPU_USABLE = 0.95  # share of a GPU's memory for XLA; the rest is used by CUDA, cuDNN and NCCL
 
 
 class TopologyError(ValueError):
-    """The hardware has no such name, or what compiles for it is not installed; the message says what to do."""
+    """The hardware is unknown, or its compiler is not installed; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Hardware to compile for.
 
-    platform: "tpu", "gpu" or "cpu", as layers choose their kernels. chips: how many. hbm_bytes: memory of one;
-    usable_bytes: what of it a program may take.
+    platform: "tpu", "gpu" or "cpu"; layers choose their kernels by it. chips: number of chips. hbm_bytes: memory per
+    chip; usable_bytes: its part for programs.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Topology:
     usable_bytes: int
 
     def devices(self) -> Sequence[Any]:
-        """Devices to build a mesh of.
+        """Returns devices to build a mesh of.
 
         Raises:
-            TopologyError: the compiler for this hardware is not installed, or refuses it.
+            TopologyError: the compiler for this hardware is not installed, or rejects it.
         """
         kind, _, shape = self.name.partition(":")
         try:
@@ -70,10 +70,10 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """The `Topology` called `name`.
+    """Returns the `Topology` of this name.
 
     Raises:
-        TopologyError: with the nearest names.
+        TopologyError: the name is unknown; the message suggests the nearest names.
     """
     kind, _, shape = str(name).partition(":")
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
@@ -92,13 +92,13 @@ def find_topology(name: str) -> Topology:
 
 
 def known_names() -> list[str]:
-    """Every name that `find_topology` takes, but for other numbers of CPU devices."""
+    """Returns all names that `find_topology` knows, except other numbers of CPU devices."""
     slices = [f"{kind}:{shape}" for kind, (shapes, _) in TPUS.items() for shape in shapes]
     return [*slices, *(f"{kind}:{number}" for kind in GPUS for number in NODES), "cpu:1", "cpu:8"]
 
 
 def sizes_of_kind(name: str) -> list[Topology]:
-    """Topologies of the same kind of chip, smallest first."""
+    """Returns the topologies of the same kind of chip, smallest first."""
     kind = name.partition(":")[0]
     return [find_topology(known) for known in known_names() if known.startswith(f"{kind}:")]
 
@@ -108,7 +108,7 @@ def _tpu_devices(name):
         raise TopologyError(
             f"--topology {name}: compiling for TPUs needs libtpu: pip install 'imagereward-jax[tpu]', or libtpu alone"
         )
-    # It would ask the metadata server of a cloud machine what it runs on, and refuse a second plan beside this one.
+    # Otherwise libtpu queries the metadata server of a cloud machine, and rejects a second plan at the same time.
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
@@ -128,7 +128,7 @@ def _tpu_devices(name):
 
 
 def _libtpu_unfit():
-    """What to say where libtpu is not of the version that jax was made for; None where it is."""
+    """Returns a warning if libtpu is not of the version that jax was made for; else None."""
     found = [re.match(r"libtpu==([\d.]+?)(\.\*)?\s*(;|$)", text) for text in metadata.requires("jax") or ()]
     wanted, there = next((match[1] for match in found if match), None), metadata.version("libtpu")
     if wanted is None or f"{there}.".startswith(f"{wanted}."):
@@ -163,7 +163,7 @@ def _cpu_devices(number):
 
 
 def target_config(kind: str) -> str:
-    """XLA's description of a GPU (GpuTargetConfigProto as text)."""
+    """Formats XLA's description of a GPU (GpuTargetConfigProto as text)."""
     name, (major, minor), cores, fpus, bandwidth, l2, clock, memory, shared = GPUS[kind]
     info = {
         "threads_per_block_limit": 1024,

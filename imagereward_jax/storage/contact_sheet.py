@@ -1,4 +1,4 @@
-"""Contact sheets: images in a grid with a line of text under each."""
+"""Contact sheets: images in a grid, each with a caption."""
 
 import textwrap
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def contact_sheet(
     Args:
         images: [N, H, W, 3] float in [0, 1].
         captions: N strings, "" for none; wrapped to the image's width, at most three lines.
-        columns: by default, what comes nearest to a square sheet.
-        smallest, largest: small images are enlarged by whole factors to at least `smallest` pixels of width, large
+        columns: by default as many as make the sheet nearly square.
+        smallest, largest: small images are enlarged by whole factors to a width of at least `smallest` pixels, large
             ones shrunk to `largest`.
 
     Returns:

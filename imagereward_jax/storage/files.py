@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files that appear complete or not at all."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ from PIL import Image
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes through a temporary file in the same folder."""
+    """Writes text through a temporary file in the same folder."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")  # halves of characters occur in prompts
+    temporary.write_text(text, encoding="utf-8", errors="replace")  # prompts may hold lone surrogates
     os.replace(temporary, path)
 
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Writes folders that appear complete or not at all."""
 
 import contextlib
 import os
@@ -11,19 +11,19 @@ from imagereward_jax.weights.files import WeightsError
 
 @contextlib.contextmanager
 def new_folder(target: str | os.PathLike, *, overwrite: bool = False, marker: str) -> Iterator[Path]:
-    """Yields an empty folder beside `target` to write into, which takes its place when the block ends well.
+    """Yields an empty folder beside `target`; it becomes `target` if the block succeeds.
 
     Args:
-        target: the folder to be.
-        overwrite: replaces a `target` that is there, at the very end, if it holds the file `marker`.
-        marker: the file that shows that a folder is of the same kind, e.g. "model_index.json"; no other is replaced.
+        target: path of the new folder.
+        overwrite: replaces an existing `target` at the very end, if it holds the file `marker`.
+        marker: file that identifies folders of this kind, e.g. "model_index.json"; other folders are not replaced.
 
     Yields:
-        Path of the folder to write into; it is removed when the block raises.
+        Path of the folder to write into; it is removed if the block raises.
 
     Raises:
-        FileExistsError: `target` is there, not empty, and may not be replaced.
-        WeightsError: the disk refuses (it is full, the folder may not be written).
+        FileExistsError: `target` exists, is not empty, and must not be replaced.
+        WeightsError: writing fails (disk full, no permission).
     """
     target = Path(os.path.abspath(target))
     refuse_existing(target, overwrite=overwrite, marker=marker)
@@ -39,7 +39,7 @@ def new_folder(target: str | os.PathLike, *, overwrite: bool = False, marker: st
         raise WeightsError(str(error).replace(str(partial), str(target))) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None:
-            raise  # one of this package's own, about what the block was reading or writing
+            raise  # raised by this package, about files of the block
         raise WeightsError(f"{target}: could not be written ({error}); nothing at that path was changed") from error
     finally:
         if old.exists() and not target.exists():
@@ -49,7 +49,7 @@ def new_folder(target: str | os.PathLike, *, overwrite: bool = False, marker: st
 
 
 def refuse_existing(target: str | os.PathLike, *, overwrite: bool, marker: str) -> None:
-    """Raises FileExistsError unless `target` is absent, empty, or a folder with the file `marker` to overwrite."""
+    """Raises FileExistsError unless `target` does not exist, is empty, or may be overwritten and holds `marker`."""
     target = Path(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return

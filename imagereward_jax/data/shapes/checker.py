@@ -37,9 +37,9 @@ UNIFORM_DISTANCE = 0.2
 
 
 class Blob(NamedTuple):
-    """The one thing in the image."""
+    """The shape found in an image."""
 
-    alpha: np.ndarray  # [S, S] in [0, 1]: how much a pixel belongs to it
+    alpha: np.ndarray  # [S, S] in [0, 1]: soft mask
     mask: np.ndarray  # [S, S] bool
     area: float  # pixels
 
@@ -88,7 +88,7 @@ def _smooth(image):
 
 
 def _find_blob(image):
-    """The shape on its background, or None where there is no plain background or not exactly one shape."""
+    """Finds the shape on its background; None without a plain background or with more than one shape."""
     side = image.shape[0]
     smooth = _smooth(image)
     frame = max(1, side // 40)

@@ -61,13 +61,13 @@ class Caption:
         return f"a {self.size} {self.colour} {self.shape} {where}"
 
     def replace(self, **words: str) -> "Caption":
-        """The caption with some words changed."""
+        """Returns the caption with some words replaced."""
         return dataclasses.replace(self, **words)
 
 
 @functools.cache
 def all_captions() -> tuple[Caption, ...]:
-    """Every caption of the world (240 of them), as a tuple in a fixed order."""
+    """Returns all 240 captions of the shapes world, in a fixed order."""
     return tuple(Caption(*words) for words in itertools.product(SIZES, COLOURS, SHAPES, PLACES))
 
 
@@ -77,7 +77,7 @@ def _by_text():
 
 
 def parse(text: str) -> Caption:
-    """The `Caption` whose `.text` this is.
+    """Parses the text of a `Caption`.
 
     Raises:
         ValueError: the text is not a caption of the shapes world.
@@ -91,10 +91,10 @@ def parse(text: str) -> Caption:
 
 
 def split(seed: int = 0, held_out: int = 64) -> tuple[list[Caption], list[Caption]]:
-    """(train, held_out): two disjoint lists that together hold every caption.
+    """Splits all captions into (train, held_out).
 
-    The choice hangs on `seed` alone (it is a hash, so it is the same on every machine and version), and no word
-    loses more than half of its captions: everything in a held-out caption was seen in training, only not together.
+    The choice depends only on `seed`; it is a hash, so it is the same on every machine and version. Every word keeps at
+    least half of its captions in training, so only combinations of words are held out.
     """
     order = sorted(all_captions(), key=lambda c: hashlib.sha256(f"{seed}:{c.text}".encode()).digest())
     limit = {
@@ -113,7 +113,7 @@ def split(seed: int = 0, held_out: int = 64) -> tuple[list[Caption], list[Captio
 
 
 def coverage(shape: str, centre: Sequence[float] | np.ndarray, radius: float, image_size: int) -> np.ndarray:
-    """How much of each pixel the shape covers: float32 [image_size, image_size] in [0, 1].
+    """Computes the covered fraction of each pixel: float32 [image_size, image_size] in [0, 1].
 
     Args:
         centre: (row, column) of the middle of the bounding box, in pixels.
@@ -121,7 +121,7 @@ def coverage(shape: str, centre: Sequence[float] | np.ndarray, radius: float, im
     """
     pixels = np.arange(image_size, dtype=np.float32) + np.float32(0.5)
     y, x = (pixels - np.float32(centre[0]))[:, None], (pixels - np.float32(centre[1]))[None, :]
-    # Clipping the distance to the outline gives antialiasing: half covered where the outline passes.
+    # Clipping the distance to the outline gives antialiasing: pixels on the outline are half covered.
     return np.clip(0.5 - _distance(shape, y, x, np.float32(radius)), 0, 1)
 
 
@@ -144,7 +144,7 @@ def _distance(shape, y, x, radius):
 
 
 def draw_float(caption: Caption, rng: np.random.Generator, image_size: int = 64) -> np.ndarray:
-    """Like `draw`, before rounding: float32 [image_size, image_size, 3] in [0, 1]."""
+    """Draws like `draw`, without rounding: float32 [image_size, image_size, 3] in [0, 1]."""
     jitter = rng.uniform(-1, 1, 10).astype(np.float32)
     centre = (np.array(POSITION[caption.place], np.float32) + 0.025 * jitter[0:2]) * image_size
     radius = RADIUS[caption.size] * (1 + 0.07 * jitter[2]) * image_size
@@ -163,10 +163,10 @@ def draw(caption: Caption, rng: np.random.Generator, image_size: int = 64) -> np
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Float in [0, 1] (clipped) to uint8, rounded."""
+    """Converts float in [0, 1] (clipped) to uint8, rounded."""
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def to_float(image: np.ndarray) -> np.ndarray:
-    """uint8 to float32 in [0, 1]."""
+    """Converts uint8 to float32 in [0, 1]."""
     return image.astype(np.float32) / np.float32(255)

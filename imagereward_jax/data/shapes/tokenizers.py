@@ -16,12 +16,12 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
 def caption_words() -> list[str]:
-    """The different words of all captions, sorted."""
+    """Returns the distinct words of all captions, sorted."""
     return sorted({word for caption in all_captions() for word in caption.text.split()})
 
 
 def _byte_characters():
-    """A printable character for each byte, in the order of CLIP's vocabulary (GPT-2's `bytes_to_unicode`)."""
+    """Returns a printable character per byte, in the order of CLIP's vocabulary (GPT-2's `bytes_to_unicode`)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
@@ -40,9 +40,9 @@ def _split_word(word, ranks):
 
 
 def _merges(words):
-    """Merges that make each word one token.
+    """Builds merges that make each word one token.
 
-    A new merge has lower priority than those before, so a word that is whole already stays whole.
+    A new merge has lower priority than earlier ones, so words that are one token already stay so.
     """
     ranks = {}
     for word in words:
@@ -83,7 +83,7 @@ def write_clip_tokenizer(folder: str | os.PathLike) -> int:
 def write_bert_vocab(folder: str | os.PathLike) -> int:
     """Writes `vocab.txt` for a lower-casing BERT tokenizer; returns its size.
 
-    [DEC] and [ENC] are not in it: they are added behind it, as to bert-base-uncased (30,522 -> 30,524).
+    [DEC] and [ENC] are not in it; the reward's tokenizer appends them, as to bert-base-uncased (30,522 -> 30,524).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
