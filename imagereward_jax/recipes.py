@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
-from imagereward_jax.assembly.settings import PARTS, reward_term
 from imagereward_jax.config import ConfigError, Section, did_you_mean
 from imagereward_jax.methods.base import find_method
-from imagereward_jax.training import settings
+from imagereward_jax.sections.parts import PARTS, reward_term
+from imagereward_jax.sections.run import RUN_SECTIONS
 
 __all__ = ["default_config", "method_settings", "recipe_beside", "reward_term", "validate"]
 
@@ -44,7 +44,7 @@ def default_config(method: str) -> ConfigDict:
 
 
 def _sections(kind) -> Iterator[type[Section]]:
-    yield from settings.SECTIONS
+    yield from RUN_SECTIONS
     yield from (PARTS[name] for name in ("model", "workers", *kind.uses))
     yield kind
 

@@ -1,36 +1,14 @@
 """Puts a run together: method, weights, sources; over arrays to be trained, or over shapes to be planned."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
 
 from imagereward_jax.assembly import trainable
 from imagereward_jax.assembly.parts import Parts
-from imagereward_jax.methods.base import Export, Method, find_method
+from imagereward_jax.methods.base import find_method
 from imagereward_jax.recipes import method_settings
-
-
-@dataclasses.dataclass
-class AssembledRun:
-    """A method with its weights.
-
-    Attributes:
-        method: losses, sources, evaluators.
-        trainable: the weights that train, {component: nested dict}, float32.
-        frozen: the other weights that losses read, in the dtype that they are held in.
-        export: how the result is written.
-        reference_of: (cast) -> what training starts from, of what trains, for `Models.reference`.
-        assumptions: sentences on what a plan over shapes cannot know.
-    """
-
-    method: Method
-    trainable: Any
-    frozen: Any
-    export: Export | None = None
-    reference_of: Callable[[Callable[[Any], Any]], Any] | None = None
-    assumptions: tuple[str, ...] = ()
+from imagereward_jax.training.program import AssembledRun
 
 
 def assemble(config: Any, mesh: Mesh, *, abstract: bool = False) -> AssembledRun:

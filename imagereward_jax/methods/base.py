@@ -214,7 +214,7 @@ class MethodConfig(Section, path="method"):
     """Base of a method's `Config`.
 
     Attributes:
-        uses: sections of the config beside those of every run, by their names in `assembly.settings.PARTS`.
+        uses: sections of the config beside those of every run, by their names in `sections.parts.PARTS`.
         defaults: defaults of other sections that differ for this method, {"eval.best": "eval/reward_mean"}.
     """
 

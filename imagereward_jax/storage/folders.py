@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from imagereward_jax.weights.files import WeightsError
+
+class StorageError(ValueError):
+    """A file or folder could not be written; the message names it and says why."""
 
 
 @contextlib.contextmanager
@@ -23,7 +25,7 @@ def new_folder(target: str | os.PathLike, *, overwrite: bool = False, marker: st
 
     Raises:
         FileExistsError: `target` exists, is not empty, and must not be replaced.
-        WeightsError: writing fails (disk full, no permission).
+        StorageError: writing fails (disk full, no permission).
     """
     target = Path(os.path.abspath(target))
     refuse_existing(target, overwrite=overwrite, marker=marker)
@@ -35,12 +37,12 @@ def new_folder(target: str | os.PathLike, *, overwrite: bool = False, marker: st
         if target.exists():
             target.rename(old)
         partial.rename(target)
-    except WeightsError as error:
-        raise WeightsError(str(error).replace(str(partial), str(target))) from error
+    except StorageError as error:
+        raise type(error)(str(error).replace(str(partial), str(target))) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None:
             raise  # raised by this package, about files of the block
-        raise WeightsError(f"{target}: could not be written ({error}); nothing at that path was changed") from error
+        raise StorageError(f"{target}: could not be written ({error}); nothing at that path was changed") from error
     finally:
         if old.exists() and not target.exists():
             old.rename(target)  # interrupted between the two renames

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from imagereward_jax.assembly.run import AssembledRun
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.storage.folders import new_folder
@@ -30,7 +29,7 @@ from imagereward_jax.training.interruptions import (
 from imagereward_jax.training.mesh import check_batch, check_remat, host_copy, make_mesh, put_batch
 from imagereward_jax.training.metric_writers import Meter, make_writers
 from imagereward_jax.training.profiler import Profiler
-from imagereward_jax.training.program import TrainingProgram
+from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.state import from_checkpoint, to_checkpoint
 from imagereward_jax.training.step import cast, compile_options
 from imagereward_jax.training.workdir import CONFIG, DONE, check_workdir, is_complete

@@ -1,18 +1,41 @@
 """The compiled training step of a run: the loop runs it on arrays, planning compiles it over shapes."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from imagereward_jax.assembly.run import AssembledRun
+from imagereward_jax.methods.base import Export, Method
 from imagereward_jax.models.hardware import target_platform
 from imagereward_jax.training.mesh import batch_sharding, replicated, weight_shardings
 from imagereward_jax.training.optimizer import make_optimizer
 from imagereward_jax.training.state import TrainState, init_state
 from imagereward_jax.training.step import Fixed, cast, make_train_step
+
+
+@dataclasses.dataclass
+class AssembledRun:
+    """A method with its weights.
+
+    Attributes:
+        method: losses, sources, evaluators.
+        trainable: the weights that train, {component: nested dict}, float32.
+        frozen: the other weights that losses read, in the dtype that they are held in.
+        export: how the result is written.
+        reference_of: (cast) -> what training starts from, of what trains, for `Models.reference`.
+        assumptions: sentences on what a plan over shapes cannot know.
+    """
+
+    method: Method
+    trainable: Any
+    frozen: Any
+    export: Export | None = None
+    reference_of: Callable[[Callable[[Any], Any]], Any] | None = None
+    assumptions: tuple[str, ...] = ()
 
 
 class TrainingProgram:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from imagereward_jax.methods.base import Mean, Models, Phase
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.models.sharding import batch_over
-from imagereward_jax.training.settings import OPTIMIZATION_LEVELS
+from imagereward_jax.sections.run import OPTIMIZATION_LEVELS
 from imagereward_jax.training.state import TrainState
 
 

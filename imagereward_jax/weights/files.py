@@ -13,6 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from imagereward_jax.storage.folders import StorageError
 from imagereward_jax.weights.torchscript import RefusedPickle, is_torchscript, read_torchscript
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -36,7 +37,7 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(StorageError):
     """A file or folder of weights cannot be read or written; the message names it and says why."""
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from imagereward_jax.assembly.conditions import DataSource
-from imagereward_jax.assembly.run import AssembledRun
 from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.distributed import join
 from imagereward_jax.methods.base import Evaluation, Export, Method, Phase
@@ -18,6 +17,7 @@ from imagereward_jax.recipes import default_config
 from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
 from imagereward_jax.training.loop import train
 from imagereward_jax.training.mesh import weight_shardings
+from imagereward_jax.training.program import AssembledRun
 
 
 class Rows:

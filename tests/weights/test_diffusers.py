@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imagereward_jax.storage.folders import StorageError
 from imagereward_jax.weights import diffusers as folders
 from imagereward_jax.weights.files import WeightsError, read_tensors, write_safetensors
 
@@ -331,7 +332,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(pipeline_folder
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(WeightsError, match=r"out: could not be written .*Input/output error"):
+    with pytest.raises(StorageError, match=r"out: could not be written .*Input/output error"):
         save(out, pipeline_folder, components, overwrite=True)
     assert (out / "old").exists() and os.listdir(tmp_path) == ["out"]
 

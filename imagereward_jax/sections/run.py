@@ -76,4 +76,4 @@ class Profile(Section, path="profile"):
     steps: int = field(0, at_least=0)  # > 0 traces that many steps, after the first two, into WORKDIR/profile
 
 
-SECTIONS = (Run, Mesh, Optimizer, Checkpoint, Evaluation, Profile)
+RUN_SECTIONS = (Run, Mesh, Optimizer, Checkpoint, Evaluation, Profile)

@@ -10,7 +10,7 @@ from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.diffusion.schedule import PREDICTION_TYPES
 from imagereward_jax.models import lora
 from imagereward_jax.models.remat import REMAT_POLICIES
-from imagereward_jax.training.settings import DTYPES
+from imagereward_jax.sections.run import DTYPES
 
 FILE_DTYPES = ("float32", "bfloat16", "float16")
 

@@ -1,0 +1,1 @@
+"""Sections of the config: typed, documented field by field, checked."""
