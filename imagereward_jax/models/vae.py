@@ -141,21 +141,11 @@ class ResampleBlock(nnx.Module):
 class DownBlock(ResampleBlock):
     """Residual blocks, then a downsampler if `resample`; it pads with zeros below and to the right only."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        *,
-        layers: int,
-        resample: bool,
-        groups: int,
-        remat: str,
-        dtype: DTypeLike,
-        rngs: RngsLike,
-    ) -> None:
-        options = {"remat": remat, "dtype": dtype, "rngs": rngs}
-        super().__init__(in_channels, channels, layers=layers, groups=groups, **options)
-        self.downsamplers = nnx.List([Downsample2D(channels, padding=((0, 1), (0, 1)), **options)] if resample else [])
+    def __init__(self, in_channels: int, channels: int, *, resample: bool, **options: Any) -> None:
+        super().__init__(in_channels, channels, **options)
+        self.downsamplers = nnx.List(
+            [Downsample2D(channels, padding=((0, 1), (0, 1)), **_shared(options))] if resample else []
+        )
 
     def resamplers(self) -> nnx.List:
         """Returns the layers after the residual blocks."""
@@ -165,25 +155,18 @@ class DownBlock(ResampleBlock):
 class UpBlock(ResampleBlock):
     """Residual blocks, then an upsampler if `resample`."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        *,
-        layers: int,
-        resample: bool,
-        groups: int,
-        remat: str,
-        dtype: DTypeLike,
-        rngs: RngsLike,
-    ) -> None:
-        options = {"remat": remat, "dtype": dtype, "rngs": rngs}
-        super().__init__(in_channels, channels, layers=layers, groups=groups, **options)
-        self.upsamplers = nnx.List([Upsample2D(channels, **options)] if resample else [])
+    def __init__(self, in_channels: int, channels: int, *, resample: bool, **options: Any) -> None:
+        super().__init__(in_channels, channels, **options)
+        self.upsamplers = nnx.List([Upsample2D(channels, **_shared(options))] if resample else [])
 
     def resamplers(self) -> nnx.List:
         """Returns the layers after the residual blocks."""
         return self.upsamplers
+
+
+def _shared(options):
+    """The options of a block that its resampler has too."""
+    return {name: options[name] for name in ("remat", "dtype", "rngs")}
 
 
 class Encoder(nnx.Module):
