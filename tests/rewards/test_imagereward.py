@@ -136,7 +136,7 @@ def test_a_saved_model_is_the_same_and_is_not_overwritten_unasked(tiny_reward, i
 def test_bad_requests_are_refused(tiny_reward, images):
     for prompt, message in (
         (["a"] * 3, "3 prompts for 6 images"),
-        ([], "list of texts that is not empty"),
+        ([], "non-empty list of texts"),
         (None, "prompt must be text"),
         (["a"] * 5 + [None], "prompt 5 must be text"),
     ):

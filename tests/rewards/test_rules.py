@@ -81,5 +81,5 @@ def test_what_is_a_rule():
     assert is_rule("jpeg-compressibility") and is_rule("package.module:function")
     assert not any(map(is_rule, ("ImageReward-v1.0", "tiny-shapes", "./a:b/c", "PickScore")))
     assert {"ImageReward-v1.0", "tiny-shapes", "HPSv2.1", "jpeg-compressibility"} <= set(available_rewards())
-    with pytest.raises(ValueError, match="weights='x' is for CLIP"):
+    with pytest.raises(ValueError, match="weights='x' applies only to CLIP"):
         open_reward("tiny-shapes", weights="x")
