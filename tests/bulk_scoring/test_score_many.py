@@ -172,7 +172,7 @@ BAD = {
     "output in no folder": (["--output", "{t}/no/out.csv"], "does not exist"),
     "misspelt column": (["--output", "{t}/o.csv", "--image-column", "imgae"], "did you mean 'image'"),
     "score column taken": (["--output", "{t}/o.csv", "--score-column", "id"], "--score-column"),
-    "two prompts": (["--output", "{t}/o.csv", "--prompt", "a", "--prompt-column", "prompt"], "--prompt applies to all rows"),
+    "two prompts": (["--output", "{t}/o.csv", "--prompt", "a", "--prompt-column", "prompt"], "--prompt applies to all"),
     "batch of none": (["--output", "{t}/o.csv", "--batch-size", "0"], "--batch-size 0"),
     "no --output": ([], "--input needs --output"),
     "images too": (["--output", "{t}/o.csv", "a.png"], "one too many"),

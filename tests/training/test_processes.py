@@ -78,7 +78,8 @@ def test_two_processes_give_the_losses_of_one_and_survive_a_kill(eight, tmp_path
 def test_a_process_whose_peer_is_gone_says_so_and_ends(tmp_path, killed):
     """One device a process, and no launcher to stop it: the collective that fails ends it, long before jax's 100 s."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    options = ["--steps=8", "--fault.die_at=5", f"--fault.die_on={killed}", f"--coordinator=127.0.0.1:{free_port()}"]
+    # after step 5, where the next thing is a collective; after step 4 it may be Orbax's own wait for the other process
+    options = ["--steps=8", "--fault.die_at=6", f"--fault.die_on={killed}", f"--coordinator=127.0.0.1:{free_port()}"]
     command = [*TOY, str(tmp_path / "run"), *options, "--num-processes=2"]
     processes = [
         subprocess.Popen([*command, f"--process-id={i}"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
