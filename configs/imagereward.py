@@ -10,7 +10,7 @@ bert-base-uncased is looked for beside the BLIP weights, or named by --config.re
 The original's settings: 64 pairs an update, Adam at 1e-5, cosine to 0 without warm-up, ten epochs, the embeddings, the
 first 70 % of both transformers and the projections frozen, BERT's dropout 0.1, drop path 0.1, head dropout 0.2, 0.2,
 0.1; four validations an epoch, the best kept by validation loss, then the test set. Here a batch holds groups: the 64
-pairs come from four prompts, each picture is encoded once, and the loss and gradient are those of the pairs. With
+pairs come from four prompts, each image is encoded once, and the loss and gradient are those of the pairs. With
 --config.method.mode=pairs --config.batch_size=64 pairs are drawn one by one, as the original does.
 
 --config.dtype=bfloat16 computes in half the memory (weights and moments stay float32), --config.model.remat=blocks

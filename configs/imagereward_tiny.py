@@ -4,14 +4,14 @@
     python -m imagereward_jax.evaluate --model runs/imagereward_tiny/export --model tiny-shapes --model random \\
         --data shapes:held_out --no-spoilt --limit 200
 
-The network is that of configs/shapes_reward.py. The five pictures of a group show 4, 3, 2, 1 and 0 of the caption's
-words (size, colour, shape, place), with the world's jitter, blur and noise; none is spoilt, for of two spoilt pictures
+The network is that of configs/shapes_reward.py. The five images of a group show 4, 3, 2, 1 and 0 of the caption's
+words (size, colour, shape, place), with the world's jitter, blur and noise; none is spoilt, for of two spoilt images
 the ranking often cannot be seen. Captions of validation and test are never trained on. The best evaluation's weights
 are exported and then tested on groups that no evaluation has seen.
 
 Hardware: one CPU core, 161 s of CPU time in all, nothing compiled before. Result to expect: test/accuracy 0.992 over
-the 5,120 pairs of 512 groups. The second command, other pictures of the held-out captions, four at a time (200 groups,
-95 % intervals): 99.0 % [98.4, 99.5], tiny-shapes 97.9 % [97.1, 98.7], random 51.3 % [48.0, 54.8]. With spoilt pictures,
+the 5,120 pairs of 512 groups. The second command, other images of the held-out captions, four at a time (200 groups,
+95 % intervals): 99.0 % [98.4, 99.5], tiny-shapes 97.9 % [97.1, 98.7], random 51.3 % [48.0, 54.8]. With spoilt images,
 which tiny-shapes was trained on and this is not (100 groups, without --no-spoilt): 86.8 % [83.3, 90.2], tiny-shapes
 90.7 % [87.3, 93.5], random 49.0 % [44.8, 53.5].
 """

@@ -5,8 +5,8 @@
         --config.data.prompts=refl_data.json --config.data.pairs=/data/pairs --config.eval.prompts=held_out.json
 
 The model is a diffusers folder or its name on the hub; prompts are a JSON, JSONL, CSV, text or Parquet file or a
-`datasets` name; pairs are the same with pictures, or a folder of pictures. Without pairs pass
---config.method.pretrain=off; people who tuned without the denoising loss report pictures worse than the untuned
+`datasets` name; pairs are the same with images, or a folder of images. Without pairs pass
+--config.method.pretrain=off; people who tuned without the denoising loss report images worse than the untuned
 model's.
 
 Hardware: the paper used 8 GPUs of 40 GB for a global batch of 128. On one GPU keep the batch with

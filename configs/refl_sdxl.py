@@ -5,8 +5,8 @@
         --config.data.prompts=refl_data.json --config.data.pairs=/data/pairs --config.eval.prompts=held_out.json
 
 The model is a diffusers folder or its name on the hub; prompts are a JSON, JSONL, CSV, text or Parquet file or a
-`datasets` name; pairs are the same with pictures, or a folder of pictures. Each pair's original size and crop go to the
-UNet, as SDXL was trained. Without pairs pass --config.method.pretrain=off. A wide picture is tuned with
+`datasets` name; pairs are the same with images, or a folder of images. Each pair's original size and crop go to the
+UNet, as SDXL was trained. Without pairs pass --config.method.pretrain=off. A wide image is tuned with
 --config.method.height=832 --config.method.width=1216.
 
 Hardware: weights, gradient and AdamW's moments of the 2.6 billion parameters take 16 bytes each, 38 GiB in all;

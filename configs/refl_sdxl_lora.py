@@ -11,7 +11,7 @@ pytorch_lora_weights.safetensors, for `generate --lora`, convert/merge_lora.py a
 `load_lora_weights`.
 
 Hardware: one GPU, with --config.accumulation=128 for one sample at a time; with 8, the 16 below does the same. By
-`python -m imagereward_jax.plan` an H200 takes 32 samples at a time, and each chip of a TPU v5e:2x4 one, in 13.4 GiB, or
+`python -m imagereward_jax.plan` an H200 takes 36 samples at a time, and each chip of a TPU v5e:2x4 one, in 13.4 GiB, or
 in 8.8 with --config.mesh.fsdp=8. No run on the published weights has been measured by us yet, so no figure is promised
 here.
 """

@@ -8,7 +8,7 @@ Tunes what the first command exports, by the built-in tiny reward. Low-rank para
 
 Hardware: 2 CPU cores, some seven minutes. Result to expect: on held-out prompts, without guidance, the mean reward
 rises from 1.09 to 1.76 (with LoRA 1.70; its standard deviation over prompts is 0.53 at the start) and the share of
-fully right pictures from 0.26 to 0.65 (0.65).
+fully right images from 0.26 to 0.65 (0.65).
 """
 
 from imagereward_jax.recipes import recipe_beside

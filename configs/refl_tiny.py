@@ -3,7 +3,7 @@
     python -m imagereward_jax.train --config configs/refl_tiny.py
 
 Hardware: 2 CPU cores, four to six minutes. Result to expect: on held-out prompts, without guidance, the mean reward
-rises from 1.05 to 1.69 (its standard deviation over prompts is 0.49 at the start) and the share of fully right pictures
+rises from 1.05 to 1.69 (its standard deviation over prompts is 0.49 at the start) and the share of fully right images
 from 0.29 to 0.62.
 """
 

@@ -8,7 +8,7 @@ report.html draws them all. Weight, normalisation and clip of a term: --config.r
 
 Hardware: one CPU core, 274 s of CPU time. Result to expect, on held-out prompts after 100 steps: the mixture from 1.42
 to 2.25 (2.31 at step 50), the built-in reward from 1.05 to 1.69, the trained one from 0.81 to 1.33, and the share of
-fully right pictures from 0.29 to 0.68. With the built-in reward's threshold, 2.0, it ends at 2.12, 1.58, 1.23, 0.59.
+fully right images from 0.29 to 0.68. With the built-in reward's threshold, 2.0, it ends at 2.12, 1.58, 1.23, 0.59.
 """
 
 from imagereward_jax.recipes import recipe_beside, reward_term

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion 1.x of the shapes world, trained by the denoising loss on noisily captioned pictures.
+"""A tiny Stable Diffusion 1.x of the shapes world, trained by the denoising loss on noisily captioned images.
 
     python -m imagereward_jax.train --config configs/shapes_vae.py
     python -m imagereward_jax.train --config configs/shapes_pretrain.py

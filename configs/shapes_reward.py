@@ -1,13 +1,13 @@
-"""A tiny ImageReward of the shapes world, trained from nothing on ranked pictures.
+"""A tiny ImageReward of the shapes world, trained from nothing on ranked images.
 
     python -m imagereward_jax.train --config configs/shapes_reward.py
 
 The same network as ImageReward v1.0 in small (vision transformer, BERT with cross-attention, linear head). Groups of
-five pictures are ranked by how many of the caption's words they show and how badly they are spoilt. The export is
+five images are ranked by how many of the caption's words they show and how badly they are spoilt. The export is
 the reward half of the built-in model `tiny-shapes`; its scores have mean 0 and standard deviation 1 on held-out groups.
 
 Hardware: 2 CPU cores, some 10 minutes. Result to expect: eval/accuracy 0.925 over all pairs of groups that hold spoilt
-pictures too. Of pictures that differ in one word, it prefers the right one in 100 % (size), 98 % (colour), 91 % (shape)
+images too. Of images that differ in one word, it prefers the right one in 100 % (size), 98 % (colour), 91 % (shape)
 and 99 % (place) of held-out captions.
 """
 

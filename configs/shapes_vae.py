@@ -1,8 +1,8 @@
-"""The autoencoder of the built-in tiny model, trained from nothing on pictures of the shapes world.
+"""The autoencoder of the built-in tiny model, trained from nothing on images of the shapes world.
 
     python -m imagereward_jax.train --config configs/shapes_vae.py
 
-The first of the recipes that make `tiny-shapes`: 32 x 32 pictures become 8 x 8 x 4 latents. Its export is a whole
+The first of the recipes that make `tiny-shapes`: 32 x 32 images become 8 x 8 x 4 latents. Its export is a whole
 diffusers folder whose UNet and text encoder are still random; configs/shapes_pretrain.py starts from it.
 
 Hardware: 2 CPU cores, some 8 minutes. Result to expect: eval/psnr 31 dB.
