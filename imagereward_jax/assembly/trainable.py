@@ -13,6 +13,7 @@ from imagereward_jax.methods.base import Export, Method, Params
 from imagereward_jax.models import lora
 from imagereward_jax.models.param_tree import split, trainable_mask
 from imagereward_jax.training.mesh import weight_shardings
+from imagereward_jax.training.program import placed
 from imagereward_jax.weights import adapters
 from imagereward_jax.weights.diffusers import INDEX
 
@@ -42,9 +43,9 @@ def load(parts: Any, method: Method) -> Weights:
     if parts.abstract:
         return Weights(trainable, frozen)
     if parts.adapts:
-        loaded = parts.load(placed(parts, frozen))
+        loaded = parts.load(placed(frozen, weight_shardings(parts.mesh, frozen)))
         return Weights(jax.device_put(trainable, weight_shardings(parts.mesh, trainable)), loaded)
-    loaded = parts.load(placed(parts, whole))
+    loaded = parts.load(placed(whole, weight_shardings(parts.mesh, whole)))
     return Weights(*split(loaded, mask))
 
 
@@ -73,15 +74,6 @@ def _map_with(tree, trained, convert):
         else convert(value, name in (trained or {}))
         for name, value in tree.items()
     }
-
-
-def placed(parts: Any, shapes: Params) -> Params:
-    """`shapes` with the sharding of each weight on the run's mesh."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        weight_shardings(parts.mesh, shapes),
-    )
 
 
 def initial_adapter(parts: Any) -> Params:
