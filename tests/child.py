@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 
-def run(program, *arguments, devices=1):
-    """What a Python `program`, on so many virtual CPU devices, printed last, which is JSON."""
+def environment(devices=1):
+    """This process's environment, with `devices` virtual CPU devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+
+
+def run(program, *arguments, devices=1):
+    """Runs a Python `program` on `devices` virtual CPU devices; returns the JSON of its last line."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(devices), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

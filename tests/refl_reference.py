@@ -53,7 +53,7 @@ class TinyReward:
 
 def method_config(**changes):
     """config.method for small images."""
-    return Config(**{"num_steps": 6, "stop_min": 2, "stop_max": 5, "height": 64, "width": 64, **changes})
+    return Config(**{"num_steps": 6, "stop_min": 2, "stop_max": 5, "height": 16, "width": 16, **changes})
 
 
 def refl_batch(pipeline, params, reward, prompts=PROMPTS, *, guided=False):

@@ -58,18 +58,18 @@ def test_model_flops_leave_out_what_is_recomputed(benchmarks):
 
     _, refl_step = benchmarks
 
-    def counted(*options, remat="none", trips=1):
+    def traced(*options, remat="none", of=jax.grad):
         arguments = refl_step.parse_args([*OPTIONS, *options])
-        loss = refl_step.loss_function(arguments, remat)
         shapes = refl_step.loss_inputs(refl_step.our_problem(arguments, remat)[0])
-        return tuple(flops(jax.make_jaxpr(function)(*shapes), trips) for function in (loss, jax.grad(loss)))
+        return jax.make_jaxpr(of(refl_step.loss_function(arguments, remat)))(*shapes)
 
-    value, gradient = counted()
-    unet = counted(trips=2)[0] - value
+    loss = traced(of=lambda function: function)
+    value, gradient = flops(loss, 1), flops(traced(), 1)
+    unet = flops(loss, 2) - value
     decoder = value - 2 * unet
     assert gradient == pytest.approx(value + 2 * unet + decoder, rel=0.1)
-    assert counted(remat="blocks")[1] > 1.1 * gradient
-    assert counted("--lora=2")[1] < gradient
+    assert flops(traced(remat="blocks"), 1) > 1.1 * gradient
+    assert flops(traced("--lora=2"), 1) < gradient
 
 
 def test_a_trace_of_a_gpu_is_summed_by_operation(benchmarks, tmp_path):

@@ -112,7 +112,10 @@ def plot(rows, names):
 
     columns = 3
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(11, 2.4 * lines), layout="constrained")
+    height = 2.4 * lines
+    figure = Figure(figsize=(11, height))
+    # margins in inches; a layout that measures every label takes as long again as drawing them
+    figure.subplots_adjust(0.06, 0.3 / height, 0.99, 1 - 0.3 / height, wspace=0.22, hspace=0.35)
     for index, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, index + 1)
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]

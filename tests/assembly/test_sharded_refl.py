@@ -1,10 +1,10 @@
 """Ten ReFL steps on 8 virtual devices (data 4 x fsdp 2) against one device."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import child
 import numpy as np
 import pytest
 import tiny_sd1
@@ -36,9 +36,8 @@ def test_eight_devices_give_the_losses_of_one(tmp_path, tiny_reward_folder):
     pipeline.save(tmp_path / "model", params)
     assert main(["train", *arguments(tmp_path, "one", tiny_reward_folder, "--config.mesh.data=1")]) == 0
     sharded = arguments(tmp_path, "eight", tiny_reward_folder, "--config.mesh.data=4", "--config.mesh.fsdp=2")
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "imagereward_jax.train", *sharded]
-    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=child.environment(8), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     one, eight = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "eight"))
     assert len(one) == 11

@@ -64,13 +64,19 @@ def reference(name, config, num_steps, noise, monkeypatch, eta=0.0):
     return scheduler, trajectory, originals
 
 
+@jax.jit
+def advance(sampler, state, step, noise):
+    """(the next state, the predicted clean latents)"""
+    output = denoise(sampler.model_input(state, step), sampler.timestep(step), jnp.sin)
+    return sampler.step(state, output, step, noise), sampler.pred_original(state, output, step)
+
+
 def ours(sampler, noise):
     state = sampler.init(jnp.asarray(noise[0]))
     trajectory, originals = [], []
     for step in range(sampler.num_steps):
-        output = denoise(sampler.model_input(state, step), float(sampler.timestep(step)), jnp.sin)
-        originals.append(np.asarray(sampler.pred_original(state, output, step)))
-        state = sampler.step(state, output, step, jnp.asarray(noise[step + 1]))
+        state, original = advance(sampler, state, step, noise[step + 1])
+        originals.append(np.asarray(original))
         trajectory.append(np.asarray(state.latents))
     return trajectory, originals
 

@@ -34,7 +34,7 @@ TARGETS = lora.ATTENTION + r"|proj_in|resnets\.\d+\.conv1"
 def made(tmp_path_factory):
     """(pipeline, params, diffusers' pipeline), the same weights and the same random adapter in both."""
     folder = tmp_path_factory.mktemp("model")
-    pipeline, params = tiny_sd1.make(folder / "tokenizer")
+    pipeline, params = tiny_sd1.make_one_level(folder / "tokenizer")
     pipeline.save(folder / "saved", params)
     pipeline = pipeline.with_lora("unet", TARGETS, rank=RANK, alpha=ALPHA)
     layers = [key for key in mapping.torch_layout(pipeline.networks["unet"], lora.LoRAParam) if "lora_A" in key]
@@ -68,7 +68,7 @@ def test_loss_and_every_lora_gradient_agree_with_peft(made, problem):
     loss, trainable, frozen, batch = problem
     key, config = jax.random.key(3), method_config()
     (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, frozen, batch, key)
-    noise, step_noise, stop = draws(key, config, pipeline.latent_shape(64, 64), len(PROMPTS))
+    noise, step_noise, stop = draws(key, config, pipeline.latent_shape(config.height, config.width), len(PROMPTS))
     expected, theirs = torch_step(
         reference, TinyReward(), "ddpm", config, pipeline.tokenize, batch, noise, step_noise, stop
     )

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_sd1
-from quick import quick_jit
 from refl_reference import TinyReward, method_config, refl_batch, refl_function
 
 pytest.importorskip("qwix")
@@ -48,7 +47,7 @@ def gradient_of(made, kind):
 
 def run(made, kind):
     _, trainable, frozen, _, batch = made
-    return quick_jit(gradient_of(made, kind))(trainable, frozen, batch, KEY)
+    return jax.jit(gradient_of(made, kind))(trainable, frozen, batch, KEY)
 
 
 @pytest.fixture(scope="module")

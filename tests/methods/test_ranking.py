@@ -11,7 +11,6 @@ from flax import nnx
 
 torch = pytest.importorskip("torch")
 import torch_blip
-from quick import quick_jit
 
 from imagereward_jax.methods.base import Mean, Models, Phase
 from imagereward_jax.methods.ranking import Config, make_loss, pair_losses, trainable_mask
@@ -62,7 +61,7 @@ def ranking_loss(**rates):
     return function
 
 
-STEP = quick_jit(jax.value_and_grad(ranking_loss(), has_aux=True))  # compiled once for equal shapes
+STEP = jax.jit(jax.value_and_grad(ranking_loss(), has_aux=True))  # compiled once for equal shapes
 
 
 def reference(rates=None):
@@ -179,7 +178,7 @@ def test_dropout_and_drop_path_are_the_originals(monkeypatch):
 
     monkeypatch.setattr(dropout, "keep_mask", record)
     key, loss_of = jax.random.key(3), ranking_loss(**RATES)
-    step = quick_jit(jax.value_and_grad(loss_of, has_aux=True)).lower({"reward": params}, {}, batch, key)
+    step = jax.jit(jax.value_and_grad(loss_of, has_aux=True)).lower({"reward": params}, {}, batch, key)
     masks = [np.asarray(keep_mask(jax.random.fold_in(key, i + 1), *call)) for i, call in enumerate(drawn)]
     (value, _), gradient = step.compile()({"reward": params}, {}, batch, key)
     # The second block's two drop paths (the first has none), the embeddings, 2 layers of 2 x 2 + 1, the head's 3.
@@ -284,7 +283,7 @@ def test_two_updates_with_frozen_layers_are_the_originals():
     settings = recipe()
     settings.learning_rate, settings.eps = peak, eps
     ours = make_optimizer(settings, 4)
-    state, gradient = ours.init(trainable), quick_jit(jax.grad(ranking_loss(), has_aux=True))
+    state, gradient = ours.init(trainable), jax.jit(jax.grad(ranking_loss(), has_aux=True))
     for _ in range(2):
         grads, _ = gradient(trainable, frozen, batch, jax.random.key(0))
         updates, state = ours.update(grads, state, trainable)

@@ -2,12 +2,12 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_same_layout, functional, randomise, relative_error, tensors_of
 from flax import nnx
-from quick import quick_jit
 
 from imagereward_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from imagereward_jax.weights import mapping
@@ -102,7 +102,7 @@ def test_outputs_agree_with_transformers(name):
     with torch.no_grad():
         expected = reference(name)(input_ids=torch.from_numpy(prompts()).long(), output_hidden_states=True)
     graphdef, params = network(name)
-    actual = quick_jit(lambda p: nnx.merge(graphdef, p)(prompts()))(params)
+    actual = jax.jit(lambda p: nnx.merge(graphdef, p)(prompts()))(params)
     pooled = expected.text_embeds if name == "projected" else expected.pooler_output
     assert actual.pooled.shape == ((2, 20) if name == "projected" else (2, 32))
     assert relative_error(actual.last_hidden_state, expected.last_hidden_state) < 1e-5

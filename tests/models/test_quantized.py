@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from quick import quick_jit
 
 pytest.importorskip("qwix")
 
@@ -102,7 +101,7 @@ def tiny():
     pipeline, params = load_pipeline("tiny-shapes")
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     cond = pipeline.encode_prompts(params, pipeline.tokenize(["a large red circle at the top left", ""]))
-    return pipeline, params, quick_jit(lambda params: pipeline.denoise(params, x, jnp.array([700, 100]), cond))
+    return pipeline, params, jax.jit(lambda params: pipeline.denoise(params, x, jnp.array([700, 100]), cond))
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("fp8", 0.06)])

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from quick import quick_jit
 
 from imagereward_jax.models import lora
 from imagereward_jax.models.blip import ImageRewardModel
@@ -97,7 +96,7 @@ def test_every_policy_has_the_same_gradient(kind):
     results = {}
     for remat in REMAT_POLICIES:
         function, arguments = gradient(kind, remat)
-        results[remat] = quick_jit(function)(*arguments)
+        results[remat] = jax.jit(function)(*arguments)
     reference = results.pop("none")
     for other in results.values():
         assert_close(other, reference)
@@ -132,7 +131,7 @@ def test_what_is_frozen_is_not_differentiated():
                 return jnp.sin(nnx.merge(layout, join(base, adapter))(INPUTS[Part])).sum()
 
         function = jax.value_and_grad(loss)
-        results[remat] = quick_jit(function)(adapter, base)
+        results[remat] = jax.jit(function)(adapter, base)
         counted[remat] = counts.flops(jax.make_jaxpr(function)(adapter, base))
     assert_close(results["offload"], results["blocks"])
     # traced, it still has each block's last product, whose result nobody uses and which the compiler leaves out

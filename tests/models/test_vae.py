@@ -18,7 +18,6 @@ from agreement import (
     worst_gradient_error,
 )
 from flax import nnx
-from quick import quick_jit
 
 from imagereward_jax.models.remat import REMAT_POLICIES
 from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
@@ -94,7 +93,7 @@ def test_outputs_and_gradients_agree_with_diffusers():
     module.zero_grad()
     (decoded.sin().sum() + moments.logvar.sin().sum()).backward()
     graphdef, params = network()
-    (_, outputs), (of_params, of_images) = quick_jit(jax.value_and_grad(loss_function(graphdef), (0, 1), has_aux=True))(
+    (_, outputs), (of_params, of_images) = jax.jit(jax.value_and_grad(loss_function(graphdef), (0, 1), has_aux=True))(
         params, images()
     )
     for actual, expected in zip(outputs, (moments.mean, moments.logvar, decoded)):
@@ -110,7 +109,7 @@ def test_odd_image_sizes_agree_with_diffusers():
     with torch.no_grad():
         expected = reference().encode(to_torch_image(pixels)).latent_dist.mean
     graphdef, params = network()
-    mean, _ = quick_jit(lambda p: nnx.merge(graphdef, p).encode(pixels))(params)
+    mean, _ = jax.jit(lambda p: nnx.merge(graphdef, p).encode(pixels))(params)
     assert mean.shape == (2, 5, 3, 4)
     assert relative_error(mean, from_torch_image(expected)) < 2e-5
 
@@ -119,7 +118,7 @@ def test_log_variance_is_clipped_as_in_diffusers():
     graphdef, params = network()
     bias = np.array([0, 0, 0, 0, -1000, 1000, 5, 0], np.float32)
     params = {**params, "quant_conv": {**params["quant_conv"], "bias": bias}}
-    _, logvar = quick_jit(lambda p: nnx.merge(graphdef, p).encode(images()))(params)
+    _, logvar = jax.jit(lambda p: nnx.merge(graphdef, p).encode(images()))(params)
     assert (np.asarray(logvar[..., 0]) == -30).all()
     assert (np.asarray(logvar[..., 1]) == 20).all()
 
@@ -140,7 +139,7 @@ def test_remat_changes_no_result():
     for policy in REMAT_POLICIES:
         graphdef, params = network(policy)
         loss = lambda p, z, g=graphdef: jnp.sin(nnx.merge(g, p).decode(z)).sum()  # noqa: E731
-        results[policy] = quick_jit(jax.value_and_grad(loss, (0, 1)))(params, latents)
+        results[policy] = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, latents)
     module = nnx.merge(*network())
     plain, (of_params, of_latents) = results.pop("none")
     of_params = mapping.to_torch(module, of_params)
@@ -160,7 +159,7 @@ def test_bfloat16_is_close_to_float32():
     latents = np.random.default_rng(0).standard_normal((1, 5, 3, 4), dtype=np.float32)
     for dtype in (jnp.float32, jnp.bfloat16):
         graphdef, params = network(dtype=dtype)
-        decoded.append(quick_jit(lambda p, g=graphdef: nnx.merge(g, p).decode(latents))(params))
+        decoded.append(jax.jit(lambda p, g=graphdef: nnx.merge(g, p).decode(latents))(params))
     assert decoded[1].dtype == jnp.float32
     assert decoded[1].shape == (1, 20, 12, 3)
     assert 1e-5 < relative_error(decoded[1], decoded[0]) < 0.05

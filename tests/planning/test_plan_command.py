@@ -13,6 +13,7 @@ import tiny_sd1
 
 pytest.importorskip("ml_collections")
 
+from imagereward_jax import plan
 from imagereward_jax.planning import report, topologies
 from imagereward_jax.planning.topologies import TopologyError, find_topology
 
@@ -28,7 +29,7 @@ def command(*arguments, config="shapes_pretrain"):
 @pytest.fixture(scope="module")
 def options(tmp_path_factory, tiny_reward_folder):
     folder = tmp_path_factory.mktemp("plan")
-    pipeline, params = tiny_sd1.make(folder / "tokenizer")
+    pipeline, params = tiny_sd1.make_one_level(folder / "tokenizer")
     pipeline.save(folder / "model", params)
     for weights in (folder / "model").rglob("*.safetensors"):
         weights.unlink()  # plans need none
@@ -83,15 +84,21 @@ def test_searches_for_the_largest_batch_and_the_smallest_slice(options):
     assert figures["smallest_slice"] == "cpu:1"
 
 
-def test_bad_input_is_refused(options):
+@pytest.mark.parametrize(
+    ("topology", "fields", "said"),
+    [
+        ("cpu:1", (), "error: config.mesh: data=1 x fsdp=4"),
+        ("cpu:1", ("--config.mesh.fsdp=1", "--config.model.remat=offload"), "pass --config.model.remat=blocks"),
+        ("v5e:2x5", (), "error: --topology v5e:2x5: unknown (did you mean 'v5e:2x4'?); v5e comes as v5e:1x1,"),
+    ],
+)
+def test_bad_input_is_refused(options, topology, fields, said, monkeypatch, capsys):
     """Before anything is compiled, with status 2 and one line."""
-    done = command("--topology", "cpu:3", *options)
-    assert done.returncode == 2 and done.stderr.startswith("error: config.mesh: data=1 x fsdp=4")
-    done = command("--topology", "cpu:8", "--config.model.remat=offload", *options)
-    assert done.returncode == 2 and "pass --config.model.remat=blocks" in done.stderr
-    done = command("--topology", "v5e:2x5")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --topology v5e:2x5: unknown (did you mean 'v5e:2x4'?); v5e comes as v5e:1x1,")
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):  # what the command sets
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    recipe = f"--config={CONFIGS / 'shapes_pretrain.py'}"
+    assert plan.main([recipe, "--topology", topology, *options, *fields]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_unknown_topologies_name_the_nearest():

@@ -15,13 +15,14 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
 
-from toy import assemble_toy, main, toy_config
+import child
+from toy import assemble_toy, main, toy_config, train
 
 from imagereward_jax.config import ConfigError
 from imagereward_jax.methods.base import Evaluation
+from imagereward_jax.training import loop
 from imagereward_jax.training.checkpoints import CheckpointError
 from imagereward_jax.training.interruptions import Interrupted, RunError
-from imagereward_jax.training.loop import train
 from imagereward_jax.training.metric_writers import Meter, read_rows
 from imagereward_jax.training.workdir import WorkdirError
 
@@ -30,9 +31,8 @@ TIMES = ("time", "images_per_second")
 
 def in_process(*arguments, devices=1):
     """Runs toy.py in a process of its own."""
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(Path(__file__).parent / "toy.py"), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=child.environment(devices), capture_output=True, text=True, timeout=300)
 
 
 def numbers(workdir):
@@ -43,7 +43,7 @@ def numbers(workdir):
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("clean") / "run"
-    assert main(str(workdir)) == 0
+    assert loop.train(toy_config(), assemble_toy, workdir)
     return workdir
 
 

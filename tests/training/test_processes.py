@@ -1,12 +1,12 @@
 """Two processes of four virtual devices, started by launch/local.sh, against one process of eight."""
 
-import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import child
 import numpy as np
 import pytest
 
@@ -31,12 +31,10 @@ def free_port():
 def run(workdir, *options, processes=1, devices=8):
     """The toy with `devices` in all."""
     port = free_port()
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PORT": str(port), "XLA_FLAGS": ""}
+    env = {**child.environment(devices), "PYTHONPATH": str(ROOT), "PORT": str(port)}
     command = [*TOY, str(workdir), *OPTIONS, *options]
     if processes > 1:
         command = [str(ROOT / "launch/local.sh"), str(processes), str(devices // processes), *command]
-    else:
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -77,7 +75,7 @@ def test_two_processes_give_the_losses_of_one_and_survive_a_kill(eight, tmp_path
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_whose_peer_is_gone_says_so_and_ends(tmp_path, killed):
     """One device a process, and no launcher to stop it: the collective that fails ends it, long before jax's 100 s."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    env = {**child.environment(), "PYTHONPATH": str(ROOT)}
     # after step 5, where the next thing is a collective; after step 4 it may be Orbax's own wait for the other process
     options = ["--steps=8", "--fault.die_at=6", f"--fault.die_on={killed}", f"--coordinator=127.0.0.1:{free_port()}"]
     command = [*TOY, str(tmp_path / "run"), *options, "--num-processes=2"]
