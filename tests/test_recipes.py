@@ -19,14 +19,18 @@ QUICK = ["--config.writers=('jsonl',)", "--config.log_every=5", "--config.optimi
 SMALL_NETWORKS = [
     f"--config.model.architecture.{field}"
     for field in (
-        "unet.block_out_channels=(16, 32)",
-        "unet.down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D')",
-        "unet.up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D')",
+        "unet.block_out_channels=(16,)",
+        "unet.down_block_types=('CrossAttnDownBlock2D',)",
+        "unet.up_block_types=('CrossAttnUpBlock2D',)",
         "unet.norm_num_groups=8",
-        "vae.block_out_channels=(8, 8, 16)",
+        "vae.sample_size=16",
+        "vae.block_out_channels=(8, 16)",
+        "vae.down_block_types=('DownEncoderBlock2D', 'DownEncoderBlock2D')",
+        "vae.up_block_types=('UpDecoderBlock2D', 'UpDecoderBlock2D')",
         "vae.norm_num_groups=4",
     )
 ]
+SMALL_IMAGES = "--config.data.image_size=16"
 SMALL_SAMPLES = ["--config.eval.num_prompts=4", "--config.eval.images_per_prompt=1", "--config.eval.num_steps=2"]
 
 
@@ -46,9 +50,13 @@ def runs(tmp_path_factory):
     """Workdirs and metrics of the four recipes, each fed by the ones before."""
     root = tmp_path_factory.mktemp("runs")
     rows = {}
-    rows["vae"] = train("shapes_vae", root / "vae", "--config.steps=60", "--config.eval.num_images=8", *SMALL_NETWORKS)
+    rows["vae"] = train(
+        "shapes_vae", root / "vae", "--config.steps=60", "--config.eval.num_images=8", SMALL_IMAGES, *SMALL_NETWORKS
+    )
     model = f"--config.model.path={root / 'vae/export'}"
-    rows["pretrain"] = train("shapes_pretrain", root / "pretrain", "--config.steps=40", model, *SMALL_SAMPLES)
+    rows["pretrain"] = train(
+        "shapes_pretrain", root / "pretrain", "--config.steps=40", model, SMALL_IMAGES, *SMALL_SAMPLES
+    )
     rows["reward"] = train(
         "shapes_reward",
         root / "reward",
@@ -66,12 +74,15 @@ def runs(tmp_path_factory):
         "--config.log_every=1",
         "--config.steps=4",
         "--config.batch_size=4",
+        "--config.method.height=16",
+        "--config.method.width=16",
         "--config.method.num_steps=3",
         "--config.method.stop_min=0",
         "--config.method.stop_max=2",
         f"--config.model.path={root / 'pretrain/export'}",
         *(f"{term}.path={root / 'reward/export'}" for term in terms),
         *(f"{term}.clip=0.0" for term in terms),
+        SMALL_IMAGES,
         *SMALL_SAMPLES,
     )
     return root, rows
@@ -86,7 +97,7 @@ def test_the_autoencoder_is_exported_with_latents_of_unit_variance(runs):
     pipeline, params = load_pipeline(runs[0] / "vae/export")
     from imagereward_jax.data.shapes import ShapesPairs
 
-    images = np.stack([ShapesPairs(16, seed=9)[i]["image"] for i in range(16)])
+    images = np.stack([ShapesPairs(16, seed=9, image_size=16)[i]["image"] for i in range(16)])
     import jax
 
     latents = np.asarray(pipeline.encode(params, images, jax.random.key(0)))
