@@ -68,7 +68,7 @@ def log_prob(transition: Transition, latents: jax.Array) -> jax.Array:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["timesteps", "init_noise_sigma", "input_scale", "alpha", "sigma", "weights", "clip"],
+    data_fields=["timesteps", "init_noise_sigma", "input_scale", "alpha", "sigma", "weights"],
     meta_fields=["prediction_type"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +83,6 @@ class Sampler:
         input_scale: [S], the network sees latents * input_scale = alpha * x_0 + sigma * noise.
         alpha, sigma: [S], as above.
         weights: of the terms of each step.
-        clip: scalar, predicted clean latents are clipped to +-clip; infinity for no clipping.
         prediction_type: what the network outputs.
     """
 
@@ -93,7 +92,6 @@ class Sampler:
     alpha: np.ndarray
     sigma: np.ndarray
     weights: Weights
-    clip: np.ndarray
     prediction_type: str
 
     @property
@@ -128,7 +126,7 @@ class Sampler:
 
     def pred_original(self, state: SamplerState, model_output: jax.Array, step: jax.Array) -> jax.Array:
         """The clean latents that `model_output` at `step` means, float32 [B, h, w, c]."""
-        return jnp.clip(to_original(*self._prediction(state, model_output, step)), -self.clip, self.clip)
+        return to_original(*self._prediction(state, model_output, step))
 
     def transition(
         self,

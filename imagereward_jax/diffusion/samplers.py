@@ -10,7 +10,6 @@ from imagereward_jax.diffusion.sampler import Sampler
 from imagereward_jax.diffusion.schedule import PREDICTION_TYPES, SCHEDULE_DEFAULTS, check_has_betas, one_of, stated
 
 _SPACED = SCHEDULE_DEFAULTS | {"steps_offset": 0}
-_CLIPPED = {"clip_sample": True, "clip_sample_range": 1.0, "timestep_spacing": "leading", "thresholding": False}
 _SIGMAS = {
     "timestep_spacing": "linspace",
     "final_sigmas_type": "zero",
@@ -20,8 +19,8 @@ _SIGMAS = {
 }
 # The fields of scheduler_config.json that each sampler reads, with the defaults of diffusers' class.
 DEFAULTS = {
-    "ddpm": _SPACED | _CLIPPED | {"variance_type": "fixed_small"},
-    "ddim": _SPACED | _CLIPPED | {"set_alpha_to_one": True},
+    "ddpm": _SPACED | {"timestep_spacing": "leading", "variance_type": "fixed_small"},
+    "ddim": _SPACED | {"timestep_spacing": "leading", "set_alpha_to_one": True},
     "euler": _SPACED
     | _SIGMAS
     | {"interpolation_type": "linear", "timestep_type": "discrete", "sigma_min": None, "sigma_max": None},
@@ -34,7 +33,6 @@ DEFAULTS = {
         "solver_type": "midpoint",
         "lower_order_final": True,
         "euler_at_final": False,
-        "thresholding": False,
         "use_lu_lambdas": False,
         "use_flow_sigmas": False,
         "use_dynamic_shifting": False,
@@ -42,18 +40,22 @@ DEFAULTS = {
         "variance_type": None,
     },
 }
+# Pixels lie in [-1, 1], so schedulers bound the predicted sample, DDPM's and DDIM's by default. Latents have no bounds,
+# and all models here are latent ones: no sampler clips, whatever these fields say.
+_OF_PIXEL_SPACE = {
+    *("clip_sample", "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "thresholding"),
+}
 # Fields of the other schedulers that one checkpoint may be sampled with; they say nothing about these.
 _OF_OTHER_SCHEDULERS = {
-    *("disable_corrector", "dynamic_thresholding_ratio", "flow_shift", "predict_x0", "rho", "sample_max_value"),
-    *("shift_terminal", "sigma_data", "sigma_schedule", "skip_prk_steps", "solver_p", "time_shift_type"),
+    *("disable_corrector", "flow_shift", "predict_x0", "rho", "shift_terminal", "sigma_data", "sigma_schedule"),
+    *("skip_prk_steps", "solver_p", "time_shift_type"),
 }
-_KNOWN = _OF_OTHER_SCHEDULERS.union(*DEFAULTS.values())
+_KNOWN = (_OF_PIXEL_SPACE | _OF_OTHER_SCHEDULERS).union(*DEFAULTS.values())
 
 # The only values implemented. The solver types of other multistep schedulers mean midpoint, as in diffusers.
 _ALLOWED = {
     "prediction_type": PREDICTION_TYPES,
     "timestep_spacing": ("leading", "trailing", "linspace"),
-    "thresholding": (False,),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None),
     "final_sigmas_type": ("zero", "sigma_min"),
     "use_exponential_sigmas": (False, None),

@@ -13,7 +13,7 @@ from imagereward_jax.diffusion.schedule import alphas_cumprod_from_config
 SMALLEST_ALPHA_CUMPROD = 2.0**-24
 
 
-def _make(config, weights, *, timesteps, init_noise_sigma, input_scale, alpha, sigma, clip=np.inf):
+def _make(config, weights, *, timesteps, init_noise_sigma, input_scale, alpha, sigma):
     """A `Sampler` of float32 tables; terms that `weights` leaves out weigh 0."""
     zeros = {name: np.zeros(len(timesteps)) for name in Weights._fields}
     return Sampler(
@@ -23,7 +23,6 @@ def _make(config, weights, *, timesteps, init_noise_sigma, input_scale, alpha, s
         alpha=np.asarray(alpha, np.float32),
         sigma=np.asarray(sigma, np.float32),
         weights=Weights(**{name: np.asarray(table, np.float32) for name, table in (zeros | weights).items()}),
-        clip=np.asarray(clip, np.float32),
         prediction_type=config["prediction_type"],
     )
 
@@ -42,7 +41,7 @@ def _trailing(last, train_steps, num_steps):
     return np.round(np.arange(last, 0, -train_steps / num_steps))[:num_steps].astype(np.int64) - 1
 
 
-def _noised(config, timesteps, alphas_cumprod):
+def _noised(timesteps, alphas_cumprod):
     """Fields that DDPM and DDIM share: latents that are x_t of the training schedule."""
     at = alphas_cumprod[np.minimum(timesteps, len(alphas_cumprod) - 1)]
     return at, {
@@ -51,7 +50,6 @@ def _noised(config, timesteps, alphas_cumprod):
         "input_scale": np.ones(len(at)),
         "alpha": np.sqrt(at),
         "sigma": np.sqrt(1 - at),
-        "clip": config["clip_sample_range"] if config["clip_sample"] else np.inf,
     }
 
 
@@ -59,7 +57,7 @@ def ddpm(config, num_steps, _):
     """Ho et al. (arXiv 2006.11239, equations 6 and 7), over a part of the timesteps."""
     alphas_cumprod = alphas_cumprod_from_config(config)
     timesteps = _integer_timesteps(config, num_steps)
-    at, fields = _noised(config, timesteps, alphas_cumprod)
+    at, fields = _noised(timesteps, alphas_cumprod)
     before = np.append(at[1:], 1.0)
     beta = 1 - at / before
     variance = beta if config["variance_type"] == "fixed_large" else (1 - before) / (1 - at) * beta
@@ -75,7 +73,7 @@ def ddim(config, num_steps, eta):
     """Song et al. (arXiv 2010.02502, equations 12 and 16)."""
     alphas_cumprod = alphas_cumprod_from_config(config)
     timesteps = _integer_timesteps(config, num_steps)
-    at, fields = _noised(config, timesteps, alphas_cumprod)
+    at, fields = _noised(timesteps, alphas_cumprod)
     final = 1.0 if config["set_alpha_to_one"] else alphas_cumprod[0]
     previous = timesteps - config["num_train_timesteps"] // num_steps
     before = np.where(previous >= 0, alphas_cumprod[previous], final)

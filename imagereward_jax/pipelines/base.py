@@ -63,7 +63,8 @@ class TextToImage:
     ):  # fmt: skip
         self._check_fit(configs)
         self.configs = configs
-        self.scheduler_config = scheduler_config
+        # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x.
+        self.scheduler_config = override_scheduler(scheduler_config, clip_sample=False)
         self.schedule = NoiseSchedule.from_config(scheduler_config)
         self.generation = generation or self.default_generation(scheduler_config)
         self.source = source
@@ -381,12 +382,14 @@ def make_time_ids(original_size, crop_top_left, target_size):
     return np.concatenate([np.asarray(part, np.float32) for part in parts], axis=-1)
 
 
-def override_prediction_type(scheduler_config, prediction_type):
-    """The scheduler's settings with `prediction_type`, or as they are for None."""
-    if prediction_type is None:
-        return scheduler_config
-    defaulted = [name for name in scheduler_config.get("_use_default_values", ()) if name != "prediction_type"]
-    return scheduler_config | {"prediction_type": prediction_type, "_use_default_values": defaulted}
+def override_scheduler(scheduler_config: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The scheduler's settings with these fields stated; None leaves a field as it is."""
+    fields = {name: value for name, value in fields.items() if value is not None}
+    overridden = scheduler_config | fields
+    # diffusers passes over the fields that are listed as defaults.
+    if noted := scheduler_config.get("_use_default_values"):
+        overridden["_use_default_values"] = [name for name in noted if name not in fields]
+    return overridden
 
 
 def load_tokenizer(folder):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from imagereward_jax.models import clip, unet, vae
-from imagereward_jax.pipelines.base import TextToImage, override_prediction_type
+from imagereward_jax.pipelines.base import TextToImage, override_scheduler
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
 from imagereward_jax.pipelines.sdxl import TURBO, StableDiffusionXL
 from imagereward_jax.weights import components, diffusers, hub, orbax
@@ -170,7 +170,7 @@ def _assemble(family, configs, scheduler, folder, *, prediction_type, **options)
     """The pipeline of a folder's configs, with its tokenizers and generation settings."""
     return family.from_configs(
         configs,
-        override_prediction_type(scheduler, prediction_type),
+        override_scheduler(scheduler, prediction_type=prediction_type),
         {name: folder / name for name in family.text_encoders.values()},
         generation=read_generation(folder),
         **options,
@@ -188,6 +188,6 @@ def _published(name, options):
         )
     pipeline_class, sizes, generation = PUBLISHED[name]
     family = FAMILIES[pipeline_class]
-    scheduler = override_prediction_type(PUBLISHED_SCHEDULER, options.pop("prediction_type"))
+    scheduler = override_scheduler(PUBLISHED_SCHEDULER, prediction_type=options.pop("prediction_type"))
     tokenizers = dict.fromkeys(family.text_encoders.values(), StandInTokenizer())
     return family.from_configs(sizes, scheduler, tokenizers, generation=generation, **options)

@@ -3,10 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from imagereward_jax.pipelines.base import Batch, Params, TextToImage
-
-# As diffusers' StableDiffusionPipeline corrects them in checkpoints where they are absent or different.
-SCHEDULER_CORRECTIONS = {"steps_offset": 1, "clip_sample": False}
+from imagereward_jax.pipelines.base import Batch, Params, TextToImage, override_scheduler
 
 
 class StableDiffusion1(TextToImage):
@@ -18,8 +15,9 @@ class StableDiffusion1(TextToImage):
     text_encoders = {"text_encoder": "tokenizer"}
 
     def __init__(self, configs, scheduler_config, tokenizers, **options):
-        corrected = {"_class_name": "DDIMScheduler"} | scheduler_config | SCHEDULER_CORRECTIONS
-        super().__init__(configs, corrected, tokenizers, **options)
+        # As diffusers' StableDiffusionPipeline corrects it in checkpoints where it is absent or different.
+        corrected = override_scheduler(scheduler_config, steps_offset=1)
+        super().__init__(configs, {"_class_name": "DDIMScheduler"} | corrected, tokenizers, **options)
 
     def encode_prompts(self, params: Params, ids: dict[str, jax.Array]) -> Batch:
         """The conditions of the UNet: {"prompt_embeds": [B, L, D]}."""

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from imagereward_jax.rewards import preprocess
+from imagereward_jax.rewards.preprocess import Statistics
 from imagereward_jax.weights import mapping
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -30,6 +31,7 @@ class Reward:
         device: where `score` computes: None for every local device, a platform ("cpu", "gpu", "cuda", "tpu"), one
             device of it ("cuda:1"), or a `jax.Device`.
         batch_size: images per batch, over all devices together.
+        statistics: mean and deviation of the network's pixels, if not those of its class's `preprocess`.
 
     Raises:
         ValueError: an argument is not valid.
@@ -47,6 +49,7 @@ class Reward:
         dtype: DTypeLike = "float32",
         device: str | jax.Device | None = None,
         batch_size: int = 16,
+        statistics: Statistics | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive whole number, not {batch_size!r}")
@@ -54,6 +57,8 @@ class Reward:
         self.tokenizer = tokenizer
         self.dtype = named_dtype(dtype)
         self.batch_size = batch_size
+        if statistics is not None:
+            self.preprocess = self.preprocess.normalised_by(statistics)
         self.params = cast_params(params, self.dtype)
         self._module = self.abstract(config, self.dtype)
         self._graphdef = nnx.graphdef(self._module)

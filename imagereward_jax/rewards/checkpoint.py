@@ -76,12 +76,13 @@ def load(
         med_config = _find_med_config(path, name_or_path, root)
     config = V1 if med_config is None else with_text(V1, med_config)
     prompt_tokenizer = PromptTokenizer.from_file(tokenizer or find_vocab_near(path.parent), config.max_prompt_tokens)
-    tensors = read_cached(path, root) if path.suffix in files.PICKLES else files.read_tensors(path)
-    return _build(config, tensors, path, prompt_tokenizer, options)
+    return _build(config, read_cached(path, root), path, prompt_tokenizer, options)
 
 
 def read_cached(path: Path, root: Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of a PyTorch checkpoint, from its safetensors copy if one for the same size and time exists."""
+    """Reads a file of tensors; a pickle from its safetensors copy if one for the same size and time exists."""
+    if path.suffix not in files.PICKLES:
+        return files.read_tensors(path)
     status = path.stat()
     stamp = f"{status.st_size}-{status.st_mtime_ns}"
     places = _cache_places(path, root)

@@ -23,6 +23,8 @@ from imagereward_jax.data.images import crop_offset, crop_square, resized_shape
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of pixels, by channel
+CLIP_STATISTICS: Statistics = (CLIP_MEAN, CLIP_STD)
 
 
 class ImageError(ValueError):
@@ -127,12 +129,19 @@ def _as_uint8(array, name):
     return np.round(array * 255).astype(np.uint8)
 
 
-def host_pixels(image: Any, size: int, name: str | os.PathLike = "image", *, rgb_first: bool = False) -> np.ndarray:
+def host_pixels(
+    image: Any,
+    size: int,
+    name: str | os.PathLike = "image",
+    *,
+    rgb_first: bool = False,
+    statistics: Statistics = CLIP_STATISTICS,
+) -> np.ndarray:
     """Preprocesses one image as the original ImageReward does: normalised float32 [size, size, 3].
 
     Args:
         image: whatever `open_image` takes.
-        rgb_first: see `data.images.crop_square`.
+        rgb_first: see `data.images.crop_square`. statistics: to normalise by.
 
     Raises:
         ImageError: see `open_image`; also an image with an empty side, or so long that resizing would not fit.
@@ -142,10 +151,12 @@ def host_pixels(image: Any, size: int, name: str | os.PathLike = "image", *, rgb
         pixels = crop_square(opened, size, rgb_first=rgb_first)
     except DataError as error:
         raise ImageError(f"{name}: {error}") from error
-    return _normalise(pixels.astype(np.float32) / 255, np)
+    return _normalise(pixels.astype(np.float32) / 255, statistics, np)
 
 
-def host_pixels_padded(image: Any, size: int, name: str | os.PathLike = "image") -> np.ndarray:
+def host_pixels_padded(
+    image: Any, size: int, name: str | os.PathLike = "image", *, statistics: Statistics = CLIP_STATISTICS
+) -> np.ndarray:
     """Preprocesses one image as HPSv2 does: all of it, its longer side resized, the rest filled with black.
 
     Args:
@@ -167,7 +178,7 @@ def host_pixels_padded(image: Any, size: int, name: str | os.PathLike = "image")
         planes = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
         planes = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes]
         pixels = np.stack(planes, axis=-1)
-    return _normalise(np.pad(pixels, _margins(height, width, size)), np)
+    return _normalise(np.pad(pixels, _margins(height, width, size)), statistics, np)
 
 
 def _open_named(image, name):
@@ -191,8 +202,9 @@ def _margins(height, width, size):
     return (top, size - height - top), (left, size - width - left), (0, 0)
 
 
-def _normalise(pixels, numpy):
-    return (pixels - numpy.float32(CLIP_MEAN)) / numpy.float32(CLIP_STD)
+def _normalise(pixels, statistics, numpy):
+    mean, std = map(numpy.float32, statistics)
+    return (pixels - mean) / std
 
 
 def _check_batch(images):
@@ -209,7 +221,7 @@ def _resize(images, height, width):
     return jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
 
 
-def device_pixels(images: jax.Array, size: int) -> jax.Array:
+def device_pixels(images: jax.Array, size: int, *, statistics: Statistics = CLIP_STATISTICS) -> jax.Array:
     """Preprocesses a batch of arrays as `host_pixels` does; differentiable, to be compiled.
 
     Args:
@@ -226,15 +238,15 @@ def device_pixels(images: jax.Array, size: int) -> jax.Array:
     height, width = resized_shape(*images.shape[1:3], size)
     images = _resize(images, height, width)
     top, left = crop_offset(height, size), crop_offset(width, size)
-    return _normalise(images[:, top : top + size, left : left + size], jnp)
+    return _normalise(images[:, top : top + size, left : left + size], statistics, jnp)
 
 
-def device_pixels_padded(images: jax.Array, size: int) -> jax.Array:
+def device_pixels_padded(images: jax.Array, size: int, *, statistics: Statistics = CLIP_STATISTICS) -> jax.Array:
     """Preprocesses a batch of arrays as `host_pixels_padded` does; see `device_pixels`."""
     _check_batch(images)
     height, width = fitted_shape(*images.shape[1:3], size)
     images = _resize(images, height, width)
-    return _normalise(jnp.pad(images, ((0, 0), *_margins(height, width, size))), jnp)
+    return _normalise(jnp.pad(images, ((0, 0), *_margins(height, width, size))), statistics, jnp)
 
 
 class Preprocess(NamedTuple):
@@ -246,6 +258,10 @@ class Preprocess(NamedTuple):
 
     host: Callable[..., np.ndarray]
     device: Callable[[jax.Array, int], jax.Array]
+
+    def normalised_by(self, statistics: Statistics) -> "Preprocess":
+        """The same with another mean and deviation of the pixels."""
+        return Preprocess(*(functools.partial(function, statistics=statistics) for function in self))
 
 
 CROP = Preprocess(host_pixels, device_pixels)

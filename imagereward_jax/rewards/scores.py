@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 
 from imagereward_jax.models.blip import RewardHead
 from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfig
-from imagereward_jax.models.clip import CLIPTextConfig
-from imagereward_jax.models.clip_score import CLIPConfig, CLIPVisionConfig
 from imagereward_jax.rewards.base import Reward, held_params, named_dtype
 from imagereward_jax.rewards.blip import BlipScore
 from imagereward_jax.rewards.checkpoint import (
@@ -25,9 +22,10 @@ from imagereward_jax.rewards.checkpoint import (
     with_text,
 )
 from imagereward_jax.rewards.clip import AestheticScore, CLIPScore, HPSv2, PickScore
+from imagereward_jax.rewards.clip_checkpoint import Base, read_clip
 from imagereward_jax.rewards.imagereward import ImageReward
 from imagereward_jax.rewards.tokens import CLIP_BPE, CLIP_FILES, CLIPPromptTokenizer, NoTokens, PromptTokenizer
-from imagereward_jax.weights import clip_layouts, files, hub, mapping
+from imagereward_jax.weights import clip_layouts, hub, mapping
 
 BLIP_LARGE = BlipScoreConfig()
 BLIP_URL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large.pth"
@@ -41,27 +39,22 @@ BLIP_UNUSED = (r"_m\.", r"^(text_decoder|itm_head)\.", r"^(temp|image_queue|text
 CLIP_UNUSED = (*IGNORED_KEYS, *clip_layouts.BOOKKEEPING)
 
 
-class Tower(NamedTuple):
-    """Settings that CLIP weights do not show: the width of an attention head in each encoder, and the activation."""
-
-    vision_head: int
-    text_head: int
-    hidden_act: str
-
-
 class Published(NamedTuple):
-    """Source of a published CLIP score. local: its file name. hub: (repository, file or None for a folder)."""
+    """Source of a published CLIP score.
+
+    local: its file name. hub: (repository, file or None for a folder). base: the CLIP it was trained from, if one.
+    """
 
     score: type
     local: str
     hub: tuple
-    tower: Tower
+    base: Base | None
     scaled: bool = False
 
 
-VIT_L, VIT_H = Tower(64, 64, "quick_gelu"), Tower(80, 64, "gelu")
+VIT_L, VIT_H = Base(1024, "quick_gelu"), Base(1280, "gelu")  # OpenAI's and LAION's
 CLIPS = {
-    "CLIP": Published(CLIPScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
+    "CLIP": Published(CLIPScore, "ViT-L-14.pt", (CLIP_REPO, None), None),
     "Aesthetic": Published(AestheticScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
     "PickScore": Published(PickScore, "PickScore_v1", ("yuvalkirstain/PickScore_v1", None), VIT_H, scaled=True),
     "HPSv2.1": Published(HPSv2, "HPS_v2.1_compressed.pt", ("xswu/HPSv2", "HPS_v2.1_compressed.pt"), VIT_H),
@@ -88,7 +81,8 @@ def load_score(
     """Loads one of the scores that ImageReward is compared with; it has the same methods as the result of `load`.
 
     Without `path` the published file is read from `download_root`, the original package's location, or downloaded.
-    CLIP weights may be OpenAI's (`ViT-L-14.pt`), OpenCLIP's, or a folder of transformers.
+    CLIP weights may be OpenAI's (`ViT-L-14.pt`), OpenCLIP's beside their open_clip_config.json, or a folder of
+    transformers.
 
     Args:
         name: one of `available_scores()`.
@@ -126,7 +120,7 @@ def _load_blip(path, vocab, root, options):
         config = with_text(config, med_config)
     tokenizer = PromptTokenizer.from_file(vocab or find_vocab_near(path.parent), config.max_prompt_tokens)
     module = BlipScore.abstract(config, named_dtype(options["dtype"]))
-    tensors = _read(path, root)
+    tensors = read_cached(path, root)
     ignore, target = (*IGNORED_KEYS, *BLIP_UNUSED), held_params(module, options["dtype"])
     params = mapping.from_torch(module, tensors, what=str(path), ignore=ignore, target=target)
     return BlipScore(config, params, tokenizer, **options)
@@ -156,12 +150,12 @@ def imagereward_from_blip(
 def _load_clip(name, path, head, vocab, root, options):
     published = CLIPS[name]
     path = _existing(path) if path is not None else _find_clip(published, root)
-    tensors, config = read_clip(path, root, published.tower)
+    tensors, config, statistics = read_clip(path, root, published.base)
     config = dataclasses.replace(config, scaled=published.scaled)
     ignore = CLIP_UNUSED
     if name == "Aesthetic":
         head = _existing(head) if head is not None else hub.resolve_url(AESTHETIC_URL, root / AESTHETIC_FILE)
-        tensors = {**tensors, **{f"mlp.{key}": array for key, array in _read(head, root).items()}}
+        tensors = {**tensors, **{f"mlp.{key}": array for key, array in read_cached(head, root).items()}}
         ignore = (*ignore, r"^text_", r"^logit_scale$")
         tokenizer = NoTokens()
     else:
@@ -170,57 +164,7 @@ def _load_clip(name, path, head, vocab, root, options):
     what = f"{path} with {head}" if name == "Aesthetic" else str(path)
     target = held_params(module, options["dtype"])
     params = mapping.from_torch(module, tensors, what=what, ignore=ignore, target=target)
-    return published.score(config, params, tokenizer, **options)
-
-
-def read_clip(path: Path, root: Path, tower: Tower) -> tuple[dict[str, np.ndarray], CLIPConfig]:
-    """Reads (tensors with transformers' names, `CLIPConfig`) of a CLIP in any published layout.
-
-    Args:
-        path: a file, or a folder of transformers with config.json.
-        root: folder for converted copies of pickles if the checkpoint's folder is not writable.
-        tower: a `Tower`, for files without a config.json beside them.
-    """
-    if not path.is_dir():
-        tensors = clip_layouts.to_transformers(_read(path, root))
-        return tensors, _config_of(tensors, tower, str(path))
-    names = ("model.safetensors", "pytorch_model.bin")
-    file = next((path / name for name in names if (path / name).is_file()), None)
-    if file is None:
-        raise hub.ModelNotFound(f"{path}: no weights; expected {' or '.join(names)} in it")
-    settings = files.read_json(path / "config.json")
-    return clip_layouts.to_transformers(_read(file, root)), _config_from_json(settings, str(path / "config.json"))
-
-
-def _config_of(tensors, tower, what):
-    sizes = clip_layouts.sizes_of(tensors, what)
-    for name, head in (("vision", tower.vision_head), ("text", tower.text_head)):
-        if name in sizes:
-            sizes[name] |= {"num_attention_heads": sizes[name]["hidden_size"] // head, "hidden_act": tower.hidden_act}
-    return CLIPConfig(
-        CLIPTextConfig(**sizes.get("text", {})), CLIPVisionConfig(**sizes["vision"]), sizes["projection_dim"]
-    )
-
-
-def _config_from_json(settings, what):
-    """Builds a `CLIPConfig` from transformers' config.json.
-
-    Files of 2022 repeat every setting of text generation in both encoders, so fields that are not sizes are ignored.
-    The mapping of weights checks the sizes.
-    """
-    parts = []
-    for name, config_class in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
-        values = settings.get(name) or {}
-        known = {field.name for field in dataclasses.fields(config_class)} - {"architectures"}
-        try:
-            parts.append(config_class(**{key: value for key, value in values.items() if key in known}))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{what}: {name}: {error}") from error
-    return CLIPConfig(*parts, projection_dim=settings.get("projection_dim", 512))
-
-
-def _read(path, root):
-    return read_cached(path, root) if path.suffix in files.PICKLES else files.read_tensors(path)
+    return published.score(config, params, tokenizer, statistics=statistics, **options)
 
 
 def _existing(path):
@@ -237,8 +181,8 @@ def _find_clip(published, root):
     repo, file = published.hub
     if file is not None:
         return hub.resolve_file(repo, file, cache_dir=root)
-    patterns = ["config.json", "model.safetensors", *CLIP_FILES, "tokenizer_config.json", "special_tokens_map.json"]
-    return hub.resolve_model(repo, allow_patterns=patterns, cache_dir=root)
+    settings = ["config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"]
+    return hub.resolve_model(repo, allow_patterns=["model.safetensors", *settings, *CLIP_FILES], cache_dir=root)
 
 
 def _clip_vocab_near(path):

@@ -200,7 +200,7 @@ class Lora(Section, path="lora"):
     )  # of A: gaussian (standard deviation 1 / rank) or kaiming; B is zero
     dropout: float = field(0.0, at_least=0.0, below=1.0)  # of A's input, in the steps that carry gradient
     dtype: str = field("float32", choices=FILE_DTYPES)  # of the exported file; the weights that train are float32
-    path: str = ""  # an adapter to continue from: file, folder or hub name; rank, alpha, targets as its own
+    path: str = ""  # an adapter to continue from: file, folder or hub name; rank and targets as its own
 
     def check(self, config):
         """The targets must be a regular expression, and a path needs a rank."""

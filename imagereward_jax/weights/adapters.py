@@ -3,7 +3,6 @@
 An adapter is {network: {layer: LowRank}}, its arrays laid out as in PyTorch.
 """
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -15,10 +14,10 @@ from imagereward_jax.models.lora import LoRAParam
 from imagereward_jax.weights import files, hub, mapping
 from imagereward_jax.weights import generation as generation_file
 from imagereward_jax.weights.adapter_names import layer_aliases, parse_key
+from imagereward_jax.weights.adapter_settings import read_settings
 from imagereward_jax.weights.files import WeightsError
 
 FILE = "pytorch_lora_weights.safetensors"
-_METADATA = "lora_adapter_metadata"
 
 
 class LowRank(NamedTuple):
@@ -73,12 +72,14 @@ def read_adapter(name_or_path, networks):
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: naming keys that fit no layer, halves that are absent, shapes that are wrong.
+        WeightsError: naming keys that fit no layer, halves that are absent, shapes that are wrong, settings that are
+            malformed or not implemented.
     """
     path = find_adapter(name_or_path)
-    parts = _gather(path, files.read_tensors(path), layer_aliases(networks))
-    settings = _settings(path)
+    tensors = files.read_tensors(path)
+    parts = _gather(path, tensors, layer_aliases(networks))
     layouts = {network: mapping.torch_layout(networks[network]) for network in {name for name, _ in parts}}
+    settings = read_settings(path, tensors, layouts)
     adapter = defaultdict(dict)
     for (network, name), tensors in sorted(parts.items()):
         absent = [half for half in ("down", "up") if half not in tensors]
@@ -86,7 +87,7 @@ def read_adapter(name_or_path, networks):
             raise WeightsError(f"{path}: layer {network}.{name} has no {absent[0]} weight (lora_A is down, lora_B up)")
         down, up = tensors["down"], tensors["up"]
         _check_shapes(path, f"{network}.{name}", down, up, layouts[network][f"{name}.weight"].torch_shape)
-        scale = _scale(settings, network, name, down.shape[0], tensors.get("alpha"))
+        scale = _scale(path, (network, name), settings.get(network), down.shape[0], tensors.get("alpha"))
         adapter[network][name] = LowRank(down, up, scale)
     return dict(adapter)
 
@@ -113,8 +114,8 @@ def _gather(path, tensors, aliases):
 
 
 def _check_shapes(path, layer, down, up, kernel):
-    ranks = {down.shape[0] if down.ndim else 0, up.shape[1] if up.ndim > 1 else 0}
-    if len(ranks) > 1:
+    ranks = {down.shape[0] if down.ndim > 1 else 0, up.shape[1] if up.ndim > 1 else 0}
+    if len(ranks) > 1 or 0 in ranks:
         raise WeightsError(
             f"{path}: layer {layer} has a down weight of {list(down.shape)} and an up weight of {list(up.shape)}; the "
             "first axis of one and the second of the other should be the rank"
@@ -130,33 +131,13 @@ def _check_shapes(path, layer, down, up, kernel):
     )
 
 
-def _settings(path):
-    """PEFT's settings by network, {"unet": {"lora_alpha": ...}}, from a file's header; {} where there are none."""
-    text = files.read_metadata(path).get(_METADATA) if path.suffix == ".safetensors" else None
-    if text is None:
-        return {}
-    try:
-        entries = json.loads(text)
-    except ValueError as error:
-        raise WeightsError(f"{path}: {_METADATA} in its header is not valid JSON ({error})") from error
-    settings = defaultdict(dict)
-    for name, value in entries.items():
-        network, dot, field = name.partition(".")
-        settings[network if dot else "unet"][field if dot else name] = value
-    return dict(settings)
-
-
-def _scale(settings, network, name, rank, alpha):
-    """alpha / rank: alpha is beside the weights (kohya), in the settings (PEFT), or else the rank."""
-    own = settings.get(network, {})
-    if alpha is not None:
-        return float(np.asarray(alpha, np.float64).reshape(())) / rank
-    value = own.get("lora_alpha", rank)
-    for pattern, special in (own.get("alpha_pattern") or {}).items():
-        if re.search(rf"(?:^|\.){pattern}$", name):
-            value = special
-            break
-    return value / rank**0.5 if own.get("use_rslora") else value / rank
+def _scale(path, layer, settings, rank, alpha):
+    """The factor of a layer's update: alpha is beside the weights (kohya), in PEFT's settings, or else the rank."""
+    if alpha is None:
+        return settings.scale(layer[1], rank) if settings else 1.0
+    if alpha.size != 1:
+        raise WeightsError(f"{path}: layer {'.'.join(layer)} has an alpha of {list(alpha.shape)}, should be one number")
+    return float(alpha.item()) / rank
 
 
 def merge(networks, params, adapter, weight=1.0):
@@ -195,22 +176,24 @@ def _replace(tree, path, function):
 def low_rank_params(network, layers, *, rank, alpha, what):
     """Parameters of an adapted network that continue from an adapter, nested, float32.
 
+    The update is the adapter's, whatever the network's alpha: another scale than the adapter's is made up for in B.
+
     Args:
         network: with the slots filled (`models.lora.attach`). layers: {layer: LowRank}. rank, alpha: of the network.
         what: how an error names the adapter.
 
     Raises:
-        WeightsError, mapping.CheckpointMismatch: it has other layers, another rank or another alpha.
+        WeightsError, mapping.CheckpointMismatch: it has other layers or another rank.
     """
-    for name, low_rank in layers.items():
-        if low_rank.rank != rank or not np.isclose(low_rank.scale * low_rank.rank, alpha):
-            raise WeightsError(
-                f"{what}: layer {name} has rank {low_rank.rank} and alpha {low_rank.scale * low_rank.rank:g}, but "
-                f"config.lora has rank={rank} and alpha={alpha:g}: to continue from it set both to the adapter's"
-            )
     tensors = {}
     for name, low_rank in layers.items():
-        tensors |= {f"{name}.lora_A.weight": low_rank.down, f"{name}.lora_B.weight": low_rank.up}
+        if low_rank.rank != rank:
+            raise WeightsError(
+                f"{what}: layer {name} has rank {low_rank.rank}, but config.lora has rank={rank}: to continue from it "
+                "set the adapter's rank"
+            )
+        up = np.asarray(low_rank.up, np.float32) * np.float32(low_rank.scale * rank / alpha)
+        tensors |= {f"{name}.lora_A.weight": low_rank.down, f"{name}.lora_B.weight": up}
     return mapping.from_torch(network, tensors, what=what, dtype=np.float32, kind=LoRAParam)
 
 
@@ -223,7 +206,8 @@ def read_generation(name_or_path):
 def write_adapter(folder, networks, params, *, rank, alpha, dtype=np.float32, generation=None):
     """Writes `folder`/pytorch_lora_weights.safetensors, which diffusers' `load_lora_weights(folder)` loads.
 
-    The settings that PEFT builds its layers from (rank, alpha, layers) are in the header, as diffusers keeps them.
+    B is multiplied by alpha / rank. Without an alpha every reader takes it to be the rank, also those that know nothing
+    of the header in which newer ones of diffusers keep another (diffusers 0.27, ComfyUI, web UIs).
 
     Args:
         networks: adapted networks by name. params: their low-rank parameters, by the same names.
@@ -233,13 +217,10 @@ def write_adapter(folder, networks, params, *, rank, alpha, dtype=np.float32, ge
     Raises:
         WeightsError: it could not be written, or overflows in `dtype`.
     """
-    tensors, settings = {}, {}
+    tensors, scale = {}, np.float32(alpha / rank)
     for name, tree in params.items():
-        layers = mapping.to_torch(networks[name], tree, kind=LoRAParam)
-        tensors |= {f"{name}.{key}": array for key, array in layers.items()}
-        targets = sorted(key.removesuffix(".lora_A.weight") for key in layers if key.endswith(".lora_A.weight"))
-        settings |= {f"{name}.r": rank, f"{name}.lora_alpha": alpha, f"{name}.target_modules": targets}
-    header = {"format": "pt", _METADATA: json.dumps(settings, indent=2, sort_keys=True)}
-    files.write_safetensors(Path(folder) / FILE, files.cast(tensors, dtype, what=str(folder)), header)
+        for key, array in mapping.to_torch(networks[name], tree, kind=LoRAParam).items():
+            tensors[f"{name}.{key}"] = array * scale if key.endswith(".lora_B.weight") else array
+    files.write_safetensors(Path(folder) / FILE, files.cast(tensors, dtype, what=str(folder)))
     if generation is not None:
         generation_file.write_generation(folder, generation)

@@ -193,6 +193,17 @@ def test_the_generate_command(folder, tmp_path, capsys):
     assert "width=15" in capsys.readouterr().err
 
 
+def test_an_export_states_that_latents_are_not_clipped(made):
+    """DDIM of diffusers, made from a folder's scheduler, clips: where no clip_sample is named, as in folders that
+    diffusers makes of single files, where it is true or noted as a default. Made from ours it does not."""
+    pipeline, named = made[0], tiny_sdxl.SCHEDULER
+    unnamed = {key: value for key, value in named.items() if key != "clip_sample"}
+    for config in (unnamed, named | {"clip_sample": True}, named | {"_use_default_values": ["clip_sample"]}):
+        opened = StableDiffusionXL(pipeline.configs, config, pipeline.tokenizer_folders)
+        assert diffusers.DDIMScheduler.from_config(config).config.clip_sample
+        assert not diffusers.DDIMScheduler.from_config(opened.scheduler_config).config.clip_sample
+
+
 def test_prediction_type_can_be_overridden(folder, tmp_path):
     """Schedule, samplers and export follow; a wrong one is refused."""
     pipeline, params = load_pipeline(folder, prediction_type="v_prediction")

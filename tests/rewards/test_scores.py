@@ -21,7 +21,7 @@ from imagereward_jax.data.shapes import write_clip_tokenizer
 from imagereward_jax.models.blip import BlipScoreModel
 from imagereward_jax.models.blip_config import BlipScoreConfig
 from imagereward_jax.models.clip_score import AestheticModel, CLIPScoreModel
-from imagereward_jax.rewards import preprocess, scores
+from imagereward_jax.rewards import clip_checkpoint, preprocess, scores
 from imagereward_jax.rewards.tokens import CLIPPromptTokenizer, PromptTokenizer
 from imagereward_jax.weights import clip_layouts, files, hub, mapping
 
@@ -30,6 +30,7 @@ HEAD = REAL / "sac+logos+ava1-l14-linearMSE.pth"
 BPE = REAL / "clip-bpe" / "bpe_simple_vocab_16e6.txt.gz"
 PROMPTS = ["a small red circle at the top left", "A large BLUE square at the bottom right!", "a green triangle", ""]
 LENGTH = 16
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean and deviation of pixels of LAION's L/14
 VIT_L = ((224, 14, 1024, 16, 24), (49408, 77, 768, 12, 12), 768, torch_clip.QuickGELU)
 VIT_H = ((224, 14, 1280, 16, 32), (49408, 77, 1024, 16, 24), 1024, torch.nn.GELU)
 
@@ -78,6 +79,8 @@ def openai(vocab, tmp_path_factory):
     model = small_clip(vocab[1], 64, torch_clip.QuickGELU, 0)
     path = tmp_path_factory.mktemp("openai") / "ViT-L-14.pt"
     example = (torch.zeros(1, 3, 28, 28), torch.zeros(1, LENGTH, dtype=torch.long))
+    for name in ("input_resolution", "context_length", "vocab_size"):  # by which OpenAI's archives are known
+        model.register_buffer(name, torch.tensor(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, of the format's age and of the tracer's limits
         torch.jit.trace(model, example, check_trace=False).save(str(path))
@@ -93,8 +96,13 @@ def save_head(path):
 
 
 def save_openclip(path, vocab_size):
+    """A CLIP in the layout of ViT-H/14, in small, with its open_clip_config.json."""
     model = small_clip(vocab_size, 80, torch.nn.GELU, 3)
     torch.save({"epoch": 3, "state_dict": model.state_dict()}, path)
+    towers = {"vision_cfg": {"width": 160, "layers": 2, "head_width": 80}, "text_cfg": {"width": 128, "layers": 2}}
+    towers["text_cfg"]["heads"] = 2
+    config = {"model_cfg": towers, "preprocess_cfg": dict(zip(("mean", "std"), HALVES))}
+    (path.parent / clip_checkpoint.OPEN_CLIP_CONFIG).write_text(json.dumps(config))
     return model
 
 
@@ -179,11 +187,12 @@ def test_aesthetic_reads_the_published_head_over_clip(openai, images, tmp_path):
 
 
 def test_hpsv2_from_an_openclip_checkpoint(vocab, images, tmp_path):
-    """Heads of 80 and exact GELU, as in ViT-H/14; the image is padded to a square."""
+    """Heads of 80, exact GELU and the mean of pixels that its config states; the image is padded to a square."""
     path = tmp_path / "HPS_v2.1_compressed.pt"
     model = save_openclip(path, vocab[1])
     reward = imagereward_jax.load_score("HPSv2.1", path=path, tokenizer=vocab[0], download_root=tmp_path, device="cpu")
-    close(reward.score(PROMPTS, images), model(torch_pixels(images, preprocess.PAD), torch_ids(vocab[0])))
+    pixels = torch_pixels(images, preprocess.PAD.normalised_by(HALVES))
+    close(reward.score(PROMPTS, images), model(pixels, torch_ids(vocab[0])))
 
 
 def test_pickscore_from_a_folder_of_transformers(vocab, images, tmp_path):
@@ -273,8 +282,9 @@ def test_every_key_of_the_full_size_clip_layouts_maps(name, sizes, total):
     stand_in = {key: np.broadcast_to(np.float32(0), value.shape) for key, value in published.items()}
     tensors = clip_layouts.to_transformers({**stand_in, "context_length": np.array(77)})
     tensors.pop("context_length")
-    tower = scores.CLIPS[name].tower
-    config = scores._config_of(tensors, tower, "checkpoint")
+    base = scores.VIT_L if name == "CLIP" else scores.CLIPS[name].base
+    config, _ = clip_checkpoint.config_of(tensors, Path("checkpoint"), base)
+    assert config.vision.hidden_act == config.text.hidden_act == base.hidden_act
     assert (config.vision.num_attention_heads, config.text.num_attention_heads) == (sizes[0][3], sizes[1][3])
     layout = layout_of(CLIPScoreModel, config)
     assert shapes_of(tensors) == layout and count(layout) == total
@@ -291,7 +301,7 @@ def test_every_key_of_the_full_size_clip_layouts_maps(name, sizes, total):
     )
     with torch.device("meta"):
         theirs = shapes_of(dict(CLIPModel(their_config).named_parameters()))
-    ours = layout_of(CLIPScoreModel, scores._config_from_json(their_config.to_dict(), "config.json"))
+    ours = layout_of(CLIPScoreModel, clip_checkpoint.config_from_json(their_config.to_dict(), "config.json"))
     assert ours == theirs == layout
 
 
@@ -316,7 +326,7 @@ def test_the_published_aesthetic_head_loads():
     with torch.device("meta"):
         clip = torch_clip.CLIP(*VIT_L).state_dict()
     stand_in = {key: np.broadcast_to(np.float32(0), value.shape) for key, value in clip.items()}
-    config = scores._config_of(clip_layouts.to_transformers(stand_in), scores.VIT_L, "checkpoint")
+    config, _ = clip_checkpoint.config_of(clip_layouts.to_transformers(stand_in), Path("checkpoint"), scores.VIT_L)
     layout = layout_of(AestheticModel, config)
     assert {f"mlp.{key}": value.shape for key, value in tensors.items()} == {
         key: shape for key, shape in layout.items() if key.startswith("mlp.")
