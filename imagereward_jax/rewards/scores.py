@@ -50,20 +50,26 @@ class Tower(NamedTuple):
 
 
 class Published(NamedTuple):
-    """Source of a published CLIP score. local: its file name. hub: (repository, file or None for a folder)."""
+    """Source of a published CLIP score. local: its file name. hub: (repository, file or None for a folder).
+
+    cleaning: how its authors' tokenizer reads prompts, see `CLIPPromptTokenizer`.
+    """
 
     score: type
     local: str
     hub: tuple
     tower: Tower
     scaled: bool = False
+    cleaning: str = "openai"
 
 
 VIT_L, VIT_H = Tower(64, 64, "quick_gelu"), Tower(80, 64, "gelu")
 CLIPS = {
     "CLIP": Published(CLIPScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
     "Aesthetic": Published(AestheticScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
-    "PickScore": Published(PickScore, "PickScore_v1", ("yuvalkirstain/PickScore_v1", None), VIT_H, scaled=True),
+    "PickScore": Published(
+        PickScore, "PickScore_v1", ("yuvalkirstain/PickScore_v1", None), VIT_H, scaled=True, cleaning="transformers"
+    ),
     "HPSv2.1": Published(HPSv2, "HPS_v2.1_compressed.pt", ("xswu/HPSv2", "HPS_v2.1_compressed.pt"), VIT_H),
 }
 SCORES = ("CLIP", "BLIP", "Aesthetic", "PickScore", "HPSv2.1")
@@ -165,7 +171,8 @@ def _load_clip(name, path, head, vocab, root, options):
         ignore = (*ignore, r"^text_", r"^logit_scale$")
         tokenizer = NoTokens()
     else:
-        tokenizer = CLIPPromptTokenizer(vocab or _clip_vocab_near(path), config.text.max_position_embeddings)
+        vocab, length = vocab or _clip_vocab_near(path), config.text.max_position_embeddings
+        tokenizer = CLIPPromptTokenizer(vocab, length, published.cleaning)
     module = published.score.abstract(config, named_dtype(options["dtype"]))
     what = f"{path} with {head}" if name == "Aesthetic" else str(path)
     target = held_params(module, options["dtype"])
