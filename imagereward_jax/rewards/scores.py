@@ -90,6 +90,7 @@ def load_score(
     tokenizer: str | os.PathLike | None = None,
     dtype: str = "float32",
     batch_size: int = 16,
+    image_rule: str = "shown",
 ) -> Reward:
     """Loads one of the scores that ImageReward is compared with; it has the same methods as the result of `load`.
 
@@ -98,7 +99,7 @@ def load_score(
 
     Args:
         name: one of `available_scores()`.
-        device, dtype, batch_size: as for `load`.
+        device, dtype, batch_size, image_rule: as for `load`.
         download_root: folder for downloads; ~/.cache/ImageReward by default.
         path: file or folder of the network's weights: CLIP weights for all scores except BLIP.
         head: Aesthetic only: path of `sac+logos+ava1-l14-linearMSE.pth`.
@@ -119,7 +120,7 @@ def load_score(
     if head is not None and name != "Aesthetic":
         raise ValueError(f"head= applies only to the Aesthetic score, not to {name}")
     root = Path(download_root or DEFAULT_ROOT).expanduser()
-    options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    options = {"device": device, "dtype": dtype, "batch_size": batch_size, "image_rule": image_rule}
     if name == "BLIP":
         return _load_blip(path, tokenizer, root, options)
     return _load_clip(name, path, head, tokenizer, root, options)
