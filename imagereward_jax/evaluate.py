@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
+from imagereward_jax.data.images import IMAGE_RULES
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,6 +43,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="threads that read images; by default one a core")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not the models' own")
+    parser.add_argument(
+        "--image-rule",
+        default="shown",
+        choices=IMAGE_RULES,
+        help="original: read odd images as ImageReward's code does",
+    )
     add_flag(parser)
     return parser.parse_args(argv)
 
@@ -112,9 +119,8 @@ def _scores(args, data, names, score):
 
     results = {}
     for model, name in zip(args.model, names):
-        scorer = open_scorer(
-            model, tokenizer=args.tokenizer, dtype=args.dtype, batch_size=args.batch_size, seed=args.seed
-        )
+        options = {"tokenizer": args.tokenizer, "dtype": args.dtype, "batch_size": args.batch_size}
+        scorer = open_scorer(model, **options, image_rule=args.image_rule, seed=args.seed)
         with tqdm(total=count_images(data), unit="image", desc=name, file=sys.stderr) as bar:
             results[name] = score(scorer, data, workers=args.workers, progress=bar.update)
     return results

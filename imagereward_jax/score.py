@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
+from imagereward_jax.data.images import IMAGE_RULES
 
 if TYPE_CHECKING:
     from imagereward_jax.bulk_scoring.score_table import Outcome
@@ -38,6 +39,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokenizer", help="the vocabulary or its folder, if not the model's own")
+    parser.add_argument(
+        "--image-rule",
+        default="shown",
+        choices=IMAGE_RULES,
+        help="original: read odd images as ImageReward's code does",
+    )
     add_flag(parser)
     many = parser.add_argument_group("many rows")
     many.add_argument("--input", help=".csv, .tsv, .json, .jsonl, .parquet, or a folder of images with captions")
@@ -86,7 +93,7 @@ def score_files(args: argparse.Namespace) -> list[dict[str, Any]]:
     from imagereward_jax.rewards.preprocess import as_image_list
 
     as_image_list(args.images)  # a missing file is named before the model is loaded
-    model = open_scorer(args.model, tokenizer=args.tokenizer, dtype=args.dtype, batch_size=args.batch_size)
+    model = open_scorer(args.model, **_options(args))
     ranks, rewards = model.inference_rank(args.prompt, args.images)
     return [{"image": image, "score": score, "rank": rank} for image, score, rank in zip(args.images, rewards, ranks)]
 
@@ -99,8 +106,8 @@ def score_many(args: argparse.Namespace) -> "Outcome":
     return score_table(
         args.input,
         args.output,
-        lambda: open_scorer(args.model, tokenizer=args.tokenizer, dtype=args.dtype, batch_size=args.batch_size),
-        settings={"model": args.model, "dtype": args.dtype},
+        lambda: open_scorer(args.model, **_options(args)),
+        settings={"model": args.model, "dtype": args.dtype, "image_rule": args.image_rule},
         batch_size=args.batch_size,
         workers=args.workers,
         skip_errors=args.on_error == "skip",
@@ -111,6 +118,11 @@ def score_many(args: argparse.Namespace) -> "Outcome":
         prompt_column=args.prompt_column,
         image_column=args.image_column,
     )
+
+
+def _options(args):
+    names = ("tokenizer", "dtype", "batch_size", "image_rule")
+    return {name: getattr(args, name) for name in names}
 
 
 def _process(args):

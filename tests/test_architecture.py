@@ -45,3 +45,15 @@ def test_every_room_is_drawn():
     page = (PACKAGE.parent / "docs/architecture.md").read_text(encoding="utf-8")
     rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
     assert all(f"{room.name}/" in page for room in rooms)
+
+
+def test_one_module_opens_image_files():
+    """`data.images`, with a list of formats: of others, Pillow starts programs (PostScript in a file named .png)."""
+    calls = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "PIL.Image":
+                calls[f"{path.relative_to(PACKAGE)} imports from PIL.Image"] = []
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
+                calls[str(path.relative_to(PACKAGE))] = [keyword.arg for keyword in node.keywords]
+    assert calls == {"data/images.py": ["formats"]}

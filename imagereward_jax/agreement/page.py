@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from imagereward_jax.agreement.metrics import average_ranks, known_ranks, preference_counts
 from imagereward_jax.agreement.sources import RankedPrompt
 from imagereward_jax.agreement.summary import disagreement
 from imagereward_jax.bulk_scoring.scorers import RANDOM
-from imagereward_jax.rewards.preprocess import open_image
+from imagereward_jax.data.images import open_image
 
 THUMBNAIL = 192
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
@@ -126,8 +125,7 @@ def _pairs_of(k, ranks, scores):
 
 def thumbnail(image: Any) -> str:
     """Encodes an image as a data URL: JPEG, at most `THUMBNAIL` pixels per side."""
-    image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
-    image = open_image(image).convert("RGB")
+    image = open_image(image)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88)

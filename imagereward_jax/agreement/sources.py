@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from imagereward_jax.data.errors import DataError, missing_file
 from imagereward_jax.data.groups import load_groups
-from imagereward_jax.data.images import find_image
+from imagereward_jax.data.images import find_image, image_suffixes
 from imagereward_jax.data.prompts import SHAPES_PREFIX
 from imagereward_jax.data.tables import Table, check_texts, column_values, read_table
 
@@ -44,7 +44,7 @@ def load_evaluation(
         source: a .json, .jsonl or .parquet of {"id", "prompt", "generations": [images], "ranking": [1 is best, null
             for not ranked]}; one of {"id", "prompt"} with `images`; or "shapes:held_out", "shapes:train".
         images: folder that the paths in "generations" are relative to (default: the file's folder); without rankings
-            the folder of MODEL/ID_K.png.
+            the folder of MODEL/ID_K.png (or another image format).
         limit: number of prompts to read (shapes: 100 by default).
         spoilt: for shapes only, see `ShapesGroups`.
 
@@ -124,24 +124,35 @@ def _check_ranking(generations, ranking, where):
 
 
 def find_generations(table: Table, prompts: list[str], ids: list[str], folder: Path) -> Generations:
-    """Finds FOLDER/MODEL/ID_K.png: K from 0, equally many for every prompt and model.
+    """Finds FOLDER/MODEL/ID_K.png, or another image format: K from 0, equally many for every prompt and model.
 
     Raises:
-        DataError: there are no models, or an image is missing.
+        DataError: there are no models, or an image is missing, one too many, or there in two formats.
     """
     models = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not models:
         raise DataError(f"{folder}: no folders in it; expected one per generator, with images ID_K.png")
     found = {}
     for model in models:
-        names = {path.name for path in (folder / model).iterdir()}
-        first = re.compile(rf"{re.escape(ids[0])}_\d+\.png")
-        count = sum(first.fullmatch(name) is not None for name in names)
+        names = _images_by_stem(folder / model)
+        first = re.compile(rf"{re.escape(ids[0])}_\d+")
+        count = sum(first.fullmatch(stem) is not None for stem in names)
         if count == 0:
             raise DataError(f"{folder / model}: no images {ids[0]}_K.png for the first prompt of {table.name}")
         for i, name in enumerate(ids):
-            gone = [f"{name}_{k}.png" for k in range(count) if f"{name}_{k}.png" not in names]
+            gone = [f"{name}_{k}.png" for k in range(count) if f"{name}_{k}" not in names]
             if gone:
                 raise DataError(f"{table.where(i)}: {folder / model / gone[0]} is not there; each prompt needs {count}")
-        found[model] = [[folder / model / f"{name}_{k}.png" for k in range(count)] for name in ids]
+            if f"{name}_{count}" in names:
+                more = names[f"{name}_{count}"]
+                raise DataError(f"{table.where(i)}: {more} is one more than the {count} images of the first prompt")
+        found[model] = [[names[f"{name}_{k}"] for k in range(count)] for name in ids]
     return Generations(ids, prompts, found)
+
+
+def _images_by_stem(folder):
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in image_suffixes() and found.setdefault(path.stem, path) != path:
+            raise DataError(f"{path}: there is also {found[path.stem].name}; keep one of them")
+    return found

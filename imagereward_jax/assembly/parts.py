@@ -129,6 +129,7 @@ class Parts:
             split=data[f"{name.removesuffix('_groups')}_split"],
             images=data.images_folder or None,
             cache=data.cache or None,
+            image_rule=data.image_rule,
         )
 
     # evaluators

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from imagereward_jax.bulk_scoring.stream import Item, Unusable
 from imagereward_jax.data.errors import DataError, missing_file
-from imagereward_jax.data.images import SUFFIXES, find_image
+from imagereward_jax.data.images import FORMATS, find_image, list_images
 from imagereward_jax.data.pairs import IMAGE_COLUMNS, METADATA, read_pairs_table
 from imagereward_jax.data.prompts import PROMPT_COLUMNS
 from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column
@@ -81,9 +81,9 @@ def _read(path, source, prompt):
     bare = prompt is not None and path.is_dir() and not any((path / name).is_file() for name in METADATA)
     if not bare:
         return read_pairs_table(str(source), "train")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = list_images(path)
     if not files:
-        raise DataError(f"{path}: it contains no images ({', '.join(SUFFIXES)})")
+        raise DataError(f"{path}: it contains no images ({', '.join(FORMATS)})")
     rows = [{"image": str(file.relative_to(path)), "prompt": prompt} for file in files]
     return Table(str(path), rows, lambda i: str(files[i]), path)
 

@@ -17,12 +17,12 @@ RANDOM = "random"
 class RandomScorer:
     """Random baseline: N(0, 1), a function of prompt, image and seed."""
 
-    def __init__(self, seed: int = 0, batch_size: int = 16) -> None:
-        self.seed, self.batch_size = seed, batch_size
+    def __init__(self, seed: int = 0, batch_size: int = 16, image_rule: str = "shown") -> None:
+        self.seed, self.batch_size, self.image_rule = seed, batch_size, image_rule
 
-    def prepare(self, image: Any, name: str = "image") -> np.ndarray:
+    def prepare(self, image: Any, name: str = "") -> np.ndarray:
         """Shrinks the image to float32 [16, 16, 3], which seeds its score."""
-        return host_pixels(image, 16, name)
+        return host_pixels(image, 16, name, self.image_rule)
 
     def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Draws scores [B] float32."""
@@ -46,6 +46,7 @@ def open_scorer(
     tokenizer: str | os.PathLike | None = None,
     dtype: str = "float32",
     batch_size: int = 16,
+    image_rule: str = "shown",
     seed: int = 0,
 ) -> Scorer:
     """Opens a scorer by name: "random", or a name for `rewards.registry.open_reward`.
@@ -54,8 +55,8 @@ def open_scorer(
         FileNotFoundError, ValueError: as `open_reward`.
     """
     if name == RANDOM:
-        return RandomScorer(seed, batch_size)
+        return RandomScorer(seed, batch_size, image_rule)
     from imagereward_jax.rewards.registry import check_name, open_reward
 
     check_name(name, also=[RANDOM])
-    return open_reward(name, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size)
+    return open_reward(name, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size, image_rule=image_rule)

@@ -1,7 +1,6 @@
 """Scores images in chunks; threads read the next images while the devices compute."""
 
 import collections
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from PIL import Image
 
-from imagereward_jax.rewards.preprocess import ImageError
+from imagereward_jax.data.errors import ImageError
 
 CHUNKS_AHEAD = 2  # chunks read ahead, so that one slow image does not stall the devices
 
@@ -21,7 +19,7 @@ class Scorer(Protocol):
 
     batch_size: int
 
-    def prepare(self, image: Any, name: str = "image") -> np.ndarray: ...
+    def prepare(self, image: Any, name: str = "") -> np.ndarray: ...
 
     def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> jax.Array | np.ndarray: ...
 
@@ -109,19 +107,7 @@ def score_items(
 def _prepare(scorer, item):
     if isinstance(item.image, Unusable):
         raise ImageError(item.image)
-    image = _decode(item) if isinstance(item.image, bytes) else item.image
-    try:
-        return scorer.prepare(image, item.where)
-    except ImageError as error:
-        text = str(error)
-        raise ImageError(text if text.startswith(item.where) else f"{item.where}: {text}") from error
-
-
-def _decode(item):
-    try:
-        return Image.open(io.BytesIO(item.image))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
-        raise ImageError(f"{item.where}: the image in this row cannot be read ({error})") from error
+    return scorer.prepare(item.image, item.where)
 
 
 def _start(scorer, chunk, futures, skip_errors):

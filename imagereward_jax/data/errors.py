@@ -18,6 +18,14 @@ class MissingDataError(DataError, FileNotFoundError):
         return str(self.args[0])
 
 
+class ImageError(DataError):
+    """An image cannot be used; the message names it and says why."""
+
+
+class ImageNotFound(ImageError, MissingDataError):
+    """There is no such image file."""
+
+
 def nearest(name: Any, choices: Iterable[Any]) -> str:
     """Returns ", did you mean 'x'?" for the choice most like `name`, or ""."""
     close = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)

@@ -1,6 +1,6 @@
 """Ranked groups of images: what people prefer, for training and judging reward models.
 
-Images are resized and cropped as scoring does it (`images.crop_square`).
+Images are read, resized and cropped as scoring does it (`images.open_square`).
 """
 
 import hashlib
@@ -56,6 +56,7 @@ def load_groups(
     split: str = "train",
     images: str | os.PathLike | None = None,
     cache: str | os.PathLike | None = None,
+    image_rule: str = "shown",
 ) -> "Groups | ShapesGroups":
     """Loads ranked groups: item i is {"prompt": str, "images": float32 [K, S, S, 3], "ranking": int32 [K], 1 is best}.
 
@@ -67,11 +68,12 @@ def load_groups(
             ImageRewardDB, one image a row: {"prompt_id", "prompt", "image" or "image_path", "rank"};
             the same, a prompt a row: lists in "image" and "rank";
             pairs: {"prompt", "img_better", "img_worse"}.
-        image_size: S; images are preprocessed as for scoring, see `images.crop_square`.
+        image_size: S; images are preprocessed as for scoring, see `images.open_square`.
         shapes: for shapes sources, options of `ShapesGroups`: size (default 20,000), seed, images_per_prompt.
         split: of a source that has splits.
         images: the folder that paths are relative to; that of the file by default.
         cache: a folder that keeps the resized images, made if absent; None decodes them each time.
+        image_rule: "shown" or "original", see `images`.
 
     Raises:
         DataError, MissingDataError: naming file and row; every path is looked up now.
@@ -89,7 +91,7 @@ def load_groups(
     groups = _read_groups(table, folder)
     if not groups:
         raise DataError(f"{table.name}: no prompt has two images or more: there is nothing to compare")
-    return Groups(groups, table.where, image_size, folder=folder, cache=cache)
+    return Groups(groups, table.where, image_size, folder=folder, cache=cache, image_rule=image_rule)
 
 
 def _read_groups(table, folder):
@@ -156,8 +158,10 @@ class Groups:
         *,
         folder: Path | None = None,
         cache: str | os.PathLike | None = None,
+        image_rule: str = "shown",
     ):
         self.groups, self.where, self.image_size, self.folder = groups, where, image_size, folder
+        self.image_rule = image_rule
         self.cache = None if cache is None else Path(cache)
         self.largest = max(len(group.paths) for group in groups)
 
@@ -190,10 +194,10 @@ class Groups:
     def _image(self, path, where):
         """Reads uint8 [S, S, 3], from the cache if it is there."""
         found = path.read(self.folder, where) if isinstance(path, RowImage) else path
-        kept = self.cache and _cache_file(self.cache, found, self.image_size)
+        kept = self.cache and _cache_file(self.cache, found, self.image_size, self.image_rule)
         if kept and kept.is_file():
             return np.load(kept)
-        pixels = images.open_square(found, self.image_size, where)
+        pixels = images.open_square(found, self.image_size, where, self.image_rule)
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
             partial = kept.with_name(f".{kept.name}.{os.getpid()}.partial.npy")
@@ -202,10 +206,10 @@ class Groups:
         return pixels
 
 
-def _cache_file(folder, image, size):
+def _cache_file(folder, image, size, rule):
     """Names the file that keeps an image's pixels, by the image's content; None if it cannot be named.
 
-    "square": made by `images.crop_square`. Files named without it were resized by another rule.
+    Files of earlier versions end otherwise: their pixels were read by other rules.
     """
     if isinstance(image, Path):
         status = image.stat()
@@ -215,7 +219,7 @@ def _cache_file(folder, image, size):
     else:
         return None
     digest = hashlib.sha256(content).hexdigest()
-    return folder / digest[:2] / f"{digest[2:34]}-{size}-square.npy"
+    return folder / digest[:2] / f"{digest[2:34]}-{size}-{rule}.npy"
 
 
 class Pairs:

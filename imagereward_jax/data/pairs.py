@@ -114,13 +114,13 @@ def read_pairs_table(source: str | os.PathLike, split: str = "train") -> Table:
     else:
         table = _caption_files(folder)
     if not table.rows:
-        raise DataError(f"{table.name}: no pairs in it; expected images ({', '.join(images.SUFFIXES)}) with captions")
+        raise DataError(f"{table.name}: no pairs in it; expected images ({', '.join(images.FORMATS)}) with captions")
     return table
 
 
 def _caption_files(folder):
     """Lists the images in a folder and below, each with a .txt of the same stem, as a table."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES)
+    files = images.list_images(folder)
     bare = [path for path in files if not path.with_suffix(".txt").is_file()]
     if bare:
         raise DataError(

@@ -4,6 +4,7 @@ A `Table` returns rows by number, and the place of a row so that a message can n
 """
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -199,13 +200,24 @@ def _hub_table(name, split):
 
 
 def _dataset_table(name, data):
-    """Leaves images undecoded, so that a broken one is reported with its row."""
+    """Leaves images undecoded: `data.images` alone opens them, and reports a broken one with its row."""
+    for column, feature in data.features.items():
+        if (encoded := _undecoded(feature)) != feature:
+            data = data.cast_column(column, encoded)
+    return Table(name, data, lambda i: f"{name}, row {i + 1}", None)
+
+
+def _undecoded(feature):
+    """A feature of `datasets` whose images, those in lists included, stay encoded."""
     import datasets
 
-    for column, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(column, datasets.Image(decode=False))
-    return Table(name, data, lambda i: f"{name}, row {i + 1}", None)
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    return feature
 
 
 class _TfdsRows(Sequence):

@@ -110,7 +110,7 @@ class Script(scripts.Script):
         processed = _generate_unsaved(p)
         extras = _take_extras(processed)
         prompts = [plain_prompt(prompt) for prompt in processed.all_prompts[: len(processed.images)]]
-        scores = scorer.score(prompts, [image.convert("RGB") for image in processed.images]) if prompts else []
+        scores = scorer.score(prompts, processed.images) if prompts else []
         _add_scores(processed, scores)
         kept = chosen(scores, limit, sort)
         _keep(processed, kept)

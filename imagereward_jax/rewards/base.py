@@ -32,6 +32,7 @@ class Reward:
             device of it ("cuda:1"), or a `jax.Device`.
         batch_size: images per batch, over all devices together.
         statistics: mean and deviation of the network's pixels, if not those of its class's `preprocess`.
+        image_rule: how `score` reads images that are not plain RGB: "shown" or "original", see `data.images`.
 
     Raises:
         ValueError: an argument is not valid.
@@ -50,10 +51,12 @@ class Reward:
         device: str | jax.Device | None = None,
         batch_size: int = 16,
         statistics: Statistics | None = None,
+        image_rule: str = "shown",
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive whole number, not {batch_size!r}")
         self.config = config
+        self.image_rule = image_rule
         self.tokenizer = tokenizer
         self.dtype = named_dtype(dtype)
         self.batch_size = batch_size
@@ -101,8 +104,8 @@ class Reward:
 
         Args:
             prompt: one prompt, or a list with a prompt for each image (or several for the one image).
-            image: a PIL image, a path, or an array (uint8, or floating point in [0, 1]), [H, W] or [H, W, 3]; or a
-                list of those, or an array [B, H, W, 3].
+            image: a PIL image, a path, or an array (uint8, uint16, or floating point in [0, 1]), [H, W] or [H, W, 3];
+                or a list of those, or an array [B, H, W, 3].
 
         Returns:
             A float for one prompt and one image that is not in a list; else a list of floats.
@@ -133,12 +136,12 @@ class Reward:
         rewards = self._rewards(prompts, images)
         return ranks_of(rewards), rewards
 
-    def prepare(self, image: Any, name: str = "image") -> np.ndarray:
+    def prepare(self, image: Any, name: str = "") -> np.ndarray:
         """Preprocesses one image for `score_prepared`; thread-safe.
 
         Args:
             image: as for `score`, one image.
-            name: name of the image in errors, unless it is a path.
+            name: name of the image in errors, before its path if it has one.
 
         Returns:
             float32 [S, S, 3].
@@ -146,7 +149,7 @@ class Reward:
         Raises:
             preprocess.ImageError: the image cannot be used.
         """
-        return self.preprocess.host(image, self.image_size, name)
+        return self.preprocess.host(image, self.image_size, name, self.image_rule)
 
     def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> jax.Array:
         """Starts to score at most `batch_size` pairs, without waiting for the result.

@@ -42,6 +42,7 @@ def load(
     tokenizer: str | os.PathLike | None = None,
     dtype: str = "float32",
     batch_size: int = 16,
+    image_rule: str = "shown",
 ) -> ImageReward:
     """Loads an ImageReward scorer.
 
@@ -59,6 +60,8 @@ def load(
             bert-base-uncased from the hub.
         dtype: "float32" or "bfloat16".
         batch_size: images per batch.
+        image_rule: how images are read that are not plain RGB: "shown" (as a viewer shows them) or "original" (as
+            ImageReward's own code reads them); see `data.images`.
 
     Returns:
         An `ImageReward`.
@@ -67,7 +70,7 @@ def load(
         FileNotFoundError: the model, a file or the vocabulary does not exist (`hub.ModelNotFound`).
         ValueError: the files do not match each other, or are broken.
     """
-    options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    options = {"device": device, "dtype": dtype, "batch_size": batch_size, "image_rule": image_rule}
     root = Path(download_root or DEFAULT_ROOT).expanduser()
     path = _find(str(name_or_path), root)
     if path.is_dir():

@@ -1,6 +1,6 @@
 """Images as the reward networks see them: shorter side resized, centre cropped, normalised with CLIP's statistics.
 
-Two ways in. `host_pixels` follows the original ImageReward step by step (`data.images.crop_square`, which training a
+Two ways in. `host_pixels` follows the original ImageReward step by step (`data.images.open_square`, which training a
 scorer uses too) and is what `score` uses. `device_pixels` does the same to arrays inside a compiled, differentiable
 program; it differs in that nothing is rounded to 8 bits. HPSv2 fits the whole image into the square instead (the
 `_padded` pair).
@@ -8,7 +8,6 @@ program; it differs in that nothing is rounded to 8 bits. HPSv2 fits the whole i
 
 import functools
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,23 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from imagereward_jax.data.errors import DataError
-from imagereward_jax.data.images import crop_offset, crop_square, resized_shape
+from imagereward_jax.data.errors import ImageError, ImageNotFound
+from imagereward_jax.data.images import as_array, crop_offset, open_image, open_square, resized_shape
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of pixels, by channel
 CLIP_STATISTICS: Statistics = (CLIP_MEAN, CLIP_STD)
-
-
-class ImageError(ValueError):
-    """An image cannot be used; the message names it and says why."""
-
-
-class ImageNotFound(ImageError, FileNotFoundError):
-    """There is no such image file."""
 
 
 def as_image_list(images: Any) -> tuple[list, bool]:
@@ -42,7 +33,7 @@ def as_image_list(images: Any) -> tuple[list, bool]:
     those, or an array [B, H, W, C].
 
     Raises:
-        ImageError: the list is empty.
+        ImageError: the list is empty, or not one of images.
         ImageNotFound: a path leads nowhere. Images are opened later, so that long lists fit in memory.
     """
     if isinstance(images, (str, os.PathLike, Image.Image)):
@@ -50,7 +41,7 @@ def as_image_list(images: Any) -> tuple[list, bool]:
     elif isinstance(images, (list, tuple)):
         images, single = list(images), False
     else:
-        array = _as_array(images, "the image")
+        array = as_array(images)
         images, single = (list(array), False) if array.ndim == 4 else ([array], True)
     if not images:
         raise ImageError("the list of images is empty; pass at least one")
@@ -61,78 +52,11 @@ def as_image_list(images: Any) -> tuple[list, bool]:
     return images, single
 
 
-def open_image(image: Any, name: str = "image") -> Image.Image:
-    """Opens a PIL image, a path or an array as a PIL image that is whole in memory.
-
-    Args:
-        image: arrays are [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], uint8 or floating point in [0, 1] (rounded to
-            8 bits, as a saved image would be).
-        name: how an error names anything but a path.
-
-    Raises:
-        ImageError: the image is missing, broken, too large, or an array of another shape, dtype or range.
-    """
-    if isinstance(image, (str, os.PathLike)):
-        return _open_file(image)
-    if not isinstance(image, Image.Image):
-        return Image.fromarray(_as_uint8(_as_array(image, name), name))
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{getattr(image, 'filename', '') or name}: the image is broken ({error})") from error
-    return image
-
-
-def _open_file(path):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        image.load()
-    except FileNotFoundError as error:
-        raise ImageNotFound(f"{path}: no such image") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: the image is too large ({error}); scale it down first") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not an image of a format that Pillow reads") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{path}: the image is broken or cut short ({error})") from error
-    return image
-
-
-def _as_array(image, name):
-    try:
-        array = np.asarray(image)
-    except Exception as error:  # whatever a foreign array type raises when it cannot become a numpy array
-        raise ImageError(f"{name}: cannot be read as an array ({error})") from error
-    if array.dtype.kind not in "buifV" or array.ndim < 2:
-        kind = type(image).__name__ if array.dtype.kind in "OUS" else f"array of shape {array.shape}"
-        raise ImageError(f"{name}: expected a PIL image, a path, or an array [H, W, 3], not {kind}")
-    return array
-
-
-def _as_uint8(array, name):
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        hint = "; move the channels last" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
-        raise ImageError(f"{name}: expected an array [H, W], [H, W, 3] or [H, W, 4], not {list(array.shape)}{hint}")
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise ImageError(f"{name}: expected uint8 in [0, 255] or floating point in [0, 1], not {array.dtype}")
-    array = array.astype(np.float32)
-    low, high = (array.min(), array.max()) if array.size else (0, 0)
-    if not (low >= 0 and high <= 1):  # also catches NaN
-        hint = "; map it by image / 2 + 0.5" if -1.01 <= low < 0 and high <= 1.01 else ""
-        raise ImageError(f"{name}: floating-point images must lie in [0, 1], this one in [{low:.4g}, {high:.4g}]{hint}")
-    return np.round(array * 255).astype(np.uint8)
-
-
 def host_pixels(
     image: Any,
     size: int,
-    name: str | os.PathLike = "image",
+    name: str = "",
+    rule: str = "shown",
     *,
     rgb_first: bool = False,
     statistics: Statistics = CLIP_STATISTICS,
@@ -140,54 +64,37 @@ def host_pixels(
     """Preprocesses one image as the original ImageReward does: normalised float32 [size, size, 3].
 
     Args:
-        image: whatever `open_image` takes.
+        image, name, rule: see `data.images.open_image`.
         rgb_first: see `data.images.crop_square`. statistics: to normalise by.
 
     Raises:
-        ImageError: see `open_image`; also an image with an empty side, or so long that resizing would not fit.
+        ImageError: see `data.images.open_square`.
     """
-    opened, name = _open_named(image, name)
-    try:
-        pixels = crop_square(opened, size, rgb_first=rgb_first)
-    except DataError as error:
-        raise ImageError(f"{name}: {error}") from error
+    pixels = open_square(image, size, name, rule, rgb_first=rgb_first)
     return _normalise(pixels.astype(np.float32) / 255, statistics, np)
 
 
 def host_pixels_padded(
-    image: Any, size: int, name: str | os.PathLike = "image", *, statistics: Statistics = CLIP_STATISTICS
+    image: Any, size: int, name: str = "", rule: str = "shown", *, statistics: Statistics = CLIP_STATISTICS
 ) -> np.ndarray:
     """Preprocesses one image as HPSv2 does: all of it, its longer side resized, the rest filled with black.
 
     Args:
-        image: whatever `open_image` takes.
+        image, name, rule: see `data.images.open_image`.
 
     Returns:
         Normalised float32 [size, size, 3]. Resized in floating point (antialiased bicubic), and not clipped.
 
     Raises:
-        ImageError: see `open_image`; also an image with an empty side.
+        ImageError: see `data.images.open_image`.
     """
-    opened, name = _open_named(image, name)
-    try:
-        pixels = np.asarray(opened.convert("RGB"), np.float32) / 255
-    except (ValueError, OSError) as error:
-        raise ImageError(f"{name}: Pillow cannot convert an image of mode {opened.mode} ({error})") from error
+    pixels = np.asarray(open_image(image, name, rule), np.float32) / 255
     height, width = fitted_shape(*pixels.shape[:2], size)
     if (height, width) != pixels.shape[:2]:
         planes = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
         planes = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes]
         pixels = np.stack(planes, axis=-1)
     return _normalise(np.pad(pixels, _margins(height, width, size)), statistics, np)
-
-
-def _open_named(image, name):
-    """Opens an image; returns it and how an error names it. Refuses empty ones."""
-    opened = open_image(image, name)
-    name = image if isinstance(image, (str, os.PathLike)) else name
-    if min(opened.size) < 1:
-        raise ImageError(f"{name}: the image is empty ({opened.size[0]} x {opened.size[1]} pixels)")
-    return opened, name
 
 
 def fitted_shape(height: int, width: int, size: int) -> tuple[int, int]:
@@ -252,7 +159,7 @@ def device_pixels_padded(images: jax.Array, size: int, *, statistics: Statistics
 class Preprocess(NamedTuple):
     """The preprocessing of a network.
 
-    host: (image, size, name) -> normalised float32 [size, size, 3], exactly as the network's authors do it.
+    host: (image, size, name, rule) -> normalised float32 [size, size, 3], exactly as the network's authors do it.
     device: (images [B, H, W, 3] in [0, 1], size) -> normalised [B, size, size, 3], differentiable.
     """
 

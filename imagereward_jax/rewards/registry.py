@@ -40,7 +40,7 @@ def open_reward(
             "module:function", a Python function.
         weights: path of the weights of one of `available_scores()`.
         tokenizer: path of the vocabulary; by default the one beside the weights.
-        **options: device, dtype, batch_size, as for `load`.
+        **options: device, dtype, batch_size, image_rule, as for `load`.
 
     Returns:
         A `base.Reward` or a `rules.RuleReward`.
@@ -53,4 +53,6 @@ def open_reward(
         return load_score(name, path=weights or None, tokenizer=tokenizer, **options)
     if weights:
         raise ValueError(f"weights={weights!r} applies only to {', '.join(SCORES)}; the reward is {name!r}")
-    return open_rule(name) if is_rule(name) else load(name, tokenizer=tokenizer, **options)
+    if is_rule(name):
+        return open_rule(name, options.get("image_rule", "shown"))
+    return load(name, tokenizer=tokenizer, **options)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from imagereward_jax.data.images import open_image
 from imagereward_jax.rewards import preprocess
 from imagereward_jax.rewards.base import pair_prompts, ranks_of
 
@@ -23,6 +24,7 @@ class RuleReward:
 
     differentiable = False
     batch_size = 16
+    image_rule = "shown"
 
     def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Scores a batch.
@@ -45,9 +47,9 @@ class RuleReward:
         scores = self.score_prepared(prompts, opened).tolist()
         return scores[0] if single and isinstance(prompt, str) else scores
 
-    def prepare(self, image: Any, name: str = "image") -> np.ndarray:
+    def prepare(self, image: Any, name: str = "") -> np.ndarray:
         """See `rewards.base.Reward.prepare`: returns uint8 [H, W, 3] in the image's own size."""
-        return np.asarray(preprocess.open_image(image, name).convert("RGB"))
+        return np.asarray(open_image(image, name, self.image_rule))
 
     def score_prepared(self, prompts: Sequence[str], pixels: Sequence[np.ndarray]) -> np.ndarray:
         """See `rewards.base.Reward.score_prepared`: returns [B] float32, NumPy. Images may differ in size."""
@@ -127,9 +129,11 @@ def is_rule(name: str) -> bool:
     return name in RULES or _FUNCTION.fullmatch(str(name)) is not None
 
 
-def open_rule(name: str) -> RuleReward:
-    """Opens a rule by name, or a Python function by module:function."""
-    return RULES[name]() if name in RULES else PythonReward(name)
+def open_rule(name: str, image_rule: str = "shown") -> RuleReward:
+    """Opens a rule by name, or a Python function by module:function; it reads images by `image_rule`."""
+    rule = RULES[name]() if name in RULES else PythonReward(name)
+    rule.image_rule = image_rule
+    return rule
 
 
 def _as_uint8(images):

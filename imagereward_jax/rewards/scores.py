@@ -43,6 +43,7 @@ class Published(NamedTuple):
     """Source of a published CLIP score.
 
     local: its file name. hub: (repository, file or None for a folder). base: the CLIP it was trained from, if one.
+    cleaning: how its authors' tokenizer reads prompts, see `CLIPPromptTokenizer`.
     """
 
     score: type
@@ -50,13 +51,16 @@ class Published(NamedTuple):
     hub: tuple
     base: Base | None
     scaled: bool = False
+    cleaning: str = "openai"
 
 
 VIT_L, VIT_H = Base(1024, "quick_gelu"), Base(1280, "gelu")  # OpenAI's and LAION's
 CLIPS = {
     "CLIP": Published(CLIPScore, "ViT-L-14.pt", (CLIP_REPO, None), None),
     "Aesthetic": Published(AestheticScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
-    "PickScore": Published(PickScore, "PickScore_v1", ("yuvalkirstain/PickScore_v1", None), VIT_H, scaled=True),
+    "PickScore": Published(
+        PickScore, "PickScore_v1", ("yuvalkirstain/PickScore_v1", None), VIT_H, scaled=True, cleaning="transformers"
+    ),
     "HPSv2.1": Published(HPSv2, "HPS_v2.1_compressed.pt", ("xswu/HPSv2", "HPS_v2.1_compressed.pt"), VIT_H),
 }
 SCORES = ("CLIP", "BLIP", "Aesthetic", "PickScore", "HPSv2.1")
@@ -77,6 +81,7 @@ def load_score(
     tokenizer: str | os.PathLike | None = None,
     dtype: str = "float32",
     batch_size: int = 16,
+    image_rule: str = "shown",
 ) -> Reward:
     """Loads one of the scores that ImageReward is compared with; it has the same methods as the result of `load`.
 
@@ -86,7 +91,7 @@ def load_score(
 
     Args:
         name: one of `available_scores()`.
-        device, dtype, batch_size: as for `load`.
+        device, dtype, batch_size, image_rule: as for `load`.
         download_root: folder for downloads; ~/.cache/ImageReward by default.
         path: file or folder of the network's weights: CLIP weights for all scores except BLIP.
         head: Aesthetic only: path of `sac+logos+ava1-l14-linearMSE.pth`.
@@ -107,7 +112,7 @@ def load_score(
     if head is not None and name != "Aesthetic":
         raise ValueError(f"head= applies only to the Aesthetic score, not to {name}")
     root = Path(download_root or DEFAULT_ROOT).expanduser()
-    options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    options = {"device": device, "dtype": dtype, "batch_size": batch_size, "image_rule": image_rule}
     if name == "BLIP":
         return _load_blip(path, tokenizer, root, options)
     return _load_clip(name, path, head, tokenizer, root, options)
@@ -159,7 +164,8 @@ def _load_clip(name, path, head, vocab, root, options):
         ignore = (*ignore, r"^text_", r"^logit_scale$")
         tokenizer = NoTokens()
     else:
-        tokenizer = CLIPPromptTokenizer(vocab or _clip_vocab_near(path), config.text.max_position_embeddings)
+        vocab, length = vocab or _clip_vocab_near(path), config.text.max_position_embeddings
+        tokenizer = CLIPPromptTokenizer(vocab, length, published.cleaning)
     module = published.score.abstract(config, named_dtype(options["dtype"]))
     what = f"{path} with {head}" if name == "Aesthetic" else str(path)
     target = held_params(module, options["dtype"])

@@ -1,6 +1,7 @@
 """Tokenizers of prompts: BERT's lower-case WordPiece with BLIP's two added tokens, and CLIP's byte pairs."""
 
 import gzip
+import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,21 +127,23 @@ def find_clip_vocab(path: str | os.PathLike) -> Path:
 class CLIPPromptTokenizer:
     """Prompts -> ids of CLIP: lower case, byte pairs, truncated to `max_length` with the end-of-text token last.
 
-    Characters are normalised as transformers' `CLIPTokenizer` does; OpenAI's also repairs broken encodings with ftfy.
-
     Args:
         path: as for `find_clip_vocab`.
         max_length: prompts are padded (with the end-of-text token) or truncated to this length.
+        cleaning: "openai", as OpenAI's and OpenCLIP's own tokenizers read prompts: ftfy repairs them (curly quotes
+            become straight, full-width letters plain), and HTML entities are resolved; or "transformers", as its
+            `CLIPTokenizer` does: characters are composed (NFC).
 
     Raises:
         FileNotFoundError: the vocabulary does not exist.
         TokenizerError: it cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike, max_length: int) -> None:
+    def __init__(self, path: str | os.PathLike, max_length: int, cleaning: str = "openai") -> None:
+        from tokenizers.normalizers import Sequence
         from transformers import CLIPTokenizer
 
-        self.max_length = max_length
+        self.max_length, self.cleaning = max_length, cleaning
         file = find_clip_vocab(path)
         try:
             if file.is_dir():
@@ -150,6 +153,8 @@ class CLIPPromptTokenizer:
                 self._tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{file}: not a CLIP vocabulary ({error})") from error
+        if cleaning == "openai":
+            self._tokenizer.backend_tokenizer.normalizer = Sequence([])
 
     @property
     def vocab_size(self) -> int:
@@ -162,10 +167,19 @@ class CLIPPromptTokenizer:
         Raises:
             ValueError: a prompt is not text.
         """
-        encoded = self._tokenizer(
-            check_prompts(prompts), padding="max_length", truncation=True, max_length=self.max_length
-        )
+        prompts = check_prompts(prompts)
+        if self.cleaning == "openai":
+            prompts = [clean_as_openai(prompt) for prompt in prompts]
+        encoded = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=self.max_length)
         return {"input_ids": np.array(encoded["input_ids"], np.int32)}
+
+
+def clean_as_openai(prompt: str) -> str:
+    """Cleans a prompt as OpenAI's `SimpleTokenizer` does (CLIP's and OpenCLIP's `basic_clean`, `whitespace_clean`)."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return " ".join(text.split()).lower()
 
 
 def read_clip_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

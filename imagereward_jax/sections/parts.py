@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from imagereward_jax.config import ConfigError, Section, check_value, field, require_given
+from imagereward_jax.data.images import IMAGE_RULES
 from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.diffusion.schedule import PREDICTION_TYPES
 from imagereward_jax.models import lora
@@ -90,6 +91,7 @@ class Groups(Section, path="data"):
     test_split: str = "test"
     images_folder: str = ""  # what paths are relative to; "" for the folder of the file
     cache: str = ""  # folder that keeps the resized images; "" decodes them each time
+    image_rule: str = field("shown", choices=IMAGE_RULES)  # "original" reads odd images as ImageReward's code does
     images_per_prompt: int = field(4, at_least=2, at_most=9)  # shapes:train and shapes:held_out only
     spoilt: bool = True  # shapes only: two groups in five hold spoilt images too; False: only words differ
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.data.groups import load_groups
+from imagereward_jax.data.images import IMAGE_RULES
 from imagereward_jax.rewards import preprocess
 
 REAL = Path(__file__).parents[3] / "shared" / "real" / "images"
@@ -61,14 +63,16 @@ def written(path, index, rng):
     return path
 
 
-def assert_trained_on_as_scored(paths, size, folder, **options):
-    """To the bit: the pixels of a group, those of the original, and those that the scorer normalises."""
+def assert_trained_on_as_scored(paths, size, folder, rule, **options):
+    """To the bit: the pixels of a group, by its rule those of the original, and those that the scorer normalises."""
     row = {"prompt": "a", "generations": [str(path) for path in paths], "ranking": list(range(1, len(paths) + 1))}
     (folder / "rows.json").write_text(json.dumps([row]))
-    pixels = load_groups(folder / "rows.json", image_size=size, **options)[0]["images"]
+    pixels = load_groups(folder / "rows.json", image_size=size, image_rule=rule, **options)[0]["images"]
     for path, trained_on in zip(paths, pixels, strict=True):
-        np.testing.assert_array_equal(trained_on, original(path, size).astype(np.float32) / np.float32(255), str(path))
-        scored = preprocess.host_pixels(path, size)
+        if rule == "original":
+            expected = original(path, size).astype(np.float32) / np.float32(255)
+            np.testing.assert_array_equal(trained_on, expected, str(path))
+        scored = preprocess.host_pixels(path, size, rule=rule)
         normalised = (trained_on - np.float32(preprocess.CLIP_MEAN)) / np.float32(preprocess.CLIP_STD)
         np.testing.assert_array_equal(normalised, scored, str(path))
 
@@ -78,17 +82,39 @@ def test_a_scorer_trains_on_the_pixels_that_it_scores(tmp_path):
     rng = np.random.default_rng(0)
     for size in (16, 31):
         paths = [written(tmp_path / f"{size}_{index}.png", index, rng) for index in range(100)]
-        assert_trained_on_as_scored(paths, size, tmp_path)
-        for _ in range(2):  # filled, then read
-            assert_trained_on_as_scored(paths, size, tmp_path, cache=tmp_path / "cache")
+        for rule in IMAGE_RULES:
+            assert_trained_on_as_scored(paths, size, tmp_path, rule)
+            for _ in range(2):  # filled, then read
+                assert_trained_on_as_scored(paths, size, tmp_path, rule, cache=tmp_path / "cache")
 
 
-def test_the_cache_holds_nothing_of_the_rule_before(folder):
-    """Files named as before, when images were resized by another rule, are not served."""
+def test_plain_images_are_the_originals_by_either_rule(tmp_path):
+    """RGB, grey, and both with an alpha channel that hides nothing: to the bit, at random sizes."""
+    rng = np.random.default_rng(1)
+    for index in range(40):
+        mode = ("RGB", "L", "RGBA", "LA")[index % 4]
+        pixels = rng.integers(0, 256, (*rng.integers(9, 90, 2), 4), dtype=np.uint8)
+        pixels[..., 3] = 255
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(pixels).convert(mode).save(path)
+        np.testing.assert_array_equal(images.open_square(path, 31), original(path, 31), mode)
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "CMYK"])
+def test_images_of_other_modes_are_rgb_before_they_are_resized(mode, tmp_path):
+    """A palette's colours are mixed as those of an RGB image; the original takes its nearest pixels."""
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (50, 70, 3), dtype=np.uint8)).convert(mode)
+    image.convert("RGB").save(tmp_path / "rgb.png")
+    np.testing.assert_array_equal(images.open_square(image, 31), original(tmp_path / "rgb.png", 31))
+
+
+def test_the_cache_holds_nothing_of_the_rules_before(folder):
+    """Files named as before, when images were read by other rules, are not served."""
     groups = load_groups(write(folder), image_size=8, cache=folder / "cache")
     expected = groups[0]["images"]
-    for file in (folder / "cache").rglob("*-8-square.npy"):
-        np.save(file.with_name(file.name.replace("-square", "")), np.zeros((8, 8, 3), np.uint8))
+    for file in (folder / "cache").rglob("*-8-shown.npy"):
+        for old in ("", "-square"):
+            np.save(file.with_name(file.name.replace("-shown", old)), np.zeros((8, 8, 3), np.uint8))
         file.unlink()
     np.testing.assert_array_equal(groups[0]["images"], expected)
 
@@ -110,8 +136,11 @@ def test_shapes():
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs shared/real/images beside the checkout")
 def test_the_images_that_imagereward_published(tmp_path):
+    """To the bit the original's pixels, by either rule."""
     paths = [REAL / f"{i}.webp" for i in range(1, 5)]
-    assert_trained_on_as_scored(paths, 224, tmp_path)
+    assert_trained_on_as_scored(paths, 224, tmp_path, "original")
+    for path in paths:
+        np.testing.assert_array_equal(images.open_square(path, 224), original(path, 224))
 
 
 @pytest.mark.parametrize(
