@@ -118,7 +118,6 @@ def measure(args, remat, quantization):
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from imagereward_jax.planning.program import placed
 
     from imagereward_jax.models import quantized
     from imagereward_jax.models.hardware import target_platform
@@ -127,6 +126,7 @@ def measure(args, remat, quantization):
     from imagereward_jax.planning.report import options_for
     from imagereward_jax.planning.topologies import find_topology
     from imagereward_jax.training.mesh import batch_sharding, make_mesh, replicated, weight_shardings
+    from imagereward_jax.training.program import placed
     from imagereward_jax.training.step import cast
 
     topology = find_topology(args.topology)
