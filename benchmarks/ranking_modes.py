@@ -2,8 +2,8 @@
 
     python benchmarks/ranking_modes.py [--full]
 
-Loss and gradient are the same in both modes (tests/methods/test_ranking.py). FLOPs are XLA's count of the gradient;
-seconds are medians of compiled steps of a small network. --full counts the FLOPs of ImageReward v1.0 instead.
+Loss and gradient are the same in both modes (tests/methods/test_ranking.py). FLOPs are XLA's count of the gradient.
+Times are medians of compiled steps of a small network. --full counts the FLOPs of ImageReward v1.0 instead.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Reward:
 
 
 def batch_shapes(config, groups, size):
-    """Shapes of a batch of `groups` groups of `size` images."""
+    """Shapes of a batch: `groups` groups of `size` images each."""
     side, length = config.vision.image_size, config.max_prompt_tokens
     ids = jax.ShapeDtypeStruct((groups, length), jnp.int32)
     return {
@@ -64,7 +64,7 @@ def flops(reward, groups, size):
 
 
 def seconds(reward, groups, size, repeats=7):
-    """Median time of a gradient."""
+    """Median seconds of a gradient."""
     rng = np.random.default_rng(0)
 
     def fill(shape):
