@@ -1,4 +1,4 @@
-"""What the benchmarks that compare with PyTorch share: sizes of networks, processes, versions, memory."""
+"""Parts that the benchmarks share: sizes of networks, processes, versions, memory."""
 
 import importlib.metadata
 import json
@@ -63,7 +63,7 @@ def resident():
 
 
 def in_process(script, side, **options):
-    """Runs `script --side SIDE --OPTION VALUE ...` in a process of its own; what its last line says."""
+    """Runs `script --side SIDE --OPTION VALUE ...` in a process of its own; returns the JSON of its last line."""
     command = [sys.executable, str(script), "--side", side]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
@@ -74,7 +74,7 @@ def in_process(script, side, **options):
 
 
 def matrix_products_a_second(dtype):
-    """FLOP/s of a large product of random square matrices on jax's device: what utilisation is measured against."""
+    """FLOP/s of a large product of random square matrices on jax's device, the reference for utilisation."""
     import jax
     import jax.numpy as jnp
 
@@ -91,10 +91,10 @@ def matrix_products_a_second(dtype):
 
 
 def longest_operations(folder, count=12):
-    """What took the device's time in a trace that `jax.profiler` wrote.
+    """Operations that took most of the device's time in a trace that `jax.profiler` wrote.
 
     Args:
-        folder: what `jax.profiler.trace` was given.
+        folder: the folder given to `jax.profiler.trace`.
 
     Returns:
         [(name without its number, share of the time of all, times it ran)], the longest first; empty for a CPU, whose
@@ -117,21 +117,21 @@ def longest_operations(folder, count=12):
 
 
 def peak_of_jax(before):
-    """Bytes at most held: by the allocator of the device, or by the process since it held `before` (CPU)."""
+    """Peak bytes: of the device's allocator, or on the CPU of the process beyond the `before` that it held."""
     import jax
 
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", resident() - before)
 
 
 def peak_of_torch(before):
-    """The same of PyTorch."""
+    """Peak bytes of PyTorch, measured as `peak_of_jax` does."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident() - before
 
 
 def versions(*names):
-    """Python's version and those of packages; None for one that is not installed."""
+    """Versions of Python and of packages; None for a package that is not installed."""
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""What compiling a network costs, for hardware that need not be here: seconds, temporary memory, FLOPs.
+"""Cost of compiling a network for hardware that need not be here: seconds, temporary memory, FLOPs.
 
     python benchmarks/compile.py --model sdxl --topology v5e:2x4                 # the gradient at 1024 px
     python benchmarks/compile.py --model sd15 --topology h200:1 --batch 8 --remat none blocks
@@ -7,22 +7,22 @@
     python benchmarks/compile.py --network decoder --topology h200:1 --remat none blocks offload
     python benchmarks/compile.py --network scorer --topology h200:1 --batch 64 --remat none blocks
 
-The program is the network alone, or the gradient of a mean square: of a UNet and of ImageReward's scorer by all
-weights, of a VAE's decoder by the latents. Weights and arithmetic in `--dtype`, weights and their gradients on every
-chip whole, `--batch` pictures a chip. Topologies are those of `imagereward_jax.plan` ("cpu:1" is this machine), with
-the same packages needed.
+The program is the forward pass, or the gradient of a mean square: of a UNet and of ImageReward's scorer by all
+weights, of a VAE's decoder by the latents. Weights and arithmetic are in `--dtype`. Every chip has all weights, their
+gradients and `--batch` images. Topologies are those of `imagereward_jax.plan` ("cpu:1" is this machine) and need the
+same packages.
 
-`docs/benchmarks.md` compares with diffusers' last Flax models, compiled on the same machine in the same way. With
-`--torch` PyTorch's `torch.compile` of diffusers' UNet is timed on this machine in the same run (its first call, that
-is with one execution, at the same size and in float32): only for "cpu:1", and of use at small sizes (--model tiny).
+`docs/benchmarks.md` compares with diffusers' last Flax models, compiled on the same machine in the same way. `--torch`
+times PyTorch's `torch.compile` of diffusers' UNet on this machine in the same run: its first call, which includes one
+execution, at the same size and in float32. It works for "cpu:1" alone, and is of use at small sizes (--model tiny).
 
 `--quantization` compiles the network as `config.method.rollout_quantization` has it in the sampler's steps without
 gradient: its kernels are arguments that are quantised already.
 
 Prints JSON, a line for each `--remat` and `--quantization`: trace_seconds, compile_seconds, compile_cpu_seconds (of all
-threads; what to compare on a machine that has other work), temp_bytes, host_temp_bytes, argument_bytes, output_bytes,
-flops and flops_by_dtype (of one chip, from the traced program; by what is multiplied), and what it ran on; for a
-program that a chip has no room for, the compiler's words.
+threads; compare these if the machine has other work), temp_bytes, host_temp_bytes, argument_bytes, output_bytes, flops
+and flops_by_dtype (per chip, counted in the traced program; by the dtype of the factors), and versions. If the program
+does not fit a chip, the line has the compiler's error instead.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def parse_args():
     parser.add_argument("--network", choices=("unet", "decoder", "scorer"), default="unet")
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--pass", dest="kind", choices=("gradient", "forward"), default="gradient")
-    parser.add_argument("--batch", type=int, default=1, help="pictures a chip")
+    parser.add_argument("--batch", type=int, default=1, help="images per chip")
     parser.add_argument("--resolution", type=int, help="pixels; default: the model's own")
     parser.add_argument("--remat", nargs="+", default=["blocks"], help="none, attention, blocks, full, offload")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
@@ -75,7 +75,11 @@ def parse_args():
 
 
 def open_network(args, batch):
-    """(dtype, remat) -> network; (network, inputs) -> its result; {name: (shape, dtype)} of the inputs of a batch."""
+    """The network, its call and its inputs.
+
+    Returns:
+        ((dtype, remat) -> network, (network, inputs) -> result, {name: (shape, dtype)} of the inputs of a batch).
+    """
     from flax import nnx
 
     from imagereward_jax.models.blip import ImageRewardModel
@@ -114,11 +118,10 @@ def open_network(args, batch):
 
 
 def measure(args, remat, quantization):
-    """The figures of one program."""
+    """Traces and compiles one program; returns its figures."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from imagereward_jax.planning.program import placed
 
     from imagereward_jax.models import quantized
     from imagereward_jax.models.hardware import target_platform
@@ -127,6 +130,7 @@ def measure(args, remat, quantization):
     from imagereward_jax.planning.report import options_for
     from imagereward_jax.planning.topologies import find_topology
     from imagereward_jax.training.mesh import batch_sharding, make_mesh, replicated, weight_shardings
+    from imagereward_jax.training.program import placed
     from imagereward_jax.training.step import cast
 
     topology = find_topology(args.topology)
@@ -188,7 +192,7 @@ def measure(args, remat, quantization):
 
 
 def measure_torch(args):
-    """Seconds that `torch.compile` takes until the first result of the same pass."""
+    """Times `torch.compile` until the first result of the same pass."""
     import torch
     from diffusers import UNet2DConditionModel
 

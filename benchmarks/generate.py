@@ -1,18 +1,18 @@
-"""Pictures a second, ours against PyTorch's (diffusers), on the same machine in one run.
+"""Times making images, ours against PyTorch's (diffusers), on the same machine in one run.
 
     python benchmarks/generate.py                              # a model of 64 to 256 channels at 256 px
     python benchmarks/generate.py --model sdxl --dtype bfloat16 --batch 1 4 --steps 30      # SDXL at 1024 px, on a GPU
 
-What is timed is what `imagereward_jax.generate` and diffusers' pipelines do from token ids to pictures: encoding the
-prompt and a negative one, `--steps` DDIM steps with guidance, decoding. Both sides have the same random weights, ids
-and initial noise. PyTorch runs as it is (eager, with SDPA attention) and with UNet and decoder under torch.compile
-(`--torch`). Each side runs in a process of its own, one after the other, `--rounds` times in turn; the figures are
-medians over all calls.
+Times the work of `imagereward_jax.generate` and of diffusers' pipelines from token ids to images: encoding the prompt
+and a negative one, `--steps` DDIM steps with guidance, decoding. Both sides have the same random weights, ids and
+initial noise. PyTorch runs eager with SDPA attention, and with UNet and decoder under torch.compile (`--torch`). Each
+side runs in a process of its own, one after the other, `--rounds` times in turn. The figures are medians over all
+calls.
 
-Prints JSON: images/s, seconds a call (and those of the CPU, which other work on the machine disturbs less), seconds of
+Prints JSON: images/s, seconds per call (and CPU seconds, which other work on the machine disturbs less), seconds of
 compiling (PyTorch's: of its first call, less the median of the later ones) and peak memory of each side, ratios ours /
-PyTorch's, and the largest and mean difference of the pictures, whose values are in [0, 1]. Without diffusers and
-transformers our side runs alone.
+PyTorch's, and the largest and mean difference of the images, whose values are in [0, 1]. Ours runs alone if diffusers
+and transformers are not installed.
 """
 
 import argparse
@@ -59,7 +59,7 @@ NORMALS = np.random.default_rng(0).standard_normal(1_000_003, dtype=np.float32)
 
 
 def weight(key, shape):
-    """The random tensor of a PyTorch key: variance 1 / inputs, norms about 1, biases small."""
+    """Random tensor of a PyTorch key: variance 1 / inputs, norms about 1, biases small."""
     start = zlib.crc32(key.encode()) % NORMALS.size
     noise = np.resize(np.roll(NORMALS, -start), shape)
     if len(shape) == 1:
@@ -68,7 +68,7 @@ def weight(key, shape):
 
 
 def token_ids(prompt):
-    """Ids [77] that stand for a prompt."""
+    """Token ids [77] that stand in for a prompt's."""
     words = np.random.default_rng(zlib.crc32(prompt.encode())).integers(0, START, 12)
     return np.array([START, *words, *[END] * (LENGTH - 1 - len(words))])
 
@@ -80,7 +80,7 @@ def initial_noise(arguments):
 
 
 class Ids:
-    """Stands in for the tokenizers, whose files are not needed here."""
+    """Stands in for the tokenizers, so that their files are not needed."""
 
     model_max_length = LENGTH
 
@@ -92,19 +92,19 @@ class Ids:
 
 
 def timed(call, iterations):
-    """(pictures of the first call, its seconds, the figures of `iterations` more)."""
-    times, cpu_times, pictures = [], [], None
+    """Calls once and `iterations` times more; returns (the first images, the first call's seconds, later figures)."""
+    times, cpu_times, images = [], [], None
     for _ in range(iterations + 1):
         start, cpu_start = time.perf_counter(), time.process_time()
         result = call()
         times.append(time.perf_counter() - start)
         cpu_times.append(time.process_time() - cpu_start)
-        pictures = result if pictures is None else pictures
-    return pictures, times[0], {"times": times[1:], "cpu_times": cpu_times[1:]}
+        images = result if images is None else images
+    return images, times[0], {"times": times[1:], "cpu_times": cpu_times[1:]}
 
 
 def run_ours(arguments):
-    """Times our pipeline. Returns (pictures [B, H, W, 3], figures)."""
+    """Times our pipeline. Returns (images [B, H, W, 3], figures)."""
     import jax
     import jax.numpy as jnp
 
@@ -134,9 +134,9 @@ def run_ours(arguments):
     start = time.perf_counter()
     compiled = jax.jit(sample).lower(*inputs).compile()
     compile_seconds = time.perf_counter() - start
-    pictures, _, measured = timed(lambda: np.asarray(compiled(*inputs)), arguments.iterations)
+    images, _, measured = timed(lambda: np.asarray(compiled(*inputs)), arguments.iterations)
     device = jax.devices()[0].device_kind
-    return pictures, {
+    return images, {
         **measured,
         "compile_seconds": compile_seconds,
         "peak_bytes": peak_of_jax(before),
@@ -145,12 +145,12 @@ def run_ours(arguments):
 
 
 def shared_key(network, key):
-    """The name by which both sides draw a tensor; transformers has dropped a prefix that published files have."""
+    """Name by which both sides draw a tensor; transformers has dropped a prefix that published files have."""
     return f"{network} {key.removeprefix('text_model.')}"
 
 
 def torch_pipeline(arguments, dtype):
-    """diffusers' pipeline with the random weights."""
+    """Makes diffusers' pipeline with the random weights."""
     import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -184,7 +184,7 @@ def torch_pipeline(arguments, dtype):
 
 
 def run_torch(arguments):
-    """Times diffusers' pipeline. Returns (pictures [B, H, W, 3], figures)."""
+    """Times diffusers' pipeline. Returns (images [B, H, W, 3], figures)."""
     import torch
 
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, arguments.dtype)
@@ -221,8 +221,8 @@ def run_torch(arguments):
         ).images
         return images.permute(0, 2, 3, 1).float().cpu().numpy()
 
-    pictures, first, measured = timed(sample, arguments.iterations)
-    return pictures, {
+    images, first, measured = timed(sample, arguments.iterations)
+    return images, {
         **measured,
         "compile_seconds": max(0.0, first - statistics.median(measured["times"])),
         "peak_bytes": peak_of_torch(before),
@@ -244,16 +244,16 @@ def summary(runs, batch):
 
 
 def compare(arguments, batch, sides, options):
-    """Runs all sides in turn with one batch size; the results as a dict."""
+    """Runs all sides in turn with one batch size; returns the results as a dict."""
     runs = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as work:
         for _ in range(arguments.rounds):
             for side in sides:
-                runs[side].append(in_process(__file__, side, batch=batch, pictures=Path(work) / side, **options))
-        pictures = {side: np.load(Path(work) / f"{side}.npy") for side in sides}
+                runs[side].append(in_process(__file__, side, batch=batch, images=Path(work) / side, **options))
+        images = {side: np.load(Path(work) / f"{side}.npy") for side in sides}
     result = {"batch": batch, **{side: summary(part, batch) for side, part in runs.items()}}
     for side in sides[1:]:
-        difference = np.abs(pictures["ours"] - pictures[side])
+        difference = np.abs(images["ours"] - images[side])
         result[f"against_{side}"] = {
             "ratio": round(result["ours"]["images_per_second"] / result[side]["images_per_second"], 3),
             "memory_ratio": round(result["ours"]["peak_mib"] / max(1, result[side]["peak_mib"]), 3),
@@ -267,15 +267,15 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--resolution", type=int, help="pixels, a multiple of 64; by default the model's own")
-    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="pictures a call")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images per call")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--torch", nargs="*", choices=("eager", "compile"), default=["eager"], help="none: ours alone")
-    parser.add_argument("--iterations", type=int, default=2, help="timed calls a round, after one that is not")
+    parser.add_argument("--iterations", type=int, default=2, help="timed calls per round, after one that is not")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--side", choices=("ours", "eager", "compile"), help=argparse.SUPPRESS)
-    parser.add_argument("--pictures", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--images", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.resolution = arguments.resolution or MODELS[arguments.model]["unet"]["sample_size"] * 8
     if arguments.resolution < 64 or arguments.resolution % 64:
@@ -290,10 +290,10 @@ def main():
     """See the module's docstring."""
     arguments = parse_args()
     if arguments.side:
-        pictures, figures = (run_ours if arguments.side == "ours" else run_torch)(arguments)
-        if not np.isfinite(pictures).all():
-            raise SystemExit("the pictures have values that are not numbers")
-        np.save(arguments.pictures, pictures)
+        images, figures = (run_ours if arguments.side == "ours" else run_torch)(arguments)
+        if not np.isfinite(images).all():
+            raise SystemExit("the images contain NaN or Inf")
+        np.save(arguments.images, images)
         print(json.dumps(figures))
         return
     sides = ["ours", *arguments.torch]
@@ -304,7 +304,7 @@ def main():
     options = {name: getattr(arguments, name) for name in ("model", "resolution", "steps", "guidance_scale")}
     options |= {name: getattr(arguments, name) for name in ("dtype", "iterations")}
     results = [compare(arguments, batch, sides, options) for batch in arguments.batch]
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("side", "pictures")}
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("side", "images")}
     report = {"date": str(datetime.date.today()), "versions": versions(*PACKAGES), "settings": settings}
     print(json.dumps({**report, "results": results}, indent=2))
 

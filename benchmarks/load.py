@@ -1,11 +1,11 @@
-"""Host memory and bytes read when the weights of a pipeline are loaded in bfloat16.
+"""Measures host memory and bytes read while the weights of a pipeline are loaded in bfloat16.
 
     python benchmarks/load.py --work /tmp/load                  # an SDXL of random weights: 7 GB of disk and of memory
     python benchmarks/load.py --work /tmp/load --size small
 
-Writes a diffusers folder of random bfloat16 weights, then loads it in two fresh processes: as numpy arrays, for the
-peak of anonymous memory and of the resident size against the weights; and onto 8 virtual devices with fsdp=8, for the
-bytes that each device's part takes from the files. One line of JSON for each.
+Writes a diffusers folder of random bfloat16 weights, then loads it in two fresh processes: as NumPy arrays, and onto 8
+virtual devices with fsdp=8. Each prints a line of JSON: the peaks of anonymous memory and of the resident size against
+the weights' size, and the bytes that each device's part takes from the files.
 """
 
 import argparse
@@ -21,14 +21,16 @@ from pathlib import Path
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the model; one there is used again")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the model; an existing model is used again"
+    )
     parser.add_argument("--size", choices=("sdxl", "small"), default="sdxl")
     parser.add_argument("--side", choices=("write", "numpy", "sharded"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def write(folder, size):
-    """Random weights as a diffusers folder, one component in memory at a time."""
+    """Writes random weights as a diffusers folder, one component in memory at a time."""
     import ml_dtypes
     import numpy as np
     from common import PRESETS
@@ -63,7 +65,7 @@ def write(folder, size):
 
 
 class Peak(threading.Thread):
-    """The largest anonymous memory of this process while it runs, sampled every 10 ms."""
+    """Samples this process's anonymous memory every 10 ms and keeps the largest."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -82,7 +84,7 @@ def anonymous():
 
 
 def load(folder, sharded):
-    """Loads in bfloat16 and gives the figures."""
+    """Loads in bfloat16; returns the figures."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -1,11 +1,11 @@
-"""How far pictures of the built-in model move when its UNet runs in int8 or fp8 (`config.method.rollout_quantization`).
+"""Effect of a UNet in int8 or fp8 (`config.method.rollout_quantization`) on the images of the built-in model.
 
     python benchmarks/quantized_rollout.py
 
-DDIM from the same noise to the end, without guidance; held-out captions of the shapes world, the built-in reward.
-Prints JSON, a line for each kind: how far the final latents are from float32's (root mean square, relative), how far
-the pictures in [0, 1] are (mean absolute difference of all, and of the picture that moved most), the mean reward, and
-the mean absolute difference of a picture's reward. It says nothing of speed.
+Runs DDIM from the same noise to the end, without guidance, for held-out captions of the shapes world. Prints JSON, a
+line for each kind: the distance of the final latents from float32's (root mean square, relative), the mean absolute
+difference of the images in [0, 1] (of all, and of the image that moved most), the mean reward, and the mean absolute
+difference of an image's reward. Measures no speed.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main():
         moved = np.abs(images - exact[1]).mean((1, 2, 3))
         figures = {
             "kind": kind,
-            "pictures": len(prompts),
+            "images": len(prompts),
             "latents": float(np.linalg.norm(latents - exact[0]) / np.linalg.norm(exact[0])),
             "pixels": float(moved.mean()),
             "pixels_of_the_worst": float(moved.max()),

@@ -1,9 +1,9 @@
-"""What a training step of the reward model costs with whole groups, relative to all their pairs one by one.
+"""Cost of a training step of the reward model with whole groups, relative to all their pairs one by one.
 
     python benchmarks/ranking_modes.py [--full]
 
-Loss and gradient are the same in both modes (tests/methods/test_ranking.py). FLOPs are XLA's count of the gradient;
-seconds are medians of compiled steps of a small network. --full counts the FLOPs of ImageReward v1.0 instead.
+Loss and gradient are the same in both modes (tests/methods/test_ranking.py). FLOPs are XLA's count of the gradient.
+Times are medians of compiled steps of a small network. --full counts the FLOPs of ImageReward v1.0 instead.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from imagereward_jax.methods.ranking import make_ranking_loss
+from imagereward_jax.methods.base import Models
+from imagereward_jax.methods.ranking import Config, make_loss
 from imagereward_jax.models.blip import ImageRewardModel
 from imagereward_jax.models.blip_config import ImageRewardConfig, TextConfig, VisionConfig
 from imagereward_jax.weights import mapping
@@ -40,7 +41,7 @@ class Reward:
 
 
 def batch_shapes(config, groups, size):
-    """Shapes of a batch of `groups` groups of `size` pictures."""
+    """Shapes of a batch: `groups` groups of `size` images each."""
     side, length = config.vision.image_size, config.max_prompt_tokens
     ids = jax.ShapeDtypeStruct((groups, length), jnp.int32)
     return {
@@ -52,18 +53,18 @@ def batch_shapes(config, groups, size):
 
 def gradient(reward):
     """(params, batch) -> gradient of the ranking loss."""
-    loss = make_ranking_loss(reward.apply)
-    return jax.jit(jax.grad(lambda params, batch: loss({"reward": params}, {}, batch, jax.random.key(0))[0]))
+    loss = make_loss(Config(), reward.apply)
+    return jax.jit(jax.grad(lambda params, batch: loss(Models({"reward": params}), batch, jax.random.key(0))[0].value))
 
 
 def flops(reward, groups, size):
-    """XLA's count for a gradient; nothing is computed."""
+    """Counts the FLOPs of a gradient by XLA; computes nothing."""
     params = mapping.params_of(reward.module)
     return gradient(reward).lower(params, batch_shapes(reward.config, groups, size)).cost_analysis()["flops"]
 
 
 def seconds(reward, groups, size, repeats=7):
-    """Median time of a gradient."""
+    """Median seconds of a gradient."""
     rng = np.random.default_rng(0)
 
     def fill(shape):

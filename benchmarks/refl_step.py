@@ -1,4 +1,4 @@
-"""One ReFL step, ours against PyTorch's (diffusers), on the same machine in one run.
+"""Times one ReFL step, ours against PyTorch's (diffusers), on the same machine in one run.
 
     python benchmarks/refl_step.py                       # a UNet of 64 to 256 channels on 32 x 32 latents
     python benchmarks/refl_step.py --preset sd15 --dtype bfloat16 --batch 1 4 8 --torch eager compile    # on a GPU
@@ -7,19 +7,19 @@
 
 A step is: `--sampler-steps` DDIM steps without gradient, one with, decoding by the VAE, a reward, the gradient by the
 UNet (with `--lora RANK` by an adapter of its attention over a frozen base in `--dtype`), AdamW. Weights are random.
-The reward is a resize to 224 and one linear map, so that the networks in common are what is compared. PyTorch runs as
-it is (eager, with SDPA attention) and with UNet and decoder under torch.compile (`--torch`; nothing after it: ours
-alone); both sides recompute the same blocks in the backward pass. Each side runs in a process of its own, one after
-the other, `--rounds` times in turn; the figures are medians over all steps.
+The reward is a resize to 224 and one linear map, so that the comparison is of the networks in common. PyTorch runs
+eager with SDPA attention, and with UNet and decoder under torch.compile (`--torch`; with nothing after it ours runs
+alone). Both sides recompute the same blocks in the backward pass. Each side runs in a process of its own, one after
+the other, `--rounds` times in turn. The figures are medians over all steps.
 
-Prints JSON: images/s, seconds a step, seconds of compiling (PyTorch's: of its first step, less the median of the later
-ones), peak memory and utilisation of each, and ratios ours / PyTorch's. Utilisation is model FLOPs a second, of which
-what is recomputed is no part, over those of a large matrix product in `--dtype` (matrix_product_tflops; by jax, in the
-same run). `--profile DIR` traces one more step of ours into DIR (for TensorBoard or Perfetto) and lists what took the
-device's time.
+Prints JSON: images/s, seconds per step, seconds of compiling (PyTorch's: of its first step, less the median of the
+later ones), peak memory and utilisation of each, and ratios ours / PyTorch's. Utilisation is model FLOP/s, without what
+is recomputed, over the FLOP/s of a large matrix product in `--dtype` (matrix_product_tflops; by jax, in the same run).
+`--profile DIR` traces one more step of ours into DIR (for TensorBoard or Perfetto) and lists the operations that took
+most of the device's time.
 
-Peak memory is the process's largest resident size less that before the networks are made (CPU), or what the allocator
-held at most (GPU).
+Peak memory is the largest resident size of the process less that before the networks are made (CPU), or the most that
+the allocator held (GPU).
 """
 
 import argparse
@@ -50,14 +50,14 @@ PIXELS = 224  # of the reward
 
 
 def pooled_features(unet):
-    """How many features of the pooled text embedding go to an SDXL's UNet; None for a UNet without it."""
+    """Features of the pooled text embedding that an SDXL's UNet reads; None for a UNet without it."""
     if not unet.get("addition_embed_type"):
         return None
     return unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
 
 
 class LinearReward:
-    """A resize to `PIXELS` and one linear map; reads no prompt."""
+    """Resizes to `PIXELS` and applies one linear map; reads no prompt."""
 
     def apply(self, params, images, tokens):
         from imagereward_jax.rewards.preprocess import device_pixels
@@ -66,7 +66,7 @@ class LinearReward:
 
 
 def open_pipeline(preset, **options):
-    """A pipeline of a preset's UNet and VAE; its text encoders, of one layer, only fit them and never run."""
+    """Opens a pipeline of a preset's UNet and VAE. Its text encoders, of one layer, only fit them and never run."""
     from imagereward_jax.pipelines.families import StandInTokenizer, from_architecture
 
     pooled, width = pooled_features(preset["unet"]), preset["unet"]["cross_attention_dim"]
@@ -132,7 +132,7 @@ def our_problem(arguments, remat):
 
 
 class GivenSource:
-    """The source of batches that the benchmark makes itself."""
+    """Source of the batches that the benchmark makes itself."""
 
     updates = images = 1
 
@@ -150,7 +150,7 @@ def loss_function(arguments, remat):
 
 
 def loss_inputs(initial):
-    """Shapes of what `loss_function` takes."""
+    """Shapes of the arguments of `loss_function`."""
     import jax
 
     return jax.eval_shape(lambda: (*initial(), jax.random.key(0)))
@@ -298,7 +298,7 @@ def summary(runs, batch, model_flops, peak):
 
 
 def compare(arguments, batch, sides, options):
-    """Runs all sides in turn with one batch size; the results as a dict."""
+    """Runs all sides in turn with one batch size; returns the results as a dict."""
     runs = {side: [] for side in sides}
     peak = in_process(__file__, "product", **options)["products_a_second"]
     for index in range(arguments.rounds):
@@ -334,7 +334,7 @@ def parse_args(argv=None):
         "--quantization", choices=("none", "int8", "fp8"), default="none", help="of ours in those steps"
     )
     parser.add_argument("--torch", nargs="*", choices=("eager", "compile"), default=["eager"], help="none: ours alone")
-    parser.add_argument("--iterations", type=int, default=3, help="timed steps a round, after one that is not")
+    parser.add_argument("--iterations", type=int, default=3, help="timed steps per round, after one that is not")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--profile", metavar="DIR", help="trace a step of ours; with one --batch")
     parser.add_argument("--side", choices=("ours", "eager", "compile", "product"), help=argparse.SUPPRESS)

@@ -1,19 +1,18 @@
-"""Scoring rows of (prompt, image): ours against the original ImageReward (PyPI image-reward 1.5), full size.
+"""Times the scoring of rows (prompt, image): ours against the original ImageReward (PyPI image-reward 1.5), full size.
 
     python benchmarks/score.py --original-python PYTHON --vocab FOLDER [--rows 40] [--images-per-prompt 10]
 
 PYTHON is that of an environment with the original (see tests/reference/imagereward_reference.py); FOLDER is called
-bert-base-uncased and holds its vocab.txt. Both sides read the same random weights and the same pictures (512 px PNG),
-from disk, each in a process of its own, one after the other, `--rounds` times in turn. Each scores one batch or row
-before its time is taken, so that compiling does not count. Three times are taken:
+bert-base-uncased and holds its vocab.txt. Both sides read the same random weights and the same images (512 px PNG)
+from disk. Each side runs in a process of its own, one after the other, `--rounds` times in turn. Each scores one batch
+or row before its time is taken, so that compiling does not count. Two times are taken:
 
-- rows: the original scores row by row, `score(prompt, image)`, as its users loop over a file; ours goes through
-  what `imagereward_jax.score --input` does: threads decode, the device computes batches;
-- groups: the original ranks all pictures of a prompt in one call, `inference_rank(prompt, images)`; ours is the same;
-- the largest difference of the two sides' scores, to show that both did the same work.
+- rows: the original scores row by row, `score(prompt, image)`, as its users loop over a file; ours scores as
+  `imagereward_jax.score --input` does: threads decode, the device computes batches;
+- groups: both rank all images of a prompt in one call, `inference_rank(prompt, images)`.
 
-Prints JSON: images/s of each, their ratios (ours / the original's), and what it ran on. Needs some 12 GiB of memory
-and 4 GiB of disk.
+Prints JSON: images/s of each, their ratios (ours / the original's), the largest difference of their scores, which shows
+that both did the same work, and the devices and versions. Needs some 12 GiB of memory and 4 GiB of disk.
 """
 
 import argparse
@@ -43,26 +42,30 @@ WORDS = (
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--original-python", default=os.environ.get("IMAGEREWARD_PYTHON"), help="its environment")
+    parser.add_argument(
+        "--original-python",
+        default=os.environ.get("IMAGEREWARD_PYTHON"),
+        help="Python of the environment with the original",
+    )
     parser.add_argument("--vocab", type=Path, required=True, help="folder bert-base-uncased")
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--images-per-prompt", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=16, help="ours")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="ours")
-    parser.add_argument("--work", type=Path, help="folder to keep weights and pictures in for another run")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at a time, of ours")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of ours")
+    parser.add_argument("--work", type=Path, help="folder to keep weights and images in for another run")
     parser.add_argument("--side", choices=("prepare", "original", "ours"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def rows_of(args):
-    """[(prompt, picture file)]: one prompt for every `images_per_prompt` pictures."""
+    """Rows [(prompt, image file)]: one prompt for every `images_per_prompt` images."""
     prompts = [f"{WORDS[i % 2]} {', '.join(WORDS[2 + i % 3 :])}, number {i}" for i in range(args.rows)]
     return [(prompts[i // args.images_per_prompt], args.work / f"{i}.png") for i in range(args.rows)]
 
 
 def groups_of(rows):
-    """{prompt: pictures}."""
+    """Groups rows by prompt: {prompt: images}."""
     groups = {}
     for prompt, path in rows:
         groups.setdefault(prompt, []).append(str(path))
@@ -70,7 +73,7 @@ def groups_of(rows):
 
 
 def prepare(args):
-    """Writes weights and pictures, in the original's environment."""
+    """Writes weights and images, in the original's environment."""
     sys.path.insert(0, str(REFERENCE))
     import imagereward_reference as reference
     import numpy as np
@@ -139,7 +142,7 @@ def ours(args):
 
 
 def run_side(args, python, side):
-    """What a side prints, run in a process of its own."""
+    """Runs a side in a process of its own; returns the JSON that it prints."""
     command = [python, str(Path(__file__).resolve()), "--side", side, "--vocab", str(args.vocab.resolve())]
     command += ["--work", str(args.work), "--rows", str(args.rows), "--images-per-prompt", str(args.images_per_prompt)]
     command += ["--batch-size", str(args.batch_size), "--dtype", args.dtype]

@@ -1,10 +1,10 @@
-"""Turns a diffusers folder into an Orbax checkpoint, of which each device of a mesh reads only its part.
+"""Converts a diffusers folder to an Orbax checkpoint, of which each device of a mesh reads only its part.
 
     python convert/from_diffusers.py SOURCE OUT
     python convert/from_diffusers.py owner/model OUT --variant fp16 --dtype bfloat16
 
-One network at a time is in memory. Every command opens OUT as a model, and convert/to_diffusers.py turns it back; in
-float32 every number comes back as it was.
+One network at a time is in memory. Every command opens OUT as a model. convert/to_diffusers.py converts it back, in
+float32 to the same bits.
 """
 
 import argparse
@@ -15,13 +15,16 @@ from pathlib import Path
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a diffusers folder, a name on the Hugging Face hub, or a built-in model")
-    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("source", help="diffusers folder, name on the Hugging Face hub, or built-in model")
+    parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--variant", help='which weight files to read, e.g. "fp16" for *.fp16.safetensors')
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="to store (default: %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="dtype to store (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an OUT that this command wrote before")
+    parser.add_argument("--overwrite", action="store_true", help="replace an OUT that this command wrote")
     return parser.parse_args(argv)
 
 
@@ -53,7 +56,7 @@ def convert(source, out, *, variant, dtype, overwrite):
 
 
 def read_component(folder, name, class_name, *, variant, dtype):
-    """(name, config, params) of one network, in Flax's layout."""
+    """Reads one network: (name, config, params in Flax's layout)."""
     import jax
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Turns an ImageReward.pt into a folder that `imagereward_jax.load` reads without PyTorch.
+"""Converts an ImageReward.pt to a folder that `imagereward_jax.load` reads without PyTorch.
 
     python convert/imagereward.py ImageReward.pt OUT --tokenizer vocab.txt
 
@@ -14,11 +14,11 @@ from imagereward_jax.rewards import checkpoint
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="the ImageReward.pt, or the name of a known model")
-    parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument("--med-config", help="the med_config.json, if not beside the checkpoint")
-    parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not beside the checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of an OUT that exists")
+    parser.add_argument("source", help="ImageReward.pt, or the name of a known model")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--med-config", help="med_config.json; default: beside the checkpoint")
+    parser.add_argument("--tokenizer", help="BERT vocab.txt or its folder; default: beside the checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an existing OUT")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Adds an adapter (LoRA) to a model's weights for good.
+"""Merges an adapter (LoRA) into a model's weights.
 
     python convert/merge_lora.py SRC LORA OUT [--weight 0.8]
 
@@ -15,17 +15,17 @@ from pathlib import Path
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("src", help="the model")
-    parser.add_argument("lora", help="the adapter: a .safetensors file, its folder, or a name on the hub")
-    parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument("--weight", type=float, default=1.0, help="times the adapter (default: %(default)s)")
-    parser.add_argument("--variant", help='which weight files of the model, e.g. "fp16"')
+    parser.add_argument("src", help="model: diffusers folder, built-in model or name on the hub")
+    parser.add_argument("lora", help="adapter: .safetensors file, its folder, or name on the hub")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--weight", type=float, default=1.0, help="factor on the adapter (default: %(default)s)")
+    parser.add_argument("--variant", help='which weight files of the model to read, e.g. "fp16"')
     parser.add_argument("--overwrite", action="store_true", help="replace an OUT that is a diffusers folder")
     return parser.parse_args(argv)
 
 
 def merge(args):
-    """Reads both, adds and writes; returns how many layers the adapter has."""
+    """Reads both, merges and writes; returns the number of layers in the adapter."""
     from imagereward_jax.pipelines import load_pipeline
     from imagereward_jax.storage.folders import refuse_existing
     from imagereward_jax.weights import adapters, diffusers

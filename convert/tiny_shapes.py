@@ -30,10 +30,10 @@ def pack(diffusion, reward, out, *, overwrite=False):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("diffusion", type=Path, help="a diffusers folder")
-    parser.add_argument("reward", type=Path, help="a reward's folder")
-    parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("diffusion", type=Path, help="diffusers folder")
+    parser.add_argument("reward", type=Path, help="folder of the reward")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an OUT that is a diffusers folder")
     args = parser.parse_args(argv)
     try:
         pack(args.diffusion, args.reward, args.out, overwrite=args.overwrite)

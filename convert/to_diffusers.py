@@ -1,9 +1,9 @@
-"""Turns an Orbax checkpoint that convert/from_diffusers.py wrote into a diffusers folder.
+"""Converts an Orbax checkpoint that convert/from_diffusers.py wrote to a diffusers folder.
 
     python convert/to_diffusers.py CHECKPOINT OUT
 
-OUT is opened by diffusers (`StableDiffusionPipeline`, `StableDiffusionXLPipeline`) and by every command of this
-package. One network at a time is in memory. (A training run writes such a folder itself: WORKDIR/export.)
+diffusers (`StableDiffusionPipeline`, `StableDiffusionXLPipeline`) and every command of this package open OUT. One
+network at a time is in memory. (A training run writes such a folder itself: WORKDIR/export.)
 """
 
 import argparse
@@ -14,10 +14,13 @@ from pathlib import Path
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="the folder that convert/from_diffusers.py wrote")
-    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("checkpoint", type=Path, help="folder that convert/from_diffusers.py wrote")
+    parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="to write (default: %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="dtype to write (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an OUT that is a diffusers folder")
     return parser.parse_args(argv)
@@ -44,7 +47,7 @@ def convert(checkpoint, out, *, dtype, overwrite):
 
 
 def read_component(checkpoint, name, config, *, dtype):
-    """(name, (config, tensors)) of one network, in PyTorch's names and layout."""
+    """Reads one network: (name, (config, tensors)) in PyTorch's names and layout."""
     import jax
 
     from imagereward_jax.weights import mapping, orbax

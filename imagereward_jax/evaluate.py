@@ -1,9 +1,9 @@
-"""How well scorers agree with people: `python -m imagereward_jax.evaluate --model ImageReward-v1.0 --data test.json`.
+"""Agreement of scorers with people: `python -m imagereward_jax.evaluate --model ImageReward-v1.0 --data test.json`.
 
-With rankings (ImageReward's test.json, any file of id, prompt, generations and ranking, or shapes:held_out) it
-measures preference accuracy, recall@k and filter@k; with prompts alone and the images of several generators
-(--images DIR with DIR/MODEL/ID_K.png) each generator's mean score and Spearman's rho to the human order. Intervals
-are bootstraps over prompts.
+From rankings (ImageReward's test.json, any file of id, prompt, generations and ranking, or shapes:held_out) it measures
+preference accuracy, recall@k and filter@k. From prompts alone and the images of several generators (--images DIR with
+DIR/GENERATOR/ID_K.png) it measures each generator's mean score and Spearman's rho to the human order. Intervals are
+bootstraps over prompts.
 """
 
 import argparse
@@ -23,26 +23,29 @@ from imagereward_jax.data.images import IMAGE_RULES
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m imagereward_jax.evaluate", description=__doc__)
     parser.add_argument(
-        "--model", action="append", required=True, help="what `score` takes; may be given several times"
+        "--model", action="append", required=True, help="any model that `score` takes; may be given several times"
     )
     parser.add_argument("--data", required=True, metavar="FILE", help="rankings, prompts, or shapes:held_out")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where the images are, if not beside the file")
-    parser.add_argument("--human-order", metavar="A,B,C", help="the generators as people rank them, best first")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images; default: beside the file")
+    parser.add_argument("--human-order", metavar="A,B,C", help="generators as people rank them, best first")
+    parser.add_argument("--limit", type=int, help="number of prompts to read; default: all")
     parser.add_argument(
-        "--no-spoilt", dest="spoilt", action="store_false", help="shapes: images that differ in their words alone"
+        "--no-spoilt",
+        dest="spoilt",
+        action="store_false",
+        help="for shapes: draw images that differ in their words alone",
     )
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4], help="the k of recall@k and filter@k")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4], help="values of k for recall@k and filter@k")
     parser.add_argument("--json", action="store_true", help="print JSON, with the score of every image")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the prompts judged worst")
-    parser.add_argument("--show", type=int, default=20, help="prompts on that page")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    parser.add_argument("--level", type=float, default=0.95, help="what the intervals hold")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of random")
+    parser.add_argument("--show", type=int, default=20, help="number of prompts on that page")
+    parser.add_argument("--resamples", type=int, default=1000, help="number of bootstrap resamples")
+    parser.add_argument("--level", type=float, default=0.95, help="confidence level of the intervals")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of the model random")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
-    parser.add_argument("--workers", type=int, help="threads that read images; by default one a core")
+    parser.add_argument("--workers", type=int, help="threads that read images; default: one per core")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--tokenizer", help="a BERT vocab.txt or its folder, if not the models' own")
+    parser.add_argument("--tokenizer", help="BERT vocab.txt or its folder; default: the models' own")
     parser.add_argument(
         "--image-rule",
         default="shown",
@@ -54,13 +57,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Scores and counts.
+    """Scores the images and measures agreement.
 
     Returns:
         {"report": for JSON, "tables": [(header, rows)], "notes": lines, "groups", "scores": for the page}.
 
     Raises:
-        ValueError, OSError: bad input, named; files before any model is loaded.
+        ValueError, OSError: naming the bad input; files are checked before a model is loaded.
     """
     _check_numbers(args)
 
@@ -95,10 +98,10 @@ def _check_numbers(args):
 
 
 def human_order(given: str | None, generators: Sequence[str]) -> list[str] | None:
-    """The generators from the best to the worst by people: as given, as published, or None if neither is known.
+    """Orders the generators from best to worst by people: as given, else as published; None if neither is known.
 
     Raises:
-        ValueError: the names given are not those of the folders.
+        ValueError: the given names are not those of the folders.
     """
     from imagereward_jax.agreement.summary import PUBLISHED_ORDER
 
@@ -111,7 +114,7 @@ def human_order(given: str | None, generators: Sequence[str]) -> list[str] | Non
 
 
 def _scores(args, data, names, score):
-    """{name: what `score` gives} for each model, one after the other."""
+    """Scores with each model, one after the other: {name: result of `score`}."""
     from tqdm import tqdm
 
     from imagereward_jax.agreement.scoring import count_images
@@ -203,7 +206,7 @@ def write_page(args: argparse.Namespace, outcome: dict[str, Any]) -> None:
 
 
 def _without_nan(value):
-    """JSON has no NaN: None instead."""
+    """Replaces NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

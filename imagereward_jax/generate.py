@@ -1,10 +1,10 @@
-"""Images from text: `python -m imagereward_jax.generate --model MODEL --prompt "a cat" --out DIR`.
+"""Makes images from text: `python -m imagereward_jax.generate --model MODEL --prompt "a cat" --out DIR`.
 
-Images are saved as DIR/PROMPT_K.png, PROMPT being the prompt's number (or its "id", if the file of prompts has one)
-and K that of the image, both from 0. Image K depends on the prompt, on SEED + K and on the settings, not on the batch
-size or on the other prompts; the settings are in the text chunks of the PNG.
+Images are saved as DIR/PROMPT_K.png. PROMPT is the prompt's number (or its "id", if the file of prompts has one) and K
+the image's number, both from 0. Image K depends on the prompt, on SEED + K and on the settings, not on the batch size
+or on the other prompts. The settings are in the text chunks of the PNG.
 
-Sampler, steps and guidance scale are those that the model, or the last --lora, states in its generation_config.json.
+Default sampler, steps and guidance scale are those in the generation_config.json of the last --lora or of the model.
 """
 
 import argparse
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class GenerationError(RuntimeError):
-    """The model made something that is no image."""
+    """An image contains NaN or Inf."""
 
 
 class ImageRequest(NamedTuple):
-    """One image to make: its file, prompt, seed, and initial noise if that is given."""
+    """One image to make: its file, prompt, seed, and initial noise (None: drawn from the seed)."""
 
     path: Path
     prompt: str
@@ -47,10 +47,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a diffusers folder, a folder of convert/from_diffusers.py, a built-in model, or a name on the hub",
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", help="what to draw; may be given several times")
-    prompts.add_argument("--prompts", metavar="FILE", help="one a line (.txt), or .json, .csv, ... with prompt and id")
+    prompts.add_argument("--prompt", action="append", help="text to draw; may be given several times")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", help="prompts, one per line (.txt), or .json, .csv, ... with prompt and id"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the images")
-    parser.add_argument("--num-images", type=int, default=1, help="images for each prompt")
+    parser.add_argument("--num-images", type=int, default=1, help="images per prompt")
     parser.add_argument(
         "--lora",
         action="append",
@@ -58,20 +60,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PATH[:WEIGHT]",
         help="an adapter that diffusers, kohya or this package wrote; may be given several times",
     )
-    parser.add_argument("--negative-prompt", default="", help="what to stay away from")
-    parser.add_argument("--guidance-scale", type=float, help="default: the model's; 1: none, faster by half")
+    parser.add_argument("--negative-prompt", default="", help="text to keep out of the images")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="default: the model's; 1 or less: no guidance, half the work"
+    )
     parser.add_argument("--sampler", help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m (default: the model's)")
     parser.add_argument("--steps", type=int, help="default: the model's")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
-    parser.add_argument("--height", type=int, help="pixels; by default what the model was trained on")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise in ddim's steps, from 0 to 1")
+    parser.add_argument("--height", type=int, help="pixels; default: those the model was trained on")
     parser.add_argument("--width", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--noise", metavar="FILE.npy", help="initial noise [images, h, w, c] instead of the seed's")
+    parser.add_argument("--noise", metavar="FILE.npy", help="initial noise [images, h, w, c]; default: from the seed")
     parser.add_argument("--batch-size", type=int, default=4, help="images at a time on each device")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--variant", help='which weight files of the model, e.g. "fp16"')
-    parser.add_argument("--overwrite", action="store_true", help="replace images that are there")
-    parser.add_argument("--grid", action="store_true", help="also save all images on one sheet, DIR/grid.png")
+    parser.add_argument("--variant", help='which weight files of the model to read, e.g. "fp16"')
+    parser.add_argument("--overwrite", action="store_true", help="replace existing images")
+    parser.add_argument("--grid", action="store_true", help="also save one sheet of all images, DIR/grid.png")
     add_flag(parser)
     return parser.parse_args(argv)
 
@@ -81,7 +85,7 @@ def generate(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError, OSError: bad input, before anything is compiled.
-        GenerationError: an image has values that are not numbers.
+        GenerationError: an image contains NaN or Inf.
     """
     _check_numbers(args)
     adapters = [parse_lora(text) for text in args.lora]
@@ -117,7 +121,7 @@ def _check_numbers(args):
 
 
 def take_defaults(args: argparse.Namespace, generation: "Generation", adapters: list[tuple[str, float]]) -> None:
-    """Fills in sampler, steps and guidance scale that were not given: the last adapter's if it states them, else the
+    """Fills in sampler, steps and guidance scale if not given: from the last adapter if it states them, else from the
     model's `generation`.
 
     Args:
@@ -140,7 +144,7 @@ def take_defaults(args: argparse.Namespace, generation: "Generation", adapters: 
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """(path, weight) of a --lora; the weight is 1 if it is not given.
+    """Parses a --lora; returns (path, weight), the weight 1 if not given.
 
     Raises:
         ValueError: the weight is not a finite number.
@@ -158,7 +162,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def load_params(pipeline: "TextToImage", loras: list[tuple[str, float]], dtype: str) -> dict[str, Any]:
-    """The model's weights in `dtype` with adapters [(path, weight)] added, in float32, so that images cost no more."""
+    """Loads the model's weights in `dtype`, with adapters [(path, weight)] merged in float32 beforehand."""
     import jax
 
     from imagereward_jax.weights import adapters
@@ -178,7 +182,7 @@ def load_params(pipeline: "TextToImage", loras: list[tuple[str, float]], dtype: 
 
 
 def _check_absent(args, paths):
-    """Refuses to write over images."""
+    """Refuses to replace existing images without --overwrite."""
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"--out {args.out} is a file; choose a folder")
     there = [path for path in [*paths, *[args.out / "grid.png"] * args.grid] if path.exists()]
@@ -189,10 +193,10 @@ def _check_absent(args, paths):
 
 
 def read_prompts(args: argparse.Namespace) -> dict[str, str]:
-    """The prompts by the name that their files begin with.
+    """Reads the prompts, by the name that their image files begin with.
 
     Raises:
-        ValueError: a prompt is empty, the file is, or its ids cannot name files.
+        ValueError: a prompt or the file is empty, or an id cannot name a file.
     """
     if args.prompt is not None:
         if empty := [i for i, prompt in enumerate(args.prompt) if not prompt.strip()]:
@@ -216,7 +220,7 @@ def read_prompts(args: argparse.Namespace) -> dict[str, str]:
 
 
 def read_noise(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The initial noise of all images, float32 of `shape`; None without a file."""
+    """Reads the initial noise of all images, float32 of `shape`; None without a file."""
     if path is None:
         return None
     try:
@@ -232,7 +236,7 @@ def read_noise(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def plan(args: argparse.Namespace, prompts: dict[str, str], noise: np.ndarray | None) -> list[ImageRequest]:
-    """The list of `ImageRequest`s, all of a prompt after one another."""
+    """Lists the images to make, prompt by prompt."""
     requests = []
     for name, prompt in prompts.items():
         for k in range(args.num_images):
@@ -244,7 +248,7 @@ def plan(args: argparse.Namespace, prompts: dict[str, str], noise: np.ndarray | 
 def make_draw(
     pipeline: "TextToImage", params: dict[str, Any], sampler: "Sampler", args: argparse.Namespace
 ) -> Callable[[Sequence[ImageRequest]], np.ndarray]:
-    """`draw(requests)`: images [n, H, W, 3] in [0, 1] for at most `draw.batch` requests, over all local devices."""
+    """Makes `draw(requests)`: images [n, H, W, 3] in [0, 1] of at most `draw.batch` requests, on all local devices."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -282,7 +286,7 @@ def make_draw(
 def save_all(
     requests: Sequence[ImageRequest], draw: Callable[[Sequence[ImageRequest]], np.ndarray], args: argparse.Namespace
 ) -> None:
-    """Draws and saves every image, and the sheet of all if asked for."""
+    """Draws and saves every image, and with --grid a sheet of all."""
     from tqdm import tqdm
 
     from imagereward_jax.storage.contact_sheet import contact_sheet
@@ -307,7 +311,7 @@ def save_all(
 
 
 def save_png(request: ImageRequest, image: np.ndarray, args: argparse.Namespace) -> None:
-    """Writes one image [H, W, 3] in [0, 1] with what made it; the file appears whole or not at all."""
+    """Writes one image [H, W, 3] in [0, 1] with its settings; the file appears whole or not at all."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

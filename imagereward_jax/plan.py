@@ -1,12 +1,12 @@
-"""What a run will need, before it is paid for: memory, FLOPs, collectives, compile time, on hardware that is not here.
+"""Plans a run before it is paid for: memory, FLOPs, collectives and compile time on hardware that is not here.
 
     python -m imagereward_jax.plan --config configs/refl_sdxl_lora.py --topology v5e:2x4 [--config.field=value ...]
 
-Compiles the training step of a config, of any method, for a topology, from shapes: no weights, no download, no
-accelerator. TPU slices are v4:, v5e:, v5p: or v6e: and a shape (v5e:16x16, v5p:2x2x2), GPUs a100:, h100:,
-h200: or b200: and a number (h200:8), and cpu:N is this machine as N virtual devices. Models are folders, whose
-config.json files are read, or published names such as stabilityai/stable-diffusion-xl-base-1.0. Of a scorer's data the
-size of the largest group counts; where the file is not here, nine images are assumed, as in ImageRewardDB, and said.
+Compiles the training step of a config, of any method, for a topology, from shapes: it needs no weights, no download
+and no accelerator. A TPU slice is v4:, v5e:, v5p: or v6e: and a shape (v5e:16x16, v5p:2x2x2). GPUs are a100:, h100:,
+h200: or b200: and a number (h200:8). cpu:N is this machine as N virtual devices. A model is a folder, whose config.json
+files are read, or a published name such as stabilityai/stable-diffusion-xl-base-1.0. The size of the largest group
+counts in a scorer's data; if the file is not here, nine images are assumed, as in ImageRewardDB, and the plan says so.
 TPUs need the extra `tpu` (or libtpu alone), GPUs `cuda13` (or jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cudnn-cu13).
 
 Exit status: 0 it fits; 3 it does not; 2 bad input.
@@ -27,7 +27,7 @@ USAGE = "usage: python -m imagereward_jax.plan --config FILE.py --topology NAME 
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(this command's arguments, those that belong to the config)."""
+    """Parses; returns (this command's arguments, the config's arguments)."""
     parser = argparse.ArgumentParser(
         prog="python -m imagereward_jax.plan",
         description=__doc__,
@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="also find the largest batch and the smallest slice that fit; each of some five tries compiles",
+        help="also find the largest batch and the smallest slice that fit; compiles some five times",
     )
     return parser.parse_known_args(argv)
 
@@ -89,7 +89,7 @@ def print_plan(config: Any, topology: "Topology", args: argparse.Namespace) -> d
 
 
 def use_virtual_devices(name: str) -> None:
-    """Makes jax see only the CPU, as the N devices of "cpu:N"; what compiles for other hardware needs no device."""
+    """Makes jax see only the CPU, as N devices for "cpu:N"; compiling for other hardware needs no device."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if found := re.fullmatch(r"cpu:([1-9]\d*)", name):
         others = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))

@@ -1,10 +1,10 @@
 """Scores images for a prompt: `python -m imagereward_jax.score --prompt "a cat" 1.png 2.png`.
 
-Many rows of (prompt, image) from a file or folder, with the scores into another:
+Scores many rows of (prompt, image) from a file or folder into another file:
 
     python -m imagereward_jax.score --input rows.csv --output scored.csv
 
-A run that was ended, even by kill -9, goes on where it was when the same command is given again.
+The same command again resumes a run that was interrupted, even by kill -9.
 """
 
 import argparse
@@ -28,17 +28,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
-    parser.add_argument("--prompt", help="the text that the images were made for")
+    parser.add_argument("--prompt", help="text that the images were made for")
     parser.add_argument(
         "--model",
         default="ImageReward-v1.0",
         help="ImageReward-v1.0, tiny-shapes, CLIP, BLIP, Aesthetic, PickScore, HPSv2.1, jpeg-compressibility, "
         "jpeg-incompressibility, module:function, random, an ImageReward.pt, or a folder",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, in the order of the command line")
+    parser.add_argument("--json", action="store_true", help="print JSON, in the order of the arguments")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--tokenizer", help="the vocabulary or its folder, if not the model's own")
+    parser.add_argument("--tokenizer", help="vocabulary or its folder; default: the model's own")
     parser.add_argument(
         "--image-rule",
         default="shown",
@@ -48,21 +48,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_flag(parser)
     many = parser.add_argument_group("many rows")
     many.add_argument("--input", help=".csv, .tsv, .json, .jsonl, .parquet, or a folder of images with captions")
-    many.add_argument("--output", type=Path, help="the same with a score column: .csv, .tsv, .json, .jsonl, .parquet")
+    many.add_argument(
+        "--output", type=Path, help="file for the rows with a score column: .csv, .tsv, .json, .jsonl, .parquet"
+    )
     many.add_argument("--prompt-column", help="default: text, prompt or caption")
     many.add_argument("--image-column", help="default: image, image_path, file_name, path or file")
-    many.add_argument("--score-column", default="score", help="what the new column is called")
+    many.add_argument("--score-column", default="score", help="name of the new column")
     many.add_argument(
-        "--on-error", default="stop", choices=("stop", "skip"), help="skip: no score, and a column error that says why"
+        "--on-error",
+        default="stop",
+        choices=("stop", "skip"),
+        help="skip: leave the score empty and say why in a column error",
     )
-    many.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
-    many.add_argument("--workers", type=int, help="threads that read images; by default one a core")
+    many.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    many.add_argument("--workers", type=int, help="threads that read images; default: one per core")
     many.add_argument(
         "--distributed", action="store_true", help="share the rows with the other processes of a TPU pod or Slurm job"
     )
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="with --distributed elsewhere: address of process 0,")
-    many.add_argument("--num-processes", type=int, help="how many processes there are,")
-    many.add_argument("--process-id", type=int, help="and which one this is, from 0")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="with --distributed elsewhere: address of process 0")
+    many.add_argument("--num-processes", type=int, help="with --coordinator: number of processes")
+    many.add_argument("--process-id", type=int, help="with --coordinator: number of this process, from 0")
     args = parser.parse_args(argv)
     _check(parser, args)
     return args
@@ -88,7 +93,7 @@ def _check(parser, args):
 
 
 def score_files(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Loads the model and scores: one dict an image (image, score, rank), in the order given."""
+    """Loads the model and scores; returns one dict per image (image, score, rank), in the order given."""
     from imagereward_jax.bulk_scoring.scorers import open_scorer
     from imagereward_jax.rewards.preprocess import as_image_list
 
@@ -126,7 +131,7 @@ def _options(args):
 
 
 def _process(args):
-    """(number of this process, count of processes)."""
+    """Joins the other processes; returns (number of this process, count of processes)."""
     if not args.distributed:
         return 0, 1
     import jax
@@ -138,7 +143,7 @@ def _process(args):
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, best first."""
+    """Formats rows as text, best first."""
     lines = [f"{'rank':>4}  {'score':>8}  image"]
     for row in sorted(rows, key=lambda row: row["rank"]):
         lines.append(f"{row['rank']:>4}  {row['score']:>8.4f}  {row['image']}")
@@ -146,7 +151,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _report(args, outcome):
-    """What became of the rows, on stderr."""
+    """Prints to stderr how many rows were scored, and the errors."""
     earlier = f", {outcome.resumed} of them by an earlier run" if outcome.resumed else ""
     print(f"{args.output}: {outcome.rows} rows{earlier}", file=sys.stderr)
     if outcome.errors:

@@ -1,12 +1,12 @@
 """`python -m imagereward_jax.train --config configs/refl_tiny.py [--workdir DIR] [--config.field=value ...]`
 
-Trains what the config describes. Without --workdir the run lives in runs/NAME, NAME being the config file's. The same
-command again continues an interrupted run, or says that it is complete.
+Trains by a config. The default --workdir is runs/NAME, after the config file's name. The same command again resumes an
+interrupted run, or says that it is complete.
 
-On several machines every process is given the same command: on TPU pods and in Slurm jobs with --distributed, elsewhere
+On several machines every process gets the same command: on TPU pods and in Slurm jobs with --distributed, elsewhere
 with --coordinator HOST:PORT --num-processes N --process-id I (see launch/). WORKDIR is on a file system that all share.
 
-Exit status: 0 done or complete already; 2 bad input; 1 the run failed; 128 + signal after SIGTERM or Ctrl-C, when
+Exit status: 0 done or complete already; 2 bad input; 1 the run failed; 128 + signal after SIGTERM or Ctrl-C, once
 everything is saved.
 """
 
@@ -45,7 +45,7 @@ def main(argv=None):
 
 
 def run(config, workdir):
-    """Trains and says how it ended."""
+    """Trains; returns the exit status."""
     from imagereward_jax.assembly.run import assemble
     from imagereward_jax.training.checkpoints import CheckpointError
     from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError

@@ -1,6 +1,7 @@
 """The rooms of the package import in one direction, as docs/architecture.md draws it."""
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "imagereward_jax"
@@ -42,9 +43,13 @@ def test_methods_are_handed_their_parts():
 
 
 def test_every_room_is_drawn():
-    page = (PACKAGE.parent / "docs/architecture.md").read_text(encoding="utf-8")
+    """On the page every folder, in the drawing every room but the scripts that other programs load."""
+    docs = PACKAGE.parent / "docs"
+    page = (docs / "architecture.md").read_text(encoding="utf-8")
     rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
     assert all(f"{room.name}/" in page for room in rooms)
+    drawing = (docs / "architecture.svg").read_text(encoding="utf-8")
+    assert sorted(re.findall(r'class="name"[^>]*>(\w+)<', drawing)) == sorted(set(ROOMS) - {"integrations"})
 
 
 def test_one_module_opens_image_files():

@@ -1,5 +1,6 @@
-"""What benchmarks/ measures: that both sides of refl_step.py train the same, and how a trace is read."""
+"""benchmarks/: names that scripts import exist, both sides of refl_step.py train the same, a trace is read."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -7,19 +8,33 @@ import jax
 import pytest
 import tiny_sdxl
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 OPTIONS = ["--preset=tiny", "--batch=1", "--sampler-steps=1", "--iterations=1"]
+
+
+def test_scripts_import_names_that_the_package_has():
+    """Every `from imagereward_jax... import` of benchmarks/, convert/ and configs/, most of which no test runs."""
+    scripts = [path for folder in ("benchmarks", "convert", "configs") for path in ROOT.glob(f"{folder}/*.py")]
+    absent = []
+    for path in scripts:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("imagereward_jax"):
+                try:
+                    exec(ast.unparse(node), {})
+                except ImportError as error:
+                    absent.append(f"{path.name}: {error}")
+    assert not absent, absent
 
 
 @pytest.fixture(scope="module")
 def benchmarks():
     """(common, refl_step), with a preset of a tiny SDXL."""
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         import common
         import refl_step
     finally:
-        sys.path.remove(str(BENCHMARKS))
+        sys.path.remove(str(ROOT / "benchmarks"))
     common.PRESETS["tiny"] = {"unet": tiny_sdxl.UNET, "vae": tiny_sdxl.VAE, "remat": "blocks"}
     yield common, refl_step
     for name in ("common", "refl_step"):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from imagereward_jax.methods.base import HOST, Batch
-from imagereward_jax.pipelines.base import make_time_ids
+from imagereward_jax.pipelines.sdxl import make_time_ids
 
 
 def rows_spec(batch: Batch, rows: int) -> Batch:

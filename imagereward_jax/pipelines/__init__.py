@@ -1,4 +1,4 @@
-"""Text-to-image models, one module a family, behind one set of methods."""
+"""Text-to-image models, one module per family, behind one set of methods."""
 
 from imagereward_jax.pipelines.families import UnknownModel, load_pipeline, open_pipeline
 

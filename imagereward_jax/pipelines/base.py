@@ -14,13 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 
 from imagereward_jax.diffusion.rollout import rollout
+from imagereward_jax.diffusion.sampler import Sampler
 from imagereward_jax.diffusion.schedule import NoiseSchedule
 from imagereward_jax.models import lora, quantized
+from imagereward_jax.pipelines import prompt_ids
 from imagereward_jax.storage.folders import refuse_existing
 from imagereward_jax.weights import components, diffusers, mapping
 from imagereward_jax.weights.generation import Generation
+from imagereward_jax.weights.sources import DiffusersSource, OrbaxSource
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
@@ -35,13 +39,13 @@ class TextToImage:
         scheduler_config: the content of scheduler_config.json, from which samplers are made.
         schedule: the `NoiseSchedule` that the model was trained with.
         tokenizers: the tokenizer of each text encoder, by the encoder's name.
-        tokenizer_folders: the folders that they were read from, by the names of these folders in a diffusers folder.
+        tokenizer_folders: the folders that the tokenizers were read from, by their names in a diffusers folder.
         generation: sampler, steps and guidance that suit the model.
-        source: the files that it was opened from (`weights.sources`); None for one without.
+        source: the files that it was opened from (`weights.sources`); None if there are none.
         adapted: {network: names of its layers that `with_lora` adapted}.
-        default_size: pixels of the square images that it was trained on.
+        default_size: side in pixels of the square images that it was trained on.
         max_tokens: length that prompts are padded and cut to.
-        vae_dtype: of the VAE's arithmetic, never float16, in which SDXL's overflows.
+        vae_dtype: of the VAE's arithmetic; never float16, in which SDXL's VAE overflows.
     """
 
     family: str
@@ -51,16 +55,24 @@ class TextToImage:
     denoiser = "unet"
     # Text encoder to the folder of its tokenizer.
     text_encoders: Mapping[str, str]
-    # Whether the denoiser is told the image's original size and crop (`make_time_ids`).
+    # Whether the denoiser is conditioned on original size and crop (`sdxl.make_time_ids`).
     micro_conditioned = False
     lora_targets = lora.ATTENTION
     # Layers that `quantized` leaves as they are.
     kept_precise = quantized.KEPT
 
     def __init__(
-        self, configs, scheduler_config, tokenizers, *, generation=None, source=None, dtype=jnp.float32,
-        vae_dtype=None, remat="none",
-    ):  # fmt: skip
+        self,
+        configs: Mapping[str, Any],
+        scheduler_config: dict[str, Any],
+        tokenizers: Mapping[str, Any],
+        *,
+        generation: Generation | None = None,
+        source: DiffusersSource | OrbaxSource | None = None,
+        dtype: DTypeLike = jnp.float32,
+        vae_dtype: DTypeLike | None = None,
+        remat: str = "none",
+    ):
         self._check_fit(configs)
         self.configs = configs
         # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x.
@@ -70,11 +82,17 @@ class TextToImage:
         self.source = source
         self.adapted: dict[str, tuple[str, ...]] = {}
         self.default_size = configs[self.denoiser].sample_size * configs["vae"].downsampling
-        self.tokenizer_folders = {name: Path(where) for name, where in tokenizers.items() if _is_path(where)}
+        self.tokenizer_folders = {name: Path(given) for name, given in tokenizers.items() if prompt_ids.is_path(given)}
         self.tokenizers = {
-            encoder: self._open_tokenizer(encoder, tokenizers[name]) for encoder, name in self.text_encoders.items()
+            encoder: prompt_ids.open_tokenizer(tokenizers[name], encoder, configs[encoder].vocab_size)
+            for encoder, name in self.text_encoders.items()
         }
-        self.max_tokens = self._common_length()
+        self.max_tokens = prompt_ids.common_length(
+            {
+                self.text_encoders[encoder]: min(tokenizer.model_max_length, configs[encoder].max_position_embeddings)
+                for encoder, tokenizer in self.tokenizers.items()
+            }
+        )
         dtype = jnp.dtype(dtype)  # layers compare it: a string would not be equal
         self.vae_dtype = _vae_dtype(dtype, vae_dtype)
         self._build = {
@@ -93,16 +111,18 @@ class TextToImage:
         self._graphdefs = {name: nnx.split(network)[0] for name, network in self.networks.items()}
 
     @classmethod
-    def from_configs(cls, configs: Mapping[str, dict], scheduler: dict, tokenizers: Any, **options) -> "TextToImage":
-        """A pipeline from the contents of its files.
+    def from_configs(
+        cls, configs: Mapping[str, dict], scheduler: dict, tokenizers: Any, **options: Any
+    ) -> "TextToImage":
+        """Makes a pipeline from the contents of its files.
 
         Args:
             configs: config.json by component.
             scheduler: scheduler_config.json.
-            tokenizers: by the name of its folder in a diffusers folder, the folder to read, or a tokenizer; or one
-                of them that serves all text encoders.
-            options: `generation`, `source`, settings of the family, and: dtype, of the arithmetic (default float32).
-                vae_dtype, of the VAE's (default: the same, but float32 for float16). remat: see `models.remat`.
+            tokenizers: by the name of its folder in a diffusers folder, a folder to read or a tokenizer; or a single
+                one that serves all text encoders.
+            options: `generation`, `source`, settings of the family, and: dtype, of the arithmetic (default float32);
+                vae_dtype, of the VAE's (default: the same, but float32 for float16); remat, see `models.remat`.
 
         Raises:
             ValueError: naming a field that is not implemented, or parts that do not fit together.
@@ -123,8 +143,8 @@ class TextToImage:
         return {}
 
     def init(self, key: jax.Array, names: Sequence[str] | None = None) -> Params:
-        """Random float32 weights for training from scratch, of the components `names` (None: of all)."""
-        # Not jitted: initialisers compile once a shape, far sooner than as one program of some hundred random draws.
+        """Draws random float32 weights for training from scratch, of the components `names` (None: of all)."""
+        # Not jitted: initialisers compile once per shape, far sooner than one program of some hundred random draws.
         keys = jax.random.split(key, len(self._build))
         return {
             name: mapping.params_of(build(rngs=nnx.Rngs(params=network_key)))
@@ -140,22 +160,22 @@ class TextToImage:
         """Reads the weights that the pipeline was opened with.
 
         Args:
-            target: by component, a nested dict of `jax.ShapeDtypeStruct` as `abstract_params` gives them: the dtypes to
-                hold the weights in, and perhaps shardings, for jax arrays of which each device reads its own part.
-                Components that are left out are not read. None: float32 numpy arrays of everything.
+            target: by component, a nested dict of `jax.ShapeDtypeStruct` as `abstract_params` gives them. It states the
+                dtypes to hold the weights in. Leaves with a sharding become jax arrays, of which each device reads its
+                own part. Components that are left out are not read. None: float32 NumPy arrays of everything.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file or tensors that are absent or do not fit, or the pipeline has
-                no files.
+            FileNotFoundError, ValueError: naming the file or tensors that are absent or do not fit, or saying that the
+                pipeline has no files.
         """
         source = self._files()
         target = self.abstract_params() if target is None else target
         return {name: source.load(name, self.networks[name], part) for name, part in target.items()}
 
-    def with_lora(self, name: str, targets: str, **options) -> "TextToImage":
-        """A pipeline whose network `name` has low-rank parameters, which `params[name]` holds beside the others.
+    def with_lora(self, name: str, targets: str, **options: Any) -> "TextToImage":
+        """Returns a pipeline whose network `name` has low-rank parameters; `params[name]` holds them beside the others.
 
-        This pipeline stays as it is: it computes without the adapter from the same weights.
+        This pipeline does not change: it computes without the adapter from the same weights.
 
         Args:
             targets, options: as for `models.lora.attach`. The adapted layers are in `adapted` of the result.
@@ -174,37 +194,46 @@ class TextToImage:
     def tokenize(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Token ids of prompts by text encoder, each int32 [B, L], padded and cut to `max_tokens`."""
         return {
-            encoder: encode_ids(tokenizer, prompts, self.max_tokens) for encoder, tokenizer in self.tokenizers.items()
+            encoder: prompt_ids.encode(tokenizer, prompts, self.max_tokens)
+            for encoder, tokenizer in self.tokenizers.items()
         }
 
     def encode_prompts(self, params: Params, ids: dict[str, jax.Array]) -> Batch:
-        """The conditions of the denoiser, a dict of arrays [B, ...], for the ids that `tokenize` gave."""
+        """Encodes the ids that `tokenize` gave to the denoiser's conditions, a dict of arrays [B, ...]."""
         raise NotImplementedError
 
     def predict(self, params: Params, latents: jax.Array, timesteps: jax.Array, cond: Batch) -> jax.Array:
-        """The denoiser's output [B, h, w, c] without guidance; timesteps: [B]."""
+        """Computes the denoiser's output [B, h, w, c] without guidance; timesteps: [B]."""
         raise NotImplementedError
 
     def rows(self, cond: Batch) -> int:
-        """How many prompts `encode_prompts` gave these conditions for."""
+        """Number of prompts that these conditions, from `encode_prompts`, belong to."""
         return jax.tree.leaves(cond)[0].shape[0]
 
     def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that `tokenize` leaves out because it is too long; "" if nothing is."""
+        """The end of a prompt that `tokenize` cuts off because the prompt is too long; "" if it fits."""
         tokenizer = next(iter(self.tokenizers.values()))
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return tokenizer.decode(ids[self.max_tokens - 2 :]).strip()
 
-    def denoise(self, params, latents, timesteps, cond, negative_cond=None, guidance_scale=1.0) -> jax.Array:
-        """The denoiser's output, float32 [B, h, w, c].
+    def denoise(
+        self,
+        params: Params,
+        latents: jax.Array,
+        timesteps: ArrayLike,
+        cond: Batch,
+        negative_cond: Batch | None = None,
+        guidance_scale: ArrayLike = 1.0,
+    ) -> jax.Array:
+        """Computes the denoiser's output, float32 [B, h, w, c], with guidance if `negative_cond` is given.
 
         Args:
             latents: [B, h, w, c], a sampler's `model_input`.
             timesteps: [B] or one for all.
             cond: from `encode_prompts`.
-            negative_cond: the same for negative (or empty) prompts; switches classifier-free guidance on, which runs
-                the network once on a batch of 2B.
-            guidance_scale: how far to go from the negative prediction towards and past the other; may be traced.
+            negative_cond: the same for negative (or empty) prompts. It switches on classifier-free guidance, which
+                runs the network once on a batch of 2B.
+            guidance_scale: factor on the step from the negative prediction to the other; may be traced.
         """
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), latents.shape[:1])
         if negative_cond is None:
@@ -214,8 +243,10 @@ class TextToImage:
         negative, positive = jnp.split(both, 2)
         return negative + guidance_scale * (positive - negative)
 
-    def denoiser_for(self, cond, negative_cond=None, guidance_scale=1.0) -> Callable[..., jax.Array]:
-        """(params, latents, timesteps, step) -> output, as `rollout` calls it; arguments as for `denoise`."""
+    def denoiser_for(
+        self, cond: Batch, negative_cond: Batch | None = None, guidance_scale: ArrayLike = 1.0
+    ) -> Callable[..., jax.Array]:
+        """Binds `denoise` to conditions: (params, latents, timesteps, step) -> output, as `rollout` calls it."""
 
         def denoise(params, latents, timesteps, step):
             return self.denoise(params, latents, timesteps, cond, negative_cond, guidance_scale)
@@ -223,21 +254,21 @@ class TextToImage:
         return denoise
 
     def quantized(self, params: Params, kind: str) -> Params:
-        """`params` for `denoise` without gradient: the denoiser's kernels in "int8" or "fp8" (`models.quantized`), or,
-        with "none", all as they are."""
+        """Quantises the denoiser's kernels to "int8" or "fp8" (`models.quantized`) for `denoise` without gradient;
+        "none" returns `params`."""
         if kind == "none":
             return params
         name = self.denoiser
         return {**params, name: quantized.quantize(self.networks[name], params[name], kind, self.kept_precise)}
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Images float32 [B, H, W, 3], about in [0, 1] and not clipped, from scaled latents."""
+        """Decodes scaled latents to images float32 [B, H, W, 3], about in [0, 1] and not clipped."""
         config = self.configs["vae"]
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return self._network("vae", params).decode(latents) * 0.5 + 0.5
 
     def encode(self, params: Params, images: jax.Array, key: jax.Array) -> jax.Array:
-        """Scaled latents float32 [B, h, w, c], sampled, from images [B, H, W, 3] in [0, 1]."""
+        """Encodes images [B, H, W, 3] in [0, 1] to sampled, scaled latents float32 [B, h, w, c]."""
         return self.draw_latents(*self.encode_moments(params, images), key)
 
     def encode_moments(self, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -245,11 +276,11 @@ class TextToImage:
         return self._network("vae", params).encode(images * 2.0 - 1.0)
 
     def draw_latents(self, mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-        """Scaled latents [B, h, w, c] drawn from the moments that `encode_moments` gave."""
+        """Draws scaled latents [B, h, w, c] from the moments that `encode_moments` gave."""
         return self.scale_latents(mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape))
 
     def scale_latents(self, latents: jax.Array) -> jax.Array:
-        """Latents as the denoiser sees them, from latents of the VAE."""
+        """Scales latents of the VAE to those that the denoiser reads."""
         config = self.configs["vae"]
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
@@ -262,15 +293,25 @@ class TextToImage:
                 raise ValueError(f"{name}={pixels} should be a positive multiple of {step}, for example {near}")
         return height // step, width // step, self.configs["vae"].latent_channels
 
-    def sample(self, params, cond, negative_cond, noise, *, sampler, guidance_scale=1.0, key=None) -> jax.Array:
-        """Images from noise, float32 [B, H, W, 3] in [0, 1]. Pure: jit it outside.
+    def sample(
+        self,
+        params: Params,
+        cond: Batch,
+        negative_cond: Batch | None,
+        noise: jax.Array,
+        *,
+        sampler: Sampler,
+        guidance_scale: ArrayLike = 1.0,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Samples images float32 [B, H, W, 3] in [0, 1] from noise. Pure: jit it outside.
 
         Args:
             cond: from `encode_prompts`, or ids from `tokenize`, which are encoded here.
-            negative_cond: the same of prompts to stay away from; None for no guidance.
+            negative_cond: the same of negative prompts; None for no guidance.
             noise: standard normal [B, h, w, c].
-            sampler: a `diffusion.samplers.Sampler`.
-            key: for stochastic samplers: [B] keys, one an image, so that an image does not depend on its batch.
+            sampler: a `diffusion.sampler.Sampler`.
+            key: for stochastic samplers: [B] keys, one per image, so that an image does not depend on its batch.
         """
         cond, negative = (self._encoded(params, given) for given in (cond, negative_cond))
         denoise = self.denoiser_for(cond, negative, guidance_scale)
@@ -278,7 +319,7 @@ class TextToImage:
         return jnp.clip(self.decode(params, latents), 0.0, 1.0)
 
     def _encoded(self, params, given):
-        """Conditions, whether given as such, as ids by encoder or as None."""
+        """Conditions, from conditions, ids by encoder or None."""
         return self.encode_prompts(params, given) if given is not None and set(given) == set(self.tokenizers) else given
 
     def save(
@@ -289,14 +330,14 @@ class TextToImage:
         overwrite: bool = False,
         generation: Generation | None = None,
     ) -> None:
-        """Writes the whole diffusers folder, which diffusers' pipeline of this class opens; whole or not at all.
+        """Writes a diffusers folder, which diffusers' pipeline of this class opens; whole or not at all.
 
-        One component at a time is in memory. With several processes all have to call this; the first one writes.
+        One component at a time is in memory. If there are several processes, all have to call this; the first writes.
 
         Args:
             params: by component; arrays may be sharded. Components that are left out are copied, to the bit, from the
                 files that the pipeline was opened from.
-            generation: how the model is meant to be sampled; None: as before.
+            generation: sampler, steps and guidance to state; None for the pipeline's own.
 
         Raises:
             FileExistsError: `folder` is there and not empty, and `overwrite` is false.
@@ -326,7 +367,7 @@ class TextToImage:
         return self.configs[name].to_dict() | components.label(self.components[name])
 
     def _tensors(self, name, params):
-        """One network under PyTorch's names: from `params`, or else from the files."""
+        """One network's tensors under PyTorch's names, from `params` or else from the files."""
         if name in params:
             return mapping.to_torch(self.networks[name], params[name])
         return self._files().tensors(name, self.networks[name])
@@ -338,23 +379,6 @@ class TextToImage:
 
     def _network(self, name, params):
         return nnx.merge(self._graphdefs[name], params[name])
-
-    def _open_tokenizer(self, encoder, given):
-        """A tokenizer, or the one in a folder, checked against its text encoder."""
-        tokenizer, vocab_size = load_tokenizer(given) if _is_path(given) else given, self.configs[encoder].vocab_size
-        if len(tokenizer) > vocab_size:
-            raise ValueError(f"{given}: {len(tokenizer)} tokens, but {encoder} knows only vocab_size={vocab_size}")
-        return tokenizer
-
-    def _common_length(self):
-        """The length of prompts; ValueError if the text encoders take different ones."""
-        lengths = {
-            self.text_encoders[encoder]: min(tokenizer.model_max_length, self.configs[encoder].max_position_embeddings)
-            for encoder, tokenizer in self.tokenizers.items()
-        }
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"the text encoders take prompts of different lengths: {lengths}; expected one")
-        return next(iter(lengths.values()))
 
     @classmethod
     def _check_fit(cls, configs):
@@ -370,18 +394,6 @@ class TextToImage:
                 )
 
 
-def make_time_ids(original_size, crop_top_left, target_size):
-    """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): float32 [..., 6].
-
-    Args:
-        original_size: (height, width) [..., 2] of the image before it was resized.
-        crop_top_left: (top, left) [..., 2] of the crop, in the resized image.
-        target_size: (height, width) [..., 2] of the crop.
-    """
-    parts = (original_size, crop_top_left, target_size)
-    return np.concatenate([np.asarray(part, np.float32) for part in parts], axis=-1)
-
-
 def override_scheduler(scheduler_config: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """The scheduler's settings with these fields stated; None leaves a field as it is."""
     fields = {name: value for name, value in fields.items() if value is not None}
@@ -390,31 +402,6 @@ def override_scheduler(scheduler_config: dict[str, Any], **fields: Any) -> dict[
     if noted := scheduler_config.get("_use_default_values"):
         overridden["_use_default_values"] = [name for name in noted if name not in fields]
     return overridden
-
-
-def load_tokenizer(folder):
-    """The CLIP tokenizer of a checkpoint, from vocab.json and merges.txt or tokenizer.json.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    folder = Path(folder)
-    slow = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-    if not slow and not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder}: no tokenizer; expected vocab.json and merges.txt, or tokenizer.json")
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def encode_ids(tokenizer, prompts, length):
-    """Token ids int32 [B, length] of a list of prompts, padded and cut."""
-    encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
-    return np.asarray(encoded["input_ids"], np.int32).reshape(-1, length)
-
-
-def _is_path(given):
-    return isinstance(given, str | Path)
 
 
 def _vae_dtype(dtype, vae_dtype):

@@ -1,4 +1,4 @@
-"""Which family a model is of: decided here and nowhere else, by the class that its files name."""
+"""Decides the family of a model, by the class that its files name; no other module does."""
 
 import difflib
 from pathlib import Path
@@ -36,7 +36,7 @@ class UnknownModel(ValueError):
 
 
 class StandInTokenizer:
-    """Stands for CLIP's tokenizer where only the shape of its ids matters: every id is 0."""
+    """Stands in for CLIP's tokenizer if only the shape of its ids matters: every id is 0."""
 
     model_max_length = PROMPT_TOKENS
 
@@ -75,10 +75,10 @@ def open_pipeline(
     Args:
         name_or_path: a diffusers folder, a folder that convert/from_diffusers.py wrote, a built-in model, or a name on
             the hub.
-        variant: which weight files, e.g. "fp16".
+        variant: which weight files to read, e.g. "fp16".
         prediction_type: the network's output, if the folder's scheduler states it wrongly.
-        download: False asks the hub for nothing: published models then have the sizes of the table here, a tokenizer
-            that only counts, and no weights.
+        download: False asks the hub for nothing. Published models then have the sizes of the table here, a
+            `StandInTokenizer` and no weights.
         options: dtype, vae_dtype and remat, see `TextToImage`.
 
     Raises:
@@ -123,11 +123,11 @@ def load_pipeline(name_or_path: str | Path, **options: Any) -> tuple[TextToImage
 
 
 def from_architecture(architecture: dict[str, Any], tokenizer: Any, **options: Any) -> TextToImage:
-    """A pipeline to be trained from nothing; `TextToImage.init` draws its weights.
+    """Makes a pipeline to train from nothing; `TextToImage.init` draws its weights.
 
     Args:
         architecture: config.json by component, and "scheduler". Two text encoders make an SDXL.
-        tokenizer: of every text encoder, or its folder.
+        tokenizer: serves every text encoder; a tokenizer or its folder.
         options: dtype, vae_dtype and remat.
 
     Raises:
@@ -142,7 +142,7 @@ def from_architecture(architecture: dict[str, Any], tokenizer: Any, **options: A
 
 
 def checked_components(family: type[TextToImage], index: diffusers.Index, folder: Path) -> dict[str, str]:
-    """{component: class} of a family.
+    """Checks a model's components against its family; returns the family's {component: class}.
 
     Raises:
         ValueError: model_index.json names another class for one of them, or none.
@@ -167,7 +167,7 @@ def _from_checkpoint(folder, options):
 
 
 def _assemble(family, configs, scheduler, folder, *, prediction_type, **options):
-    """The pipeline of a folder's configs, with its tokenizers and generation settings."""
+    """Makes the pipeline of a folder's configs, with its tokenizers and generation settings."""
     return family.from_configs(
         configs,
         override_scheduler(scheduler, prediction_type=prediction_type),
@@ -178,7 +178,7 @@ def _assemble(family, configs, scheduler, folder, *, prediction_type, **options)
 
 
 def _published(name, options):
-    """A published model as sizes alone."""
+    """Makes a published model's pipeline from its sizes alone."""
     if name not in PUBLISHED:
         close = difflib.get_close_matches(name, PUBLISHED, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -13,14 +13,14 @@ from imagereward_jax.pipelines.base import Params, TextToImage
 
 
 class ImageSampler:
-    """Makes images of one size with one sampler, batch by batch over a mesh; compiled once, however many are asked for.
+    """Makes images of one size with one sampler, batch by batch over a mesh; compiles once for any number of images.
 
     Args:
-        pipeline: the model. sampler: a `diffusion.samplers.Sampler`.
+        pipeline: the model. sampler: a `diffusion.sampler.Sampler`.
         mesh: batches are sharded over all its axes; every process of it has to make the same calls.
-        batch_size: images at a time over the whole mesh, rounded up to a multiple of its devices.
+        batch_size: images at a time over the whole mesh; rounded up to a multiple of its devices.
         height, width: pixels.
-        guidance_scale: at most 1: no guidance, half the work.
+        guidance_scale: 1 or less switches guidance off, which halves the work.
 
     Raises:
         ValueError: the size is not one that the model can make.
@@ -54,14 +54,14 @@ class ImageSampler:
         noise: np.ndarray | None = None,
         step_keys: jax.Array | None = None,
     ) -> np.ndarray:
-        """Images float32 [N, H, W, 3] in [0, 1] for N prompts; an image does not depend on the others.
+        """Makes images float32 [N, H, W, 3] in [0, 1] for N prompts; an image does not depend on the others.
 
         Args:
             params: on the mesh (arrays of the host would be sent there for each batch).
-            negative_prompts: what each image stays away from; empty prompts by default. Heeded with guidance alone.
-            keys: [N] jax keys, from which initial noise is drawn where `noise` is None.
-            noise: initial noise, standard normal [N, h, w, c], instead.
-            step_keys: [N] jax keys of the noise of stochastic samplers; `keys` by default.
+            negative_prompts: one per image; empty prompts by default. Read only with guidance.
+            keys: [N] jax keys to draw the initial noise from, if `noise` is None.
+            noise: initial noise, standard normal [N, h, w, c].
+            step_keys: [N] jax keys for the noise of stochastic samplers; `keys` by default.
 
         Raises:
             ValueError: neither keys nor noise are given, or a stochastic sampler has no keys.
@@ -89,7 +89,7 @@ class ImageSampler:
         return np.concatenate(images)[: len(prompts)]
 
     def _put(self, rows):
-        """One batch's array, the same on every process, sharded over the mesh."""
+        """Shards one batch's array, the same on every process, over the mesh."""
         return jax.make_array_from_callback(rows.shape, self._rows, lambda index: rows[index])
 
     def _sample_batch(self, params, sampler, inputs):
@@ -114,7 +114,7 @@ def _key_data(keys):
 
 
 def _rows_of(inputs, start, count):
-    """`count` rows from `start` on; past the end the last one again, so that every batch has one shape."""
+    """Takes `count` rows from `start` on; repeats the last row past the end, so that all batches have one shape."""
 
     def take(array):
         return array[np.minimum(np.arange(start, start + count), len(array) - 1)]

@@ -1,5 +1,8 @@
 """Stable Diffusion 1.x, and 2.x, which differs in sizes only: text to image, and image to latents."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,13 +17,19 @@ class StableDiffusion1(TextToImage):
     components = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
     text_encoders = {"text_encoder": "tokenizer"}
 
-    def __init__(self, configs, scheduler_config, tokenizers, **options):
+    def __init__(
+        self,
+        configs: Mapping[str, Any],
+        scheduler_config: dict[str, Any],
+        tokenizers: Mapping[str, Any],
+        **options: Any,
+    ):
         # As diffusers' StableDiffusionPipeline corrects it in checkpoints where it is absent or different.
         corrected = override_scheduler(scheduler_config, steps_offset=1)
         super().__init__(configs, {"_class_name": "DDIMScheduler"} | corrected, tokenizers, **options)
 
     def encode_prompts(self, params: Params, ids: dict[str, jax.Array]) -> Batch:
-        """The conditions of the UNet: {"prompt_embeds": [B, L, D]}."""
+        """Encodes ids to the conditions of the UNet: {"prompt_embeds": [B, L, D]}."""
         encoder = self._network("text_encoder", params)
         return {"prompt_embeds": encoder(jnp.asarray(ids["text_encoder"])).last_hidden_state}
 

@@ -1,25 +1,39 @@
-"""Stable Diffusion XL (arXiv 2307.01952) and SDXL-Turbo: two text encoders, and a UNet that is told sizes and crop."""
+"""Stable Diffusion XL (arXiv 2307.01952) and SDXL-Turbo: two text encoders; sizes and crop condition the UNet."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from imagereward_jax.pipelines.base import Batch, Params, TextToImage, make_time_ids
+from imagereward_jax.pipelines.base import Batch, Params, TextToImage
 from imagereward_jax.weights.generation import Generation
 
 TIME_IDS = 6
 TURBO = Generation("euler_ancestral", 1, 0.0)
 
 
+def make_time_ids(original_size: ArrayLike, crop_top_left: ArrayLike, target_size: ArrayLike) -> np.ndarray:
+    """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): float32 [..., 6].
+
+    Args:
+        original_size: (height, width) [..., 2] of the image before it was resized.
+        crop_top_left: (top, left) [..., 2] of the crop, in the resized image.
+        target_size: (height, width) [..., 2] of the crop.
+    """
+    parts = (original_size, crop_top_left, target_size)
+    return np.concatenate([np.asarray(part, np.float32) for part in parts], axis=-1)
+
+
 class StableDiffusionXL(TextToImage):
     """The parts of an SDXL base model; see `families.open_pipeline`. Attributes: see `TextToImage`.
 
-    A `cond` may hold "time_ids" [B, 6] (`make_time_ids`); without, the UNet is told of whole images of the size that is
-    made. Empty prompts are all zeros if `force_zeros_for_empty_prompt` (as in SDXL's training): the default
-    negative prompt, and captions that were dropped for guidance.
+    A `cond` may hold "time_ids" [B, 6] (`make_time_ids`); without them the UNet is given those of uncropped images of
+    the size that is made. If `force_zeros_for_empty_prompt`, empty prompts are all zeros, as in SDXL's training: the
+    default negative prompt, and captions that were dropped for guidance.
     """
 
     family = "sdxl"
@@ -33,7 +47,15 @@ class StableDiffusionXL(TextToImage):
     text_encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     micro_conditioned = True
 
-    def __init__(self, configs, scheduler_config, tokenizers, *, force_zeros_for_empty_prompt=True, **options):
+    def __init__(
+        self,
+        configs: Mapping[str, Any],
+        scheduler_config: dict[str, Any],
+        tokenizers: Mapping[str, Any],
+        *,
+        force_zeros_for_empty_prompt: bool = True,
+        **options: Any,
+    ):
         scheduler_config = {"_class_name": "EulerDiscreteScheduler"} | scheduler_config
         super().__init__(configs, scheduler_config, tokenizers, **options)
         self.force_zeros_for_empty_prompt = bool(force_zeros_for_empty_prompt)
@@ -41,7 +63,7 @@ class StableDiffusionXL(TextToImage):
 
     @classmethod
     def default_generation(cls, scheduler_config: dict) -> Generation:
-        """SDXL's, or SDXL-Turbo's if the scheduler is Turbo's: ancestral, with trailing timesteps."""
+        """Settings of SDXL, or of SDXL-Turbo if the scheduler is Turbo's: ancestral, with trailing timesteps."""
         kind, spacing = (scheduler_config.get(name) for name in ("_class_name", "timestep_spacing"))
         turbo = (kind, spacing) == ("EulerAncestralDiscreteScheduler", "trailing")
         return TURBO if turbo else Generation(guidance_scale=5.0)
@@ -50,7 +72,7 @@ class StableDiffusionXL(TextToImage):
         return {"force_zeros_for_empty_prompt": self.force_zeros_for_empty_prompt}
 
     def encode_prompts(self, params: Params, ids: dict[str, jax.Array]) -> Batch:
-        """The conditions of the UNet.
+        """Encodes ids to the conditions of the UNet.
 
         Returns:
             {"prompt_embeds": [B, L, D1 + D2], "pooled_prompt_embeds": [B, P]}: the hidden states before the last

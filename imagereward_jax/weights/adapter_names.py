@@ -1,11 +1,14 @@
 """Names of a model's layers in adapter files.
 
-Three layouts are met: PEFT's, which diffusers writes (`unet.MODULE.lora_A.weight`), diffusers' of before
+Three layouts occur: PEFT's, which diffusers writes (`unet.MODULE.lora_A.weight`), an older one of diffusers
 (`unet.MODULE.lora.down.weight`), and that of kohya's sd-scripts (`lora_unet_MODULE_WITH_UNDERSCORES.lora_down.weight`
 and `.alpha`), which for SDXL numbers the blocks as Stability's code does (`input_blocks_4_1` and so on).
 """
 
 import re
+from collections.abc import Mapping
+
+from flax import nnx
 
 from imagereward_jax.models import lora
 
@@ -20,8 +23,8 @@ _KEY = re.compile(
 )
 
 
-def parse_key(key):
-    """(name of the layer as the file has it, "down", "up" or "alpha") of a key; None for one of another kind."""
+def parse_key(key: str) -> tuple[str, str] | None:
+    """Splits a key into the file's name of the layer and "down", "up" or "alpha"; None for a key of another kind."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
@@ -30,8 +33,8 @@ def parse_key(key):
     return match["name"], "down" if match["down"] else "up"
 
 
-def layer_aliases(networks):
-    """Maps all that an adapter file may call a layer to (network, name there).
+def layer_aliases(networks: Mapping[str, nnx.Module]) -> dict[str, tuple[str, str]]:
+    """Maps every name that an adapter file may give a layer to (network, name there).
 
     Args:
         networks: the model's networks by name.

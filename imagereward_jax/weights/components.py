@@ -4,13 +4,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models import clip, unet, vae
 from imagereward_jax.weights import mapping
 
 
 class Component(NamedTuple):
-    """One class of network: what reads its config.json, what builds it, and whose class it is.
+    """One class of network: its config dataclass, its module, and the PyTorch library that has it.
 
     remat: whether it takes `remat` (text encoders, through which no gradient flows, do not).
     """
@@ -30,12 +31,12 @@ COMPONENTS = {
 
 
 def is_component(class_name: Any) -> bool:
-    """Whether a class is one of the table; its Flax version is the same network."""
+    """Whether a class is in the table; its Flax version is the same network."""
     return str(class_name).removeprefix("Flax") in COMPONENTS
 
 
 def torch_class(class_name: str, what: str) -> str:
-    """The PyTorch name of a class, under which the table has it.
+    """The PyTorch name of a class, its key in the table.
 
     Args:
         what: how an error names where the class was read.
@@ -68,7 +69,7 @@ def label(class_name: str) -> dict[str, Any]:
 
 
 def read_settings(class_name: str, config: dict) -> Any:
-    """The config dataclass of a network.
+    """Reads the config dataclass of a network.
 
     Args:
         config: the content of its config.json.
@@ -79,8 +80,10 @@ def read_settings(class_name: str, config: dict) -> Any:
     return COMPONENTS[class_name].config.from_dict(config)
 
 
-def build_network(class_name: str, settings: Any, *, rngs: nnx.Rngs, dtype=jnp.float32, remat="none") -> nnx.Module:
-    """A network with random weights.
+def build_network(
+    class_name: str, settings: Any, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, remat: str = "none"
+) -> nnx.Module:
+    """Builds a network with random weights.
 
     Args:
         settings: from `read_settings`. dtype: of the arithmetic. remat: see `models.remat`.
@@ -91,7 +94,7 @@ def build_network(class_name: str, settings: Any, *, rngs: nnx.Rngs, dtype=jnp.f
 
 
 def abstract_network(class_name: str, config: dict) -> nnx.Module:
-    """A network with shapes instead of arrays.
+    """Builds a network with shapes instead of arrays.
 
     Args:
         class_name, config: as for `read_settings`.

@@ -1,32 +1,33 @@
-"""Reads and writes model folders in the layout of diffusers: one subfolder a component, `model_index.json` on top.
+"""Reads and writes model folders in the layout of diffusers: one subfolder per component, `model_index.json` on top.
 
 Reading gives the names and layouts of today's PyTorch checkpoints, whatever the folder's age: safetensors or pickles,
-whole or in shards, with or without a variant ("fp16"), VAE attention under its names of before diffusers 0.17, text
+whole or in shards, with or without a variant ("fp16"), VAE attention under its names before diffusers 0.17, text
 encoders with and without `text_model.`, and the msgpack files of diffusers' Flax models.
 """
 
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.weights import components, hub
 from imagereward_jax.weights.files import WeightsError, read_json, read_tensors, write_safetensors
-from imagereward_jax.weights.generation import write_generation
+from imagereward_jax.weights.generation import Generation, write_generation
 
 INDEX = "model_index.json"
 _TOKENIZER = ("transformers", "CLIPTokenizer")
-# What the classes of pipelines take beside their parts: defaults that are written, and names that are read.
+# Settings of a pipeline's class beside its parts: defaults to write, and names to read.
 _NO_SAFETY_CHECKER = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
 _WRITTEN_FIELDS = {"StableDiffusionPipeline": {"requires_safety_checker": False} | _NO_SAFETY_CHECKER}
 _READ_FIELDS = ("force_zeros_for_empty_prompt",)
-# Files of a hub's repository without which no pipeline is opened.
+# Files of a hub repository that opening a pipeline needs.
 _STRUCTURE = [INDEX, "generation_config.json", "*/config.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
-# Settings that only diffusers' Flax models have, none of which changes what a network computes.
+# Settings that only diffusers' Flax models have; none changes what a network computes.
 _FLAX_ONLY = ("dtype", "use_memory_efficient_attention", "split_head_dim")
 
 
@@ -40,12 +41,12 @@ class Index(NamedTuple):
     """
 
     pipeline_class: str | None
-    classes: dict
-    fields: dict
+    classes: dict[str, str]
+    fields: dict[str, Any]
 
 
-def read_index(folder):
-    """The `Index` of a diffusers folder.
+def read_index(folder: str | Path) -> Index:
+    """Reads the `Index` of a diffusers folder.
 
     Raises:
         FileNotFoundError: there is no model_index.json. WeightsError: it is broken.
@@ -62,8 +63,8 @@ def read_index(folder):
     return Index(index.get("_class_name"), classes, fields)
 
 
-def resolve_structure(name_or_path, *, cache_dir=None):
-    """The folder of a pipeline; from the hub, its settings and tokenizers are downloaded, no weights.
+def resolve_structure(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+    """Finds the folder of a pipeline; from the hub, downloads its settings and tokenizers but no weights.
 
     Args:
         name_or_path, cache_dir: as for `hub.resolve_model`.
@@ -74,8 +75,10 @@ def resolve_structure(name_or_path, *, cache_dir=None):
     return hub.resolve_model(name_or_path, allow_patterns=_STRUCTURE, cache_dir=cache_dir)
 
 
-def resolve_pipeline(name_or_path, *, variant=None, cache_dir=None):
-    """The diffusers folder of a pipeline; from the hub, only what is needed of it is downloaded.
+def resolve_pipeline(
+    name_or_path: str | Path, *, variant: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """Finds the diffusers folder of a pipeline; from the hub, downloads only the files that are read.
 
     Args:
         name_or_path, cache_dir: as for `hub.resolve_model`.
@@ -98,8 +101,8 @@ def resolve_pipeline(name_or_path, *, variant=None, cache_dir=None):
     return folder
 
 
-def load_config(folder, name):
-    """The content of a component's config.json; a diffusers network's without the fields of Flax models alone.
+def load_config(folder: str | Path, name: str) -> dict[str, Any]:
+    """Reads a component's config.json; leaves out fields that only diffusers' Flax models have.
 
     Raises:
         FileNotFoundError: the folder, component or file is absent; the message says what is there.
@@ -118,15 +121,22 @@ def _without_flax_fields(config):
     return {key: value for key, value in config.items() if key not in _FLAX_ONLY}
 
 
-def load_component(folder, name, *, variant=None, read=read_tensors):
-    """One network's settings and weights from a diffusers folder.
+def load_component(
+    folder: str | Path,
+    name: str,
+    *,
+    variant: str | None = None,
+    read: Callable[[Path], dict[str, Any]] = read_tensors,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads one network's settings and weights from a diffusers folder.
 
     Args:
         folder: the pipeline's folder.
         name: the component: "unet", "vae", "text_encoder" or "text_encoder_2".
         variant: which set of files, e.g. "fp16" for `diffusion_pytorch_model.fp16.safetensors`; None takes the plain
             ones. Of several formats the first of safetensors, .bin and msgpack is read.
-        read: what reads a file of tensors: `files.read_tensors`, or `files.open_tensors` to read each when needed.
+        read: function that reads a file of tensors: `files.read_tensors`, or `files.open_tensors` to read each tensor
+            only when it is needed.
 
     Returns:
         (config, tensors): the content of config.json, and numpy arrays by the key of today's PyTorch checkpoints
@@ -146,17 +156,19 @@ def load_component(folder, name, *, variant=None, read=read_tensors):
     return config, modern_names(name, tensors)
 
 
-def tokenizers_of(folder):
-    """The tokenizers' folders in a diffusers folder, by name."""
+def tokenizers_of(folder: str | Path) -> dict[str, Path]:
+    """Lists the tokenizers' folders in a diffusers folder, by name."""
     return {name: Path(folder) / name for name in ("tokenizer", "tokenizer_2") if (Path(folder) / name).is_dir()}
 
 
-def load_scheduler_config(folder):
-    """The content of a folder's scheduler/scheduler_config.json."""
+def load_scheduler_config(folder: str | Path) -> dict[str, Any]:
+    """Reads scheduler/scheduler_config.json of a folder."""
     return read_json(Path(folder) / "scheduler" / "scheduler_config.json")
 
 
-def save_component(folder, name, config, tensors, *, overwrite=False):
+def save_component(
+    folder: str | Path, name: str, config: dict[str, Any], tensors: Mapping[str, Any], *, overwrite: bool = False
+) -> None:
     """Writes one network, its config.json and one safetensors file, as `folder/name`, whole or not at all.
 
     Args:
@@ -174,8 +186,16 @@ def save_component(folder, name, config, tensors, *, overwrite=False):
 
 
 def save_pipeline(
-    folder, networks, *, pipeline_class, scheduler_config, tokenizers, fields=None, generation=None, overwrite=False
-):
+    folder: str | Path,
+    networks: Mapping[str, tuple[dict, Mapping]] | Iterable[tuple[str, tuple[dict, Mapping]]],
+    *,
+    pipeline_class: str,
+    scheduler_config: dict[str, Any],
+    tokenizers: Mapping[str, str | Path],
+    fields: dict[str, Any] | None = None,
+    generation: Generation | None = None,
+    overwrite: bool = False,
+) -> None:
     """Writes a whole diffusers folder, which appears whole or not at all.
 
     Args:
@@ -184,11 +204,11 @@ def save_pipeline(
         pipeline_class: the class that diffusers opens the folder with.
         scheduler_config: the content of scheduler_config.json; its `_class_name` says how diffusers samples.
         tokenizers: folder to copy by name, e.g. {"tokenizer": path}.
-        fields: what the pipeline's class takes beside its parts, e.g. {"force_zeros_for_empty_prompt": True}.
+        fields: settings of the pipeline's class beside its parts, e.g. {"force_zeros_for_empty_prompt": True}.
         generation: the `Generation` to state, or None.
 
     Raises:
-        FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is no diffusers folder.
+        FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is not a diffusers folder.
         ValueError: the scheduler's class is not stated. FileNotFoundError: a tokenizer folder is absent.
         WeightsError: it could not be written.
     """
@@ -213,8 +233,8 @@ def save_pipeline(
             write_generation(partial, generation)
 
 
-def flax_to_torch(tensors):
-    """Names and layouts of PyTorch for the (flattened) parameters of a diffusers or transformers Flax model.
+def flax_to_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Converts the (flattened) parameters of a diffusers or transformers Flax model to PyTorch's names and layouts.
 
     `down_blocks_0.resnets_0.conv1.kernel` [k, k, in, out] becomes `down_blocks.0.resnets.0.conv1.weight`
     [out, in, k, k]; Linear kernels [in, out] are transposed; scale and embedding become weight.
@@ -231,8 +251,8 @@ def flax_to_torch(tensors):
     return renamed
 
 
-def modern_names(name, tensors):
-    """A PyTorch checkpoint's tensors of the component `name` under today's keys and shapes, without position_ids."""
+def modern_names(name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Brings a PyTorch checkpoint's tensors of component `name` to today's keys and shapes; drops position_ids."""
     is_text = name.startswith("text_encoder")
     renamed = {}
     for key, array in tensors.items():
@@ -247,7 +267,7 @@ def modern_names(name, tensors):
 
 
 def _modern_attention(key, array):
-    """Attention of the VAE: query, key, value and proj_attn of old, possibly kept as 1x1 convolutions."""
+    """Renames the old query, key, value and proj_attn of the VAE's attention, which may be 1x1 convolutions."""
     modern = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     match = re.fullmatch(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn|to_[qkv]|to_out\.0)\.(weight|bias)", key)
     if match is None:
@@ -266,7 +286,7 @@ def _stem(name, kind):
 
 
 def _weight_files(name, kind, variant):
-    """Names that a component's weights (or the index of their shards) may have in one format."""
+    """File names that a component's weights (or the index of their shards) may have in one format."""
     stem, variant = _stem(name, kind), f".{variant}" if variant else ""
     return [f"{stem}{variant}.{kind}", f"{stem}.{kind}.index{variant}.json"]
 
@@ -277,13 +297,13 @@ def _file_patterns(name, kind, variant):
 
 
 def _find_weights(part, name, variant):
-    """The file to read: safetensors before .bin before msgpack, whole before shards; None if there is none."""
+    """Finds the file to read: safetensors before .bin before msgpack, whole before shards; None if there is none."""
     names = [file for kind in ("safetensors", "bin", "msgpack") for file in _weight_files(name, kind, variant)]
     return next((part / file for file in names if (part / file).is_file()), None)
 
 
 def _nothing_found(part, name, variant):
-    """Why a component has no weights to read, and what to do: another variant may be there."""
+    """Explains why a component has no weights to read, and what to do: another variant may be there."""
     wanted = " or ".join(_weight_files(name, kind, variant)[0] for kind in ("safetensors", "bin", "msgpack"))
     found = f"it has {_listing(part, Path.is_file)}"
     stems = "|".join(_stem(name, kind) for kind in ("safetensors", "bin"))
@@ -298,7 +318,7 @@ def _nothing_found(part, name, variant):
 
 
 def _read_shards(index, read):
-    """Reads all files that an index names, and checks that each holds the tensors that it should."""
+    """Reads all files that an index names; checks that each holds the tensors that the index says."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f'{index}: no "weight_map" that says which file holds which tensor')
@@ -319,7 +339,7 @@ def _listing(folder, keep):
     return ", ".join(sorted(path.name for path in folder.iterdir() if keep(path))) or "nothing"
 
 
-def copy_files(source, target):
+def copy_files(source: Path, target: Path) -> None:
     """Copies the files of a tokenizer's folder, following links (the hub's cache is made of them)."""
     if not source.is_dir() or not any(path.is_file() for path in source.iterdir()):
         raise FileNotFoundError(f"{source}: no such folder of tokenizer files")
@@ -334,7 +354,7 @@ def _write_json(path, value):
 
 
 def _plain(value):
-    """Converts numpy numbers, which configs hold and JSON cannot."""
+    """Converts NumPy numbers, which configs may hold and JSON may not."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{value!r} cannot be written as JSON")

@@ -1,6 +1,6 @@
-"""One file of tensors in, one file of tensors out, as numpy arrays by name.
+"""Reads and writes files of tensors, as NumPy arrays by name.
 
-Nothing that is read here can run code, and a file that is written appears whole or not at all.
+Nothing that is read here can run code. A file that is written appears whole or not at all.
 """
 
 import json
@@ -8,10 +8,13 @@ import math
 import os
 import pickle
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from imagereward_jax.storage.folders import StorageError
 from imagereward_jax.weights.torchscript import RefusedPickle, is_torchscript, read_torchscript
@@ -41,20 +44,20 @@ class WeightsError(StorageError):
     """A file or folder of weights cannot be read or written; the message names it and says why."""
 
 
-def read_tensors(path):
-    """Reads a file of tensors by its extension.
+def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads a file of tensors, in the format that its extension names.
 
     Args:
         path: `.safetensors` (mapped into memory: only what is used is read), `.bin`, `.pt`, `.pth` or `.ckpt`
-            (PyTorch pickles, tensors only; one enclosing "state_dict" or "model" is taken off; also TorchScript
+            (PyTorch pickles, tensors only; one enclosing "state_dict" or "model" is removed; also TorchScript
             archives, see `weights.torchscript`), or `.msgpack` (Flax; nested names joined by dots).
 
     Returns:
-        dict of name to numpy array, each in the dtype of the file (bfloat16 as `ml_dtypes.bfloat16`).
+        dict of name to NumPy array, each in the dtype of the file (bfloat16 as `ml_dtypes.bfloat16`).
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: the file is empty, truncated, of another kind than its name says, or a pickle that holds
+        WeightsError: the file is empty, truncated, not of the kind that its name says, or a pickle that holds
             anything but tensors.
     """
     path = Path(path)
@@ -68,24 +71,24 @@ def read_tensors(path):
 
 
 class StoredTensor:
-    """A tensor of a `.safetensors` file, read when it is indexed; of that only what the index asks for.
+    """A tensor of a `.safetensors` file. Indexing reads the indexed part from the file.
 
     Attributes: path, offset (of its first byte in the file), shape, dtype.
     """
 
-    def __init__(self, path, offset, shape, dtype):
+    def __init__(self, path: Path, offset: int, shape: Sequence[int], dtype: DTypeLike):
         self.path, self.offset, self.shape, self.dtype = path, offset, tuple(shape), np.dtype(dtype)
 
     @property
-    def ndim(self):
+    def ndim(self) -> int:
         return len(self.shape)
 
     @property
-    def size(self):
+    def size(self) -> int:
         return math.prod(self.shape)
 
-    def reshape(self, shape):
-        """The same numbers in another shape, not read either."""
+    def reshape(self, shape: Sequence[int]) -> "StoredTensor":
+        """The same tensor in another shape; reads nothing."""
         if math.prod(shape) != self.size:
             raise ValueError(f"{self.path}: a tensor of shape {self.shape} has no shape {tuple(shape)}")
         return StoredTensor(self.path, self.offset, shape, self.dtype)
@@ -101,8 +104,8 @@ class StoredTensor:
         return self[...].astype(dtype or self.dtype, copy=False)
 
 
-def open_tensors(path):
-    """As `read_tensors`, but gives a `StoredTensor` for each tensor of a `.safetensors` file."""
+def open_tensors(path: str | Path) -> dict[str, Any]:
+    """Like `read_tensors`, but returns a `StoredTensor` for each tensor of a `.safetensors` file."""
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return read_tensors(path)
@@ -110,21 +113,21 @@ def open_tensors(path):
     return _open_safetensors(path)
 
 
-def read_metadata(path):
-    """The strings by name in the header of a `.safetensors` file that `read_tensors` has read without error."""
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Reads the strings in the header of a `.safetensors` file that `read_tensors` has read without error."""
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
         return file.metadata() or {}
 
 
-def write_safetensors(path, tensors, metadata=None):
+def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Writes a `.safetensors` file that appears whole or not at all.
 
     Args:
-        path: the file; one that is already there is replaced at the very end, or left as it was after an error.
+        path: the file; an existing one is replaced at the very end, and left as it was after an error.
         tensors: mapping of name to array.
-        metadata: dict of strings for the header; `{"format": "pt"}`, which PyTorch libraries ask for, by default.
+        metadata: strings for the header; by default `{"format": "pt"}`, which PyTorch libraries ask for.
 
     Raises:
         WeightsError: the file could not be written (a full disk, a missing folder, no permission).
@@ -137,7 +140,7 @@ def write_safetensors(path, tensors, metadata=None):
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
         partial.touch()
-        mode = partial.stat().st_mode  # what the umask asks for; safetensors makes files that only the owner may read
+        mode = partial.stat().st_mode  # by the umask; safetensors makes files that only the owner may read
         save_file(arrays, partial, metadata=metadata or {"format": "pt"})
         partial.chmod(mode)
         os.replace(partial, path)
@@ -147,11 +150,14 @@ def write_safetensors(path, tensors, metadata=None):
         partial.unlink(missing_ok=True)
 
 
-def cast(tensors, dtype, *, what):
-    """Floating-point tensors of a dict in `dtype`.
+def cast(tensors: Mapping[str, np.ndarray], dtype: DTypeLike, *, what: str) -> dict[str, np.ndarray]:
+    """Casts the floating-point tensors of a dict to `dtype`.
+
+    Args:
+        what: how an error names the source of the tensors.
 
     Raises:
-        WeightsError: numbers that are finite would overflow (as those of SDXL's VAE do in some layers in float16).
+        WeightsError: finite numbers would overflow.
     """
     converted = {}
     for name, array in tensors.items():
@@ -165,8 +171,8 @@ def cast(tensors, dtype, *, what):
     return converted
 
 
-def read_json(path):
-    """The object in a JSON file.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads the object in a JSON file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -185,7 +191,7 @@ def read_json(path):
 
 
 def _refuse_placeholders(path):
-    """Names what commonly lies where weights should: nothing, a Git LFS pointer, a web page, an error message."""
+    """Refuses files that commonly stand in for weights: empty, a Git LFS pointer, a web page, an error message."""
     with open(path, "rb") as file:
         start = file.read(200).lstrip().lower()
     if not start:
@@ -201,7 +207,7 @@ def _refuse_placeholders(path):
 
 
 def _open_safetensors(path):
-    """The tensors of a file by name; the library checks the header, and that the file is as long as it says."""
+    """Opens the tensors of a file by name; the library checks the header and the file's length."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -225,7 +231,7 @@ def _stored_tensor(path, name, entry, start):
 
 
 def _read_safetensors(path):
-    """Maps the tensors of a file, copy on write: an array changed in place changes neither the file nor others."""
+    """Maps the tensors of a file, copy on write: changing an array in place changes neither the file nor others."""
     stored = _open_safetensors(path)
     data = np.memmap(path, np.uint8, mode="c")
     return {name: _view(tensor, data) for name, tensor in stored.items()}
@@ -247,7 +253,7 @@ def _read_pickle(path):
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path}: {_why_unsafe(error)}") from error
-    except Exception as error:  # torch raises whatever its many decoders do for bytes that are no checkpoint
+    except Exception as error:  # torch's many decoders raise errors of many kinds for a broken file
         reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
         raise WeightsError(f"{path}: not a whole PyTorch checkpoint ({reason}); fetch it again") from error
     for wrapper in ("state_dict", "model"):
@@ -276,7 +282,7 @@ def _read_torchscript(path):
 
 
 def _why_unsafe(error):
-    """One line for a pickle that PyTorch's safe loader refused."""
+    """Explains in one line why PyTorch's safe loader refused a pickle."""
     text = str(error)
     detail = next((line.strip() for line in text.split("\n") if "Unsupported" in line or "GLOBAL" in line), "")
     if not detail:
@@ -300,12 +306,12 @@ def _torch_to_numpy(tensor):
 
 
 def _read_msgpack(path):
-    """Reads a Flax checkpoint: a nested dict whose names are joined by dots, arrays as they are."""
+    """Reads a Flax checkpoint: a nested dict of arrays, whose names are joined by dots."""
     from flax.serialization import msgpack_restore
 
     try:
         nested = msgpack_restore(path.read_bytes())
-    except Exception as error:  # msgpack and numpy raise many kinds for bytes that are no checkpoint
+    except Exception as error:  # msgpack and NumPy raise errors of many kinds for a broken file
         raise WeightsError(f"{path}: not a whole Flax msgpack file ({error or type(error).__name__})") from error
     tensors = dict(_flatten(nested, ())) if isinstance(nested, dict) else {}
     others = [name for name, value in tensors.items() if not isinstance(value, np.ndarray)]

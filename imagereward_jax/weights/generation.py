@@ -1,4 +1,4 @@
-"""How a model is meant to be sampled: `generation_config.json` beside model_index.json or beside an adapter."""
+"""Sampling settings of a model: `generation_config.json` beside model_index.json or beside an adapter."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ FILE = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Sampler, its steps and the guidance scale (at most 1: no guidance) that suit a model."""
+    """Sampler, number of steps and guidance scale (1 or less: no guidance) that suit a model."""
 
     sampler: str = "ddim"
     num_inference_steps: int = 50
@@ -20,7 +20,7 @@ class Generation:
 
 
 def read_generation(folder: str | Path) -> Generation | None:
-    """The `Generation` that a folder states; None if it has no such file.
+    """Reads the `Generation` that a folder states; None if it has no such file.
 
     Raises:
         WeightsError: naming the file and the field that is unknown, absent or of the wrong kind.
@@ -43,6 +43,6 @@ def read_generation(folder: str | Path) -> Generation | None:
 
 
 def write_generation(folder: str | Path, generation: Generation) -> None:
-    """Writes the file into a folder that is there."""
+    """Writes the file into an existing folder."""
     text = json.dumps(dataclasses.asdict(generation), indent=2) + "\n"
     (Path(folder) / FILE).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Finds a model by what its user calls it: a folder, a name that comes with the package, or a name on the hub."""
+"""Finds a model by its folder, by a name that comes with the package, or by a name on the hub."""
 
 import difflib
 import fnmatch
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -15,13 +16,15 @@ class ModelNotFound(FileNotFoundError):
     """No folder, built-in model or hub repository has the given name; the message says what was tried."""
 
 
-def builtin_models():
-    """Names of the models that come with the package."""
+def builtin_models() -> list[str]:
+    """Lists the names of the models that come with the package."""
     return sorted(path.name for path in ASSETS.iterdir() if path.is_dir()) if ASSETS.is_dir() else []
 
 
-def resolve_model(name_or_path, *, allow_patterns, cache_dir=None):
-    """The folder that holds a model, downloaded first if it has to be.
+def resolve_model(
+    name_or_path: str | Path, *, allow_patterns: Sequence[str], cache_dir: str | Path | None = None
+) -> Path:
+    """Finds the folder of a model; downloads it first if necessary.
 
     Args:
         name_or_path: an existing folder; a built-in name such as "tiny-shapes"; or a hub name "owner/model", with
@@ -51,8 +54,8 @@ def resolve_model(name_or_path, *, allow_patterns, cache_dir=None):
     return _download(repo_id, revision, allow_patterns, cache_dir)
 
 
-def resolve_file(repo_id, filename, *, cache_dir=None):
-    """One file of a hub repository "owner/model" (or "owner/model@branch"), downloaded first if it has to be.
+def resolve_file(repo_id: str, filename: str, *, cache_dir: str | Path | None = None) -> Path:
+    """Finds one file of a hub repository "owner/model" (or "owner/model@branch"); downloads it first if necessary.
 
     Raises:
         ModelNotFound: there is no such file, or the hub cannot be reached.
@@ -61,8 +64,8 @@ def resolve_file(repo_id, filename, *, cache_dir=None):
     return _download(repo, revision, [filename], cache_dir) / filename
 
 
-def resolve_url(url, path):
-    """The file at `path`, downloaded from `url` first if it is not there; it appears whole or not at all.
+def resolve_url(url: str, path: str | Path) -> Path:
+    """Downloads `url` to `path`, if there is no file at `path`; the file appears whole or not at all.
 
     Raises:
         ModelNotFound: it is not there and could not be downloaded.
@@ -79,7 +82,7 @@ def resolve_url(url, path):
             if expected is not None and target.tell() != int(expected):
                 raise OSError(f"{target.tell():,} of {int(expected):,} bytes arrived")
         os.replace(partial, path)
-    except OSError as error:  # urllib's errors are of this kind, too
+    except OSError as error:  # the class of urllib's errors too
         raise ModelNotFound(
             f"there is no {path}, and {url} could not be downloaded to it ({_why(error)}): put the file there, or pass "
             "its path"
@@ -89,13 +92,13 @@ def resolve_url(url, path):
     return path
 
 
-def looks_like_path(name):
+def looks_like_path(name: str) -> bool:
     """Whether `name` can only be meant as a path, so that the hub must not be asked for it."""
     return bool(re.match(r"[./~]|[A-Za-z]:[\\/]", name)) or "\\" in name or name.endswith("/") or name.count("/") > 1
 
 
 def _download(repo_id, revision, allow_patterns, cache_dir):
-    """Files of a hub repository; the hub library's many errors are turned into one that says what to do."""
+    """Downloads files of a hub repository; turns the hub library's many errors into one that says what to do."""
     from huggingface_hub import errors, snapshot_download
 
     name = f"{repo_id}@{revision}" if revision else repo_id
@@ -143,7 +146,7 @@ def _suggestion(name):
 
 
 def _nearby(path):
-    """Of a path that does not exist: which part of it is missing, and what has nearly that name."""
+    """Suggests a folder with nearly the name of a path that does not exist."""
     parent = path.parent
     if not parent.is_dir():
         return ""

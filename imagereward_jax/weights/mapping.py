@@ -1,18 +1,20 @@
-"""How a PyTorch tensor becomes a Flax parameter and back: the one mapping that every network uses.
+"""Converts PyTorch tensors to Flax parameters and back: the one mapping that every network uses.
 
-A network's parameters are a nested dict (`nnx.to_pure_dict` of its state). Because attributes are named as in
-the PyTorch checkpoint, the path to a layer is its key there; the layer's class says the rest in `torch_names`.
+A network's parameters are a nested dict (`nnx.to_pure_dict` of its state). Attributes are named as in the PyTorch
+checkpoint, so the path to a layer is its key there. The layer's class states the rest in `torch_names`.
 """
 
 import functools
 import operator
 import re
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imagereward_jax.models import scanned_layers
 
@@ -22,33 +24,33 @@ class CheckpointMismatch(ValueError):
 
 
 class Leaf(NamedTuple):
-    """One parameter: its path in the network, its shape there, and the axes order that makes it PyTorch's.
+    """One parameter: its path in the network, its shape there, and the order of axes that gives PyTorch's layout.
 
-    index: which layer's, where the parameter at `path` is that of a stack of layers (`models.stack`); shape and
-    to_torch are without the axis of the layers.
+    index: number of the layer, if the parameter at `path` is that of a stack of layers (`models.scanned_layers`); shape
+    and to_torch are then without the axis of the layers.
     """
 
     path: tuple
-    shape: tuple
-    to_torch: tuple | None
+    shape: tuple[int, ...]
+    to_torch: tuple[int, ...] | None
     index: int | None
 
     @property
-    def torch_shape(self):
+    def torch_shape(self) -> tuple[int, ...]:
         return self.shape if self.to_torch is None else tuple(self.shape[axis] for axis in self.to_torch)
 
 
-def abstract(build):
-    """The network that `build()` would make, with shapes instead of arrays: no memory, no time."""
+def abstract(build: Callable[[], nnx.Module]) -> nnx.Module:
+    """Makes the network of `build()` with shapes instead of arrays, which takes no memory and next to no time."""
     return nnx.eval_shape(build)
 
 
-def params_of(module, kind=nnx.Param):
+def params_of(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
     """The parameters of a network as a nested dict of arrays (or shapes, for an abstract one); see `torch_layout`."""
     return nnx.to_pure_dict(nnx.state(module, kind))
 
 
-def torch_layout(module, kind=nnx.Param):
+def torch_layout(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Leaf]:
     """Maps each PyTorch key to the `Leaf` of `module` (abstract or not) that holds it.
 
     Args:
@@ -68,23 +70,32 @@ def torch_layout(module, kind=nnx.Param):
     return layout
 
 
-def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None, target=None, kind=nnx.Param):
-    """Parameters for `module` from PyTorch tensors, one at a time: no more than one beside the result is in memory.
+def from_torch(
+    module: nnx.Module,
+    tensors: Mapping[str, Any],
+    *,
+    what: str = "checkpoint",
+    ignore: Collection[str] = (),
+    dtype: DTypeLike | None = None,
+    target: dict[str, Any] | None = None,
+    kind: type[nnx.Variable] = nnx.Param,
+) -> dict[str, Any]:
+    """Converts PyTorch tensors to parameters of `module`, one at a time: memory holds the result and one tensor.
 
     Args:
         module: the network, abstract or not; only its structure is used.
-        tensors: mapping of PyTorch key to an array with PyTorch's shape, or to a `files.StoredTensor`, which is read
-            when it is needed, and only the part that is needed.
+        tensors: mapping of PyTorch key to an array with PyTorch's shape, or to a `files.StoredTensor`, of which only
+            the part that is needed is read.
         what: how an error names the source (a file, a folder).
         ignore: regular expressions; matching keys of `tensors` are left out.
         dtype: converts floating-point tensors; None keeps each as it is.
-        target: nested dict of `jax.ShapeDtypeStruct`, as `params_of` gives for an abstract network: each parameter gets
-            the dtype of its leaf, and with a sharding becomes a jax array of which each device reads its own part.
-            Takes the place of `dtype`.
+        target: nested dict of `jax.ShapeDtypeStruct`, as `params_of` gives for an abstract network. Each parameter gets
+            the dtype of its leaf. A leaf with a sharding becomes a jax array, of which each device reads its own part.
+            Replaces `dtype`.
         kind: as for `torch_layout`.
 
     Returns:
-        The nested dict that `nnx.merge` takes: numpy arrays, or jax arrays where `target` has a sharding.
+        The nested dict that `nnx.merge` takes: NumPy arrays, or jax arrays for leaves of `target` with a sharding.
 
     Raises:
         CheckpointMismatch: naming every missing, unexpected and misshapen key.
@@ -100,7 +111,7 @@ def from_torch(module, tensors, *, what="checkpoint", ignore=(), dtype=None, tar
 
 
 def _check_keys(layout, tensors, what, ignore):
-    """Raises `CheckpointMismatch` unless `tensors` has just the keys and shapes of `layout`."""
+    """Raises `CheckpointMismatch` unless `tensors` has exactly the keys and shapes of `layout`."""
     present = {key for key in tensors if not any(re.search(pattern, key) for pattern in ignore)}
     missing = sorted(layout.keys() - present)
     unexpected = sorted(present - layout.keys())
@@ -114,7 +125,7 @@ def _check_keys(layout, tensors, what, ignore):
 
 
 def _by_path(layout):
-    """{path: [(key, leaf), ...]}, the layers of a stack in order."""
+    """Groups a layout by parameter: {path: [(key, leaf), ...]}, the layers of a stack in order."""
     paths = defaultdict(list)
     for key, leaf in layout.items():
         paths[leaf.path].append((key, leaf))
@@ -122,7 +133,7 @@ def _by_path(layout):
 
 
 def _parameter(sources, dtype, struct):
-    """One parameter from its tensor, or from those of a stack's layers: [(leaf, tensor), ...]."""
+    """Makes one parameter from its tensor, or from those of a stack's layers: [(leaf, tensor), ...]."""
     first = sources[0][0]
     shape = first.shape if first.index is None else (len(sources), *first.shape)
     if struct is None or struct.sharding is None:
@@ -130,7 +141,7 @@ def _parameter(sources, dtype, struct):
     parts = {}
 
     def part(index):
-        """The numbers at `index`; devices that hold the same share one array."""
+        """Reads the part at `index`; devices that hold the same part share one array."""
         index = tuple(slice(*axis.indices(size)) for axis, size in zip(index, shape))
         where = tuple((axis.start, axis.stop) for axis in index)
         if where not in parts:
@@ -141,7 +152,7 @@ def _parameter(sources, dtype, struct):
 
 
 def _read(sources, index, dtype):
-    """The part of a parameter at `index`, slices along its axes, contiguous and converted."""
+    """Reads the part of a parameter at `index` (slices along its axes), contiguous and converted."""
     if sources[0][0].index is None:
         return _read_tensor(*sources[0], index, dtype)
     layers, rest = range(len(sources))[index[0]], index[1:]
@@ -169,10 +180,10 @@ def _put(tree, path, value):
     tree[path[-1]] = value
 
 
-def to_torch(module, params, kind=nnx.Param):
-    """PyTorch tensors (numpy arrays by key) from the parameters of `module`; the inverse of `from_torch`.
+def to_torch(module: nnx.Module, params: dict[str, Any], kind: type[nnx.Variable] = nnx.Param) -> dict[str, np.ndarray]:
+    """Converts the parameters of `module` to PyTorch tensors (NumPy arrays by key); the inverse of `from_torch`.
 
-    Parameters come to the host one after the other. Where other processes hold parts of one, every process has to call
+    Parameters come to the host one after the other. If other processes hold parts of one, every process has to call
     this, and every process gets all tensors.
     """
     tensors = {}
@@ -184,8 +195,8 @@ def to_torch(module, params, kind=nnx.Param):
     return tensors
 
 
-def host_array(array):
-    """An array on the host; all-gathered if other processes hold parts of it."""
+def host_array(array: Any) -> np.ndarray:
+    """Copies an array to the host; all-gathers it if other processes hold parts of it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         from jax.experimental import multihost_utils
 

@@ -1,7 +1,7 @@
 """Pipelines as Orbax checkpoints: parameters in Flax's layout, of which each device reads only its part.
 
 FOLDER/checkpoint.json   classes and settings of the pipeline, every network and the scheduler
-FOLDER/unet/, vae/, ...  one Orbax checkpoint a network
+FOLDER/unet/, vae/, ...  one Orbax checkpoint per network
 FOLDER/tokenizer/, ...   the tokenizers' files
 """
 
@@ -9,7 +9,9 @@ import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import traverse_util
@@ -17,7 +19,7 @@ from flax import traverse_util
 from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.weights.diffusers import copy_files
 from imagereward_jax.weights.files import WeightsError, read_json
-from imagereward_jax.weights.generation import write_generation
+from imagereward_jax.weights.generation import Generation, write_generation
 from imagereward_jax.weights.mapping import CheckpointMismatch
 
 MANIFEST = "checkpoint.json"
@@ -27,19 +29,27 @@ _CHUNK_BYTES = 4 * 2**20
 
 
 def save_pipeline_checkpoint(
-    folder, networks, *, pipeline_class, scheduler_config, tokenizers, fields=None, generation=None, overwrite=False
-):
+    folder: str | Path,
+    networks: Iterable[tuple[str, dict[str, Any], dict[str, Any]]],
+    *,
+    pipeline_class: str,
+    scheduler_config: dict[str, Any],
+    tokenizers: Mapping[str, str | Path],
+    fields: dict[str, Any] | None = None,
+    generation: Generation | None = None,
+    overwrite: bool = False,
+) -> None:
     """Writes a pipeline as an Orbax checkpoint, whole or not at all.
 
     Args:
-        networks: iterable of (name, config.json's content, params), one read at a time, so that no more than one
-            network need be in memory. jax arrays are written with less memory than numpy arrays.
+        networks: iterable of (name, config.json's content, params), read one at a time, so that only one network need
+            be in memory. jax arrays are written with less memory than NumPy arrays.
         pipeline_class: as model_index.json names it.
         scheduler_config: the content of scheduler_config.json. tokenizers: folder to copy by name.
         fields: settings of the pipeline, `diffusers.Index.fields`. generation: the `Generation` to state, or None.
 
     Raises:
-        FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is no such checkpoint.
+        FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is not such a checkpoint.
         WeightsError: it could not be written.
     """
     with new_folder(folder, overwrite=overwrite, marker=MANIFEST) as partial:
@@ -63,12 +73,12 @@ def save_pipeline_checkpoint(
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder):
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Reads the manifest of a checkpoint: "pipeline_class", "components" (config by name), "scheduler", "tokenizers"
     (names) and "fields" (settings of the pipeline).
 
     Raises:
-        FileNotFoundError: `folder` is not there. WeightsError: it is no such checkpoint.
+        FileNotFoundError: `folder` is not there. WeightsError: it is not such a checkpoint.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -83,20 +93,20 @@ def read_manifest(folder):
     return manifest
 
 
-def load_pipeline_checkpoint(folder, abstract):
-    """Reads networks from a checkpoint, each array straight into its place on the devices.
+def load_pipeline_checkpoint(folder: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Reads networks from a checkpoint, each array straight to its devices.
 
     Args:
-        folder: what `save_pipeline_checkpoint` wrote.
-        abstract: by component, the nested dict of `jax.ShapeDtypeStruct` to read: shapes have to be those of the
-            checkpoint, dtypes may differ (arrays are cast), shardings say where each part goes. Components that are
+        folder: a folder that `save_pipeline_checkpoint` wrote.
+        abstract: by component, the nested dict of `jax.ShapeDtypeStruct` to read. Shapes have to be those of the
+            checkpoint; dtypes may differ (arrays are cast); shardings say where each part goes. Components that are
             left out are not read.
 
     Returns:
         dict of component to nested dict of jax arrays.
 
     Raises:
-        FileNotFoundError, WeightsError: the folder is absent, no such checkpoint or damaged.
+        FileNotFoundError, WeightsError: the folder is absent, not such a checkpoint, or damaged.
         CheckpointMismatch: naming every missing, unexpected and misshapen parameter.
     """
     known = read_manifest(folder)["components"]
@@ -107,8 +117,8 @@ def load_pipeline_checkpoint(folder, abstract):
     return {name: _load_params(Path(folder).absolute() / name, tree) for name, tree in abstract.items()}
 
 
-def stored_dtypes(folder, name, params):
-    """One network's parameters as `jax.ShapeDtypeStruct`, of the shapes of `params` in the dtypes of the checkpoint.
+def stored_dtypes(folder: str | Path, name: str, params: dict[str, Any]) -> dict[str, Any]:
+    """One network's parameters as `jax.ShapeDtypeStruct`, with the shapes of `params` and the checkpoint's dtypes.
 
     Raises:
         FileNotFoundError, WeightsError: as for `load_pipeline_checkpoint`.
@@ -133,7 +143,7 @@ def _save_params(path, params):
     with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         try:
             checkpointer.save(path, args=ocp.args.StandardSave(params, save_args=save_args))
-        except Exception as error:  # Orbax passes on what its storage layer raises, of many kinds
+        except Exception as error:  # Orbax passes on errors of many kinds from its storage layer
             raise WeightsError(f"{path}: could not be written ({_reason(error)})") from error
 
 
@@ -142,7 +152,7 @@ def _files(folder):
 
 
 def _refuse_damaged(folder, name):
-    """Checks that every file of a network is there in full, which a copy that was cut short breaks first."""
+    """Checks that every file of a network is there in full: the first thing to break when a copy is cut short."""
     sizes = read_manifest(folder)["bytes"]
     for file, size in sizes.items():
         path = folder / file
@@ -154,7 +164,7 @@ def _refuse_damaged(folder, name):
 
 
 def _refuse_full_disk(path, params):
-    """Checks that there is room before Orbax, whose many threads would each report a full disk, starts to write."""
+    """Checks for room on the disk before Orbax writes, as each of its many threads would report a full disk."""
     needed = sum(array.nbytes for array in jax.tree.leaves(params))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
@@ -178,7 +188,7 @@ def _load_params(path, abstract):
 
 
 def _check(path, stored, abstract):
-    """Compares shapes by name, so that a wrong checkpoint is refused before anything is read."""
+    """Compares shapes by name, to refuse a wrong checkpoint before anything is read."""
     stored, wanted = (
         {".".join(map(str, key)): tuple(leaf.shape) for key, leaf in traverse_util.flatten_dict(tree).items()}
         for tree in (stored, abstract)
@@ -196,7 +206,7 @@ def _check(path, stored, abstract):
 
 @contextlib.contextmanager
 def _quiet():
-    """Silences Orbax, which logs every array, and every error that it raises too."""
+    """Silences Orbax, which logs every array, and every error that it also raises."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""The files that a pipeline was opened from, of which its weights are read when they are asked for."""
+"""The files that a pipeline was opened from; weights are read when they are asked for."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,19 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class DiffusersSource:
-    """A diffusers folder, or a model of the hub whose weights are downloaded at first use."""
+    """A diffusers folder, or a model on the hub whose weights are downloaded at first use."""
 
     name_or_path: str | Path
     variant: str | None = None
 
     def load(self, name: str, network: nnx.Module, target: Params) -> Params:
-        """Parameters of one network, as `mapping.from_torch` places them by `target`."""
+        """Loads the parameters of one network, as `mapping.from_torch` does by `target`."""
         folder = self._folder()
         tensors = diffusers.load_component(folder, name, variant=self.variant, read=files.open_tensors)[1]
         return mapping.from_torch(network, tensors, what=str(folder / name), target=target)
 
     def tensors(self, name: str, network: nnx.Module) -> dict[str, Any]:
-        """The tensors of one network by PyTorch key, in the dtype of the file."""
+        """Opens the tensors of one network by PyTorch key, in the dtype of the file."""
         return diffusers.load_component(self._folder(), name, variant=self.variant, read=files.open_tensors)[1]
 
     def _folder(self) -> Path:
@@ -41,7 +41,7 @@ class OrbaxSource:
     folder: Path
 
     def load(self, name: str, network: nnx.Module, target: Params) -> Params:
-        """Parameters of one network; NumPy arrays for the leaves of `target` without a sharding."""
+        """Loads the parameters of one network; NumPy arrays for the leaves of `target` without a sharding."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def place(leaf):
@@ -51,6 +51,6 @@ class OrbaxSource:
         return jax.tree.map(lambda leaf, array: array if leaf.sharding else np.asarray(array), target, params)
 
     def tensors(self, name: str, network: nnx.Module) -> dict[str, Any]:
-        """The tensors of one network by PyTorch key, in the dtype of the checkpoint."""
+        """Reads the tensors of one network by PyTorch key, in the dtype of the checkpoint."""
         stored = orbax.stored_dtypes(self.folder, name, mapping.params_of(network))
         return mapping.to_torch(network, self.load(name, network, stored))

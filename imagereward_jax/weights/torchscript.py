@@ -1,15 +1,16 @@
 """Reads the tensors of a TorchScript archive, such as OpenAI's CLIP files, without PyTorch and without running it.
 
-Such a file is a zip of a program and of a pickle that rebuilds the module's attributes. PyTorch's own ways in are
-`torch.jit.load`, which compiles and can run what the archive says, and unsafe unpickling; its safe loader
+Such a file is a zip of a program and of a pickle that rebuilds the module's attributes. PyTorch opens it by
+`torch.jit.load`, which compiles and can run the archive's program, or by unsafe unpickling; its safe loader
 (`weights_only=True`) refuses the format. Here the pickle may name nothing but tensors, containers and TorchScript
-classes, which become plain dictionaries; the program is never read.
+classes, which become plain dictionaries. The program is never read.
 """
 
 import io
 import math
 import pickle
 import zipfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -32,7 +33,7 @@ class RefusedPickle(ValueError):
     """The archive's pickle names something other than tensors, containers and TorchScript classes."""
 
 
-def is_torchscript(path):
+def is_torchscript(path: str | Path) -> bool:
     """Whether a file is a TorchScript archive, and not the zip that `torch.save` writes."""
     if not zipfile.is_zipfile(path):
         return False
@@ -40,11 +41,8 @@ def is_torchscript(path):
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def read_torchscript(path):
-    """Every tensor of the module and its submodules, by dotted name.
-
-    Returns:
-        dict of name to numpy array.
+def read_torchscript(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads every tensor of the module and its submodules, by dotted name.
 
     Raises:
         RefusedPickle: the archive holds other Python objects.
@@ -69,7 +67,7 @@ class _Module(dict):
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that knows tensors and TorchScript's containers, and refuses all other names."""
+    """Unpickles tensors and TorchScript's containers; refuses all other names."""
 
     def __init__(self, archive, root):
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
@@ -91,7 +89,7 @@ class _Unpickler(pickle.Unpickler):
         raise RefusedPickle(f"{module}.{name}")
 
     def persistent_load(self, identity):
-        """The numbers of a storage: ("storage", dtype, file, device, length)."""
+        """Reads the numbers of a storage: ("storage", dtype, file, device, length)."""
         kind, storage, key, _, _ = identity
         if kind != "storage" or storage not in _STORAGES:
             raise RefusedPickle(f"an object of kind {kind!r}")
@@ -105,7 +103,7 @@ def _first(value, *_):
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_):
-    """A copy of the tensor that lies in `storage` (1-D) with the given offset and strides, in elements."""
+    """Copies the tensor that lies in `storage` (1-D) with the given offset and strides, in elements."""
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and last >= len(storage)):
         raise ValueError("a tensor lies outside of its storage")

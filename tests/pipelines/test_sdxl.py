@@ -11,8 +11,7 @@ import tiny_sdxl
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.generate import main as generate
 from imagereward_jax.pipelines import load_pipeline
-from imagereward_jax.pipelines.base import make_time_ids
-from imagereward_jax.pipelines.sdxl import StableDiffusionXL
+from imagereward_jax.pipelines.sdxl import StableDiffusionXL, make_time_ids
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
