@@ -16,8 +16,8 @@ from imagereward_jax.weights.files import WeightsError
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # Only OpenAI's archives hold it.
 _OPENAI_MARK = "input_resolution"
-# Width and layers of a vision tower: (width of its heads, width of the text tower with heads of 64, activation),
-# after open_clip's model_configs. None: published models of that size have QuickGELU (OpenAI's, MetaCLIP's, DFN's) or
+# Width and layers of a vision tower: (width of its heads, width of the text tower, whose heads have 64, activation), as
+# in open_clip's model_configs. None: published models of that size have QuickGELU (OpenAI's, MetaCLIP's, DFN's) or
 # GELU (LAION's, DataComp's).
 _PUBLISHED = {
     (768, 12): (64, 512, None),  # ViT-B/32, B/16
