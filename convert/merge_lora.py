@@ -2,8 +2,8 @@
 
     python convert/merge_lora.py SRC LORA OUT [--weight 0.8]
 
-SRC is a diffusers folder, a built-in model or a name on the hub; LORA an adapter that diffusers, kohya's sd-scripts or
-a training run of this package wrote. OUT is a diffusers folder of float32 weights, which PyTorch opens as well.
+SRC is a diffusers folder, a built-in model or a name on the hub; LORA an adapter of diffusers, PEFT, kohya's sd-scripts
+or a training run of this package. OUT is a diffusers folder of float32 weights, which PyTorch opens as well.
 """
 
 import argparse

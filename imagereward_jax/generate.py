@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="PATH[:WEIGHT]",
-        help="an adapter that diffusers, kohya or this package wrote; may be given several times",
+        help="an adapter that diffusers, PEFT, kohya or this package wrote; may be given several times",
     )
     parser.add_argument("--negative-prompt", default="", help="text to keep out of the images")
     parser.add_argument(
