@@ -201,6 +201,7 @@ def read_prompts(args: argparse.Namespace) -> dict[str, str]:
 
     from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
     from imagereward_jax.data.tables import column_values, read_table
+    from imagereward_jax.storage.names import single_name
 
     prompts = load_prompts(args.prompts)
     names = [str(i) for i in range(len(prompts))]
@@ -208,10 +209,8 @@ def read_prompts(args: argparse.Namespace) -> dict[str, str]:
     if table is not None and "id" in (table.columns() or ()):
         names = [str(name) for name in column_values(table, "id")]
         for i, name in enumerate(names):
-            if not name or name != Path(name).name or name in names[:i]:
-                raise ValueError(
-                    f"{table.where(i)}: id {name!r} cannot name a file, or is not the only one of that name"
-                )
+            if single_name(name, f"{table.where(i)}: id") in names[:i]:
+                raise ValueError(f"{table.where(i)}: id {name!r} is not the only one of that name")
     return dict(zip(names, prompts))
 
 
