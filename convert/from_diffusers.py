@@ -12,9 +12,12 @@ import os
 import sys
 from pathlib import Path
 
+from imagereward_jax.command import command
+from imagereward_jax.terminal import Parser, say
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="diffusers folder, name on the Hugging Face hub, or built-in model")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--variant", help='which weight files to read, e.g. "fp16" for *.fp16.safetensors')
@@ -64,13 +67,13 @@ def read_component(folder, name, class_name, *, variant, dtype):
     from imagereward_jax.weights.components import abstract_network, label
     from imagereward_jax.weights.files import cast
 
-    print(f"{name}: reading", flush=True)
+    say(f"{name}: reading")
     config, tensors = diffusers.load_component(folder, name, variant=variant)
     network = abstract_network(class_name, config)
     what = str(folder / name)
     params = mapping.from_torch(network, cast(tensors, jax.numpy.dtype(dtype), what=what), what=what)
     count = sum(array.size for array in jax.tree.leaves(params))
-    print(f"{name}: {count:,} parameters, writing as {dtype}", flush=True)
+    say(f"{name}: {count:,} parameters, writing as {dtype}")
     # As jax arrays on the CPU, since Orbax makes copies of numpy arrays.
     return (
         name,
@@ -79,14 +82,15 @@ def read_component(folder, name, class_name, *, variant, dtype):
     )
 
 
+@command
 def main(argv=None):
     args = parse_args(argv)
     try:
         convert(args.source, args.out, variant=args.variant, dtype=args.dtype, overwrite=args.overwrite)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out}")
+    say(f"wrote {args.out}")
     return 0
 
 

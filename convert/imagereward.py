@@ -9,11 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from imagereward_jax.rewards import checkpoint
+from imagereward_jax.command import command
+from imagereward_jax.terminal import Parser, say
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="ImageReward.pt, or the name of a known model")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--med-config", help="med_config.json; default: beside the checkpoint")
@@ -22,7 +23,10 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@command
 def main(argv=None):
+    from imagereward_jax.rewards import checkpoint
+
     args = parse_args(argv)
     try:
         if args.out.exists() and not args.overwrite:
@@ -30,9 +34,9 @@ def main(argv=None):
         model = checkpoint.load(args.source, device="cpu", med_config=args.med_config, tokenizer=args.tokenizer)
         model.save(args.out, overwrite=args.overwrite)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out}")
+    say(f"wrote {args.out}")
     return 0
 
 

@@ -12,9 +12,12 @@ import os
 import sys
 from pathlib import Path
 
+from imagereward_jax.command import command
+from imagereward_jax.terminal import Parser, say
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", help="model: diffusers folder, built-in model or name on the hub")
     parser.add_argument("lora", help="adapter: .safetensors file, its folder, or name on the hub")
     parser.add_argument("out", type=Path, help="folder to write")
@@ -40,14 +43,15 @@ def merge(args):
     return sum(len(layers) for layers in adapter.values())
 
 
+@command
 def main(argv=None):
     args = parse_args(argv)
     try:
         count = merge(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out}: {count} layers adapted")
+    say(f"wrote {args.out}: {count} layers adapted")
     return 0
 
 

@@ -13,14 +13,17 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from imagereward_jax.storage.folders import new_folder
-from imagereward_jax.weights.files import cast, read_tensors, write_safetensors
+from imagereward_jax.command import command
+from imagereward_jax.terminal import Parser, say
 
 
 def pack(diffusion, reward, out, *, overwrite=False):
     """Copies both folders to `out` and rounds every safetensors file to float16."""
+    import numpy as np
+
+    from imagereward_jax.storage.folders import new_folder
+    from imagereward_jax.weights.files import cast, read_tensors, write_safetensors
+
     with new_folder(out, overwrite=overwrite, marker="model_index.json") as folder:
         shutil.copytree(diffusion, folder, dirs_exist_ok=True)
         shutil.copytree(reward, folder / "reward")
@@ -28,8 +31,9 @@ def pack(diffusion, reward, out, *, overwrite=False):
             write_safetensors(path, cast(read_tensors(path), np.float16, what=str(path)), {"format": "pt"})
 
 
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("diffusion", type=Path, help="diffusers folder")
     parser.add_argument("reward", type=Path, help="folder of the reward")
     parser.add_argument("out", type=Path, help="folder to write")
@@ -38,10 +42,10 @@ def main(argv=None):
     try:
         pack(args.diffusion, args.reward, args.out, overwrite=args.overwrite)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in args.out.rglob("*.safetensors"))
-    print(f"wrote {args.out}: {size / 1e6:.1f} MB of weights")
+    say(f"wrote {args.out}: {size / 1e6:.1f} MB of weights")
     return 0
 
 

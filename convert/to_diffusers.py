@@ -11,9 +11,12 @@ import os
 import sys
 from pathlib import Path
 
+from imagereward_jax.command import command
+from imagereward_jax.terminal import Parser, say
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder that convert/from_diffusers.py wrote")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument(
@@ -54,24 +57,25 @@ def read_component(checkpoint, name, config, *, dtype):
     from imagereward_jax.weights.components import abstract_network, class_of
     from imagereward_jax.weights.files import cast
 
-    print(f"{name}: reading", flush=True)
+    say(f"{name}: reading")
     network = abstract_network(class_of(config, name), config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), mapping.params_of(network))
     params = orbax.load_pipeline_checkpoint(checkpoint, {name: structs})[name]
     tensors = cast(mapping.to_torch(network, params), jax.numpy.dtype(dtype), what=str(checkpoint / name))
-    print(f"{name}: {sum(array.size for array in tensors.values()):,} parameters, writing as {dtype}", flush=True)
+    say(f"{name}: {sum(array.size for array in tensors.values()):,} parameters, writing as {dtype}")
     return name, (config, tensors)
 
 
+@command
 def main(argv=None):
     args = parse_args(argv)
     try:
         convert(args.checkpoint, args.out, dtype=args.dtype, overwrite=args.overwrite)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out}")
+    say(f"wrote {args.out}")
     return 0
 
 

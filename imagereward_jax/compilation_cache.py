@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from imagereward_jax.terminal import say
+
 FOLDER = "IMAGEREWARD_JAX_CACHE"  # the environment variable that moves the folder, or says "off"
 
 
@@ -47,7 +49,7 @@ def use_compilation_cache(enabled: bool = True) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # who can write into it can run programs here
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
-        print(
+        say(
             f"warning: compiled programs are not kept for the next start ({error}); set {FOLDER} to a folder that can "
             "be written, or to off",
             file=sys.stderr,

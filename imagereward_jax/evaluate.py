@@ -8,20 +8,22 @@ bootstraps over prompts.
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from imagereward_jax.command import command
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
-from imagereward_jax.data.images import IMAGE_RULES
+from imagereward_jax.terminal import Parser, escape, say
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m imagereward_jax.evaluate", description=__doc__)
+    from imagereward_jax.data.images import IMAGE_RULES
+
+    parser = Parser(prog="python -m imagereward_jax.evaluate", description=__doc__)
     parser.add_argument(
         "--model", action="append", required=True, help="any model that `score` takes; may be given several times"
     )
@@ -124,7 +126,7 @@ def _scores(args, data, names, score):
     for model, name in zip(args.model, names):
         options = {"tokenizer": args.tokenizer, "dtype": args.dtype, "batch_size": args.batch_size}
         scorer = open_scorer(model, **options, image_rule=args.image_rule, seed=args.seed)
-        with tqdm(total=count_images(data), unit="image", desc=name, file=sys.stderr) as bar:
+        with tqdm(total=count_images(data), unit="image", desc=escape(name), file=sys.stderr) as bar:
             results[name] = score(scorer, data, workers=args.workers, progress=bar.update)
     return results
 
@@ -211,9 +213,10 @@ def _without_nan(value):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.agreement.text import table
     from imagereward_jax.bulk_scoring.stream import ScoringError
@@ -225,16 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.html:
             write_page(args, outcome)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except ScoringError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps(_without_nan(outcome["report"]), indent=2, ensure_ascii=False))
+        say(json.dumps(_without_nan(outcome["report"]), indent=2, ensure_ascii=False))
     else:
-        print("\n\n".join(table(*part) for part in outcome["tables"]))
-        print("\n".join(outcome["notes"]))
+        say("\n\n".join(table(*part) for part in outcome["tables"]))
+        say("\n".join(outcome["notes"]))
     return 0
 
 

@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
+from imagereward_jax.command import command
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
+from imagereward_jax.terminal import Parser, escape, say
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from imagereward_jax.diffusion.sampler import Sampler
     from imagereward_jax.pipelines.base import TextToImage
     from imagereward_jax.weights.generation import Generation
@@ -36,11 +38,11 @@ class ImageRequest(NamedTuple):
     path: Path
     prompt: str
     seed: int
-    noise: np.ndarray | None
+    noise: "np.ndarray | None"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m imagereward_jax.generate", description=__doc__)
+    parser = Parser(prog="python -m imagereward_jax.generate", description=__doc__)
     parser.add_argument(
         "--model",
         required=True,
@@ -103,9 +105,9 @@ def generate(args: argparse.Namespace) -> int:
     params = load_params(pipeline, adapters, args.dtype)
     for prompt in [*prompts.values(), args.negative_prompt]:
         if rest := pipeline.cut_off(prompt):
-            print(f"warning: longer than {pipeline.max_tokens} tokens, left out: {rest!r}", file=sys.stderr)
+            say(f"warning: longer than {pipeline.max_tokens} tokens, left out: {rest!r}", file=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
-    print(f"{args.sampler}, {args.steps} steps, guidance scale {args.guidance_scale:g}")
+    say(f"{args.sampler}, {args.steps} steps, guidance scale {args.guidance_scale:g}")
     save_all(requests, make_draw(pipeline, params, sampler, args), args)
     return len(requests)
 
@@ -164,6 +166,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 def load_params(pipeline: "TextToImage", loras: list[tuple[str, float]], dtype: str) -> dict[str, Any]:
     """Loads the model's weights in `dtype`, with adapters [(path, weight)] merged in float32 beforehand."""
     import jax
+    import numpy as np
 
     from imagereward_jax.weights import adapters
 
@@ -205,6 +208,7 @@ def read_prompts(args: argparse.Namespace) -> dict[str, str]:
 
     from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
     from imagereward_jax.data.tables import column_values, read_table
+    from imagereward_jax.storage.names import single_name
 
     prompts = load_prompts(args.prompts)
     names = [str(i) for i in range(len(prompts))]
@@ -212,17 +216,17 @@ def read_prompts(args: argparse.Namespace) -> dict[str, str]:
     if table is not None and "id" in (table.columns() or ()):
         names = [str(name) for name in column_values(table, "id")]
         for i, name in enumerate(names):
-            if not name or name != Path(name).name or name in names[:i]:
-                raise ValueError(
-                    f"{table.where(i)}: id {name!r} cannot name a file, or is not the only one of that name"
-                )
+            if single_name(name, f"{table.where(i)}: id") in names[:i]:
+                raise ValueError(f"{table.where(i)}: id {name!r} is not the only one of that name")
     return dict(zip(names, prompts))
 
 
-def read_noise(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
+def read_noise(path: str | None, shape: tuple[int, ...]) -> "np.ndarray | None":
     """Reads the initial noise of all images, float32 of `shape`; None without a file."""
     if path is None:
         return None
+    import numpy as np
+
     try:
         noise = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -235,7 +239,7 @@ def read_noise(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
     return noise.astype(np.float32)
 
 
-def plan(args: argparse.Namespace, prompts: dict[str, str], noise: np.ndarray | None) -> list[ImageRequest]:
+def plan(args: argparse.Namespace, prompts: dict[str, str], noise: "np.ndarray | None") -> list[ImageRequest]:
     """Lists the images to make, prompt by prompt."""
     requests = []
     for name, prompt in prompts.items():
@@ -247,9 +251,10 @@ def plan(args: argparse.Namespace, prompts: dict[str, str], noise: np.ndarray | 
 
 def make_draw(
     pipeline: "TextToImage", params: dict[str, Any], sampler: "Sampler", args: argparse.Namespace
-) -> Callable[[Sequence[ImageRequest]], np.ndarray]:
+) -> "Callable[[Sequence[ImageRequest]], np.ndarray]":
     """Makes `draw(requests)`: images [n, H, W, 3] in [0, 1] of at most `draw.batch` requests, on all local devices."""
     import jax
+    import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from imagereward_jax.pipelines.sample import ImageSampler
@@ -284,16 +289,17 @@ def make_draw(
 
 
 def save_all(
-    requests: Sequence[ImageRequest], draw: Callable[[Sequence[ImageRequest]], np.ndarray], args: argparse.Namespace
+    requests: Sequence[ImageRequest], draw: "Callable[[Sequence[ImageRequest]], np.ndarray]", args: argparse.Namespace
 ) -> None:
     """Draws and saves every image, and with --grid a sheet of all."""
+    import numpy as np
     from tqdm import tqdm
 
     from imagereward_jax.storage.contact_sheet import contact_sheet
     from imagereward_jax.storage.files import save_image
 
     sheet = []
-    with tqdm(total=len(requests), unit="image", desc=str(args.out)) as progress:
+    with tqdm(total=len(requests), unit="image", desc=escape(args.out)) as progress:
         for start in range(0, len(requests), draw.batch):
             some = requests[start : start + draw.batch]
             for request, image in zip(some, draw(some)):
@@ -310,8 +316,9 @@ def save_all(
         save_image(args.out / "grid.png", contact_sheet(np.stack(sheet), [p.prompt for p in requests], columns=columns))
 
 
-def save_png(request: ImageRequest, image: np.ndarray, args: argparse.Namespace) -> None:
+def save_png(request: ImageRequest, image: "np.ndarray", args: argparse.Namespace) -> None:
     """Writes one image [H, W, 3] in [0, 1] with its settings; the file appears whole or not at all."""
+    import numpy as np
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -332,18 +339,19 @@ def save_png(request: ImageRequest, image: np.ndarray, args: argparse.Namespace)
     os.replace(partial, request.path)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
     try:
         count = generate(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except GenerationError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{count} images in {args.out}")
+    say(f"{count} images in {args.out}")
     return 0
 
 

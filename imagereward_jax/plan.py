@@ -9,16 +9,20 @@ files are read, or a published name such as stabilityai/stable-diffusion-xl-base
 counts in a scorer's data; if the file is not here, nine images are assumed, as in ImageRewardDB, and the plan says so.
 TPUs need the extra `tpu` (or libtpu alone), GPUs `cuda13` (or jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cudnn-cu13).
 
-Exit status: 0 it fits; 3 it does not; 2 bad input.
+Exit status: 0 it fits; 3 it does not; 2 bad input; 130 after Ctrl-C.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from imagereward_jax.command import command
+from imagereward_jax.terminal import Parser, say
 
 if TYPE_CHECKING:
     from imagereward_jax.planning.topologies import Topology
@@ -28,7 +32,7 @@ USAGE = "usage: python -m imagereward_jax.plan --config FILE.py --topology NAME 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses; returns (this command's arguments, the config's arguments)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m imagereward_jax.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,6 +48,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, plans, prints; returns the exit status."""
     args, rest = parse_args(sys.argv[1:] if argv is None else argv)
@@ -59,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(config)
         figures = print_plan(config, topology, args)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if figures["fits"] else 3
 
@@ -70,21 +75,20 @@ def print_plan(config: Any, topology: "Topology", args: argparse.Namespace) -> d
 
     from imagereward_jax.planning import report, search
 
-    def say(text):
-        print(text, file=sys.stderr)
+    tell = functools.partial(say, file=sys.stderr)
 
     try:
         figures = report.plan(config, topology)
         if args.search:
-            samples, batch = search.largest_batch(config, topology, say, known=figures)
+            samples, batch = search.largest_batch(config, topology, tell, known=figures)
             figures["largest_batch"] = {"samples_per_chip": samples, "batch_size": batch}
-            figures["smallest_slice"] = search.smallest_slice(config, topology, say, known=figures)
+            figures["smallest_slice"] = search.smallest_slice(config, topology, tell, known=figures)
     except jax.errors.JaxRuntimeError as error:
         raise report.as_error(error) from error
-    print(json.dumps(figures, indent=2) if args.json else report.as_text(figures, config))
+    say(json.dumps(figures, indent=2) if args.json else report.as_text(figures, config))
     if args.search and not args.json:
-        print(f"largest batch that fits: {batch} ({samples} sample(s) a chip at a time)")
-        print(f"smallest slice that fits: {figures['smallest_slice'] or 'none of this kind'}")
+        say(f"largest batch that fits: {batch} ({samples} sample(s) a chip at a time)")
+        say(f"smallest slice that fits: {figures['smallest_slice'] or 'none of this kind'}")
     return figures
 
 

@@ -14,15 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imagereward_jax.command import command
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
-from imagereward_jax.data.images import IMAGE_RULES
+from imagereward_jax.terminal import Parser, escape, say
 
 if TYPE_CHECKING:
     from imagereward_jax.bulk_scoring.score_table import Outcome
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    from imagereward_jax.data.images import IMAGE_RULES
+
+    parser = Parser(
         prog="python -m imagereward_jax.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -146,22 +149,23 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     """Formats rows as text, best first."""
     lines = [f"{'rank':>4}  {'score':>8}  image"]
     for row in sorted(rows, key=lambda row: row["rank"]):
-        lines.append(f"{row['rank']:>4}  {row['score']:>8.4f}  {row['image']}")
+        lines.append(f"{row['rank']:>4}  {row['score']:>8.4f}  {escape(row['image'])}")
     return "\n".join(lines)
 
 
 def _report(args, outcome):
     """Prints to stderr how many rows were scored, and the errors."""
     earlier = f", {outcome.resumed} of them by an earlier run" if outcome.resumed else ""
-    print(f"{args.output}: {outcome.rows} rows{earlier}", file=sys.stderr)
+    say(f"{args.output}: {outcome.rows} rows{earlier}", file=sys.stderr)
     if outcome.errors:
-        print(f"{len(outcome.errors)} images could not be scored:", file=sys.stderr)
+        say(f"{len(outcome.errors)} images could not be scored:", file=sys.stderr)
         for text in list(outcome.errors.values())[:10]:
-            print(f"  {text}", file=sys.stderr)
+            say(f"  {text}", file=sys.stderr)
         if len(outcome.errors) > 10:
-            print(f"  and {len(outcome.errors) - 10} more, in the column error", file=sys.stderr)
+            say(f"  and {len(outcome.errors) - 10} more, in the column error", file=sys.stderr)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.bulk_scoring.stream import ScoringError
 
@@ -175,18 +179,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         rows = score_files(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except ScoringError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; with --input the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if args.input is not None:
+            stop.args = ("the same command continues from here",)
+        raise
     if args.json:
-        print(json.dumps({"model": args.model, "prompt": args.prompt, "images": rows}, indent=2, ensure_ascii=False))
+        say(json.dumps({"model": args.model, "prompt": args.prompt, "images": rows}, indent=2, ensure_ascii=False))
     else:
-        print(as_table(rows))
+        say(as_table(rows))
     return 0
 
 

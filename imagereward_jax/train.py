@@ -6,28 +6,29 @@ interrupted run, or says that it is complete.
 On several machines every process gets the same command: on TPU pods and in Slurm jobs with --distributed, elsewhere
 with --coordinator HOST:PORT --num-processes N --process-id I (see launch/). WORKDIR is on a file system that all share.
 
-Exit status: 0 done or complete already; 2 bad input; 1 the run failed; 128 + signal after SIGTERM or Ctrl-C, once
-everything is saved.
+Exit status: 0 done or complete already; 2 bad input; 1 the run failed; 128 + signal after SIGTERM or Ctrl-C, when
+everything is saved; 130 at once after Ctrl-C before the first step, or a second Ctrl-C.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
-
+from imagereward_jax.command import command
 from imagereward_jax.compilation_cache import use_compilation_cache
 from imagereward_jax.config import did_you_mean
 from imagereward_jax.distributed import join
-from imagereward_jax.recipes import validate
+from imagereward_jax.terminal import say
 
 DASHES = {"--num-processes": "--num_processes", "--process-id": "--process_id"}  # absl's flags have underscores
 USAGE = "usage: python -m imagereward_jax.train --config FILE.py [--workdir DIR] [--config.field=value ...]"
 
 
+@command
 def main(argv=None):
     """Parses flags, builds, trains; prints one line and returns the exit status on an error."""
+    from imagereward_jax.recipes import validate
+
     argv = list(sys.argv if argv is None else argv)
     try:
         config, workdir, processes = parse_flags(argv)
@@ -37,10 +38,10 @@ def main(argv=None):
             join(*processes)
         return run(config, workdir)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 1
 
 
@@ -53,19 +54,19 @@ def run(config, workdir):
 
     try:
         if not train(config, assemble, workdir):
-            print(
+            say(
                 f"{workdir} is complete: see {workdir / 'report.html'}; raise --config.steps to train on",
                 file=sys.stderr,
             )
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        say(stop, file=sys.stderr)
         return 128 + stop.signum
     except ProcessLost as error:
         # At once: on the way out jax would wait for the process that is gone.
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}", file=sys.stderr)
         os._exit(1)
     except (RunError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -77,6 +78,9 @@ def parse_flags(argv, usage=USAGE):
         ValueError: an unknown flag or field (with its nearest neighbour), a value of another type.
         FileNotFoundError: the config file is not there.
     """
+    from absl import flags
+    from ml_collections import config_flags
+
     argv = [DASHES.get(name, name) + equals + value for name, equals, value in (text.partition("=") for text in argv)]
     _check_config_file(argv, usage)
     values = flags.FlagValues()
@@ -106,7 +110,7 @@ def _check_config_file(argv, usage):
         argument for argument in argv[1:] if argument in ("--config", "-config") or argument.startswith("--config=")
     ]
     if any(argument in ("-h", "--help", "--helpshort", "--helpfull") for argument in argv[1:]):
-        print(f"{__doc__}\n{USAGE}")
+        say(f"{__doc__}\n{USAGE}")
         raise SystemExit(0)
     if not given:
         raise ValueError(f"--config is missing; {usage}")

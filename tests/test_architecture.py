@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "imagereward_jax"
 # Each room may import those before it.
 ROOMS = (
-    *("config", "storage", "compilation_cache", "distributed"),
+    *("config", "storage", "terminal", "command", "compilation_cache", "distributed"),
     *("models", "diffusion", "weights", "data", "rewards", "pipelines"),
     *("methods", "sections", "recipes", "training", "assembly", "planning"),
     *("bulk_scoring", "agreement", "integrations"),

@@ -129,7 +129,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, flags, message):
     [
         ("", "no rows"),
         ("a cat\n\n a dog", "line 2"),
-        ('[{"id": "a/b", "prompt": "a cat"}]', "id 'a/b' cannot name a file"),
+        ('[{"id": "a/b", "prompt": "a cat"}]', "id: 'a/b' should be a name of a file or folder, not a path"),
         ('[{"id": 1, "prompt": "a cat"}, {"id": 1, "prompt": "a dog"}]', "row 2"),
     ],
 )

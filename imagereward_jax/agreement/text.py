@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from imagereward_jax.agreement.bootstrap import Estimate
+from imagereward_jax.terminal import escape
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
 def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """Formats a table; the first column is left-aligned, the others right-aligned."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    """Formats a table for a terminal; the first column is left-aligned, the others right-aligned."""
+    cells = [[escape(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
         "  ".join(

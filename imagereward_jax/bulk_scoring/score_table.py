@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from imagereward_jax.bulk_scoring.journal import Journal, parts_folder
 from imagereward_jax.bulk_scoring.rows import check_output, read_rows, write_rows
 from imagereward_jax.bulk_scoring.stream import Scorer, score_chunks
+from imagereward_jax.terminal import escape
 
 
 class Outcome(NamedTuple):
@@ -108,7 +109,7 @@ def _score_missing(journal, chunks, mine, done, open_scorer, workers, skip_error
     scorer = open_scorer()
     total = sum(len(chunks[c]) for c in mine)
     initial = total - sum(len(chunks[c]) for c in missing)
-    with tqdm(total=total, initial=initial, unit="image", desc=title, file=sys.stderr, smoothing=0.1) as bar:
+    with tqdm(total=total, initial=initial, unit="image", desc=escape(title), file=sys.stderr, smoothing=0.1) as bar:
         results = score_chunks(scorer, (chunks[c] for c in missing), workers=workers, skip_errors=skip_errors)
         for chunk, scored in zip(missing, results):
             journal.add(chunk, scored.scores, scored.errors)

@@ -5,6 +5,7 @@ them. The number of positions used is the whole state. It is valid for any numbe
 of processes or another batch size.
 """
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -161,7 +162,7 @@ class BatchIterator:
         if self._num_workers:
             _allow_absl_flags()
             options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)
-            batches = batches.mp_prefetch(options)
+            batches = batches.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
         return batches
 
 
@@ -171,6 +172,11 @@ def _allow_absl_flags():
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def _ignore_ctrl_c(*_):
+    """A terminal sends Ctrl-C to worker processes too; whether they end is the run's to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _positions(source, seed, shuffle, num_epochs, item_transform):

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from imagereward_jax.data.errors import DataError, ImageError, ImageNotFound, MissingDataError, missing_file
+from imagereward_jax.terminal import say
 
 # Pillow's names of raster formats whose decoders start no program (EPS and WMF do) and fetch nothing else. TGA comes
 # last: it has no signature.
@@ -61,7 +62,7 @@ def list_images(folder: Path) -> list[Path]:
     others = [str(path) for path in others if not any(part.startswith(".") for part in path.parts)]
     if others:
         more = ", ..." if len(others) > NAMED_AT_MOST else ""
-        print(
+        say(
             f"warning: {folder}: {len(found)} images; {len(others)} other files are left out: "
             f"{', '.join(others[:NAMED_AT_MOST])}{more}",
             file=sys.stderr,

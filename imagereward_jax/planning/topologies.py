@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from imagereward_jax.config import did_you_mean
+from imagereward_jax.terminal import say
 
 GIB = 2**30
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -119,7 +120,7 @@ def _tpu_devices(name):
     from jax.experimental import topologies
 
     if unfit := _libtpu_unfit():
-        print(f"warning: {unfit}", file=sys.stderr)
+        say(f"warning: {unfit}", file=sys.stderr)
     # the two cores of a v4 chip are one device, as a run on one sees them
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     if name.endswith(":1x1"):

@@ -16,6 +16,7 @@ from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfi
 from imagereward_jax.rewards.base import held_params, named_dtype
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, VOCAB_FILE, WEIGHTS_FILE, ImageReward, abstract_module
 from imagereward_jax.rewards.tokens import PromptTokenizer
+from imagereward_jax.terminal import escape
 from imagereward_jax.weights import files, hub, mapping
 
 SizedConfig = TypeVar("SizedConfig", ImageRewardConfig, BlipScoreConfig)
@@ -102,7 +103,8 @@ def read_cached(path: Path, root: Path) -> dict[str, np.ndarray]:
         else:
             return tensors
     # The text is always the same, so that Python's default filter shows it once per process.
-    warnings.warn(f"cannot store a converted copy of {path} ({reason}): it is converted at each load", stacklevel=3)
+    told = escape(f"cannot store a converted copy of {path} ({reason}): it is converted at each load")
+    warnings.warn(told, stacklevel=3)
     return tensors
 
 

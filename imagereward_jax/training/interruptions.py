@@ -40,7 +40,7 @@ def catch_signals() -> Iterator[list[int]]:
 
     def handle(signum, frame):
         if caught and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("the same command continues from the latest checkpoint")
         caught.append(signum)
 
     old = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.storage.folders import new_folder
+from imagereward_jax.terminal import escape
 from imagereward_jax.training.checkpoints import Checkpoints, abstract, goodness
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import (
@@ -292,7 +293,7 @@ class _Loop:
 
     def _say(self, text):
         if self.main:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(escape(text), file=sys.stderr)
 
 
 def _listed(metrics):

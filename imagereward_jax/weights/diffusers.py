@@ -15,12 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imagereward_jax.storage.folders import new_folder
+from imagereward_jax.storage.names import resolve_inside, single_name
 from imagereward_jax.weights import components, hub
 from imagereward_jax.weights.files import WeightsError, read_json, read_tensors, write_safetensors
 from imagereward_jax.weights.generation import Generation, write_generation
 
 INDEX = "model_index.json"
 _TOKENIZER = ("transformers", "CLIPTokenizer")
+# What tokenizers of transformers are saved as; nothing else in a tokenizer's folder is copied.
+TOKENIZER_FILES = (
+    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.txt", "spiece.model"),
+)
 # Settings of a pipeline's class beside its parts: defaults to write, and names to read.
 _NO_SAFETY_CHECKER = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
 _WRITTEN_FIELDS = {"StableDiffusionPipeline": {"requires_safety_checker": False} | _NO_SAFETY_CHECKER}
@@ -49,13 +55,15 @@ def read_index(folder: str | Path) -> Index:
     """Reads the `Index` of a diffusers folder.
 
     Raises:
-        FileNotFoundError: there is no model_index.json. WeightsError: it is broken.
+        FileNotFoundError: there is no model_index.json. StorageError: it is broken.
     """
     path = Path(folder) / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {INDEX}; expected a folder that diffusers saved")
     index = read_json(path)
     parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    for name in parts:
+        single_name(name, f"{path}: component")
     classes = {
         name: components.torch_class(kind, str(path)) for name, kind in parts.items() if components.is_component(kind)
     }
@@ -144,7 +152,7 @@ def load_component(
 
     Raises:
         FileNotFoundError: the folder, component or file is absent; the message says what is there.
-        WeightsError: a file is broken.
+        StorageError: a file is broken.
     """
     config, part = load_config(folder, name), Path(folder) / name
     path = _find_weights(part, name, variant)
@@ -210,7 +218,7 @@ def save_pipeline(
     Raises:
         FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is not a diffusers folder.
         ValueError: the scheduler's class is not stated. FileNotFoundError: a tokenizer folder is absent.
-        WeightsError: it could not be written.
+        StorageError: it could not be written, or a link in a tokenizer's folder leads out of the model's.
     """
     pairs = networks.items() if isinstance(networks, dict) else networks
     with new_folder(folder, overwrite=overwrite, marker=INDEX) as partial:
@@ -222,7 +230,7 @@ def save_pipeline(
         if "_class_name" not in scheduler_config:
             raise ValueError("scheduler config: no _class_name; diffusers needs one, e.g. 'DDIMScheduler'")
         for name, source in tokenizers.items():
-            copy_files(Path(source), partial / name)
+            copy_tokenizer(Path(source), partial / name)
             parts[name] = _TOKENIZER
         (partial / "scheduler").mkdir()
         _write_json(partial / "scheduler" / "scheduler_config.json", scheduler_config)
@@ -323,9 +331,9 @@ def _read_shards(index, read):
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f'{index}: no "weight_map" that says which file holds which tensor')
     tensors = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in sorted({single_name(file, f"{index}: weight_map") for file in weight_map.values()}):
         path = index.parent / shard
-        if Path(shard).name != shard or not path.is_file():
+        if not path.is_file():
             raise FileNotFoundError(f"{path}: this file is named in {index.name} but is not there; fetch it again")
         found = read(path)
         absent = sorted(key for key, file in weight_map.items() if file == shard and key not in found)
@@ -339,14 +347,18 @@ def _listing(folder, keep):
     return ", ".join(sorted(path.name for path in folder.iterdir() if keep(path))) or "nothing"
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copies the files of a tokenizer's folder, following links (the hub's cache is made of them)."""
-    if not source.is_dir() or not any(path.is_file() for path in source.iterdir()):
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the `TOKENIZER_FILES` of a folder in a model's, following links that stay in the model's folder.
+
+    Raises:
+        FileNotFoundError: there are none. StorageError: a link leads out of the model's folder.
+    """
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not found:
         raise FileNotFoundError(f"{source}: no such folder of tokenizer files")
     target.mkdir(exist_ok=True)
-    for path in source.iterdir():
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
+    for path in found:
+        shutil.copyfile(resolve_inside(path, source.parent), target / path.name)
 
 
 def _write_json(path, value):

@@ -17,7 +17,8 @@ import jax
 from flax import traverse_util
 
 from imagereward_jax.storage.folders import new_folder
-from imagereward_jax.weights.diffusers import copy_files
+from imagereward_jax.storage.names import single_name
+from imagereward_jax.weights.diffusers import copy_tokenizer
 from imagereward_jax.weights.files import WeightsError, read_json
 from imagereward_jax.weights.generation import Generation, write_generation
 from imagereward_jax.weights.mapping import CheckpointMismatch
@@ -58,7 +59,7 @@ def save_pipeline_checkpoint(
             _save_params(partial / name, params)
             configs[name] = config
         for name, source in tokenizers.items():
-            copy_files(Path(source), partial / name)
+            copy_tokenizer(Path(source), partial / name)
         if generation is not None:
             write_generation(partial, generation)
         manifest = {
@@ -78,7 +79,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     (names) and "fields" (settings of the pipeline).
 
     Raises:
-        FileNotFoundError: `folder` is not there. WeightsError: it is not such a checkpoint.
+        FileNotFoundError: `folder` is not there. StorageError: it is not such a checkpoint, or names a path.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -90,6 +91,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise WeightsError(
             f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}; convert it again"
         )
+    for field in ("components", "tokenizers"):
+        for name in manifest[field]:
+            single_name(name, f"{folder / MANIFEST}: {field}")
+    for file in manifest["bytes"]:
+        for part in file.split("/"):
+            single_name(part, f"{folder / MANIFEST}: bytes: {file!r}")
     return manifest
 
 

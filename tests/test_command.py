@@ -1,0 +1,154 @@
+"""Ctrl-C ends any command, at any moment, with one line and exit status 130."""
+
+import ast
+import importlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ml_collections")
+
+from imagereward_jax import score
+from imagereward_jax.training.interruptions import catch_signals
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+SMALL = {f"imagereward_jax.{name}" for name in ("command", "terminal", "compilation_cache", "config", "distributed")}
+# Command to the function that does its work and arguments.
+COMMANDS = {
+    "score": ("score_files", ["--prompt", "a cat", "1.png"]),
+    "evaluate": ("evaluate", ["--model", "random", "--data", "shapes:held_out"]),
+    "generate": ("generate", ["--model", "tiny-shapes", "--prompt", "a", "--out", "x"]),
+    "plan": ("use_virtual_devices", ["--topology", "cpu:1"]),
+    "train": ("run", ["", f"--config={ROOT}/configs/refl_tiny.py", "--config.compilation_cache=False"]),
+    "from_diffusers": ("convert", ["a", "b"]),
+    "to_diffusers": ("convert", ["a", "b"]),
+    "merge_lora": ("merge", ["a", "b", "c"]),
+    "tiny_shapes": ("pack", ["a", "b", "c"]),
+    "imagereward": ("parse_args", ["a", "b"]),
+}
+
+
+def module_of(name):
+    path = ROOT / f"convert/{name}.py"
+    if not path.exists():
+        return importlib.import_module(f"imagereward_jax.{name}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def interrupt(*_, **__):
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_is_one_line_and_130(name, monkeypatch, capsys):
+    work, argv = COMMANDS[name]
+    module = module_of(name)
+    monkeypatch.setattr(module, work, interrupt)
+    assert module.main(argv) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_every_script_is_such_a_command():
+    """A module that calls its `main` as a script has the decorator on it, and imports nothing large before."""
+    scripts = [*(ROOT / "imagereward_jax").rglob("*.py"), *(ROOT / "convert").glob("*.py")]
+    scripts = {path.stem: path for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    assert scripts.keys() == COMMANDS.keys()
+    for path in scripts.values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+        assert [decorator.id for decorator in main.decorator_list] == ["command"], path
+        modules = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+        modules += [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert {name for name in modules if name.split(".")[0] not in sys.stdlib_module_names} <= SMALL, path
+
+
+def test_score_says_that_its_rows_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(score, "score_many", interrupt)
+    assert score.main(["--input", "rows.csv", "--output", str(tmp_path / "out.csv")]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command continues from here\n"
+
+
+def test_the_loop_notes_the_first_ctrl_c_and_the_second_interrupts():
+    with pytest.raises(KeyboardInterrupt, match="continues from the latest checkpoint"), catch_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+
+
+SCRIPT = """
+import _imp, hashlib, importlib.machinery, os, signal, sys, threading, time
+from imagereward_jax.command import command
+
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+real = _imp.exec_dynamic
+
+def start_extension(module):
+    _imp.exec_dynamic = real
+    signal.raise_signal(signal.SIGINT)
+    print("started")
+
+@command
+def main(argv=None):
+    try:
+        if sys.argv[1] == "destructor":
+            Dropped()
+        elif sys.argv[1] == "extension":
+            _imp.exec_dynamic = start_extension
+            importlib.machinery.ExtensionFileLoader("name", "path").exec_module(None)
+        else:
+            for delay in (0.1, 0.3):
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+        time.sleep(20)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+        print("cleaned")
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "printed"), [("destructor", "cleaned\n"), ("extension", "started\ncleaned\n"), ("compiler", "")]
+)
+def test_places_that_an_exception_does_not_leave(where, printed):
+    """Python drops exceptions of destructors, modules in C++ crash: there the interruption comes a little later. In a
+    compiler none is raised: a second Ctrl-C ends the process. Elsewhere it does not disturb what cleans up."""
+    command = [sys.executable, "-c", SCRIPT, where]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stdout, done.stderr) == (130, printed, "interrupted\n")
+
+
+@pytest.mark.slow
+def test_two_ctrl_c_end_generate_while_it_compiles(tmp_path):
+    """No crash of jax's threads at Python's end, and no wait for the compiler, which no signal interrupts."""
+    flags = ["--model", "tiny-shapes", "--prompt", "a", "--out", str(tmp_path / "out"), "--num-images", "500"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imagereward_jax.generate", *flags],
+        env={**ENVIRONMENT, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline().startswith("ddim")
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and printed == ""
+    assert errors.endswith("interrupted\n") and "Traceback" not in errors
+    assert os.listdir(tmp_path / "out") == []
