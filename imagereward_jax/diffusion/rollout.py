@@ -39,7 +39,7 @@ class Gradient(NamedTuple):
 
 
 NO_GRADIENT = Gradient()
-REFERENCE = "reference_output"  # kept for the backward pass: small, and a call of the denoiser to compute again
+KEPT = "model_output"  # kept for the backward pass, where it would cost a call without gradient to compute again
 
 
 class Record(NamedTuple):
@@ -166,7 +166,7 @@ class _Steps:
         if self.reference is None:
             return output, jnp.zeros(output.shape[:1])
         base = self.denoise(self.reference, jax.lax.stop_gradient(model_input), timestep, step)
-        base = checkpoint_name(jax.lax.stop_gradient(base.astype(jnp.float32)), REFERENCE)
+        base = checkpoint_name(jax.lax.stop_gradient(base.astype(jnp.float32)), KEPT)
         return output, jnp.square(output - base).mean(tuple(range(1, output.ndim)))
 
     def output_where(self, carries, state, step):
@@ -179,7 +179,8 @@ class _Steps:
         def without(state):
             return self.output(state, step), jnp.zeros(step.shape)
 
-        return jax.lax.cond(carries.any(), with_gradient, without, state)
+        output, difference = jax.lax.cond(carries.any(), with_gradient, without, state)
+        return checkpoint_name(output, KEPT), difference
 
     def random(self, step, shape):
         """Standard normal noise [B, ...], one stream per sample and step; None without keys."""
@@ -212,7 +213,8 @@ def _in_sequence(steps, state, stop, gradient):
 
     compared: the differences to the reference's outputs and whether the sample carried gradient there, each [K, B].
     """
-    state = _without_gradient(steps, state, stop - gradient.last)
+    if gradient.last < steps.sampler.num_steps:  # else there are no such steps, and their loop would only be compiled
+        state = _without_gradient(steps, state, stop - gradient.last)
     predicted, compared = None, (jnp.zeros((0, *stop.shape)), jnp.zeros((0, *stop.shape), bool))
     if gradient.last:
         state, compared = _with_gradient(steps, state, stop, gradient)
@@ -238,7 +240,7 @@ def _with_gradient(steps, state, stop, gradient):
         output, difference = found
         return steps.advance(state, output, index, active), (difference, carries)
 
-    body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(REFERENCE))
+    body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
     return jax.lax.scan(body, state, jnp.arange(gradient.last))
 
 

@@ -83,7 +83,7 @@ def tuning_method(
 def denoisers(
     pipeline: Any, batch: Batch, guidance_scale: float, dropout: Key, **options: Any
 ) -> tuple[Denoise, Denoise]:
-    """(for steps without gradient, for those with it: with the dropout of low-rank layers).
+    """(for steps without gradient, for those with it: with the dropout of low-rank layers, drawn anew at each step).
 
     Args:
         options: of `denoiser_for`, for steps with gradient.
@@ -91,9 +91,9 @@ def denoisers(
     conditions = batch["cond"], batch.get("negative_cond"), guidance_scale
     denoise = pipeline.denoiser_for(*conditions, **options)
 
-    def with_gradient(*arguments):
-        with dropout_key(dropout):
-            return denoise(*arguments)
+    def with_gradient(params, latents, timesteps, step):
+        with dropout_key(jax.random.fold_in(dropout, step[0])):
+            return denoise(params, latents, timesteps, step)
 
     return pipeline.denoiser_for(*conditions), with_gradient
 

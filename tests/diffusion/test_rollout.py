@@ -238,6 +238,26 @@ def test_gradient_is_zero_without_steps_that_carry_it():
         assert slope == 0
 
 
+@pytest.mark.parametrize("reference", [None, 0.5])
+@pytest.mark.parametrize("steps", [None, np.ones(STEPS, bool)])
+def test_a_call_without_gradient_is_made_once(steps, reference):
+    """Calls with gradient are made again in the backward pass; those in steps without it and of the reference not."""
+    sampler, (noise, _) = make_sampler("ddim", tiny_sd1.SCHEDULER, STEPS), start()
+
+    def loss(weight):
+        options = {"params": weight, "reference": reference, "gradient": Gradient(last=STEPS, steps=steps)}
+        rolled = rollout(denoise, sampler, noise, None, **options)
+        return rolled.state.latents.sum() + (0.0 if reference is None else rolled.deviation.sum())
+
+    def calls(jaxpr):
+        inner = [getattr(part, "jaxpr", part) for equation in jaxpr.eqns for part in jax.tree.leaves(equation.params)]
+        here = sum(equation.primitive.name == "sin" for equation in jaxpr.eqns)
+        return here + sum(calls(part) for part in inner if hasattr(part, "eqns"))
+
+    forward = 1 + (steps is not None) + (reference is not None)
+    assert calls(jax.make_jaxpr(jax.grad(loss))(WEIGHT).jaxpr) == forward + 1
+
+
 def test_memory_grows_by_the_latents_of_a_step():
     """What is kept for the backward pass of 8 steps more: 8 states of latents, none of the denoiser's 64 times wider
     activations (a tenth of them allowed)."""
