@@ -1,4 +1,4 @@
-"""The ReFL step in PyTorch with diffusers' networks and schedulers, and a reward that is easy to write twice."""
+"""Reward gradients in PyTorch with diffusers' networks and schedulers, and a reward that is easy to write twice."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.base import Models
-from imagereward_jax.methods.refl import Config, draw_stop, make_loss
+from imagereward_jax.methods.refl import Config, make_loss
+from imagereward_jax.methods.reward_tuning import draw_stop
 from imagereward_jax.models.param_tree import join
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch")
@@ -64,53 +65,119 @@ def refl_batch(pipeline, params, reward, prompts=PROMPTS, *, guided=False):
     return {"cond": cond, **negative, "reward": reward.tokenize(prompts)}
 
 
-def refl_function(pipeline, reward, config, sampler_name):
+def refl_function(pipeline, reward, config, sampler_name, make_loss=make_loss, reference=None):
     """(trainable, frozen, batch, key) -> (loss, metrics), of trees that are joined to the components."""
     loss = make_loss(config, pipeline, reward)
-    sampler = make_sampler(sampler_name, pipeline.scheduler_config, config.num_steps)
+    sampler = make_sampler(sampler_name, pipeline.scheduler_config, config.num_steps, config.eta)
 
     def function(trainable, frozen, batch, key):
-        return loss(Models(join(frozen, trainable), tables=sampler), batch, key)
+        return loss(Models(join(frozen, trainable), reference, tables=sampler), batch, key)
 
     return function
 
 
+class TorchSampler:
+    """One sample's rollout as the papers write it, with gradient in the chosen steps.
+
+    Args:
+        reference: diffusers' pipeline. embeds: of the negative prompt and the prompt.
+        base: the UNet that `deviations` compares with at each step that carries gradient.
+    """
+
+    def __init__(self, reference, sampler_name, config, embeds, *, negative_gradient=True, base=None):
+        kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
+        self.scheduler = kinds[sampler_name].from_config(reference.scheduler.config)
+        self.scheduler.set_timesteps(config.num_steps)
+        # In float64: the terms of the last step's gradient nearly cancel, which costs float32 tables digits.
+        self.scheduler.alphas_cumprod = torch.cumprod(1 - self.scheduler.betas.double(), 0)
+        self.scheduler.final_alpha_cumprod = self.scheduler.alphas_cumprod[0]
+        self.unet, self.base, self.deviations = reference.unet, base, []
+        self.embeds, self.config, self.negative_gradient = embeds, config, negative_gradient
+
+    def denoise(self, unet, latents, timestep):
+        negative, positive = self.embeds
+        output = unet(latents, timestep, positive).sample
+        if self.config.guidance_scale <= 1.0:
+            return output
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.negative_gradient):
+            negative = unet(latents, timestep, negative).sample
+        return negative + self.config.guidance_scale * (output - negative)
+
+    def output(self, latents, timestep, carries):
+        with torch.set_grad_enabled(carries):
+            output = self.denoise(self.unet, latents, timestep)
+        if carries and self.base:
+            with torch.no_grad():
+                base = self.denoise(self.base, latents, timestep)
+            self.deviations.append((output - base).square().mean())
+        return output
+
+    def step(self, output, timestep, latents, fixed):
+        if isinstance(self.scheduler, diffusers.DDIMScheduler):
+            return self.scheduler.step(output, timestep, latents, eta=self.config.eta, variance_noise=fixed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: fixed)
+            return self.scheduler.step(output, timestep, latents)
+
+    def clean(self, noise, step_noise, stop, carries, *, through_input=True):
+        """The latents after the last step, or those predicted at `stop` if it is before it.
+
+        Args:
+            noise: [h, w, c]. step_noise: [S, h, w, c]. carries: step -> whether it carries gradient.
+        """
+        latents = nchw(noise[None])
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            output = self.output(latents if through_input else latents.detach(), timestep, carries(step))
+            done = self.step(output, timestep, latents, nchw(step_noise[step][None]))
+            if step == stop:
+                return done.pred_original_sample
+            latents = done.prev_sample
+        return latents
+
+    def noised_copy(self, clean, noise):
+        """The clean latents predicted from `clean` noised to the last step (DRaFT-LV)."""
+        timestep = self.scheduler.timesteps[-1:]
+        noised = self.scheduler.add_noise(clean.detach(), nchw(noise[None]), timestep)
+        output = self.denoise(self.unet, noised, timestep[0])
+        return self.step(output, timestep[0], noised, torch.zeros_like(noised)).pred_original_sample
+
+
+def nchw(latents):
+    return torch.from_numpy(np.asarray(latents).transpose(0, 3, 1, 2).copy())
+
+
+def torch_embeds(reference, tokenize, prompts):
+    """For each prompt, the embeddings of the empty prompt and of its own."""
+    ids = [torch.from_numpy(tokenize(texts)["text_encoder"]).long() for texts in ([""] * len(prompts), prompts)]
+    with torch.no_grad():
+        negative, positive = (reference.text_encoder(one)[0] for one in ids)
+    return [(negative[row : row + 1], positive[row : row + 1]) for row in range(len(prompts))]
+
+
+def torch_reward(reference, reward, clean, batch, row):
+    """The reward [1] of decoded clean latents."""
+    image = (reference.vae.decode(clean / reference.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    return reward.in_torch(image, {"input_ids": batch["reward"]["input_ids"][row : row + 1]})
+
+
+def unet_gradients(reference):
+    """{key: gradient of what trains in the UNet}, set to zero for the next time."""
+    weights = {name: weight for name, weight in reference.unet.named_parameters() if weight.requires_grad}
+    gradients = {name: weight.grad.numpy().copy() for name, weight in weights.items()}
+    reference.unet.zero_grad()
+    return gradients
+
+
 def torch_step(reference, reward, sampler_name, config, tokenize, batch, noise, step_noise, stop):
-    """The paper's step sample by sample: (loss, {key: gradient of what trains in the UNet})."""
-    kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
-    unet, vae, text = reference.unet, reference.vae, reference.text_encoder
-    unet.zero_grad()
-    prompt_ids, negative_ids = (tokenize(texts)["text_encoder"] for texts in (PROMPTS, [""] * len(PROMPTS)))
+    """ReFL's step sample by sample: (loss, {key: gradient of what trains in the UNet})."""
     rewards = []
-    for row in range(len(stop)):
-        scheduler = kinds[sampler_name].from_config(reference.scheduler.config)
-        scheduler.set_timesteps(config.num_steps)
-        with torch.no_grad():
-            embeds = [text(torch.from_numpy(ids[row : row + 1]).long())[0] for ids in (negative_ids, prompt_ids)]
-
-        def denoise(latents, timestep, embeds=embeds):
-            if config.guidance_scale == 1.0:
-                return unet(latents, timestep, embeds[1]).sample
-            negative, positive = (unet(latents, timestep, part).sample for part in embeds)
-            return negative + config.guidance_scale * (positive - negative)
-
-        latents = torch.from_numpy(noise[row : row + 1].transpose(0, 3, 1, 2).copy())
-        with torch.no_grad():
-            for step, timestep in enumerate(scheduler.timesteps[: stop[row]]):
-                fixed = torch.from_numpy(step_noise[row, step][None].transpose(0, 3, 1, 2).copy())
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(
-                        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, fixed=fixed, **__: fixed
-                    )
-                    latents = scheduler.step(denoise(latents, timestep), timestep, latents).prev_sample
-        timestep = scheduler.timesteps[stop[row]]
-        output = denoise(latents, timestep)
-        clean = scheduler.step(output, timestep, latents).pred_original_sample
-        image = (vae.decode(clean / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-        rewards.append(reward.in_torch(image, {"input_ids": batch["reward"]["input_ids"][row : row + 1]}))
+    for row, embeds in enumerate(torch_embeds(reference, tokenize, PROMPTS)):
+        sampler = TorchSampler(reference, sampler_name, config, embeds)
+        clean = sampler.clean(noise[row], step_noise[row], stop[row], {int(stop[row])}.__contains__)
+        rewards.append(torch_reward(reference, reward, clean, batch, row))
     loss = torch.relu(config.threshold - torch.cat(rewards)).mean() * config.scale
     loss.backward()
-    return loss.item(), {name: weight.grad.numpy() for name, weight in unet.named_parameters() if weight.requires_grad}
+    return loss.item(), unet_gradients(reference)
 
 
 def draws(key, config, latent_shape, batch):
@@ -119,10 +186,13 @@ def draws(key, config, latent_shape, batch):
     noise_key, sampler_key = jax.random.split(image_key)
     stop = np.asarray(draw_stop(stop_key, batch, config.stop_min, config.stop_max))
     noise = np.asarray(jax.random.normal(noise_key, (batch, *latent_shape)))
+    return noise, draw_step_noise(sampler_key, batch, config.num_steps, latent_shape), stop
+
+
+def draw_step_noise(key, batch, num_steps, latent_shape):
+    """[B, steps, h, w, c], as a rollout draws it."""
 
     def of_sample(key):
-        return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), latent_shape))(
-            jnp.arange(config.num_steps)
-        )
+        return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), latent_shape))(jnp.arange(num_steps))
 
-    return noise, np.asarray(jax.vmap(of_sample)(jax.random.split(sampler_key, batch))), stop
+    return np.asarray(jax.vmap(of_sample)(jax.random.split(key, batch)))

@@ -47,6 +47,7 @@ def test_every_flag_has_a_line(heading, flags):
 
 def test_fields_that_are_named_exist():
     config = default_config("refl")
+    config.method.update(default_config("reward_gradient").method)
     named = re.findall(r"`(?:config\.)?((?:model|data|method|optimizer|eval|checkpoint|mesh|lora|reward)\.\w+)", PAGE)
     assert len(named) > 40
     for name in named:

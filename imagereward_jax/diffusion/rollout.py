@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from imagereward_jax.diffusion.sampler import Sampler, SamplerState, log_prob
 
@@ -23,20 +24,22 @@ class Gradient(NamedTuple):
     Attributes:
         last: static; only the last so many steps before each sample's stop may carry gradient (DRaFT-K). The state
             that they start from carries none.
-        first: [B], may be traced; of these, steps with an index from here on (AlignProp's random truncation).
-        steps: [S] bool, may be traced; of these, the steps marked (AlignProp's draw per step, DRTune).
-        through_input: False stops gradient at the denoiser's input (DRTune).
-        predict: one more call, at the stop and with gradient, predicts the clean latents (ReFL).
+        steps: [S] bool, may be traced; of these, the steps marked (AlignProp's random truncation).
+        calls: [B, K], may be traced; in place of the above, the steps of each sample, all distinct, that carry
+            gradient. Gradient is stopped at their inputs, so that none depends on another (DRTune): they are called
+            again after a rollout without gradient, in one batch of B * K rows, K consecutive rows per sample.
+        predict: one more call, at the stop, predicts the clean latents. It carries gradient (ReFL); with `calls`, if
+            the stop is among them.
     """
 
     last: int = 0
-    first: jax.Array | None = None
     steps: jax.Array | None = None
-    through_input: bool = True
+    calls: jax.Array | None = None
     predict: bool = False
 
 
 NO_GRADIENT = Gradient()
+KEPT = "model_output"  # kept for the backward pass, where it would cost a call without gradient to compute again
 
 
 class Record(NamedTuple):
@@ -67,11 +70,14 @@ class Rolled(NamedTuple):
         state: after each sample's `stop` steps; its latents are the input of step `stop`.
         predicted: the clean latents predicted at the stop (`Gradient.predict`), or None.
         trajectory: the recorded steps, or None.
+        deviation: float32 [B], the mean squared difference of a sample's model outputs with gradient to those of the
+            `reference`, or None.
     """
 
     state: SamplerState
     predicted: jax.Array | None
     trajectory: Trajectory | None
+    deviation: jax.Array | None = None
 
 
 def rollout(
@@ -82,6 +88,7 @@ def rollout(
     *,
     params: Params,
     frozen: Params | None = None,
+    reference: Params | None = None,
     stop: jax.Array | None = None,
     gradient: Gradient = NO_GRADIENT,
     record: Record | None = None,
@@ -98,6 +105,7 @@ def rollout(
             `fold_in(keys[b], i)`, so it depends neither on the batch nor on where samples stop.
         params: weights of the calls with gradient.
         frozen: weights of the calls without; None for `params`. No gradient flows through them.
+        reference: weights that calls with gradient are compared with, at the same inputs; gives `Rolled.deviation`.
         stop: [B] int32 in [0, num_steps], the steps that each sample takes; None for all. Below num_steps if
             `gradient.predict`.
         gradient: which steps carry gradient; by default none. A step that carries gradient for one sample of the
@@ -116,18 +124,18 @@ def rollout(
         denoise_with_gradient=denoise_with_gradient or denoise,
         params=params,
         frozen=jax.lax.stop_gradient(params if frozen is None else frozen),
-        through_input=gradient.through_input,
+        reference=jax.lax.stop_gradient(reference),
     )
     state = sampler.init(jax.lax.stop_gradient(noise))
     if record is not None:
         return _recorded(steps, state, record)
     stop = jnp.full((noise.shape[0],), sampler.num_steps, jnp.int32) if stop is None else stop
-    state = _without_gradient(steps, state, stop - gradient.last)
-    if gradient.last:
-        state = _with_gradient(steps, state, stop, gradient)
-    if not gradient.predict:
-        return Rolled(state, None, None)
-    return Rolled(state, sampler.pred_original(state, steps.output_with_gradient(state, stop), stop), None)
+    if gradient.calls is not None:
+        state, predicted, compared = _with_calls(steps, state, stop, gradient)
+    else:
+        state, predicted, compared = _in_sequence(steps, state, stop, gradient)
+    deviation = None if reference is None else _mean_where(*compared)
+    return Rolled(state, predicted, None, deviation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +148,7 @@ class _Steps:
     denoise_with_gradient: Denoise
     params: Params
     frozen: Params
-    through_input: bool
+    reference: Params | None
 
     def clip(self, step):
         return jnp.clip(step, 0, self.sampler.num_steps - 1)
@@ -152,20 +160,27 @@ class _Steps:
         return jax.lax.stop_gradient(output.astype(jnp.float32))
 
     def output_with_gradient(self, state, step):
-        """The model output with gradient, float32."""
-        model_input = self.sampler.model_input(state, step)
-        model_input = model_input if self.through_input else jax.lax.stop_gradient(model_input)
-        output = self.denoise_with_gradient(self.params, model_input, self.sampler.timestep(step), step)
-        return output.astype(jnp.float32)
+        """(the model output with gradient, [B] its mean squared difference to the reference's, or zeros), float32."""
+        model_input, timestep = self.sampler.model_input(state, step), self.sampler.timestep(step)
+        output = self.denoise_with_gradient(self.params, model_input, timestep, step).astype(jnp.float32)
+        if self.reference is None:
+            return output, jnp.zeros(output.shape[:1])
+        base = self.denoise(self.reference, jax.lax.stop_gradient(model_input), timestep, step)
+        base = checkpoint_name(jax.lax.stop_gradient(base.astype(jnp.float32)), KEPT)
+        return output, jnp.square(output - base).mean(tuple(range(1, output.ndim)))
 
     def output_where(self, carries, state, step):
-        """The model output, with gradient for samples where `carries` [B]; one that no sample needs costs none."""
+        """As `output_with_gradient`, for samples where `carries` [B]; a step that no sample needs costs none."""
 
         def with_gradient(state):
-            output = self.output_with_gradient(state, step)
-            return jnp.where(_per_sample(carries, output), output, jax.lax.stop_gradient(output))
+            output, difference = self.output_with_gradient(state, step)
+            return jnp.where(_per_sample(carries, output), output, jax.lax.stop_gradient(output)), difference
 
-        return jax.lax.cond(carries.any(), with_gradient, lambda state: self.output(state, step), state)
+        def without(state):
+            return self.output(state, step), jnp.zeros(step.shape)
+
+        output, difference = jax.lax.cond(carries.any(), with_gradient, without, state)
+        return checkpoint_name(output, KEPT), difference
 
     def random(self, step, shape):
         """Standard normal noise [B, ...], one stream per sample and step; None without keys."""
@@ -193,23 +208,81 @@ def _without_gradient(steps, state, stop):
     return jax.lax.stop_gradient(jax.lax.fori_loop(0, stop.max(), body, state))
 
 
-def _with_gradient(steps, state, stop, gradient):
-    """The last `gradient.last` steps before each sample's `stop` [B]."""
-    everything = gradient.first is None and gradient.steps is None
+def _in_sequence(steps, state, stop, gradient):
+    """(state, predicted, compared): steps without gradient, the last ones with it, the prediction with it.
 
-    @jax.checkpoint
+    compared: the differences to the reference's outputs and whether the sample carried gradient there, each [K, B].
+    """
+    if gradient.last < steps.sampler.num_steps:  # else there are no such steps, and their loop would only be compiled
+        state = _without_gradient(steps, state, stop - gradient.last)
+    predicted, compared = None, (jnp.zeros((0, *stop.shape)), jnp.zeros((0, *stop.shape), bool))
+    if gradient.last:
+        state, compared = _with_gradient(steps, state, stop, gradient)
+    if gradient.predict:
+        output, difference = steps.output_with_gradient(state, stop)
+        predicted = steps.sampler.pred_original(state, output, stop)
+        found = difference[None], jnp.ones((1, *stop.shape), bool)
+        compared = jax.tree.map(lambda *parts: jnp.concatenate(parts), compared, found)
+    return state, predicted, compared
+
+
+def _with_gradient(steps, state, stop, gradient):
+    """(state, compared) after the last `gradient.last` steps before each sample's `stop` [B]."""
+
     def body(state, offset):
         step = stop - gradient.last + offset
         active, index = (step >= 0) & (step < stop), steps.clip(step)
-        if everything:
-            output = steps.output_with_gradient(state, index)
+        if gradient.steps is None:
+            carries, found = active, steps.output_with_gradient(state, index)
         else:
-            carries = active if gradient.first is None else active & (index >= gradient.first)
-            carries = carries if gradient.steps is None else carries & jnp.asarray(gradient.steps)[index]
-            output = steps.output_where(carries, state, index)
-        return steps.advance(state, output, index, active), None
+            carries = active & jnp.asarray(gradient.steps)[index]
+            found = steps.output_where(carries, state, index)
+        output, difference = found
+        return steps.advance(state, output, index, active), (difference, carries)
 
-    return jax.lax.scan(body, state, jnp.arange(gradient.last))[0]
+    body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+    return jax.lax.scan(body, state, jnp.arange(gradient.last))
+
+
+def _with_calls(steps, state, stop, gradient):
+    """As `_in_sequence`, for `gradient.calls`.
+
+    A rollout without gradient keeps the latents and the model output of each step. The chosen calls are made again, and
+    the steps, which are linear in the outputs, are taken again with the kept values and the gradient of these calls.
+    """
+    total, calls = steps.sampler.num_steps, gradient.calls
+    chosen = jax.vmap(lambda all_steps, index: all_steps[index], in_axes=(1, 0))  # of [S, B, ...], by sample
+    add = jax.vmap(lambda all_steps, index, new: all_steps.at[index].add(new), in_axes=(1, 0, 0), out_axes=1)
+
+    def first_pass(step, carry):
+        state, kept = carry
+        index = steps.clip(jnp.minimum(step, stop))
+        output = steps.output(state, index)
+        kept = jax.tree.map(lambda all_steps, new: all_steps.at[step].set(new), kept, (state.latents, output))
+        return steps.advance(state, output, index, step < stop), kept
+
+    empty = jnp.zeros((total, *state.latents.shape))
+    end = stop.max() + gradient.predict
+    _, (latents, outputs) = jax.lax.stop_gradient(jax.lax.fori_loop(0, end, first_pass, (state, (empty, empty))))
+
+    latents = chosen(latents, calls).reshape(-1, *state.latents.shape[1:])
+    output, difference = steps.output_with_gradient(SamplerState(latents, latents), calls.reshape(-1))
+    gradient_alone = (output - jax.lax.stop_gradient(output)).reshape(*calls.shape, *output.shape[1:])
+    outputs = add(outputs, calls, gradient_alone)
+
+    def second_pass(state, step_and_output):
+        step, output = step_and_output
+        return steps.advance(state, output, steps.clip(jnp.minimum(step, stop)), step < stop), None
+
+    state = jax.lax.scan(second_pass, state, (jnp.arange(total), outputs))[0]
+    compared = difference.reshape(calls.shape).T, (calls < stop[:, None] + gradient.predict).T
+    predicted = steps.sampler.pred_original(state, chosen(outputs, stop), stop) if gradient.predict else None
+    return state, predicted, compared
+
+
+def _mean_where(values, flags):
+    """[B] means over the first axis of `values` [K, B] where `flags` [K, B]; 0 where there are none."""
+    return jnp.sum(jnp.where(flags, values, 0.0), 0) / jnp.maximum(flags.sum(0), 1)
 
 
 def _recorded(steps, state, record):
@@ -250,20 +323,22 @@ def _check(sampler, keys, stop, gradient, record):
         raise ValueError("this sampler is stochastic: pass keys, one per sample")
     if not 0 <= gradient.last <= total:
         raise ValueError(f"Gradient.last={gradient.last} should be from 0 to {total}, the number of steps")
-    if not gradient.last and not (gradient.first is None and gradient.steps is None):
+    if not gradient.last and gradient.steps is not None:
         raise ValueError(
-            f"Gradient.first and Gradient.steps choose among the last steps, of which Gradient.last=0 leaves none; "
-            f"set last={total} to choose among all"
+            f"Gradient.steps chooses among the last steps, of which Gradient.last=0 leaves none; set last={total} to "
+            "choose among all"
         )
+    if gradient.calls is not None and (gradient.last or np.ndim(gradient.calls) != 2):
+        raise ValueError("Gradient.calls should be [B, K] step indices, in place of Gradient.last and steps")
     if gradient.steps is not None and np.shape(gradient.steps) != (total,):
         raise ValueError(f"Gradient.steps has shape {np.shape(gradient.steps)}, {total} steps need ({total},)")
     if gradient.predict and stop is None:
         raise ValueError("Gradient.predict needs stop, below num_steps: after the last step nothing is left to predict")
     if record is None:
         return
-    if gradient.last or gradient.predict or stop is not None:
+    if gradient.last or gradient.predict or gradient.calls is not None or stop is not None:
         raise ValueError(
-            "record is for rollouts to the end without gradient: leave out stop, Gradient.last and predict"
+            "record is for rollouts to the end without gradient: leave out stop, Gradient.last, calls and predict"
         )
     chosen = record.steps
     if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= step < total for step in chosen):

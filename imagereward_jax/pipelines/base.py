@@ -240,16 +240,35 @@ class TextToImage:
             return self.predict(params, latents, timesteps, cond)
         conds = jax.tree.map(lambda *parts: jnp.concatenate(parts), negative_cond, cond)
         both = self.predict(params, jnp.concatenate([latents] * 2), jnp.concatenate([timesteps] * 2), conds)
-        negative, positive = jnp.split(both, 2)
-        return negative + guidance_scale * (positive - negative)
+        return _guided(*jnp.split(both, 2), guidance_scale)
 
     def denoiser_for(
-        self, cond: Batch, negative_cond: Batch | None = None, guidance_scale: ArrayLike = 1.0
+        self,
+        cond: Batch,
+        negative_cond: Batch | None = None,
+        guidance_scale: ArrayLike = 1.0,
+        *,
+        negative_gradient: bool = True,
     ) -> Callable[..., jax.Array]:
-        """Binds `denoise` to conditions: (params, latents, timesteps, step) -> output, as `rollout` calls it."""
+        """Binds `denoise` to conditions: (params, latents, timesteps, step) -> output, as `rollout` calls it.
+
+        Latents may be k times as many as the conditions, each of which then serves k consecutive rows.
+
+        Args:
+            negative_gradient: False stops the gradient of the negative prediction, which is then a call of its own.
+        """
 
         def denoise(params, latents, timesteps, step):
-            return self.denoise(params, latents, timesteps, cond, negative_cond, guidance_scale)
+            copies = latents.shape[0] // self.rows(cond)
+            positive_rows, negative_rows = (
+                jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), rows) if copies > 1 else rows
+                for rows in (cond, negative_cond)
+            )
+            if negative_gradient or negative_cond is None:
+                return self.denoise(params, latents, timesteps, positive_rows, negative_rows, guidance_scale)
+            constant = jax.lax.stop_gradient((params, latents))
+            negative = jax.lax.stop_gradient(self.denoise(*constant, timesteps, negative_rows))
+            return _guided(negative, self.denoise(params, latents, timesteps, positive_rows), guidance_scale)
 
         return denoise
 
@@ -392,6 +411,11 @@ class TextToImage:
                     f"unet: {name}={getattr(unet, name)} is not the VAE's latent_channels={vae.latent_channels}; "
                     "models for inpainting or of other families do not fit here"
                 )
+
+
+def _guided(negative, positive, guidance_scale):
+    """Classifier-free guidance (arXiv 2207.12598)."""
+    return negative + guidance_scale * (positive - negative)
 
 
 def override_scheduler(scheduler_config: dict[str, Any], **fields: Any) -> dict[str, Any]:

@@ -35,23 +35,24 @@ def fresh_noise(key, step, shape=SHAPE):
     return jax.random.normal(jax.random.fold_in(key, step), (1, *shape[1:]))
 
 
-def by_hand(weight, sampler, noise, keys, stops, *, carries, through_input=True, predict=False):
+def by_hand(weight, sampler, noise, keys, stops, *, carries, predict=False):
     """Sum of the last latents (or of the predicted clean latents), sample by sample, step by step.
 
-    carries: (row, step) -> "state" (the state there is a constant), "output" (the model output is) or "all".
+    carries: (row, step) -> "state" (the state there is a constant), "output" (the model output is), "input" (the
+    denoiser's input is) or "all".
     """
     total = 0.0
     for row, stop in enumerate(stops):
         state = sampler.init(noise[row : row + 1])
         for step in range(stop + predict):
             model_input = sampler.model_input(state, step)
-            model_input = model_input if through_input else jax.lax.stop_gradient(model_input)
+            kind = carries(row, step)
+            model_input = jax.lax.stop_gradient(model_input) if kind == "input" else model_input
             output = denoise(weight, model_input, sampler.timesteps[step, None], step)
+            output = output if kind in ("all", "input") else jax.lax.stop_gradient(output)
             if predict and step == stop:
                 total += sampler.pred_original(state, output, step).sum()
                 break
-            kind = carries(row, step)
-            output = output if kind == "all" else jax.lax.stop_gradient(output)
             state = sampler.step(state, output, step, fresh_noise(keys[row], step))
             state = jax.lax.stop_gradient(state) if kind == "state" else state
         total += 0.0 if predict else state.latents.sum()
@@ -59,29 +60,23 @@ def by_hand(weight, sampler, noise, keys, stops, *, carries, through_input=True,
 
 
 # name: (stops, Gradient, what of each (row, step) carries gradient)
-FIRST = np.array([1, 3])
 MARKED = np.array([False, True, False, True, True])
+CALLS = np.array([[0, 2, 3], [1, 3, 4]])
 VARIANTS = {
     "last": ([3, 5], Gradient(last=2), lambda row, step: "all" if step >= [1, 3][row] else "state"),
     "last_past_the_start": ([1, 4], Gradient(last=3), lambda row, step: "all" if step >= [0, 1][row] else "state"),
-    "first": ([5, 5], Gradient(last=5, first=FIRST), lambda row, step: "all" if step >= FIRST[row] else "state"),
     "steps": ([4, 5], Gradient(last=5, steps=MARKED), lambda row, step: "all" if MARKED[step] else "output"),
     "steps_of_the_last": (
         [5, 5],
         Gradient(last=3, steps=MARKED),
         lambda row, step: "state" if step < 2 else "all" if MARKED[step] else "output",
     ),
-    "first_and_steps": (
-        [5, 5],
-        Gradient(last=5, first=FIRST, steps=MARKED),
-        lambda row, step: "all" if MARKED[step] and step >= FIRST[row] else "output",
-    ),
-    "input_stopped": ([3, 5], Gradient(last=5, through_input=False), lambda row, step: "all"),
-    "predict": ([2, 4], Gradient(predict=True), lambda row, step: "state"),
-    "drtune": (
-        [3, 4],
-        Gradient(last=5, steps=MARKED, through_input=False, predict=True),
-        lambda row, step: "all" if MARKED[step] else "output",
+    "predict": ([2, 4], Gradient(predict=True), lambda row, step: "all" if step == [2, 4][row] else "state"),
+    "calls": ([3, 5], Gradient(calls=CALLS), lambda row, step: "input" if step in CALLS[row] else "output"),
+    "calls_and_predict": (
+        [3, 3],
+        Gradient(calls=CALLS, predict=True),
+        lambda row, step: "input" if step in CALLS[row] else "output",
     ),
 }
 
@@ -98,8 +93,7 @@ def test_gradient_is_that_of_the_steps_written_out(name):
         return (found.predicted if gradient.predict else found.state.latents).sum()
 
     def expected(weight):
-        options = {"through_input": gradient.through_input, "predict": gradient.predict}
-        return by_hand(weight, sampler, noise, keys, stops, carries=carries, **options)
+        return by_hand(weight, sampler, noise, keys, stops, carries=carries, predict=gradient.predict)
 
     value, slope = jax.value_and_grad(rolled)(WEIGHT)
     expected_value, expected_slope = jax.value_and_grad(expected)(WEIGHT)
@@ -114,7 +108,7 @@ def test_gradient_is_that_of_the_steps_written_out(name):
     [
         (Gradient(last=1), [False] * 4 + [True]),
         (Gradient(last=5, steps=MARKED), MARKED),
-        (Gradient(last=5, steps=MARKED, through_input=False), MARKED),
+        (Gradient(calls=np.tile(np.flatnonzero(MARKED), (2, 1))), MARKED),
     ],
     ids=["last_1", "draw_per_step", "drtune"],
 )
@@ -133,7 +127,7 @@ def test_gradient_is_that_of_pytorch_with_diffusers_scheduler(gradient, marked):
     weight, latents = torch.tensor(WEIGHT, requires_grad=True).double(), torch.tensor(np.asarray(noise)).double()
     weight.retain_grad()
     for carries, t in zip(marked, scheduler.timesteps, strict=True):
-        model_input = latents if gradient.through_input else latents.detach()
+        model_input = latents if gradient.calls is None else latents.detach()
         output = smooth(weight, model_input, float(t), torch.sin)
         latents = scheduler.step(output if carries else output.detach(), t, latents).prev_sample
     latents.square().mean().backward()
@@ -197,6 +191,35 @@ def test_steps_without_gradient_use_the_frozen_weights_and_no_dropout():
     assert slopes[1] == 0
 
 
+@pytest.mark.parametrize("gradient", [Gradient(last=3), Gradient(last=5, steps=MARKED), Gradient(calls=CALLS)])
+def test_deviation_is_the_mean_over_calls_with_gradient(gradient):
+    """Of squared differences to the reference's outputs at the same latents, per sample, and its slope; 1e-5."""
+    sampler = make_sampler("ddim", tiny_sd1.SCHEDULER, STEPS)
+    noise, _ = start()
+
+    def rolled(weight):
+        options = {"params": weight, "reference": 0.5, "gradient": gradient}
+        return rollout(denoise, sampler, noise, None, **options).deviation
+
+    def expected(weight):
+        state, found = sampler.init(noise), []
+        for step in range(STEPS):
+            model_input, t = sampler.model_input(state, step), sampler.timesteps[step, None]
+            chosen = CALLS if gradient.calls is not None else np.arange(2, 5) if gradient.steps is None else [1, 3, 4]
+            rows = (np.broadcast_to(chosen, (2, 3)) == step).any(1)[:, None, None, None]
+            held = model_input if gradient.calls is None else jax.lax.stop_gradient(model_input)
+            output = denoise(weight, jnp.where(rows, held, model_input), t, step)
+            base = denoise(0.5, jax.lax.stop_gradient(model_input), t, step)
+            found.append(jnp.where(rows, jnp.square(output - base), 0.0).mean((1, 2, 3)))
+            state = sampler.step(state, jnp.where(rows, output, jax.lax.stop_gradient(output)), step)
+            state = jax.lax.stop_gradient(state) if gradient.last == 3 and step < 2 else state
+        return sum(found) / 3
+
+    np.testing.assert_allclose(rolled(WEIGHT), expected(WEIGHT), rtol=1e-5)
+    slopes = [jax.jacobian(function)(WEIGHT) for function in (rolled, expected)]
+    np.testing.assert_allclose(*slopes, rtol=1e-5)
+
+
 def test_gradient_is_zero_without_steps_that_carry_it():
     sampler = make_sampler("ddim", tiny_sd1.SCHEDULER, STEPS)
     noise, _ = start()
@@ -213,6 +236,26 @@ def test_gradient_is_zero_without_steps_that_carry_it():
             ).state.latents.sum()
         )(WEIGHT)
         assert slope == 0
+
+
+@pytest.mark.parametrize("reference", [None, 0.5])
+@pytest.mark.parametrize("steps", [None, np.ones(STEPS, bool)])
+def test_a_call_without_gradient_is_made_once(steps, reference):
+    """Calls with gradient are made again in the backward pass; those in steps without it and of the reference not."""
+    sampler, (noise, _) = make_sampler("ddim", tiny_sd1.SCHEDULER, STEPS), start()
+
+    def loss(weight):
+        options = {"params": weight, "reference": reference, "gradient": Gradient(last=STEPS, steps=steps)}
+        rolled = rollout(denoise, sampler, noise, None, **options)
+        return rolled.state.latents.sum() + (0.0 if reference is None else rolled.deviation.sum())
+
+    def calls(jaxpr):
+        inner = [getattr(part, "jaxpr", part) for equation in jaxpr.eqns for part in jax.tree.leaves(equation.params)]
+        here = sum(equation.primitive.name == "sin" for equation in jaxpr.eqns)
+        return here + sum(calls(part) for part in inner if hasattr(part, "eqns"))
+
+    forward = 1 + (steps is not None) + (reference is not None)
+    assert calls(jax.make_jaxpr(jax.grad(loss))(WEIGHT).jaxpr) == forward + 1
 
 
 def test_memory_grows_by_the_latents_of_a_step():
@@ -304,7 +347,7 @@ def test_recorded_steps_are_scored_as_stored(dtype):
     sampler = make_sampler("ddim", tiny_sd1.SCHEDULER, STEPS, eta=1.0)
     noise, keys = start((2, 8, 8, 4))
     record = Record(steps=(4, 1, 2), dtype=jnp.dtype(dtype))
-    state, predicted, trajectory = jax.jit(
+    state, predicted, trajectory, _ = jax.jit(
         lambda sampler: rollout(denoise, sampler, noise, keys, params=WEIGHT, record=record)
     )(sampler)
     assert predicted is None and trajectory.log_probs.shape == (3, 2)
@@ -346,7 +389,9 @@ def test_a_record_in_float32_changes_nothing():
     [
         (1.0, False, {}, "pass keys"),
         (0.0, False, {"gradient": Gradient(last=6)}, "Gradient.last=6"),
-        (0.0, False, {"gradient": Gradient(first=np.array([1, 1]))}, "set last=5"),
+        (0.0, False, {"gradient": Gradient(steps=np.ones(5, bool))}, "set last=5"),
+        (0.0, False, {"gradient": Gradient(calls=np.arange(2))}, r"\[B, K\] step indices"),
+        (1.0, True, {"gradient": Gradient(calls=CALLS), "record": Record((1,))}, "calls and predict"),
         (0.0, False, {"gradient": Gradient(last=5, steps=np.ones(4, bool))}, r"5 steps need \(5,\)"),
         (0.0, False, {"gradient": Gradient(predict=True)}, "predict needs stop"),
         (1.0, True, {"gradient": Gradient(last=1), "record": Record((1,))}, "without gradient"),

@@ -1,0 +1,43 @@
+"""DRaFT-1 on the built-in tiny model with the built-in tiny reward, on a CPU.
+
+    python -m imagereward_jax.train --config configs/draft_tiny.py
+
+Tunes all of the UNet through the last of the sampler's ten steps, with the guidance that images are made with; more
+steps: --config.method.gradient_steps=3. alignprop_tiny.py, draft_lv_tiny.py and drtune_tiny.py change the steps alone.
+
+Hardware: 2 CPU cores. Time and result to expect: not measured yet.
+"""
+
+from imagereward_jax.recipes import default_config
+
+
+def get_config():
+    """The recipe."""
+    config = default_config("reward_gradient")
+    config.steps = 100
+    config.batch_size = 32
+    config.model.path = "tiny-shapes"
+    config.model.remat = "none"
+    config.reward.path = "tiny-shapes"
+    config.method.num_steps = 10
+    config.method.guidance_scale = 3.0
+    config.method.height = 32
+    config.method.width = 32
+    config.method.loss = "hinge"
+    config.method.target = 2.0
+    config.data.prompts = "shapes:train"
+    config.data.image_size = 32
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.warmup_steps = 20
+    config.ema_decay = 0.95
+    config.eval.prompts = "shapes:held_out"
+    config.eval.num_prompts = 64
+    config.eval.images_per_prompt = 4
+    config.eval.batch_size = 64
+    config.eval.num_steps = 20
+    config.eval.guidance_scale = 3.0
+    config.eval.every = 50
+    config.checkpoint.every = 50
+    config.log_every = 5
+    config.writers = ("jsonl", "tensorboard")
+    return config

@@ -1,0 +1,17 @@
+"""DRTune on the built-in tiny model: draft_tiny.py with gradient in three spaced steps and an early stop.
+
+    python -m imagereward_jax.train --config configs/drtune_tiny.py
+
+Hardware: 2 CPU cores. Time and result to expect: not measured yet.
+"""
+
+from imagereward_jax.recipes import recipe_beside
+
+
+def get_config():
+    """The recipe."""
+    config = recipe_beside(__file__, "draft_tiny")
+    config.method.truncation = "spaced"
+    config.method.gradient_steps = 3
+    config.method.stop_min = 6  # the last 40 % of the steps
+    return config

@@ -1,0 +1,116 @@
+"""Shared by the methods that follow a reward's gradient: their fields, phases, guided denoisers and scored images."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from imagereward_jax.config import ConfigError, field, require_given
+from imagereward_jax.diffusion.rollout import Denoise
+from imagereward_jax.diffusion.samplers import SAMPLERS, make_sampler
+from imagereward_jax.methods import denoising
+from imagereward_jax.methods.base import Batch, Key, Loss, Method, MethodConfig, Metrics, Params, Phase
+from imagereward_jax.models.lora import dropout_key
+from imagereward_jax.models.quantized import KINDS
+from imagereward_jax.rewards.mixed import apply_terms
+
+
+class RewardTuningConfig(MethodConfig):
+    """config.method of every such method."""
+
+    uses = ("prompts", "pairs", "cache", "reward", "lora", "samples")
+    defaults = {"reward.path": "ImageReward-v1.0", "eval.best": "eval/reward_mean"}
+
+    sampler: str = field("ddim", choices=SAMPLERS)
+    num_steps: int = field(50, at_least=1)  # sampler steps of a whole generation
+    eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's steps
+    rollout_quantization: str = field("none", choices=KINDS)  # of the denoiser in steps without gradient; needs qwix
+    guidance_scale: float = 1.0  # at most 1: no guidance while training, half the work
+    negative_prompt: str = ""
+    height: int = field(512, at_least=1)
+    width: int = field(512, at_least=1)
+    pretrain: str = field(
+        "off", choices=("off", "alternate", "add")
+    )  # denoising loss on pairs: an own update, or added
+    pretrain_weight: float = field(1.0, at_least=0.0)
+    snr_gamma: float = field(0.0, at_least=0.0)  # > 0: min-SNR weights of the denoising loss; 5 is usual
+
+    def check(self, config):
+        """The losses' inputs and what they need installed must be given."""
+        require_given(config, "model.path")
+        require_given(config, "eval.prompts")
+        if not config.reward.terms:
+            require_given(config, "reward.path", " (or name several in config.reward.terms)")
+        if self.pretrain != "off":
+            require_given(config, "data.pairs", " (or config.method.pretrain='off' to tune without the denoising loss)")
+        if self.rollout_quantization != "none" and importlib.util.find_spec("qwix") is None:
+            raise ConfigError(
+                f"config.method.rollout_quantization={self.rollout_quantization!r} needs qwix: "
+                "pip install 'imagereward-jax[quantization]', or qwix alone"
+            )
+
+
+def tuning_method(
+    name: str, make_loss: Callable[..., Loss], config: RewardTuningConfig, parts: Any, **options: Any
+) -> Method:
+    """The method of one loss on prompts and, by `config.pretrain`, the denoising loss on pairs beside it.
+
+    Args:
+        name: of the loss's phase. make_loss: (config, pipeline, reward) -> loss. options: further fields of `Method`.
+    """
+    pipeline = parts.pipeline
+    sampler = make_sampler(config.sampler, pipeline.scheduler_config, config.num_steps, config.eta)
+    negative = config.negative_prompt if config.guidance_scale > 1.0 else None
+    tuning = Phase(name, make_loss(config, pipeline, parts.reward), parts.prompts(negative), sampler)
+    phases = (tuning,)
+    if config.pretrain != "off":
+        loss = denoising.make_loss(pipeline, config.pretrain_weight, snr_gamma=config.snr_gamma)
+        pairs = Phase("denoising", loss, parts.pairs())
+        phases = (tuning, pairs)
+        if config.pretrain == "add":
+            phases = (Phase.sum(name, {name: tuning, "denoising": pairs}),)
+    return Method(
+        phases,
+        trains=(pipeline.denoiser,),
+        evaluate=parts.samples(config.height, config.width),
+        shown=f"{name}/reward",
+        **options,
+    )
+
+
+def denoisers(
+    pipeline: Any, batch: Batch, guidance_scale: float, dropout: Key, **options: Any
+) -> tuple[Denoise, Denoise]:
+    """(for steps without gradient, for those with it: with the dropout of low-rank layers, drawn anew at each step).
+
+    Args:
+        options: of `denoiser_for`, for steps with gradient.
+    """
+    conditions = batch["cond"], batch.get("negative_cond"), guidance_scale
+    denoise = pipeline.denoiser_for(*conditions, **options)
+
+    def with_gradient(params, latents, timesteps, step):
+        with dropout_key(jax.random.fold_in(dropout, step[0])):
+            return denoise(params, latents, timesteps, step)
+
+    return pipeline.denoiser_for(*conditions), with_gradient
+
+
+def score(pipeline: Any, reward: Any, params: Params, latents: jax.Array, tokens: Any) -> tuple[jax.Array, Metrics]:
+    """(rewards [B] of decoded latents, metrics of them and of the terms of a mixture)."""
+    images = jnp.clip(pipeline.decode(params, latents), 0.0, 1.0)
+    rewards, terms = apply_terms(reward, params["reward"], images, tokens)
+    metrics = {"reward": rewards.mean(), "reward_std": rewards.std()}
+    return rewards, metrics | {f"reward_{name}": scores.mean() for name, scores in terms.items()}
+
+
+def draw_stop(key: Key, rows: int, stop_min: int, stop_max: int) -> jax.Array:
+    """[B] stop indices, uniform in [stop_min, stop_max]."""
+    return jax.random.randint(key, (rows,), stop_min, stop_max + 1)
+
+
+def hinge(rewards: jax.Array, *, threshold: float, scale: float) -> jax.Array:
+    """mean(relu(threshold - reward)) * scale: an image past the threshold is left alone."""
+    return jnp.mean(jax.nn.relu(threshold - rewards)) * scale
