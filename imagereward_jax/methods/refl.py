@@ -68,7 +68,7 @@ def make_loss(config: Config, pipeline, reward) -> Loss:
         noise_key, sampler_key = jax.random.split(image_key)
         rows = pipeline.rows(batch["cond"])
         stop = draw_stop(stop_key, rows, config.stop_min, config.stop_max)
-        denoise, with_gradient = denoisers(pipeline, batch, config.guidance_scale, jax.random.fold_in(image_key, 1))
+        denoise, with_gradient = denoisers(config, pipeline, batch, jax.random.fold_in(image_key, 1))
         rolled = rollout(
             denoise,
             models.tables,

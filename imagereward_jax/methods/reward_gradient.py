@@ -103,7 +103,7 @@ def make_loss(config: Config, pipeline: Any, reward: Any) -> Loss:
     def loss(models, batch, key):
         stop_key, steps_key, noise_key, sampler_key, copies_key, dropout = jax.random.split(key, 6)
         rows, options = pipeline.rows(batch["cond"]), {"negative_gradient": config.negative_gradient}
-        denoise, with_gradient = denoisers(pipeline, batch, config.guidance_scale, dropout, **options)
+        denoise, with_gradient = denoisers(config, pipeline, batch, dropout, **options)
         early, last = config.stop_min is not None, config.num_steps - 1
         stop = draw_stop(stop_key, rows, config.stop_min, last) if early else jnp.full((rows,), config.num_steps)
         rolled = rollout(

@@ -28,6 +28,7 @@ class RewardTuningConfig(MethodConfig):
     eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's steps
     rollout_quantization: str = field("none", choices=KINDS)  # of the denoiser in steps without gradient; needs qwix
     guidance_scale: float = 1.0  # at most 1: no guidance while training, half the work
+    guidance_max: float | None = None  # if given, each sample's guidance is drawn from [guidance_scale, guidance_max]
     negative_prompt: str = ""
     height: int = field(512, at_least=1)
     width: int = field(512, at_least=1)
@@ -37,6 +38,11 @@ class RewardTuningConfig(MethodConfig):
     pretrain_weight: float = field(1.0, at_least=0.0)
     snr_gamma: float = field(0.0, at_least=0.0)  # > 0: min-SNR weights of the denoising loss; 5 is usual
 
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompt is needed."""
+        return max(self.guidance_scale, self.guidance_max or 0.0) > 1.0
+
     def check(self, config):
         """The losses' inputs and what they need installed must be given."""
         require_given(config, "model.path")
@@ -45,6 +51,11 @@ class RewardTuningConfig(MethodConfig):
             require_given(config, "reward.path", " (or name several in config.reward.terms)")
         if self.pretrain != "off":
             require_given(config, "data.pairs", " (or config.method.pretrain='off' to tune without the denoising loss)")
+        if self.guidance_max is not None and not 1.0 <= self.guidance_scale <= self.guidance_max:
+            raise ConfigError(
+                f"config.method: guidance_scale={self.guidance_scale:g} and guidance_max={self.guidance_max:g} must "
+                "satisfy 1 <= guidance_scale <= guidance_max (or leave guidance_max at None for one guidance)"
+            )
         if self.rollout_quantization != "none" and importlib.util.find_spec("qwix") is None:
             raise ConfigError(
                 f"config.method.rollout_quantization={self.rollout_quantization!r} needs qwix: "
@@ -62,7 +73,7 @@ def tuning_method(
     """
     pipeline = parts.pipeline
     sampler = make_sampler(config.sampler, pipeline.scheduler_config, config.num_steps, config.eta)
-    negative = config.negative_prompt if config.guidance_scale > 1.0 else None
+    negative = config.negative_prompt if config.guided else None
     tuning = Phase(name, make_loss(config, pipeline, parts.reward), parts.prompts(negative), sampler)
     phases = (tuning,)
     if config.pretrain != "off":
@@ -81,18 +92,19 @@ def tuning_method(
 
 
 def denoisers(
-    pipeline: Any, batch: Batch, guidance_scale: float, dropout: Key, **options: Any
+    config: RewardTuningConfig, pipeline: Any, batch: Batch, key: Key, **options: Any
 ) -> tuple[Denoise, Denoise]:
     """(for steps without gradient, for those with it: with the dropout of low-rank layers, drawn anew at each step).
 
     Args:
-        options: of `denoiser_for`, for steps with gradient.
+        key: of the dropout and of each sample's guidance. options: of `denoiser_for`, for steps with gradient.
     """
-    conditions = batch["cond"], batch.get("negative_cond"), guidance_scale
+    guidance = draw_guidance(config, jax.random.fold_in(key, config.num_steps), pipeline.rows(batch["cond"]))
+    conditions = batch["cond"], batch.get("negative_cond"), guidance
     denoise = pipeline.denoiser_for(*conditions, **options)
 
     def with_gradient(params, latents, timesteps, step):
-        with dropout_key(jax.random.fold_in(dropout, step[0])):
+        with dropout_key(jax.random.fold_in(key, step[0])):
             return denoise(params, latents, timesteps, step)
 
     return pipeline.denoiser_for(*conditions), with_gradient
@@ -104,6 +116,13 @@ def score(pipeline: Any, reward: Any, params: Params, latents: jax.Array, tokens
     rewards, terms = apply_terms(reward, params["reward"], images, tokens)
     metrics = {"reward": rewards.mean(), "reward_std": rewards.std()}
     return rewards, metrics | {f"reward_{name}": scores.mean() for name, scores in terms.items()}
+
+
+def draw_guidance(config: RewardTuningConfig, key: Key, rows: int) -> float | jax.Array:
+    """The guidance scale, or one for each sample, [B, 1, 1, 1], uniform up to `config.guidance_max`."""
+    if config.guidance_max is None:
+        return config.guidance_scale
+    return jax.random.uniform(key, (rows, 1, 1, 1), minval=config.guidance_scale, maxval=config.guidance_max)
 
 
 def draw_stop(key: Key, rows: int, stop_min: int, stop_max: int) -> jax.Array:

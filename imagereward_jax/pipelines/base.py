@@ -233,7 +233,8 @@ class TextToImage:
             cond: from `encode_prompts`.
             negative_cond: the same for negative (or empty) prompts. It switches on classifier-free guidance, which
                 runs the network once on a batch of 2B.
-            guidance_scale: factor on the step from the negative prediction to the other; may be traced.
+            guidance_scale: factor on the step from the negative prediction to the other; may be traced, also one
+                per row, [B, 1, 1, 1].
         """
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), latents.shape[:1])
         if negative_cond is None:
@@ -260,15 +261,15 @@ class TextToImage:
 
         def denoise(params, latents, timesteps, step):
             copies = latents.shape[0] // self.rows(cond)
-            positive_rows, negative_rows = (
-                jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), rows) if copies > 1 else rows
-                for rows in (cond, negative_cond)
-            )
+            given = (cond, negative_cond, guidance_scale)
+            if copies > 1:
+                given = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if jnp.ndim(x) else x, given)
+            positive_rows, negative_rows, guidance = given
             if negative_gradient or negative_cond is None:
-                return self.denoise(params, latents, timesteps, positive_rows, negative_rows, guidance_scale)
+                return self.denoise(params, latents, timesteps, positive_rows, negative_rows, guidance)
             constant = jax.lax.stop_gradient((params, latents))
             negative = jax.lax.stop_gradient(self.denoise(*constant, timesteps, negative_rows))
-            return _guided(negative, self.denoise(params, latents, timesteps, positive_rows), guidance_scale)
+            return _guided(negative, self.denoise(params, latents, timesteps, positive_rows), guidance)
 
         return denoise
 

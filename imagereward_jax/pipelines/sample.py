@@ -53,6 +53,7 @@ class ImageSampler:
         keys: jax.Array | None = None,
         noise: np.ndarray | None = None,
         step_keys: jax.Array | None = None,
+        guidance_scale: float | None = None,
     ) -> np.ndarray:
         """Makes images float32 [N, H, W, 3] in [0, 1] for N prompts; an image does not depend on the others.
 
@@ -62,6 +63,7 @@ class ImageSampler:
             keys: [N] jax keys to draw the initial noise from, if `noise` is None.
             noise: initial noise, standard normal [N, h, w, c].
             step_keys: [N] jax keys for the noise of stochastic samplers; `keys` by default.
+            guidance_scale: of these images; None for the sampler's own. All scales above 1 share one program.
 
         Raises:
             ValueError: neither keys nor noise are given, or a stochastic sampler has no keys.
@@ -71,7 +73,8 @@ class ImageSampler:
         step_keys = keys if step_keys is None else step_keys
         if step_keys is None and self.sampler.stochastic:
             raise ValueError("this sampler adds noise at its steps: pass keys= or step_keys=")
-        guided = self.guidance_scale > 1.0
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        guided = guidance_scale > 1.0
         negative = list(negative_prompts or [""] * len(prompts)) if guided else None
         inputs = {
             "ids": self.pipeline.tokenize(list(prompts)),
@@ -82,7 +85,12 @@ class ImageSampler:
         }
         images = [
             np.asarray(
-                self._sample(params, self.sampler, jax.tree.map(self._put, _rows_of(inputs, start, self.batch_size)))
+                self._sample(
+                    params,
+                    self.sampler,
+                    np.float32(guidance_scale),
+                    jax.tree.map(self._put, _rows_of(inputs, start, self.batch_size)),
+                )
             )
             for start in range(0, len(prompts), self.batch_size)
         ]
@@ -92,7 +100,7 @@ class ImageSampler:
         """Shards one batch's array, the same on every process, over the mesh."""
         return jax.make_array_from_callback(rows.shape, self._rows, lambda index: rows[index])
 
-    def _sample_batch(self, params, sampler, inputs):
+    def _sample_batch(self, params, sampler, guidance_scale, inputs):
         noise, step_keys = inputs["noise"], inputs["step_keys"]
         if noise is None:
             keys = jax.random.wrap_key_data(inputs["keys"])
@@ -104,7 +112,7 @@ class ImageSampler:
                 inputs["negative_ids"],
                 noise,
                 sampler=sampler,
-                guidance_scale=self.guidance_scale,
+                guidance_scale=guidance_scale,
                 key=None if step_keys is None else jax.random.wrap_key_data(step_keys),
             )
 

@@ -19,7 +19,7 @@ from refl_reference import (
 
 from imagereward_jax.methods import denoising
 from imagereward_jax.methods.base import Models
-from imagereward_jax.methods.refl import draw_stop, hinge
+from imagereward_jax.methods.reward_tuning import draw_guidance, draw_stop, hinge
 from imagereward_jax.weights import mapping
 
 
@@ -107,3 +107,24 @@ def test_denoising_loss_agrees_with_pytorch(made):
     for name, weight in reference.unet.named_parameters():
         tolerance = 1e-3 * weight.grad.abs().max().item() + 1e-6 * largest
         np.testing.assert_allclose(ours[name], weight.grad.numpy(), rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_each_samples_guidance_is_drawn_from_its_range(made):
+    """Within [1, 5] and not all equal; the output is the sum of the two predictions that row's guidance means."""
+    pipeline, params, _ = made
+    guidance = draw_guidance(method_config(guidance_max=5.0), jax.random.key(0), 3)
+    assert guidance.shape == (3, 1, 1, 1) and 1 <= guidance.min() < guidance.max() <= 5
+    assert draw_guidance(method_config(guidance_scale=3.0), jax.random.key(0), 3) == 3.0
+    ids = [pipeline.tokenize(texts) for texts in (PROMPTS[:3], [""] * 3)]
+    cond, negative = (jax.jit(pipeline.encode_prompts)(params, part) for part in ids)
+    latents = jax.random.normal(jax.random.key(1), (3, *pipeline.latent_shape(8, 8)))
+    outputs = {
+        name: jax.jit(pipeline.denoiser_for(*conditions))(params, latents, jnp.full(3, 500), 0)
+        for name, conditions in {
+            "positive": (cond,),
+            "negative": (negative,),
+            "guided": (cond, negative, guidance),
+        }.items()
+    }
+    expected = outputs["negative"] + guidance * (outputs["positive"] - outputs["negative"])
+    np.testing.assert_allclose(outputs["guided"], expected, rtol=1e-5, atol=1e-5)
