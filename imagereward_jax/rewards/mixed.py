@@ -105,6 +105,39 @@ class MixedReward:
         return sum(term.contribution(term.reward.score_grad(prompts, images)) for term in self.members.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """Any reward as its terms: networks, scored inside compiled programs, and functions, scored on the host.
+
+    Attributes:
+        terms: {name: `Term`}; a reward that is no mixture is one term of the name "".
+    """
+
+    terms: Mapping[str, Term]
+
+    @property
+    def networks(self) -> Any | None:
+        """The reward of the networks alone; None if there are none."""
+        networks = {name: term for name, term in self.terms.items() if term.reward.differentiable}
+        return networks[""].reward if "" in networks else MixedReward(networks) if networks else None
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The `rules.RuleReward`s by name."""
+        return {name: term.reward for name, term in self.terms.items() if not term.reward.differentiable}
+
+    def apply_networks(self, params: Any, images: jax.Array, tokens: Any) -> dict[str, jax.Array]:
+        """Computes {name: scores [B]} of the networks; params, tokens: those of `networks`."""
+        if self.networks is None:
+            return {}
+        total, scores = apply_terms(self.networks, params, images, tokens)
+        return scores or {"": total}
+
+    def total(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Computes the rewards [N] of the scores of all terms."""
+        return sum(term.contribution(scores[name], np) for name, term in self.terms.items())
+
+
 def apply_terms(
     reward: Any, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
