@@ -47,6 +47,7 @@ def main(argv=None):
 def run(config, workdir):
     """Trains and says how it ended."""
     from imagereward_jax.assembly.run import assemble
+    from imagereward_jax.rewards.mixed import RewardError
     from imagereward_jax.training.checkpoints import CheckpointError
     from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
     from imagereward_jax.training.loop import train
@@ -64,7 +65,7 @@ def run(config, workdir):
         # At once: on the way out jax would wait for the process that is gone.
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
-    except (RunError, CheckpointError) as error:
+    except (RunError, CheckpointError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

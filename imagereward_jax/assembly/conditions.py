@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.assembly import encoded
-from imagereward_jax.assembly.rewards import section_of
 from imagereward_jax.assembly.rows import nested_cond, pair_batch, repeated_ids, rows_spec
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.batches import make_iterator
@@ -117,25 +116,18 @@ def prompt_source(parts: Any, negative_prompt: str | None, size: int) -> DataSou
 
 def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, **options: Any) -> Explore:
     """See `Parts.explore`."""
-    config, samples = parts.config, options["rounds"] * round_size
-    if round_size % parts.mesh.size:
+    config, devices = parts.config, parts.mesh.size
+    if not parts.abstract and round_size % devices:
         raise ConfigError(
-            f"config.method.round_size={round_size} is not divisible by {parts.mesh.size} device(s); "
-            f"the next size that is: {-(-round_size // parts.mesh.size) * parts.mesh.size}"
-        )
-    if samples % config.batch_size:
-        raise ConfigError(
-            f"config.method.rounds={options['rounds']} of config.method.round_size={round_size} give {samples} samples "
-            f"per step, which are not divisible into updates of config.batch_size={config.batch_size}"
+            f"config.method.round_size={round_size} is not divisible by {devices} device(s); the next size that is: "
+            f"{-(-round_size // devices) * devices}"
         )
     shapes = parts.pipeline.abstract_params()
     if parts.reward is not None:
         shapes["reward"] = jax.eval_shape(lambda tree: tree, parts.reward.params)
-    rewards = {"": config.reward, **config.reward.terms}
     source = Explore(
         prompt_source(parts, negative_prompt, round_size),
         parts.terms,
-        {name: f"{section_of(name)}.path={rewards[name].path!r}" for name in parts.terms.terms},
         mesh=parts.mesh,
         shapes=shapes,
         batch_size=config.batch_size,

@@ -102,10 +102,8 @@ class SampleEvaluator:
 
     def _scores(self, components, images):
         """{term: scores [N]} of all images; networks score them a batch at a time."""
-        scores = {
-            name: function.score_arrays(to_uint8(images), self.prompts)
-            for name, function in self.terms.functions.items()
-        }
+        pixels = to_uint8(images)
+        scores = {name: self.terms.call_function(name, pixels, self.prompts) for name in self.terms.functions}
         if self.networks is None:
             return scores
         size, found = -(-self.settings.batch_size // self.mesh.size) * self.mesh.size, []

@@ -120,7 +120,7 @@ class Parts:
             options: sample, assign, choose, tables, rounds and epochs of `training.explore.Explore`.
 
         Raises:
-            ConfigError: the sizes do not divide; it names config.method.rounds and config.method.round_size.
+            ConfigError: the devices do not divide a round, of which it names config.method.round_size.
         """
         return conditions.on_policy_source(self, negative_prompt, round_size or self.config.batch_size, **options)
 

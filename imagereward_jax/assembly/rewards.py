@@ -78,18 +78,13 @@ def open_terms(settings: Any, dtype: str, *, needs_gradient: bool, abstract: boo
     Raises:
         ConfigError: it cannot be differentiated and needs to be, or is a network to be planned and not an ImageReward.
     """
-    if not settings.terms:
-        return Terms({"": Term(_open_one(settings, section_of(""), dtype, needs_gradient, abstract))})
-    terms = {}
-    for name, term in settings.terms.items():
-        reward = _open_one(term, section_of(name), dtype, needs_gradient, abstract)
-        terms[name] = Term(reward, weight=term.weight, mean=term.mean, std=term.std, clip=term.clip)
-    return Terms(terms)
-
-
-def section_of(name: str) -> str:
-    """The config section of a term, "" for the only one."""
-    return f"config.reward.terms.{name}" if name else "config.reward"
+    terms, fields = {}, {}
+    for name, one in settings.terms.items() or [("", settings)]:
+        section = f"config.reward.terms.{name}" if name else "config.reward"
+        reward = _open_one(one, section, dtype, needs_gradient, abstract)
+        scale = {part: one[part] for part in ("weight", "mean", "std", "clip")} if name else {}
+        terms[name], fields[name] = Term(reward, **scale), f"{section}.path={one.path!r}"
+    return Terms(terms, fields)
 
 
 def _open_one(settings, where, dtype, needs_gradient, abstract):

@@ -48,6 +48,12 @@ class Config(MethodConfig):
             require_given(config, path)
         if not config.reward.terms:
             require_given(config, "reward.path", " (or name several in config.reward.terms)")
+        samples = self.rounds * (self.round_size or config.batch_size)
+        if samples % config.batch_size:
+            raise ConfigError(
+                f"config.method: rounds={self.rounds} of round_size={self.round_size} give {samples} samples per step, "
+                f"which do not divide into updates of config.batch_size={config.batch_size}"
+            )
         if not self.trained_steps:
             raise ConfigError(
                 f"config.method.timestep_fraction={self.timestep_fraction} leaves none of num_steps={self.num_steps}"

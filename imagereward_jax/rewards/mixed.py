@@ -14,6 +14,10 @@ from imagereward_jax.rewards.base import ranks_of
 Scores = jax.Array | np.ndarray
 
 
+class RewardError(RuntimeError):
+    """A reward gave no scores; the message names it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Term:
     """One reward of a mixture; it contributes `weight * clip((score - mean) / std)`.
@@ -111,9 +115,11 @@ class Terms:
 
     Attributes:
         terms: {name: `Term`}; a reward that is no mixture is one term of the name "".
+        fields: how errors name each, "config.reward.path='jpeg-compressibility'".
     """
 
     terms: Mapping[str, Term]
+    fields: Mapping[str, str]
 
     @property
     def networks(self) -> Any | None:
@@ -133,9 +139,36 @@ class Terms:
         total, scores = apply_terms(self.networks, params, images, tokens)
         return scores or {"": total}
 
+    def call_function(self, name: str, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Computes scores float32 [N] of one of `functions`; images: uint8 [N, H, W, 3].
+
+        Raises:
+            RewardError: it raised an error, or did not return a number per image.
+        """
+        try:
+            scores = np.asarray(self.terms[name].reward.score_arrays(images, prompts), np.float32)
+        except Exception as error:
+            raise RewardError(f"{self.fields[name]}: the reward failed: {type(error).__name__}: {error}") from error
+        if scores.shape != (len(prompts),):
+            raise RewardError(
+                f"{self.fields[name]}: the reward returned scores of shape {scores.shape} for {len(prompts)} images; "
+                "expected one number per image"
+            )
+        return scores
+
     def total(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Computes the rewards [N] of the scores of all terms."""
-        return sum(term.contribution(scores[name], np) for name, term in self.terms.items())
+        """Computes the rewards [N] of the scores of all terms.
+
+        Raises:
+            RewardError: the scores of a term, or the rewards, hold no finite number.
+        """
+        for name, values in scores.items():
+            if not np.isfinite(values).any():
+                raise RewardError(f"{self.fields[name]}: none of {len(values)} scores is a finite number")
+        rewards = sum(term.contribution(scores[name], np) for name, term in self.terms.items())
+        if not np.isfinite(rewards).any():
+            raise RewardError(f"{', '.join(self.fields.values())}: no image has a finite score of every reward")
+        return rewards
 
 
 def apply_terms(

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from imagereward_jax.methods.base import HOST, Batch, Key, Models, Params, Source
 from imagereward_jax.models.sharding import batch_over
 from imagereward_jax.rewards.mixed import Terms
-from imagereward_jax.training.interruptions import RunError
 from imagereward_jax.training.mesh import batch_sharding, from_all_processes, local_rows, put_batch
 
 
@@ -48,7 +47,7 @@ class Explore:
 
     Args:
         prompts: batches of prompts, of the size of a round.
-        terms: the reward. names: of its terms, for errors.
+        terms: the reward.
         mesh: what samples are made on.
         shapes: of the components, for `spec`.
         batch_size: samples of an update, over all processes.
@@ -67,7 +66,6 @@ class Explore:
         self,
         prompts: Source,
         terms: Terms,
-        names: Mapping[str, str],
         *,
         mesh: Mesh,
         shapes: Params,
@@ -80,10 +78,10 @@ class Explore:
         epochs: int = 1,
         compiler_options: dict[str, Any] | None = None,
     ):
-        self.prompts, self.terms, self.names, self.mesh, self.shapes = prompts, terms, names, mesh, shapes
+        self.prompts, self.terms, self.mesh, self.shapes = prompts, terms, mesh, shapes
         self.sample, self.assign, self.choose, self.tables = sample, assign, choose, tables
         self.images, self.rounds, self.epochs = batch_size, rounds, epochs
-        self.updates = epochs * rounds * prompts.images // batch_size
+        self.updates = max(1, epochs * rounds * prompts.images // batch_size)  # 0 where a plan tries larger batches
         self.metrics: dict[str, float] = {}
         self._run = jax.jit(self._round, out_shardings=batch_sharding(mesh), compiler_options=compiler_options)
         # A thread for each function: none is called twice at a time.
@@ -92,7 +90,7 @@ class Explore:
     def spec(self) -> Batch:
         """See `methods.base.Source`."""
         key = jax.eval_shape(jax.random.key_data, jax.eval_shape(jax.random.key, 0))
-        _, rows, _ = jax.eval_shape(self._round, Models(self.shapes), self.prompts.spec(), key)
+        _, rows, _ = jax.eval_shape(self._sampled, Models(self.shapes), self.prompts.spec(), key)
         row = jax.tree.map(lambda array: np.zeros((1, *array.shape[1:]), array.dtype), rows)
         batch = self._minibatch({**row, "advantage": np.zeros(1, np.float32)}, np.random.default_rng(0), 0)
         return jax.tree.map(lambda array: jax.ShapeDtypeStruct((self.images, *array.shape[1:]), array.dtype), batch)
@@ -100,9 +98,9 @@ class Explore:
     def batches(self, models: Models, key: Key) -> Iterator[Batch | None]:
         """The minibatches of one step, and None after each round and while functions score."""
         found = yield from self._explore(models, key)
-        del models  # in the compute dtype, beside the weights that are updated
         rows = jax.tree.map(lambda *parts: np.concatenate(parts), *(one.rows for one in found))
         rows["advantage"] = self._advantages(found)
+        del models, found  # memory that the updates do not need
         count, size = len(rows["advantage"]), self.images // jax.process_count()
         rng = _generator(jax.random.fold_in(key, self.rounds))
         order = np.concatenate([rng.permutation(count) for _ in range(self.epochs)])
@@ -127,12 +125,15 @@ class Explore:
         return {**batch, "update": np.full(len(rows["advantage"]), update, np.int32)}
 
     def _round(self, models, batch, key_data):
+        with batch_over(self.mesh):
+            return self._sampled(models, batch, key_data)
+
+    def _sampled(self, models, batch, key_data):
         """Compiled: (images uint8 if functions score them, rows, {term: scores of networks})."""
         models = models._replace(tables=self.tables)
-        with batch_over(self.mesh):
-            batch = self.prompts.prepare(models, batch)
-            images, rows = self.sample(models, batch, jax.random.wrap_key_data(key_data))
-            scores = self.terms.apply_networks(models.policy.get("reward"), images, batch.get("reward"))
+        batch = self.prompts.prepare(models, batch)
+        images, rows = self.sample(models, batch, jax.random.wrap_key_data(key_data))
+        scores = self.terms.apply_networks(models.policy.get("reward"), images, batch.get("reward"))
         pixels = jnp.round(images * 255).astype(jnp.uint8) if self.terms.functions else None
         return pixels, rows, scores
 
@@ -150,7 +151,7 @@ class Explore:
                 yield None
             found.append(self._collect(*waiting))
             for one in found:
-                one.scores.update({name: self._result(name, one) for name in one.futures})
+                one.scores.update({name: future.result() for name, future in one.futures.items()})
                 yield None
         finally:  # a step that is given up leaves no images to score
             for future in (future for one in found for future in one.futures.values()):
@@ -163,41 +164,23 @@ class Explore:
         rows, scores = jax.tree.map(local_rows, (rows, scores))
         pixels = None if pixels is None else local_rows(pixels)
         futures = {
-            name: self._threads[name].submit(function.score_arrays, pixels, prompts)
-            for name, function in self.terms.functions.items()
+            name: thread.submit(self.terms.call_function, name, pixels, prompts)
+            for name, thread in self._threads.items()
         }
         return _Round(prompts, rows, scores, futures)
-
-    def _result(self, name, one):
-        """The scores of a function."""
-        try:
-            scores = np.asarray(one.futures[name].result(), np.float32)
-        except Exception as error:
-            raise RunError(f"{self.names[name]}: the reward failed: {type(error).__name__}: {error}") from error
-        if scores.shape != (len(one.prompts),):
-            raise RunError(
-                f"{self.names[name]}: the reward gave scores of shape {scores.shape} for {len(one.prompts)} images; "
-                "expected one number per image"
-            )
-        return scores
 
     def _advantages(self, found):
         """The advantages of this process's samples, from the rewards of all processes; sets `metrics`."""
         own = {
             "prompts": [prompt for one in found for prompt in one.prompts],
-            "scores": {name: np.concatenate([one.scores[name] for one in found]).tolist() for name in self.names},
+            "scores": {name: np.concatenate([one.scores[name] for one in found]).tolist() for name in self.terms.terms},
         }
         everyone = from_all_processes(own)
         scores = {
             name: np.concatenate([np.asarray(each["scores"][name], np.float32) for each in everyone])
-            for name in self.names
+            for name in self.terms.terms
         }
-        for name, values in scores.items():
-            if not np.isfinite(values).any():
-                raise RunError(f"{self.names[name]}: not one of the {len(values)} scores of a step is a finite number")
         rewards = self.terms.total(scores)
-        if not np.isfinite(rewards).any():
-            raise RunError("config.reward.terms: not one sample of a step has a finite score of every term")
         advantages = self.assign([prompt for each in everyone for prompt in each["prompts"]], rewards)
         self.metrics = {"reward": _mean(rewards), "reward_std": float(np.std(rewards[np.isfinite(rewards)]))}
         self.metrics |= {f"reward_{name}": _mean(values) for name, values in scores.items() if name}

@@ -1,4 +1,4 @@
-"""The on-policy source: rounds, rewards, advantages and minibatches, and runs of the loop that are interrupted in them."""
+"""The on-policy source: rounds, rewards, advantages, minibatches; and runs of the loop that are interrupted in them."""
 
 import functools
 import json
@@ -18,11 +18,11 @@ pytest.importorskip("grain")
 
 import child
 from toy import train
-from toy_policy import PROMPTS, Brightness, assemble_policy, make_explore, policy_config
+from toy_policy import PROMPTS, Brightness, assemble_policy, make_explore, one_term, policy_config
 
 from imagereward_jax.methods.base import Models
-from imagereward_jax.rewards.mixed import Term, Terms
-from imagereward_jax.training.interruptions import Interrupted, RunError
+from imagereward_jax.rewards.mixed import RewardError, Term, Terms
+from imagereward_jax.training.interruptions import Interrupted
 from imagereward_jax.training.mesh import make_mesh
 from imagereward_jax.training.metric_writers import read_rows
 
@@ -52,7 +52,7 @@ class Scored(Brightness):
 def test_a_step_goes_through_all_samples_in_every_epoch():
     """Two rounds of 4, three epochs in minibatches of 2: 12 updates. Each epoch has every sample once, in an order of
     its own; what a sample is trained with is what it was drawn and scored with; shapes are those of the spec."""
-    source = make_explore(one_device(), Terms({"": Term(Brightness())}), batch_size=2, epochs=3)
+    source = make_explore(one_device(), one_term(Brightness()), batch_size=2, epochs=3)
     batches = a_step(source)
     assert len(batches) == source.updates == 12 and [batch["update"][0] for batch in batches] == list(range(12))
     epochs = [np.concatenate([batch["x"] for batch in batches[start : start + 4]]) for start in (0, 4, 8)]
@@ -75,7 +75,7 @@ def test_a_step_goes_through_all_samples_in_every_epoch():
 
 def test_a_step_follows_from_its_key_and_state_alone():
     """Another key draws other samples; a source that resumes from the state after one step repeats the second."""
-    first, second = (make_explore(one_device(), Terms({"": Term(Brightness())})) for _ in range(2))
+    first, second = (make_explore(one_device(), one_term(Brightness())) for _ in range(2))
     a_step(first)
     state = json.loads(json.dumps(first.get_state()))
     assert set(state) == {"prompts", "advantages"} and set(state["advantages"]) == set(PROMPTS)
@@ -95,7 +95,7 @@ def test_networks_and_functions_score_together():
         def apply(self, params, images, tokens):
             return params["gain"] * images.mean((1, 2, 3)) + tokens
 
-    terms = Terms({"network": Term(Network(), weight=0.5), "function": Term(Brightness(), weight=2.0)})
+    terms = Terms({"network": Term(Network(), weight=0.5), "function": Term(Brightness(), weight=2.0)}, {})
     source, seen = make_explore(one_device(), terms, rounds=1, epochs=1), []
     asked = source.prompts.batches
 
@@ -126,7 +126,7 @@ def test_functions_score_a_round_while_the_next_is_sampled():
         assert number == 2 or taken[number + 1].wait(20), "the next round began only after this one was scored"
         return np.arange(len(images))
 
-    source = make_explore(one_device(), Terms({"": Term(Scored(patient))}), rounds=3)
+    source = make_explore(one_device(), one_term(Scored(patient)), rounds=3)
     asked = source.prompts.batches
 
     def watched(models, key):
@@ -145,14 +145,14 @@ def fails(images, prompts):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (fails, "the reward 'mine': the reward failed: KeyError: 'no such prompt'"),
-        (lambda images, prompts: [1.0], r"the reward 'mine': the reward gave scores of shape \(1,\) for 4 images"),
-        (lambda images, prompts: np.full(4, np.nan), "the reward 'mine': not one of the 8 scores of a step is a finite"),
+        (fails, "the reward failed: KeyError: 'no such prompt'"),
+        (lambda images, prompts: [1.0], r"the reward returned scores of shape \(1,\) for 4 images"),
+        (lambda images, prompts: np.full(4, np.nan), "none of 8 scores is a finite number"),
     ],
 )
 def test_a_reward_that_gives_no_scores_ends_the_run_with_its_name(function, message):
-    terms = Terms({"good": Term(Brightness()), "mine": Term(Scored(function))})
-    with pytest.raises(RunError, match=message):
+    terms = Terms({"good": Term(Brightness()), "mine": Term(Scored(function))}, {"mine": "config.reward.path='m:f'"})
+    with pytest.raises(RewardError, match="config.reward.path='m:f': " + message):
         a_step(make_explore(one_device(), terms))
 
 
@@ -162,7 +162,7 @@ def test_a_score_that_is_missing_is_no_verdict():
     def some(images, prompts):
         return np.array([np.nan, 1.0, 2.0, 3.0])
 
-    source = make_explore(one_device(), Terms({"": Term(Scored(some))}), rounds=1, epochs=1)
+    source = make_explore(one_device(), one_term(Scored(some)), rounds=1, epochs=1)
     advantages = np.sort(a_step(source)[0]["advantage"])
     np.testing.assert_allclose(advantages, [-1.224743, 0, 0, 1.224743], atol=1e-5)
     assert source.metrics["reward"] == 2.0
@@ -212,7 +212,7 @@ def test_sigterm_stops_within_a_step_which_then_begins_anew(clean, tmp_path, pla
 
 
 def test_killed_within_the_reward_and_restarted_equals_never_stopped(clean, tmp_path):
-    """kill -9 in a process of its own, in the thread that scores the fourth step; the buffers of prompts are resumed."""
+    """kill -9 in a process of its own, in the thread that scores the fourth step; the prompts' buffers are resumed."""
     command = [sys.executable, str(Path(__file__).parent / "toy_policy.py"), str(tmp_path / "run"), "reward", "8"]
     killed = subprocess.run(command, env=child.environment(), capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

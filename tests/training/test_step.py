@@ -128,7 +128,7 @@ def test_rows_that_count_differently_have_the_whole_batchs_gradient_in_any_numbe
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_steps_of_a_batch_are_taken_in_rounds_of_one_gradient(accumulation):
-    """Four rows of three steps: loss and update are the mean over all twelve, by the closed form; a `Peak` their most."""
+    """Four rows of three steps: loss and update are means over all twelve, by the closed form; a `Peak` is the most."""
     x, scale = np.arange(12, dtype=np.float32).reshape(4, 3) / 5, np.arange(1, 5, dtype=np.float32)
 
     def loss(models, batch, key):

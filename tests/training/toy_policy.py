@@ -1,5 +1,7 @@
-"""An on-policy run of the real loop on a toy: a Gaussian of two numbers. As a script: `toy_policy.py WORKDIR PLACE CALL`,
-which kills itself at that call of a place: see `assemble_policy`."""
+"""An on-policy run of the real loop on a toy, a Gaussian of two numbers.
+
+As a script, `toy_policy.py WORKDIR PLACE CALL`, it kills itself at that call of a place: see `assemble_policy`.
+"""
 
 import os
 import signal
@@ -33,6 +35,11 @@ class Brightness(RuleReward):
         return images.mean((1, 2, 3)) / 255 - 0.1 * np.array([len(prompt) for prompt in prompts])
 
 
+def one_term(function):
+    """A reward of one function."""
+    return Terms({"": Term(function)}, {"": "the reward"})
+
+
 def prompt_source(size, seed=0):
     """Batches of "length" [size]."""
 
@@ -40,7 +47,8 @@ def prompt_source(size, seed=0):
         length = np.array([len(prompt) for prompt in batch["prompt"]], np.float32)
         return {"length": length, HOST: {"prompt": batch["prompt"]}}
 
-    rows = make_iterator(PromptRows(PROMPTS), batch_size=size, seed=seed)
+    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    rows = make_iterator(PromptRows(PROMPTS), batch_size=size // jax.process_count(), seed=seed, **shares)
     return DataSource("prompts", rows, transform, {"length": jax.ShapeDtypeStruct((size,), jnp.float32)}, images=size)
 
 
@@ -52,12 +60,11 @@ def sample(models, batch, key):
 
 
 def make_explore(mesh, terms, *, choose=lambda rows, rng: rows, rounds=2, round_size=4, batch_size=4, epochs=2):
-    """The source; names of terms are their own."""
+    """The source of a reward's terms."""
     shapes = {"net": {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}}
     return Explore(
         prompt_source(round_size),
         terms,
-        {name: f"the reward {name!r}" for name in terms.terms},
         mesh=mesh,
         shapes=shapes,
         batch_size=batch_size,
@@ -101,7 +108,7 @@ def assemble_policy(config, mesh, place=None, call=0, number=signal.SIGTERM):
             called("prompts")
             yield batch
 
-    source = make_explore(mesh, Terms({"": Term(Watched())}), choose=choose)
+    source = make_explore(mesh, one_term(Watched()), choose=choose)
     asked = source.prompts.batches
     source.prompts.batches = lambda models, key: watched_sample(asked(models, key))
     method = Method((Phase("policy", policy_loss, source),), trains=("net",), shown="policy/reward")
