@@ -119,7 +119,9 @@ class _Loop:
         self.iterators = self._iterators()
         try:
             if self.step < config.steps:
+                begin = time.monotonic()
                 self.batches = self._next_batches()
+                self.waited = time.monotonic() - begin
                 self.train_step = self._compile()
             with self.progress.bar(self.step) as bar:
                 while self.step < config.steps:
@@ -189,7 +191,7 @@ class _Loop:
         return found
 
     def _advance(self, bar):
-        config, begin = self.config, time.monotonic()
+        config, begin, self.waited = self.config, time.monotonic() - self.waited, 0.0
         if self.profiler.before(self.step):
             self.progress.say(f"profile of {config.profile.steps} steps in {self.profiler.folder}")
         metrics = self._updates()
