@@ -48,6 +48,7 @@ def main(argv=None):
 def run(config, workdir):
     """Trains; returns the exit status."""
     from imagereward_jax.assembly.run import assemble
+    from imagereward_jax.rewards.mixed import RewardError
     from imagereward_jax.training.checkpoints import CheckpointError
     from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
     from imagereward_jax.training.loop import train
@@ -65,7 +66,7 @@ def run(config, workdir):
         # At once: on the way out jax would wait for the process that is gone.
         say(f"error: {error}", file=sys.stderr)
         os._exit(1)
-    except (RunError, CheckpointError) as error:
+    except (RunError, CheckpointError, RewardError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -29,6 +29,16 @@ train_adam_epsilon train_adam_weight_decay train_batch_size train_gradient_accum
 train_max_grad_norm train_use_8bit_adam truncated_backprop_rand truncated_backprop_timestep
 truncated_rand_backprop_minmax
 """
+DDPO = """
+accelerator_kwargs allow_tf32 async_reward_computation exp_name log_with logdir max_workers mixed_precision
+negative_prompts num_checkpoint_limit num_epochs per_prompt_stat_tracking per_prompt_stat_tracking_buffer_size
+per_prompt_stat_tracking_min_count project_kwargs push_to_hub resume_from run_name sample_batch_size sample_eta
+sample_guidance_scale sample_num_batches_per_epoch sample_num_steps save_freq seed tracker_kwargs tracker_project_name
+train_adam_beta1 train_adam_beta2 train_adam_epsilon train_adam_weight_decay train_adv_clip_max train_batch_size
+train_cfg train_clip_range train_gradient_accumulation_steps train_learning_rate train_max_grad_norm
+train_num_inner_epochs train_timestep_fraction train_use_8bit_adam
+"""
+OF_DDPO = "TRL's DDPO and ddpo-pytorch"
 
 
 def rows_of(heading):
@@ -38,7 +48,9 @@ def rows_of(heading):
 
 
 @pytest.mark.parametrize(
-    ("heading", "flags"), [("ImageReward's trainers", IMAGEREWARD), ("TRL's AlignProp", ALIGNPROP)], ids=["refl", "trl"]
+    ("heading", "flags"),
+    [("ImageReward's trainers", IMAGEREWARD), ("TRL's AlignProp", ALIGNPROP), (OF_DDPO, DDPO)],
+    ids=["refl", "alignprop", "ddpo"],
 )
 def test_every_flag_has_a_line(heading, flags):
     named = {name for row in rows_of(heading) for name in re.findall(r"`(\w+)`", row[0])}
@@ -46,10 +58,14 @@ def test_every_flag_has_a_line(heading, flags):
 
 
 def test_fields_that_are_named_exist():
-    config = default_config("refl")
-    config.method.update(default_config("reward_gradient").method)
-    named = re.findall(r"`(?:config\.)?((?:model|data|method|optimizer|eval|checkpoint|mesh|lora|reward)\.\w+)", PAGE)
-    assert len(named) > 40
-    for name in named:
-        section, _, field = name.partition(".")
-        assert field in config[section], name
+    before, ddpo = PAGE.split(f"## {OF_DDPO}\n")
+    for method, page, least in (("refl", before, 40), ("ddpo", ddpo, 12)):
+        config = default_config(method)
+        if method == "refl":
+            config.method.update(default_config("reward_gradient").method)
+        sections = "model|data|method|optimizer|eval|checkpoint|mesh|lora|reward"
+        named = re.findall(rf"`(?:config\.)?((?:{sections})\.\w+)", page)
+        assert len(named) > least
+        for name in named:
+            section, _, field = name.partition(".")
+            assert field in config[section], name

@@ -15,11 +15,14 @@ import numpy as np
 
 from imagereward_jax.assembly import encoded
 from imagereward_jax.assembly.rows import nested_cond, pair_batch, repeated_ids, rows_spec
+from imagereward_jax.config import ConfigError
 from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.groups import Pairs, padded
 from imagereward_jax.data.pairs import load_pairs
 from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompt_rows
 from imagereward_jax.methods.base import HOST, Batch, Key, Models
+from imagereward_jax.training.explore import Explore
+from imagereward_jax.training.step import compile_options
 
 MOST_IN_A_GROUP = 9  # images that ImageRewardDB has per prompt at most (arXiv 2304.05977, section 2)
 
@@ -37,6 +40,8 @@ class DataSource:
     """
 
     updates = 1
+    on_policy = False
+    metrics: Mapping[str, float] = {}
 
     def __init__(
         self,
@@ -81,10 +86,9 @@ def with_conditions(pipeline: Any, models: Models, batch: Batch) -> Batch:
     return batch
 
 
-def prompt_source(parts: Any, negative_prompt: str | None) -> DataSource:
-    """See `Parts.prompts`."""
+def prompt_source(parts: Any, negative_prompt: str | None, size: int) -> DataSource:
+    """See `Parts.prompts`; size: prompts of a global batch."""
     config, pipeline, reward = parts.config, parts.pipeline, parts.reward
-    size = config.batch_size
 
     def tokens(prompts):
         negative = (
@@ -107,7 +111,35 @@ def prompt_source(parts: Any, negative_prompt: str | None) -> DataSource:
     rows = load_prompt_rows(config.data.prompts, column=config.data.prompts_column)
     rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows.prompts)) if config.data.get("cache") else rows
     spec = rows_spec({"ids": pipeline.tokenize([""]), **tokens([""])}, size)
-    return DataSource("prompts", iterate(config, rows), transform, spec, images=size, prepare=prepare)
+    return DataSource("prompts", iterate(config, rows, size=size), transform, spec, images=size, prepare=prepare)
+
+
+def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, **options: Any) -> Explore:
+    """See `Parts.explore`."""
+    config, devices = parts.config, parts.mesh.size
+    if not parts.abstract and round_size % devices:
+        raise ConfigError(
+            f"config.method.round_size={round_size} is not divisible by {devices} device(s); the next size that is: "
+            f"{-(-round_size // devices) * devices}"
+        )
+    shapes = parts.pipeline.abstract_params()
+    if parts.reward is not None:
+        shapes["reward"] = jax.eval_shape(lambda tree: tree, parts.reward.params)
+    source = Explore(
+        prompt_source(parts, negative_prompt, round_size),
+        parts.terms,
+        mesh=parts.mesh,
+        shapes=shapes,
+        batch_size=config.batch_size,
+        compiler_options=compile_options(config.optimization_level),
+        **options,
+    )
+    if parts.abstract:
+        parts.assumptions.append(
+            f"the figures are those of one update, of which a step makes {source.updates}; the program that samples "
+            f"({options['rounds']} round(s) of {round_size} per step) and the rewards are not counted"
+        )
+    return source
 
 
 def pair_source(parts: Any) -> DataSource:
@@ -211,15 +243,16 @@ def _largest_group(parts, pairs):
     return MOST_IN_A_GROUP
 
 
-def iterate(config: Any, rows: Any, item_transform: Callable | None = None) -> Any:
+def iterate(config: Any, rows: Any, item_transform: Callable | None = None, *, size: int | None = None) -> Any:
     """This process's batches of random-access `rows`: a `BatchIterator`.
 
     Args:
         item_transform: (item, rng) -> item, where the item is read.
+        size: rows of a global batch; None for config.batch_size.
     """
     return make_iterator(
         rows,
-        batch_size=config.batch_size // jax.process_count(),
+        batch_size=(size or config.batch_size) // jax.process_count(),
         seed=config.seed,
         num_workers=config.data.workers,
         item_transform=item_transform,

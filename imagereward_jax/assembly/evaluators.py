@@ -19,7 +19,6 @@ from imagereward_jax.methods.base import Evaluation, Export, Params
 from imagereward_jax.methods.ranking import pair_losses
 from imagereward_jax.pipelines.sample import ImageSampler
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, ImageReward
-from imagereward_jax.rewards.mixed import apply_terms
 from imagereward_jax.storage.contact_sheet import contact_sheet, to_uint8
 from imagereward_jax.storage.files import write_text
 from imagereward_jax.training.mesh import put_replicated_rows, replicated
@@ -48,17 +47,13 @@ class SampleEvaluator:
     `eval/checker_rate`, the share of images in which the rule-based checker finds all four words.
 
     Args:
-        parts: the run's parts; reads config.eval, the pipeline and the reward (or None).
+        parts: the run's parts; reads config.eval, the pipeline and the reward's terms (or None).
         size: (height, width) in pixels.
     """
 
     def __init__(self, parts: Any, size: tuple[int, int]):
-        self.settings, self.pipeline, self.reward, self.mesh = (
-            parts.config.eval,
-            parts.pipeline,
-            parts.reward,
-            parts.mesh,
-        )
+        self.settings, self.pipeline, self.mesh = parts.config.eval, parts.pipeline, parts.mesh
+        self.terms, self.networks = parts.terms, parts.reward
         distinct = list(load_prompts(self.settings.prompts))[: self.settings.num_prompts]
         self.prompts = [prompt for prompt in distinct for _ in range(self.settings.images_per_prompt)]
         self.check = str(self.settings.prompts).startswith("shapes:")
@@ -81,7 +76,7 @@ class SampleEvaluator:
         self._score = jax.jit(self._score_batch, out_shardings=replicated(self.mesh))
 
     def _score_batch(self, params, images, tokens):
-        return apply_terms(self.reward, params, images, tokens)
+        return self.terms.apply_networks(params, images, tokens)
 
     def __call__(self, components: Params) -> Evaluation:
         """See the class."""
@@ -89,9 +84,10 @@ class SampleEvaluator:
         keys = jax.vmap(lambda index: jax.random.fold_in(seed, index))(np.arange(len(self.prompts)))
         images = self.sample(components, self.prompts, keys=keys, step_keys=keys)
         metrics, captions = {}, list(self.prompts)
-        if self.reward:
-            rewards, terms = self._rewards(components["reward"], images)
-            metrics |= {f"eval/reward_{name}": values.mean() for name, values in terms.items()}
+        if self.terms:
+            scores = self._scores(components, images)
+            rewards = self.terms.total(scores)
+            metrics |= {f"eval/reward_{name}": values.mean() for name, values in scores.items() if name}
             per_prompt = rewards.reshape(-1, self.settings.images_per_prompt).mean(1)
             metrics |= {"eval/reward_mean": per_prompt.mean(), "eval/reward_std": per_prompt.std()}
             captions = [f"{reward:+.2f} {prompt}" for prompt, reward in zip(self.prompts, rewards)]
@@ -104,15 +100,19 @@ class SampleEvaluator:
             {name: float(value) for name, value in metrics.items()}, contact_sheet(images[:shown], captions[:shown])
         )
 
-    def _rewards(self, params, images):
-        """(rewards [N], {term: scores [N]}) of all images, a batch at a time."""
+    def _scores(self, components, images):
+        """{term: scores [N]} of all images; networks score them a batch at a time."""
+        pixels = to_uint8(images)
+        scores = {name: self.terms.call_function(name, pixels, self.prompts) for name in self.terms.functions}
+        if self.networks is None:
+            return scores
         size, found = -(-self.settings.batch_size // self.mesh.size) * self.mesh.size, []
         for start in range(0, len(images), size):
             rows = np.minimum(np.arange(start, start + size), len(images) - 1)
-            tokens = self.reward.tokenize([self.prompts[row] for row in rows])
+            tokens = self.networks.tokenize([self.prompts[row] for row in rows])
             batch = put_replicated_rows(self.mesh, {"images": images[rows], "tokens": tokens})
-            found.append(jax.device_get(self._score(params, batch["images"], batch["tokens"])))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
+            found.append(jax.device_get(self._score(components["reward"], batch["images"], batch["tokens"])))
+        return scores | jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
 
 
 class ReconstructionEvaluator:

@@ -16,10 +16,11 @@ from imagereward_jax.assembly import conditions, evaluators, random_init, reward
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.groups import load_groups
 from imagereward_jax.data.prompts import SHAPES_PREFIX
-from imagereward_jax.methods.base import Evaluator, Export, Method, Params, Source
+from imagereward_jax.methods.base import Evaluator, Export, Method, Params, Source, find_method
 from imagereward_jax.pipelines import families
 from imagereward_jax.pipelines.base import TextToImage
 from imagereward_jax.rewards.base import Reward
+from imagereward_jax.rewards.mixed import MixedReward, Terms
 from imagereward_jax.training.mesh import weight_shardings
 
 
@@ -76,16 +77,23 @@ class Parts:
         return "lora" in self.config and self.config.lora.rank > 0
 
     @functools.cached_property
-    def reward(self) -> Reward | None:
-        """The differentiable reward of config.reward; None if it names none.
+    def terms(self) -> Terms | None:
+        """The reward of config.reward, networks and functions; None if it names none.
 
         Raises:
-            ConfigError: it has no gradient, or cannot be planned. FileNotFoundError, ValueError: see `open_reward`.
+            ConfigError: it has no gradient and the method needs one, or it cannot be planned.
+            FileNotFoundError, ValueError: see `registry.open_reward`.
         """
-        settings = self.config.reward
+        settings, method = self.config.reward, find_method(self.config.method.name)
         if not (settings.path or settings.terms):
             return None
-        return rewards.open_reward(settings, self.config.dtype, abstract=self.abstract)
+        needs_gradient = method.Config.needs_gradient
+        return rewards.open_terms(settings, self.config.dtype, needs_gradient=needs_gradient, abstract=self.abstract)
+
+    @functools.cached_property
+    def reward(self) -> Reward | MixedReward | None:
+        """The networks of the reward, which are all of it if the method needs its gradient; None if there are none."""
+        return None if self.terms is None else self.terms.networks
 
     @functools.cached_property
     def scorer(self) -> rewards.TrainedScorer:
@@ -101,7 +109,20 @@ class Parts:
 
     def prompts(self, negative_prompt: str | None = None) -> Source:
         """Batches of training prompts: "cond", with a negative prompt "negative_cond", and the reward's tokens."""
-        return conditions.prompt_source(self, negative_prompt)
+        return conditions.prompt_source(self, negative_prompt, self.config.batch_size)
+
+    def explore(self, *, negative_prompt: str | None = None, round_size: int | None = None, **options: Any) -> Source:
+        """Batches that the present weights make: samples of training prompts with their advantages.
+
+        Args:
+            negative_prompt: see `prompts`, whose batches `sample` is given.
+            round_size: samples of one round over all devices; None for config.batch_size.
+            options: sample, assign, choose, tables, rounds and epochs of `training.explore.Explore`.
+
+        Raises:
+            ConfigError: the devices do not divide a round, of which it names config.method.round_size.
+        """
+        return conditions.on_policy_source(self, negative_prompt, round_size or self.config.batch_size, **options)
 
     def pairs(self) -> Source:
         """Batches of image-text pairs: "cond" and "image", or latents from config.data.cache."""

@@ -11,10 +11,10 @@ from imagereward_jax.assembly.random_init import init_scorer
 from imagereward_jax.config import ConfigError
 from imagereward_jax.models.blip_config import ImageRewardConfig
 from imagereward_jax.rewards import registry
-from imagereward_jax.rewards.base import Reward, cast_params
+from imagereward_jax.rewards.base import cast_params
 from imagereward_jax.rewards.checkpoint import config_of, load
 from imagereward_jax.rewards.imagereward import abstract_module, make_apply
-from imagereward_jax.rewards.mixed import MixedReward, Term
+from imagereward_jax.rewards.mixed import Term, Terms
 from imagereward_jax.rewards.rules import is_rule
 from imagereward_jax.rewards.scores import SCORES, imagereward_from_blip
 from imagereward_jax.weights import mapping
@@ -72,27 +72,29 @@ class TrainedScorer(NamedTuple):
         return self.reward.tokenize(prompts)
 
 
-def open_reward(settings: Any, dtype: str, *, abstract: bool = False) -> Reward:
-    """The reward of `config.reward`: the one at its path, or the mixture of its terms.
+def open_terms(settings: Any, dtype: str, *, needs_gradient: bool, abstract: bool = False) -> Terms:
+    """The reward of `config.reward`, the one at its path or the mixture of its terms.
 
     Raises:
-        ConfigError: it cannot be differentiated, or is to be planned and not an ImageReward.
+        ConfigError: it cannot be differentiated and needs to be, or is a network to be planned and not an ImageReward.
     """
-    if not settings.terms:
-        return _open_one(settings, "config.reward", dtype, abstract)
-    terms = {}
-    for name, term in settings.terms.items():
-        reward = _open_one(term, f"config.reward.terms.{name}", dtype, abstract)
-        terms[name] = Term(reward, weight=term.weight, mean=term.mean, std=term.std, clip=term.clip)
-    return MixedReward(terms)
+    terms, fields = {}, {}
+    for name, one in settings.terms.items() or [("", settings)]:
+        section = f"config.reward.terms.{name}" if name else "config.reward"
+        reward = _open_one(one, section, dtype, needs_gradient, abstract)
+        scale = {part: one[part] for part in ("weight", "mean", "std", "clip")} if name else {}
+        terms[name], fields[name] = Term(reward, **scale), f"{section}.path={one.path!r}"
+    return Terms(terms, fields)
 
 
-def _open_one(settings, where, dtype, abstract):
+def _open_one(settings, where, dtype, needs_gradient, abstract):
     if is_rule(settings.path):
-        raise ConfigError(
-            f"{where}.path={settings.path!r} is computed by rule and has no gradient: it is for policy-gradient "
-            "methods; take a reward that is a network, e.g. 'ImageReward-v1.0' or 'PickScore'"
-        )
+        if needs_gradient:
+            raise ConfigError(
+                f"{where}.path={settings.path!r} is computed by rule and has no gradient: it is for policy-gradient "
+                "methods (ddpo); take a reward that is a network, e.g. 'ImageReward-v1.0' or 'PickScore'"
+            )
+        return registry.open_reward(settings.path)
     if not abstract:
         return registry.open_reward(settings.path, weights=settings.weights, tokenizer=settings.tokenizer, dtype=dtype)
     if settings.path in SCORES:

@@ -22,6 +22,7 @@ Batch = dict[str, Any]
 Metrics = dict[str, Any]
 Key = jax.Array
 HOST = "host"  # of a batch, what stays on the host: prompts, metadata
+STEPS = "steps"  # of a batch, arrays [B, K, ...]: an update takes their K parts in turn, each in a round of its own
 
 
 class Mean(NamedTuple):
@@ -34,6 +35,12 @@ class Mean(NamedTuple):
     def value(self) -> jax.Array:
         """The mean of what was summed; 0 over nothing."""
         return self.total / jax.numpy.maximum(self.count, 1)
+
+
+class Peak(NamedTuple):
+    """A metric whose largest value counts, over accumulation rounds and the updates of a step."""
+
+    value: jax.Array
 
 
 class Models(NamedTuple):
@@ -56,19 +63,28 @@ class Source(Protocol):
     """Where a phase's batches come from.
 
     Attributes:
-        updates: batches of one training step; with more than one, arrays have a leading axis of that length.
+        updates: batches of one training step, an update each; all phases of a method have as many.
         images: images that one batch stands for, for images/s.
+        on_policy: whether the batches of a step are made by its weights: then `batches` is called at every step.
+        metrics: numbers of the present step's batches, logged beside those of the loss.
     """
 
     updates: int
     images: int
+    on_policy: bool
+    metrics: Mapping[str, float]
 
     def spec(self) -> Batch:
         """Shapes of one global batch (`jax.ShapeDtypeStruct`): compiling and planning need no data."""
 
-    def batches(self, models: Models | None, key: Key) -> Iterator[Batch]:
+    def batches(self, models: Models | None, key: Key) -> Iterator[Batch | None]:
         """Batches of this process: nested dicts of NumPy arrays, and under "host" what stays there (lists: prompts,
-        metadata)."""
+        metadata). None between two pieces of long work, for the loop to look whether it should stop.
+
+        Args:
+            models: the present weights of an on-policy source; else None.
+            key: of the run; of an on-policy source's step.
+        """
 
     def prepare(self, models: Models, batch: Batch) -> Batch:
         """Makes what the loss reads of a batch, inside the compiled step: encodes prompts."""
@@ -121,6 +137,8 @@ class JoinedSource:
     """Several sources side by side: a batch has one of each, by name."""
 
     updates = 1
+    on_policy = False
+    metrics: Mapping[str, float] = {}
 
     def __init__(self, sources: Mapping[str, Source]):
         self.sources = dict(sources)
@@ -196,6 +214,7 @@ class Method:
         export: how the result is written; None for the pipeline's folder or adapter file.
         test: (components) -> metrics ("test/...") of what is exported, once at the end, or None.
         loop_trips: how often a loop of traced length in a loss runs at most, for the FLOPs of plans.
+        limits: {metric: (value that it should not exceed, what it means)}; the run warns of the first time.
     """
 
     phases: tuple[Phase, ...]
@@ -208,6 +227,7 @@ class Method:
     export: Export | None = None
     test: Callable[[Params], dict[str, float]] | None = None
     loop_trips: int = 1
+    limits: Mapping[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
 
 
 class MethodConfig(Section, path="method"):
@@ -216,10 +236,12 @@ class MethodConfig(Section, path="method"):
     Attributes:
         uses: sections of the config beside those of every run, by their names in `sections.parts.PARTS`.
         defaults: defaults of other sections that differ for this method, {"eval.best": "eval/reward_mean"}.
+        needs_gradient: whether the reward has to be differentiable.
     """
 
     uses: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[dict[str, Any]] = {}
+    needs_gradient: ClassVar[bool] = True
 
 
 def find_method(name: str) -> ModuleType:

@@ -14,6 +14,10 @@ from imagereward_jax.rewards.base import ranks_of
 Scores = jax.Array | np.ndarray
 
 
+class RewardError(RuntimeError):
+    """A reward gave no scores; the message names it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Term:
     """One reward of a mixture; it contributes `weight * clip((score - mean) / std)`.
@@ -103,6 +107,68 @@ class MixedReward:
     def score_grad(self, prompts: str | Sequence[str], images: jax.Array) -> jax.Array:
         """See `Reward.score_grad`."""
         return sum(term.contribution(term.reward.score_grad(prompts, images)) for term in self.members.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """Any reward as its terms: networks, scored inside compiled programs, and functions, scored on the host.
+
+    Attributes:
+        terms: {name: `Term`}; a reward that is no mixture is one term of the name "".
+        fields: how errors name each, "config.reward.path='jpeg-compressibility'".
+    """
+
+    terms: Mapping[str, Term]
+    fields: Mapping[str, str]
+
+    @property
+    def networks(self) -> Any | None:
+        """The reward of the networks alone; None if there are none."""
+        networks = {name: term for name, term in self.terms.items() if term.reward.differentiable}
+        return networks[""].reward if "" in networks else MixedReward(networks) if networks else None
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The `rules.RuleReward`s by name."""
+        return {name: term.reward for name, term in self.terms.items() if not term.reward.differentiable}
+
+    def apply_networks(self, params: Any, images: jax.Array, tokens: Any) -> dict[str, jax.Array]:
+        """Computes {name: scores [B]} of the networks; params, tokens: those of `networks`."""
+        if self.networks is None:
+            return {}
+        total, scores = apply_terms(self.networks, params, images, tokens)
+        return scores or {"": total}
+
+    def call_function(self, name: str, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Computes scores float32 [N] of one of `functions`; images: uint8 [N, H, W, 3].
+
+        Raises:
+            RewardError: it raised an error, or did not return a number per image.
+        """
+        try:
+            scores = np.asarray(self.terms[name].reward.score_arrays(images, prompts), np.float32)
+        except Exception as error:
+            raise RewardError(f"{self.fields[name]}: the reward failed: {type(error).__name__}: {error}") from error
+        if scores.shape != (len(prompts),):
+            raise RewardError(
+                f"{self.fields[name]}: the reward returned scores of shape {scores.shape} for {len(prompts)} images; "
+                "expected one number per image"
+            )
+        return scores
+
+    def total(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Computes the rewards [N] of the scores of all terms.
+
+        Raises:
+            RewardError: the scores of a term, or the rewards, hold no finite number.
+        """
+        for name, values in scores.items():
+            if not np.isfinite(values).any():
+                raise RewardError(f"{self.fields[name]}: none of {len(values)} scores is a finite number")
+        rewards = sum(term.contribution(scores[name], np) for name, term in self.terms.items())
+        if not np.isfinite(rewards).any():
+            raise RewardError(f"{', '.join(self.fields.values())}: no image has a finite score of every reward")
+        return rewards
 
 
 def apply_terms(

@@ -1,7 +1,6 @@
 """The loop that every method trains in: data, step, evaluation, checkpoints, metrics, report."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.storage.folders import new_folder
-from imagereward_jax.terminal import escape
 from imagereward_jax.training.checkpoints import Checkpoints, abstract, goodness
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import (
@@ -31,8 +28,9 @@ from imagereward_jax.training.mesh import check_batch, check_remat, host_copy, m
 from imagereward_jax.training.metric_writers import Meter, make_writers
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
+from imagereward_jax.training.progress import Progress, listed
 from imagereward_jax.training.state import from_checkpoint, to_checkpoint
-from imagereward_jax.training.step import cast, compile_options
+from imagereward_jax.training.step import cast, compile_options, join_models, over_updates
 from imagereward_jax.training.workdir import CONFIG, DONE, check_workdir, is_complete
 
 
@@ -78,6 +76,7 @@ class _Loop:
         self.config, self.workdir, self.mesh, self.manager, self.caught = config, workdir, mesh, manager, caught
         self.method, self.export = run.method, run.export
         self.main = jax.process_index() == 0
+        self.progress = Progress(config, run.method, main=self.main)
         self.program = TrainingProgram(config, run, mesh)
         self.fixed = self.program.fixed(run)
         self.state = self.program.initial_state(run.trainable)
@@ -89,6 +88,7 @@ class _Loop:
 
         self._cast = jax.jit(cast_weights)  # once: a new function would be compiled at every evaluation
         self.meter = Meter(counters=("skipped",))
+        self.on_policy = any(phase.source.on_policy for phase in self.method.phases)
         self.profiler = Profiler(workdir / "profile", config.profile.steps)
         self.step = self._restore()
         self.writers = make_writers(config.writers, workdir, last_step=self.step) if self.main else {}
@@ -101,7 +101,7 @@ class _Loop:
         self.meter.set_state(loop["meter"])
         for phase in self.method.phases:
             phase.source.set_state(loop["streams"])
-        self._say(f"continuing from step {step}")
+        self.progress.say(f"continuing from step {step}")
         return step
 
     def _read_state(self, step):
@@ -117,17 +117,21 @@ class _Loop:
             self._evaluate_and_log({})
         self.positions = self._positions()
         self.iterators = self._iterators()
-        if self.step < config.steps:
-            self.batches = self._next_batches()
-            self.train_step = self._compile()
         try:
-            with self._bar() as bar:
+            if self.step < config.steps:
+                begin = time.monotonic()
+                self.batches = self._next_batches()
+                self.waited = time.monotonic() - begin
+                self.train_step = self._compile()
+            with self.progress.bar(self.step) as bar:
                 while self.step < config.steps:
                     self._stop_if_asked()
                     self._advance(bar)
         finally:
+            for iterator in self.iterators.values():
+                iterator.close()
             if self.profiler.close():
-                self._say(f"profile in {self.profiler.folder}")
+                self.progress.say(f"profile in {self.profiler.folder}")
         self._save({})
         self._export()
         if self.main:
@@ -135,15 +139,15 @@ class _Loop:
             write_text(self.workdir / DONE, json.dumps({"step": self.step}))
             for writer in self.writers.values():
                 writer.close()
-        self._say(f"done: {self.workdir / 'report.html'}")
+        self.progress.say(f"done: {self.workdir / 'report.html'}")
 
     def _compile(self):
         start = time.monotonic()
-        lowered = self.program.jitted().lower(self.state, self.fixed, self.batches)
-        self._say(f"traced the training step in {time.monotonic() - start:.1f} s, compiling it")
+        lowered = self.program.jitted().lower(self.state, self.fixed, self.batches, np.int32(0))
+        self.progress.say(f"traced the training step in {time.monotonic() - start:.1f} s, compiling it")
         start = time.monotonic()
         compiled = lowered.compile(compile_options(self.config.optimization_level))
-        self._say(f"compiled the training step in {time.monotonic() - start:.1f} s")
+        self.progress.say(f"compiled the training step in {time.monotonic() - start:.1f} s")
         return compiled
 
     def _positions(self):
@@ -153,28 +157,56 @@ class _Loop:
     def _iterators(self):
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         return {
-            phase.name: phase.source.batches(None, jax.random.fold_in(key, index))
+            phase.name: self._iterator(phase.source, jax.random.fold_in(key, index))
             for index, phase in enumerate(self.method.phases)
         }
 
+    def _iterator(self, source, key):
+        if not source.on_policy:
+            yield from source.batches(None, key)
+        while True:  # every step's from the weights that it begins with; no name holds them while they are updated
+            yield from source.batches(
+                join_models(self.fixed, self.state.params, self.state.copies, self._cast),
+                jax.random.fold_in(key, self.step),
+            )
+
     def _next_batches(self):
-        found = {name: next(iterator) for name, iterator in self.iterators.items()}
-        return {name: put_batch(self.mesh, batch) for name, batch in found.items()}
+        found = {}
+        for name, iterator in self.iterators.items():
+            while (batch := next(iterator)) is None:
+                self._stop_if_asked()
+            found[name] = put_batch(self.mesh, batch)
+        return found
+
+    def _updates(self):
+        """Makes the updates of a step; returns the metrics of each."""
+        found = []
+        for update in range(self.program.updates):
+            if update:
+                jax.block_until_ready(found[: update - 1])  # one waits behind the one that runs, not all of them
+                self._stop_if_asked(within_step=True)
+            batches, self.batches = self.batches or self._next_batches(), None
+            self.state, metrics = self.train_step(self.state, self.fixed, batches, np.int32(update))
+            found.append(metrics)
+        return found
 
     def _advance(self, bar):
-        config, begin = self.config, time.monotonic()
+        config, begin, self.waited = self.config, time.monotonic() - self.waited, 0.0
         if self.profiler.before(self.step):
-            self._say(f"profile of {config.profile.steps} steps in {self.profiler.folder}")
-        self.state, metrics = self.train_step(self.state, self.fixed, self.batches)
+            self.progress.say(f"profile of {config.profile.steps} steps in {self.profiler.folder}")
+        metrics = self._updates()
         self.step += 1
         self.positions = self._positions()
-        if self.step < config.steps:
+        if self.step < config.steps and not self.on_policy:
             self.batches = self._next_batches()  # while the devices are busy with this step
-        metrics = jax.device_get(metrics)
+        metrics = over_updates(jax.device_get(metrics))
         skipped_in_row = int(metrics.pop("skipped_in_row"))
-        metrics["images_per_second"] = self.method.phases[0].source.images / (time.monotonic() - begin)
+        for phase in self.method.phases:
+            metrics |= {f"{phase.name}/{name}": value for name, value in phase.source.metrics.items()}
+        images = self.method.phases[0].source.images * self.program.updates
+        metrics["images_per_second"] = images / (time.monotonic() - begin)
         self.meter.add(metrics)
-        self._show(bar, metrics)
+        self.progress.show(bar, self.step, metrics)
         if skipped_in_row >= config.max_skipped:
             self._give_up(skipped_in_row)
         last = self.step == config.steps
@@ -204,7 +236,7 @@ class _Loop:
         if self.main:
             write_report(self.workdir)
         if metrics:
-            self._say(f"step {self.step}: {_listed(metrics)}")
+            self.progress.say(f"step {self.step}: {listed(metrics)}")
         return metrics
 
     def _log(self, row):
@@ -230,11 +262,13 @@ class _Loop:
         name = self.config.eval.best
         return best is None or goodness(evaluation, name) > goodness(best, name)
 
-    def _stop_if_asked(self):
+    def _stop_if_asked(self, *, within_step=False):
+        """Stops after a signal; a step that made some of its updates is thrown away, back to the latest checkpoint."""
         if signum := signal_of_any(self.caught):
-            self._save({}, always=True)
+            if not within_step:
+                self._save({}, always=True)
             self.manager.wait()
-            raise Interrupted(signum, self.step)
+            raise Interrupted(signum, self.manager.latest() or 0)
 
     def _give_up(self, skipped):
         self.state = self.state.replace(skipped_in_row=jnp.zeros_like(self.state.skipped_in_row))
@@ -251,7 +285,7 @@ class _Loop:
         best, settings = self.manager.best(), self.config.checkpoint
         if (settings.export == "last" and not settings.best_only) or best in (None, self.step):
             return self.state
-        self._say(f"exporting the best checkpoint, of step {best}")
+        self.progress.say(f"exporting the best checkpoint, of step {best}")
         return self._read_state(best)[0]
 
     def _export(self):
@@ -260,41 +294,12 @@ class _Loop:
         if self.method.test is not None:
             metrics = self.method.test(self._components(state))
             self._log(metrics)
-            self._say(_listed(metrics))
+            self.progress.say(listed(metrics))
         export = self.export
         weights = join(self.fixed.frozen, state.averaged)
         measured = None if export.measure is None else export.measure(weights)
         weights = host_copy(weights, export.components)
         if self.main:
-            self._say(f"exporting to {self.workdir / 'export'}")
+            self.progress.say(f"exporting to {self.workdir / 'export'}")
             with new_folder(self.workdir / "export", overwrite=True, marker=export.marker) as folder:
                 export.write(weights, measured, folder)
-
-    def _bar(self):
-        return tqdm(
-            total=self.config.steps,
-            initial=self.step,
-            desc=self.config.method.name,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self.main,
-            file=sys.stderr,
-        )
-
-    def _show(self, bar, metrics):
-        note = {"loss": f"{metrics[self.method.phases[0].name + '/loss']:.3g}"}
-        if self.method.shown:
-            note = {"reward": f"{metrics[self.method.shown]:.3f}", **note}
-        note["img/s"] = f"{metrics['images_per_second']:.3g}"
-        if metrics["skipped"]:
-            note["skipped"] = int(metrics["skipped"])
-        bar.set_postfix(note, refresh=False)
-        bar.update()
-
-    def _say(self, text):
-        if self.main:
-            tqdm.write(escape(text), file=sys.stderr)
-
-
-def _listed(metrics):
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -3,6 +3,7 @@
 Two axes: `data` splits the batch; `fsdp` splits the batch too, and also every large weight with its moments.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -105,6 +106,24 @@ def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
         return jax.make_array_from_process_local_data(sharding, np.asarray(value))
 
     return put(batch)
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is sharded as `put_batch` does."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def from_all_processes(value: Any) -> list[Any]:
+    """A value of each process, in their order; it has to be one that JSON can hold."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
 def put_replicated_rows(mesh: Mesh, tree: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from imagereward_jax.methods.base import Export, Method
@@ -44,12 +45,15 @@ class TrainingProgram:
     Args:
         config: the run's config. run: its parts, arrays or shapes.
         mesh: what arrays are sharded over.
+
+    Attributes:
+        updates: calls of the program in one training step; each makes an update of every phase.
     """
 
     def __init__(self, config: Any, run: AssembledRun, mesh: Mesh):
         self.config, self.mesh, self.method = config, mesh, run.method
-        self.updates_per_step = sum(phase.source.updates for phase in run.method.phases)
-        updates = config.steps * self.updates_per_step
+        self.updates = _updates_of(run.method)
+        updates = config.steps * self.updates * len(run.method.phases)
         self.optimizer = make_optimizer(config.optimizer, updates, config.batch_size)
         self._make_state = functools.partial(
             init_state,
@@ -75,7 +79,7 @@ class TrainingProgram:
         return Fixed(run.frozen, reference, tables)
 
     def jitted(self) -> Any:
-        """The step to be lowered: (state, fixed, batches) -> (state, metrics); the state is donated."""
+        """The step to be lowered: (state, fixed, batches, update) -> (state, metrics); the state is donated."""
         step = make_train_step(
             self.method.phases,
             self.optimizer,
@@ -99,6 +103,7 @@ class TrainingProgram:
                 fixed.tables,
             ),
             placed(batches, jax.tree.map(lambda _: batch_sharding(self.mesh), batches)),
+            np.int32(0),
         )
         with target_platform(platform):
             return self.jitted().trace(*arguments)
@@ -106,6 +111,14 @@ class TrainingProgram:
     def abstract_batches(self) -> dict[str, Any]:
         """Shapes of a global batch of each phase."""
         return {phase.name: phase.source.spec() for phase in self.method.phases}
+
+
+def _updates_of(method):
+    """Updates of each phase in a training step, of which all phases make as many."""
+    updates = {phase.name: phase.source.updates for phase in method.phases}
+    if len(set(updates.values())) > 1:
+        raise ValueError(f"the phases of a method make equally many updates in a step, not {updates}")
+    return next(iter(updates.values()))
 
 
 def placed(tree: Any, shardings: Any) -> Any:

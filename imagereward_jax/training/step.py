@@ -1,16 +1,16 @@
 """One training step: a pure, jitted, sharded function (state, fixed, batches) -> (state, metrics)."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imagereward_jax.methods.base import Mean, Models, Phase
+from imagereward_jax.methods.base import STEPS, Mean, Models, Peak, Phase
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.models.sharding import batch_over
 from imagereward_jax.sections.run import OPTIMIZATION_LEVELS
@@ -36,6 +36,15 @@ def compile_options(optimization_level: str | None) -> dict[str, Any]:
     return {"optimization_level": OPTIMIZATION_LEVELS[optimization_level]} if optimization_level else {}
 
 
+def join_models(fixed: Fixed, params: Any, copies: Mapping[str, Any], convert: Callable[[Any], Any]) -> Models:
+    """The components that losses read; convert: brings the weights that train to the compute dtype."""
+    return Models(
+        policy=join(fixed.frozen, convert(params)),
+        reference=None if fixed.reference is None else join(fixed.frozen, fixed.reference),
+        copies={name: join(fixed.frozen, convert(tree)) for name, tree in copies.items()},
+    )
+
+
 def cast(tree: Any, dtype: Any) -> Any:
     """Floating-point arrays of `tree` in `dtype`."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
@@ -50,12 +59,12 @@ def make_train_step(
     ema_decay: float = 0.0,
     copies: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Fixed, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the step: each phase's gradients and updates, in order.
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """Builds (state, fixed, batches, update=0) -> (state, metrics): an update of each phase, in order.
 
-    Randomness is `fold_in(fold_in(key, step), phase)`, and with several updates per phase also by the update: a run
-    that resumes draws the same numbers. An update whose loss or gradient is not finite leaves weights, moments and
-    averages as they were and is counted.
+    Randomness is `fold_in(fold_in(key, step), phase)`, and if a step makes several updates of each phase also by
+    `update`, the number of this one in the step: a run that resumes draws the same numbers. The last one ends the step.
+    An update whose loss or gradient is not finite leaves weights, moments and averages as they were and is counted.
 
     Args:
         phases: batches are given by their names.
@@ -76,68 +85,65 @@ class _Step:
     copies: dict[str, Callable]
     mesh: Mesh | None
 
-    def __call__(self, state, fixed, batches):
+    def __call__(self, state, fixed, batches, update=0):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        logged, index = {}, state.step * sum(phase.source.updates for phase in self.phases)
+        updates, logged = self.phases[0].source.updates, {}
         for number, phase in enumerate(self.phases):
             phase_key = jax.random.fold_in(key, number)
-            state, metrics = self.run_phase(phase, state, fixed, batches[phase.name], phase_key, index)
+            phase_key = jax.random.fold_in(phase_key, update) if updates > 1 else phase_key
+            loss, grads, metrics = self.gradient(phase, state, fixed, batches[phase.name], phase_key)
+            state, norm = self.update(state, grads, loss, (state.step * updates + update) * len(self.phases) + number)
+            metrics = {"loss": loss, **metrics, "grad_norm": norm}
             logged |= {f"{phase.name}/{name}": value for name, value in metrics.items()}
-            index += phase.source.updates
-        state = state.replace(step=state.step + 1)
+        state = state.replace(step=state.step + (update == updates - 1))
         return state, {**logged, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-
-    def run_phase(self, phase, state, fixed, batches, key, index):
-        """All updates of one phase, the first of which is `index`."""
-        if phase.source.updates == 1:
-            return self.run_update(phase, state, fixed, batches, key, index)
-
-        def body(state, number_and_batch):
-            number, batch = number_and_batch
-            return self.run_update(phase, state, fixed, batch, jax.random.fold_in(key, number), index + number)
-
-        state, metrics = jax.lax.scan(body, state, (jnp.arange(phase.source.updates), batches))
-        return state, {name: values.mean(0) for name, values in metrics.items()}
-
-    def run_update(self, phase, state, fixed, batch, key, index):
-        loss, grads, metrics = self.gradient(phase, state, fixed, batch, key)
-        state, norm = self.update(state, grads, loss, index)
-        return state, {"loss": loss, **metrics, "grad_norm": norm}
 
     def gradient(self, phase, state, fixed, batch, key):
         """(mean loss, gradients, metrics) of one batch, in rounds if there are several."""
-        value_and_grad = jax.value_and_grad(functools.partial(self.loss, phase, state, fixed), has_aux=True)
-        if self.accumulation == 1:
-            (value, (_, metrics)), grads = value_and_grad(state.params, batch, key)
+        rounds, part_of = self.rounds(batch)
+
+        def loss(params, part, key):
+            mean, metrics = self.loss(phase, state, fixed, params, part, key)
+            # in rounds the sum is differentiated, and divided when all are added
+            return (mean.value if rounds == 1 else mean.total), (mean, metrics)
+
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        if rounds == 1:
+            (value, (_, metrics)), grads = value_and_grad(state.params, part_of(0), key)
             return value, grads, {name: _value(metric) for name, metric in metrics.items()}
 
-        def body(total, round_):
-            index, part = round_
-            (_, (mean, metrics)), grads = value_and_grad(state.params, part, jax.random.fold_in(key, index))
+        def body(total, index):
+            (_, (mean, metrics)), grads = value_and_grad(state.params, part_of(index), jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, grads), (mean, metrics)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        rounds = (jnp.arange(self.accumulation), jax.tree.map(self.split, batch))
-        total, (losses, metrics) = jax.lax.scan(body, zeros, rounds)
+        total, (losses, metrics) = jax.lax.scan(body, zeros, jnp.arange(rounds))
         count = jnp.maximum(losses.count.sum(), 1)
         grads = jax.tree.map(lambda x: x / count, total)
         return losses.total.sum() / count, grads, {name: _over_rounds(metric) for name, metric in metrics.items()}
 
     def loss(self, phase, state, fixed, params, batch, key):
-        """(the number that is differentiated, (the loss as a `Mean`, metrics)).
-
-        That number is the mean itself; in rounds it is the sum, which is divided when all are added.
-        """
-        models = Models(
-            policy=join(fixed.frozen, cast(params, self.dtype)),
-            reference=None if fixed.reference is None else join(fixed.frozen, fixed.reference),
-            copies={name: join(fixed.frozen, cast(tree, self.dtype)) for name, tree in state.copies.items()},
-            tables=fixed.tables.get(phase.name),
-        )
+        """(the loss as a `Mean`, metrics)."""
+        models = join_models(fixed, params, state.copies, lambda tree: cast(tree, self.dtype))
+        models = models._replace(tables=fixed.tables.get(phase.name))
         with batch_over(self.mesh):
             value, metrics = phase.loss(models, phase.source.prepare(models, batch), key)
-        mean = value if isinstance(value, Mean) else Mean(value, jnp.ones((), jnp.float32))
-        return mean.total if self.accumulation > 1 else _value(value), (mean, metrics)
+        return value if isinstance(value, Mean) else Mean(value, jnp.ones((), jnp.float32)), metrics
+
+    def rounds(self, batch):
+        """(how many rounds a batch takes, index -> the part that this round takes)."""
+        rows, steps = {name: part for name, part in batch.items() if name != STEPS}, batch.get(STEPS, {})
+        count = jax.tree.leaves(steps)[0].shape[1] if steps else 1
+        if self.accumulation == 1 and not steps:
+            return 1, lambda index: batch
+        rows, steps = jax.tree.map(self.split, (rows, steps))
+
+        def part_of(index):
+            first, step = index // count, index % count
+            part = jax.tree.map(lambda x: x[first], rows)
+            return {**part, **jax.tree.map(lambda x: x[first, :, step], steps)}
+
+        return self.accumulation * count, part_of
 
     def split(self, rows):
         """Rows [B, ...] as [rounds, B / rounds, ...], each round sharded over the mesh."""
@@ -172,6 +178,18 @@ class _Step:
         return state, norm
 
 
+def over_updates(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of a step, from those of its updates: means, of a `Peak` the largest, of counters the last."""
+
+    def over(name):
+        values = [metrics[name] for metrics in found]
+        if isinstance(values[0], Peak):
+            return max(peak.value for peak in values)
+        return values[-1] if name in ("skipped", "skipped_in_row") else np.mean(values)
+
+    return {name: over(name) for name in found[0]}
+
+
 def _value(metric):
     return metric.value if isinstance(metric, Mean) else metric
 
@@ -180,4 +198,4 @@ def _over_rounds(metric):
     """The metric of a whole batch from those of its rounds [rounds]."""
     if isinstance(metric, Mean):
         return Mean(metric.total.sum(), metric.count.sum()).value
-    return metric.mean(0)
+    return Peak(metric.value.max(0)) if isinstance(metric, Peak) else metric.mean(0)

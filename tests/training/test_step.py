@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from imagereward_jax.methods.base import Mean, Models, Phase
+from imagereward_jax.methods.base import STEPS, Mean, Models, Peak, Phase
 from imagereward_jax.training.state import from_checkpoint, init_state, to_checkpoint
-from imagereward_jax.training.step import Fixed, make_train_step
+from imagereward_jax.training.step import Fixed, make_train_step, over_updates
 
 
 class Given:
@@ -37,10 +37,13 @@ def run(steps, *, decay=0.0, scales=None, phases=1, copies=None, updates=1):
     step = jax.jit(make_train_step(all_phases, optimizer, ema_decay=decay, copies=copies))
     states, metrics = [], []
     for scale in scales or [1.0] * steps:
-        batch = {"scale": jnp.full((updates, 1) if updates > 1 else (1,), scale)}
-        state, found = step(state, Fixed({}), {phase.name: batch for phase in all_phases})
+        batch = {"scale": jnp.full((1,), scale)}
+        found = []
+        for update in range(updates):
+            state, of_update = step(state, Fixed({}), {phase.name: batch for phase in all_phases}, update)
+            found.append(of_update)
         states.append(state)
-        metrics.append(found)
+        metrics.append(over_updates(found))
     return states, metrics
 
 
@@ -81,7 +84,8 @@ def test_copies_follow_by_the_decay_that_the_method_gives():
 
 def test_a_source_with_three_updates_makes_them_in_one_step():
     """One step of three updates is three steps of one; each update draws its own numbers."""
-    states, _ = run(2, decay=0.9, updates=3)
+    states, metrics = run(2, decay=0.9, updates=3)
+    assert [int(state.step) for state in states] == [1, 2] and metrics[0]["p0/draw"] != metrics[1]["p0/draw"]
     weights = [3 * (1 - 0.5**update) for update in range(1, 7)]
     np.testing.assert_allclose([state.params["w"] for state in states], weights[2::3], rtol=1e-6)
     np.testing.assert_allclose([state.ema["w"] for state in states], averages(weights, 0.9)[2::3], rtol=1e-6)
@@ -120,6 +124,31 @@ def test_rows_that_count_differently_have_the_whole_batchs_gradient_in_any_numbe
     np.testing.assert_allclose(metrics["p/loss"], np.sin(0.5 * chosen).mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["p/mean"], metrics["p/loss"], rtol=1e-6)
     np.testing.assert_allclose(state.params["w"], 0.5 - (chosen * np.cos(0.5 * chosen)).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_steps_of_a_batch_are_taken_in_rounds_of_one_gradient(accumulation):
+    """Four rows of three steps: loss and update are means over all twelve, by the closed form; a `Peak` is the most."""
+    x, scale = np.arange(12, dtype=np.float32).reshape(4, 3) / 5, np.arange(1, 5, dtype=np.float32)
+
+    def loss(models, batch, key):
+        values = jnp.sin(models.policy["w"] * batch["x"]) * batch["scale"]
+        return values.mean(), {"most": Peak(values.max())}
+
+    optimizer = optax.sgd(1.0)
+    step = jax.jit(make_train_step((Phase("p", loss, Given()),), optimizer, accumulation=accumulation))
+    state = init_state({"w": jnp.float32(0.5)}, optimizer, seed=0, ema=False)
+    state, metrics = step(state, Fixed({}), {"p": {"scale": scale, STEPS: {"x": x}}})
+    values = np.sin(0.5 * x) * scale[:, None]
+    np.testing.assert_allclose(metrics["p/loss"], values.mean(), rtol=1e-6)
+    np.testing.assert_allclose(state.params["w"], 0.5 - (x * np.cos(0.5 * x) * scale[:, None]).mean(), rtol=1e-6)
+    np.testing.assert_allclose(over_updates([metrics])["p/most"], values.max(), rtol=1e-6)
+
+
+def test_the_metrics_of_a_step_are_those_of_its_updates():
+    """Means, the largest of a peak, the last of a counter."""
+    updates = [{"loss": 1.0, "most": Peak(3.0), "skipped": 1}, {"loss": 2.0, "most": Peak(2.0), "skipped": 2}]
+    assert over_updates(updates) == {"loss": 1.5, "most": 3.0, "skipped": 2}
 
 
 def test_a_sum_of_losses_gives_each_its_own_batch_tables_and_key():

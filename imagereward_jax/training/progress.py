@@ -1,0 +1,60 @@
+"""What a run says on stderr while it trains: a bar, and lines above it."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from imagereward_jax.methods.base import Method
+from imagereward_jax.terminal import escape
+
+
+class Progress:
+    """The bar and the lines of one process; all but the main one are silent.
+
+    Args:
+        config: the run's config. method: names the metrics that are shown and those that are warned of.
+        main: whether this is process 0.
+    """
+
+    def __init__(self, config: Any, method: Method, *, main: bool):
+        self.config, self.method, self.main = config, method, main
+        self._warned: set[str] = set()
+
+    def bar(self, step: int) -> tqdm:
+        """A bar that stands at `step`."""
+        return tqdm(
+            total=self.config.steps,
+            initial=step,
+            desc=self.config.method.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.main,
+            file=sys.stderr,
+        )
+
+    def show(self, bar: tqdm, step: int, metrics: Mapping[str, float]) -> None:
+        """Moves the bar on to `step`; warns of a metric that exceeds its limit for the first time."""
+        note = {"loss": f"{metrics[self.method.phases[0].name + '/loss']:.3g}"}
+        if self.method.shown:
+            note = {"reward": f"{metrics[self.method.shown]:.3f}", **note}
+        note["img/s"] = f"{metrics['images_per_second']:.3g}"
+        if metrics["skipped"]:
+            note["skipped"] = int(metrics["skipped"])
+        bar.set_postfix(note, refresh=False)
+        bar.update()
+        for name, (limit, meaning) in self.method.limits.items():
+            if metrics[name] > limit and name not in self._warned:
+                self._warned.add(name)
+                self.say(f"warning: step {step}: {name} {metrics[name]:.3g} is above {limit:g}: {meaning}")
+
+    def say(self, text: str) -> None:
+        """Writes a line above the bar."""
+        if self.main:
+            tqdm.write(escape(text), file=sys.stderr)
+
+
+def listed(metrics: Mapping[str, float]) -> str:
+    """Metrics in one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

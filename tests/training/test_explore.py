@@ -1,0 +1,233 @@
+"""The on-policy source: rounds, rewards, advantages, minibatches; and runs of the loop that are interrupted in them."""
+
+import functools
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("grain")
+
+import child
+from toy import train
+from toy_policy import PROMPTS, Brightness, assemble_policy, make_explore, one_term, policy_config
+
+from imagereward_jax.methods.base import Models
+from imagereward_jax.rewards.mixed import RewardError, Term, Terms
+from imagereward_jax.training.interruptions import Interrupted
+from imagereward_jax.training.mesh import make_mesh
+from imagereward_jax.training.metric_writers import read_rows
+
+
+def one_device():
+    return make_mesh(1, 1, jax.devices()[:1])
+
+
+def models():
+    return Models({"net": {"w": np.array([0.3, -0.2], np.float32)}})
+
+
+def a_step(source, seed=0):
+    return [batch for batch in source.batches(models(), jax.random.key(seed)) if batch is not None]
+
+
+class Scored(Brightness):
+    """A function of the images and prompts."""
+
+    def __init__(self, function):
+        self.score_arrays = function
+
+
+# the source
+
+
+def test_a_step_goes_through_all_samples_in_every_epoch():
+    """Two rounds of 4, three epochs in minibatches of 2: 12 updates. Each epoch has every sample once, in an order of
+    its own; what a sample is trained with is what it was drawn and scored with; shapes are those of the spec."""
+    source = make_explore(one_device(), one_term(Brightness()), batch_size=2, epochs=3)
+    batches = a_step(source)
+    assert len(batches) == source.updates == 12 and [batch["update"][0] for batch in batches] == list(range(12))
+    epochs = [np.concatenate([batch["x"] for batch in batches[start : start + 4]]) for start in (0, 4, 8)]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch, axis=0), np.sort(epochs[0], axis=0))
+    assert len({epoch.tobytes() for epoch in epochs}) == 3
+    rows = {name: np.concatenate([batch[name] for batch in batches[:4]]) for name in ("x", "length", "advantage")}
+    rewards = np.round(255 / (1 + np.exp(-rows["x"].sum(-1)))) / 255 - 0.1 * rows["length"]
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    for length in (1, 2, 3):
+        own = rows["length"] == length
+        if own.sum() >= 3:
+            advantages[own] = (rewards[own] - rewards[own].mean()) / (rewards[own].std() + 1e-6)
+    np.testing.assert_allclose(rows["advantage"], np.clip(advantages, -2, 2), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(source.metrics["reward"], rewards.mean(), rtol=1e-5)
+    np.testing.assert_allclose(source.metrics["reward_std"], rewards.std(), rtol=1e-5)
+    spec = {name: (shape.shape, shape.dtype) for name, shape in source.spec().items()}
+    assert spec == {name: (array.shape, array.dtype) for name, array in batches[0].items()}
+
+
+def test_a_step_follows_from_its_key_and_state_alone():
+    """Another key draws other samples; a source that resumes from the state after one step repeats the second."""
+    first, second = (make_explore(one_device(), one_term(Brightness())) for _ in range(2))
+    a_step(first)
+    state = json.loads(json.dumps(first.get_state()))
+    assert set(state) == {"prompts", "advantages"} and set(state["advantages"]) == set(PROMPTS)
+    expected = a_step(first, seed=1)
+    second.set_state(state)
+    jax.tree.map(np.testing.assert_array_equal, a_step(second, seed=1), expected)
+    second.set_state(state)
+    assert not np.array_equal(a_step(second, seed=2)[0]["x"], expected[0]["x"])
+
+
+def test_networks_and_functions_score_together():
+    """A mixture of a network inside the program and a function on the host: weights, and each term's own mean."""
+
+    class Network:
+        params, differentiable = {"gain": np.float32(3.0)}, True
+
+        def apply(self, params, images, tokens):
+            return params["gain"] * images.mean((1, 2, 3)) + tokens
+
+    terms = Terms({"network": Term(Network(), weight=0.5), "function": Term(Brightness(), weight=2.0)}, {})
+    source, seen = make_explore(one_device(), terms, rounds=1, epochs=1), []
+    asked = source.prompts.batches
+
+    def with_tokens(models, key):
+        for batch in asked(models, key):
+            seen.append(batch["length"])
+            yield {**batch, "reward": {"network": batch["length"]}}
+
+    source.prompts.batches = with_tokens
+    with_weights = models()._replace(policy={**models().policy, "reward": {"network": Network.params}})
+    batches = [batch for batch in source.batches(with_weights, jax.random.key(0)) if batch is not None]
+    bright = 1 / (1 + np.exp(-batches[0]["x"].sum(-1)))
+    network = (3 * bright + batches[0]["length"]).mean()
+    function = (np.round(255 * bright) / 255 - 0.1 * batches[0]["length"]).mean()
+    assert len(seen) == 1 and len(batches) == 1
+    expected = {"reward": 0.5 * network + 2 * function, "reward_network": network, "reward_function": function}
+    for name, value in expected.items():
+        np.testing.assert_allclose(source.metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_functions_score_a_round_while_the_next_is_sampled():
+    """The function waits, in its thread, until the next round's prompts are taken: the two overlap, or it times out."""
+    taken = [threading.Event() for _ in range(3)]
+    scored = iter(range(3))
+
+    def patient(images, prompts):
+        number = next(scored)
+        assert number == 2 or taken[number + 1].wait(20), "the next round began only after this one was scored"
+        return np.arange(len(images))
+
+    source = make_explore(one_device(), one_term(Scored(patient)), rounds=3)
+    asked = source.prompts.batches
+
+    def watched(models, key):
+        for number, batch in enumerate(asked(models, key)):
+            taken[number].set()
+            yield batch
+
+    source.prompts.batches = watched
+    assert len(a_step(source)) == source.updates
+
+
+def fails(images, prompts):
+    raise KeyError("no such prompt")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (fails, "the reward failed: KeyError: 'no such prompt'"),
+        (lambda images, prompts: [1.0], r"the reward returned scores of shape \(1,\) for 4 images"),
+        (lambda images, prompts: np.full(4, np.nan), "none of 8 scores is a finite number"),
+    ],
+)
+def test_a_reward_that_gives_no_scores_ends_the_run_with_its_name(function, message):
+    terms = Terms({"good": Term(Brightness()), "mine": Term(Scored(function))}, {"mine": "config.reward.path='m:f'"})
+    with pytest.raises(RewardError, match="config.reward.path='m:f': " + message):
+        a_step(make_explore(one_device(), terms))
+
+
+def test_a_score_that_is_missing_is_no_verdict():
+    """Of a few NaNs the advantage is 0, and the others are compared among themselves."""
+
+    def some(images, prompts):
+        return np.array([np.nan, 1.0, 2.0, 3.0])
+
+    source = make_explore(one_device(), one_term(Scored(some)), rounds=1, epochs=1)
+    advantages = np.sort(a_step(source)[0]["advantage"])
+    np.testing.assert_allclose(advantages, [-1.224743, 0, 0, 1.224743], atol=1e-5)
+    assert source.metrics["reward"] == 2.0
+
+
+# runs of the loop
+
+
+def numbers(workdir):
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in ("time", "images_per_second")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("clean") / "run"
+    assert train(policy_config(), assemble_policy, workdir)
+    return workdir
+
+
+def assert_same_run(workdir, clean):
+    np.testing.assert_array_equal(np.load(workdir / "export/w.npy"), np.load(clean / "export/w.npy"))
+    assert numbers(workdir) == numbers(clean)
+
+
+def test_every_step_samples_with_the_weights_it_begins_with(clean):
+    """The reward rises; of four updates per step one is the first."""
+    rows = numbers(clean)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert {"policy/reward", "policy/reward_std", "policy/loss", "policy/grad_norm", "skipped"} < set(rows[0])
+    assert all(row["policy/first"] == 0.25 for row in rows) and rows[-1]["policy/reward"] > rows[0]["policy/reward"]
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "step"),
+    [("prompts", 8, 3), ("reward", 8, 3), ("choose", 14, 2)],
+    ids=["in_a_round", "in_the_reward", "between_updates"],
+)
+def test_sigterm_stops_within_a_step_which_then_begins_anew(clean, tmp_path, place, call, step):
+    """In the fourth step. Before its updates the three that are done are saved; after some of them the run goes back to
+    the latest checkpoint. Resumed, it ends in the same bits and metrics."""
+    assemble = functools.partial(assemble_policy, place=place, call=call)
+    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}"):
+        train(policy_config(), assemble, tmp_path / "run")
+    assert train(policy_config(), assemble_policy, tmp_path / "run")
+    assert_same_run(tmp_path / "run", clean)
+
+
+def test_killed_within_the_reward_and_restarted_equals_never_stopped(clean, tmp_path):
+    """kill -9 in a process of its own, in the thread that scores the fourth step; the prompts' buffers are resumed."""
+    command = [sys.executable, str(Path(__file__).parent / "toy_policy.py"), str(tmp_path / "run"), "reward", "8"]
+    killed = subprocess.run(command, env=child.environment(), capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert train(policy_config(), assemble_policy, tmp_path / "run")
+    assert_same_run(tmp_path / "run", clean)
+
+
+def test_a_metric_above_its_limit_is_warned_of_once(tmp_path, capsys):
+    def assemble(config, mesh):
+        run = assemble_policy(config, mesh)
+        object.__setattr__(run.method, "limits", {"policy/first": (0.1, "so it is said")})
+        return run
+
+    config = policy_config()
+    config.steps = 2
+    train(config, assemble, tmp_path / "run")
+    said = re.findall(r"warning: .*", capsys.readouterr().err)
+    assert said == ["warning: step 1: policy/first 0.25 is above 0.1: so it is said"]
