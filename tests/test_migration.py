@@ -62,7 +62,7 @@ def test_fields_that_are_named_exist():
     for method, page, least in (("refl", before, 40), ("ddpo", ddpo, 12)):
         config = default_config(method)
         if method == "refl":
-            config.method.update(default_config("reward_gradient").method)
+            config.method.update(default_config("reward_gradient").method.to_dict())
         sections = "model|data|method|optimizer|eval|checkpoint|mesh|lora|reward"
         named = re.findall(rf"`(?:config\.)?((?:{sections})\.\w+)", page)
         assert len(named) > least
