@@ -1,4 +1,4 @@
-"""How a command ends: Ctrl-C ends it with one line and exit status 130, at any moment, without a traceback."""
+"""How a command ends: Ctrl-C, or a package that an extra would install, is one line and no traceback."""
 
 import functools
 import os
@@ -13,6 +13,14 @@ from typing import NoReturn
 from imagereward_jax.terminal import say
 
 INTERRUPTED = 128 + signal.SIGINT
+NOT_INSTALLED = 2
+# The extra of pyproject.toml that installs a package which is not among the base's.
+EXTRAS = {
+    **dict.fromkeys(("absl", "clu", "datasets", "grain", "matplotlib", "ml_collections", "optax", "orbax"), "train"),
+    **dict.fromkeys(("tensorboard", "tensorflow", "tensorflow_datasets"), "train"),
+    **dict.fromkeys(("diffusers", "torch"), "convert"),
+    "qwix": "quantization",
+}
 PATIENCE = 2.0  # seconds from a second Ctrl-C to the end of the process, whatever it does
 # Modules in C++ whose start is interrupted raise another error, or crash.
 _STARTS_EXTENSION = (ExtensionFileLoader.create_module.__code__, ExtensionFileLoader.exec_module.__code__)
@@ -20,6 +28,8 @@ _STARTS_EXTENSION = (ExtensionFileLoader.create_module.__code__, ExtensionFileLo
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Makes `main(argv=None)` the entry of a command: it returns the exit status, 130 after Ctrl-C.
+
+    If a package of an extra is not installed, the status is 2 and the line names the extra.
 
     In a module that runs as a script, a process that was interrupted ends without Python's own end, in which jax's
     threads may crash, and a second Ctrl-C ends it even while it compiles, which no exception interrupts.
@@ -38,6 +48,12 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             if armed:
                 end_interrupted()
             return INTERRUPTED
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            say(f"error: this needs {package}: pip install 'imagereward-jax[{EXTRAS[package]}]'", file=sys.stderr)
+            return NOT_INSTALLED
         finally:
             if armed:  # nobody catches the exception any more
                 signal.signal(signal.SIGINT, lambda *_: end_interrupted())

@@ -1,12 +1,14 @@
-"""Ctrl-C ends any command, at any moment, with one line and exit status 130."""
+"""Ctrl-C ends any command, at any moment, with one line and status 130; an absent package of an extra, with 2."""
 
 import ast
 import importlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 pytest.importorskip("ml_collections")
 
 from imagereward_jax import score
+from imagereward_jax.command import EXTRAS, command
 from imagereward_jax.training.interruptions import catch_signals
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +58,28 @@ def test_ctrl_c_is_one_line_and_130(name, monkeypatch, capsys):
     monkeypatch.setattr(module, work, interrupt)
     assert module.main(argv) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_a_package_that_is_not_installed_names_its_extra(monkeypatch, capsys):
+    """Every package of an extra in pyproject.toml has its line; any other absence is a fault and stays one."""
+    monkeypatch.setitem(sys.modules, "ml_collections", None)
+    monkeypatch.delitem(sys.modules, "imagereward_jax.recipes", raising=False)
+    module = module_of("train")
+    assert module.main(COMMANDS["train"][1]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: this needs ml_collections: pip install 'imagereward-jax[train]'\n"
+
+    def absent(*_):
+        raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
+
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        command(absent)([])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    imported = {"orbax-checkpoint": "orbax", "absl-py": "absl", "tensorflow-cpu": "tensorflow"}
+    for extra in ("train", "convert", "quantization"):
+        for requirement in extras[extra]:
+            name = re.match(r"[\w-]+", requirement)[0]
+            assert imported.get(name, name.replace("-", "_")) in EXTRAS, requirement
 
 
 def test_every_script_is_such_a_command():
