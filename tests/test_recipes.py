@@ -20,8 +20,8 @@ SMALL_NETWORKS = [
     f"--config.model.architecture.{field}"
     for field in (
         "unet.block_out_channels=(16,)",
-        "unet.down_block_types=('CrossAttnDownBlock2D',)",
-        "unet.up_block_types=('CrossAttnUpBlock2D',)",
+        "unet.down_block_types=('DownBlock2D',)",
+        "unet.up_block_types=('UpBlock2D',)",
         "unet.norm_num_groups=8",
         "vae.sample_size=16",
         "vae.block_out_channels=(8, 16)",
