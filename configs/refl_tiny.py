@@ -39,6 +39,7 @@ def get_config():
     config.eval.batch_size = 64
     config.eval.num_steps = 20
     config.eval.guidance_scale = 1.0
+    config.eval.guidance_scales = (3.0,)  # of use: the untuned model's best
     config.eval.every = 50
     config.checkpoint.every = 50
     config.log_every = 5

@@ -8,6 +8,7 @@ sections of a method together as an `ml_collections.ConfigDict`, which config fi
 import dataclasses
 import difflib
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -112,6 +113,8 @@ def _check_bounds(name, value, one, bounds):
     if one is None:
         return
     low, high = bounds.get("at_least", bounds.get("above")), bounds.get("below", bounds.get("at_most"))
+    if (low, high) != (None, None) and not isinstance(one, numbers.Real):
+        raise ConfigError(f"{name}={value!r}: expected numbers")
     too_low = low is not None and not (one > low if "above" in bounds else one >= low)
     too_high = high is not None and not (one < high if "below" in bounds else one <= high)
     if not too_low and not too_high:

@@ -44,7 +44,8 @@ class SampleEvaluator:
 
     Calling it with the components gives `eval/reward_mean`, `eval/reward_std` (over prompts, of each prompt's mean), of
     a mixture `eval/reward_NAME` (each term's mean score), and, if the prompts are the shapes world's,
-    `eval/checker_rate`, the share of images in which the rule-based checker finds all four words.
+    `eval/checker_rate`, the share of images in which the rule-based checker finds all four words. For each S of
+    config.eval.guidance_scales the same prompts and noise give `eval/reward_mean@S` and `eval/checker_rate@S`.
 
     Args:
         parts: the run's parts; reads config.eval, the pipeline and the reward's terms (or None).
@@ -80,9 +81,19 @@ class SampleEvaluator:
 
     def __call__(self, components: Params) -> Evaluation:
         """See the class."""
+        evaluation = self._at(components, None)
+        for scale in self.settings.guidance_scales:
+            for name, value in self._at(components, scale).metrics.items():
+                if name in ("eval/reward_mean", "eval/checker_rate"):
+                    evaluation.metrics[f"{name}@{scale:g}"] = value
+        return evaluation
+
+    def _at(self, components, guidance_scale):
+        """The evaluation with this guidance; None: with the sampler's own."""
         seed = jax.random.key(self.settings.seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(seed, index))(np.arange(len(self.prompts)))
-        images = self.sample(components, self.prompts, keys=keys, step_keys=keys)
+        options = {"keys": keys, "step_keys": keys, "guidance_scale": guidance_scale}
+        images = self.sample(components, self.prompts, **options)
         metrics, captions = {}, list(self.prompts)
         if self.terms:
             scores = self._scores(components, images)

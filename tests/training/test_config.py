@@ -57,3 +57,22 @@ def test_a_quantised_rollout_needs_a_known_kind_and_qwix(monkeypatch):
 def test_a_method_without_data_says_what_to_pass():
     with pytest.raises(ConfigError, match=r"--config\.data\.pairs="):
         validate(default_config("denoising"))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("eval", {"guidance_scales": ("three",)}, r"config\.eval\.guidance_scales=\('three',\): expected numbers"),
+        ("eval", {"guidance_scales": (-1.0,)}, r"config\.eval\.guidance_scales=.*expected at least 0"),
+        (
+            "method",
+            {"guidance_scale": 3.0, "guidance_max": 2.0},
+            r"guidance_scale=3 and guidance_max=2 must satisfy 1 <=",
+        ),
+    ],
+)
+def test_guidance_that_cannot_be_is_refused(section, changes, message):
+    config = recipe(ROOT / "configs/refl_tiny.py").get_config()
+    config[section].update(changes)
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
