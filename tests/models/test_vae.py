@@ -2,21 +2,11 @@
 
 import functools
 
+import agreement
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import (
-    assert_same_layout,
-    count_checkpoints,
-    from_torch_image,
-    functional,
-    randomise,
-    relative_error,
-    tensors_of,
-    to_torch_image,
-    worst_gradient_error,
-)
 from flax import nnx
 
 from imagereward_jax.models.remat import REMAT_POLICIES
@@ -60,14 +50,14 @@ SMALL |= {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["Up
 @functools.cache
 def reference():
     torch.manual_seed(0)
-    return randomise(diffusers.AutoencoderKL.from_config(SMALL))
+    return agreement.randomise(diffusers.AutoencoderKL.from_config(SMALL))
 
 
 @functools.cache
 def network(remat="none", dtype=jnp.float32):
     config = AutoencoderKLConfig.from_dict(SMALL)
     module = mapping.abstract(lambda: AutoencoderKL(config, remat=remat, dtype=dtype, rngs=nnx.Rngs(0)))
-    return functional(module, tensors_of(reference()))
+    return agreement.functional(module, agreement.tensors_of(reference()))
 
 
 def images(height=20, width=12):
@@ -87,7 +77,7 @@ def loss_function(graphdef):
 
 
 def test_outputs_and_gradients_agree_with_diffusers():
-    module, pixels = reference(), to_torch_image(images()).requires_grad_()
+    module, pixels = reference(), agreement.to_torch_image(images()).requires_grad_()
     moments = module.encode(pixels).latent_dist
     decoded = module.decode(moments.mean).sample
     module.zero_grad()
@@ -98,20 +88,20 @@ def test_outputs_and_gradients_agree_with_diffusers():
     )
     for actual, expected in zip(outputs, (moments.mean, moments.logvar, decoded)):
         assert actual.dtype == jnp.float32
-        assert relative_error(actual, from_torch_image(expected)) < 2e-5
-    assert relative_error(of_images, from_torch_image(pixels.grad)) < 1e-4
+        assert agreement.relative_error(actual, agreement.from_torch_image(expected)) < 2e-5
+    assert agreement.relative_error(of_images, agreement.from_torch_image(pixels.grad)) < 1e-4
     expected = {key: value.grad.numpy() for key, value in module.named_parameters()}
-    assert worst_gradient_error(mapping.to_torch(nnx.merge(graphdef, params), of_params), expected) < 1e-3
+    assert agreement.worst_gradient_error(mapping.to_torch(nnx.merge(graphdef, params), of_params), expected) < 1e-3
 
 
 def test_odd_image_sizes_agree_with_diffusers():
     pixels = images(21, 15)
     with torch.no_grad():
-        expected = reference().encode(to_torch_image(pixels)).latent_dist.mean
+        expected = reference().encode(agreement.to_torch_image(pixels)).latent_dist.mean
     graphdef, params = network()
     mean, _ = jax.jit(lambda p: nnx.merge(graphdef, p).encode(pixels))(params)
     assert mean.shape == (2, 5, 3, 4)
-    assert relative_error(mean, from_torch_image(expected)) < 2e-5
+    assert agreement.relative_error(mean, agreement.from_torch_image(expected)) < 2e-5
 
 
 def test_log_variance_is_clipped_as_in_diffusers():
@@ -129,7 +119,7 @@ def test_remat_policy_checkpoints_what_it_names():
     wanted = {"none": 0, "attention": 2, "blocks": 13 + 2 + 4 + 2, "full": 8 + 13 + 2 + 4 + 2, "offload": 0}
     for policy in REMAT_POLICIES:
         graphdef, params = network(policy)
-        assert count_checkpoints(loss_function(graphdef), params, images()) == wanted[policy]
+        assert agreement.count_checkpoints(loss_function(graphdef), params, images()) == wanted[policy]
 
 
 def test_remat_changes_no_result():
@@ -144,9 +134,9 @@ def test_remat_changes_no_result():
     plain, (of_params, of_latents) = results.pop("none")
     of_params = mapping.to_torch(module, of_params)
     for value, (other_of_params, other_of_latents) in results.values():
-        assert relative_error(value, plain) < 1e-5
-        assert relative_error(other_of_latents, of_latents) < 1e-5
-        assert worst_gradient_error(mapping.to_torch(module, other_of_params), of_params) < 1e-4
+        assert agreement.relative_error(value, plain) < 1e-5
+        assert agreement.relative_error(other_of_latents, of_latents) < 1e-5
+        assert agreement.worst_gradient_error(mapping.to_torch(module, other_of_params), of_params) < 1e-4
 
 
 def test_unknown_remat_policy_lists_the_choices():
@@ -162,11 +152,11 @@ def test_bfloat16_is_close_to_float32():
         decoded.append(jax.jit(lambda p, g=graphdef: nnx.merge(g, p).decode(latents))(params))
     assert decoded[1].dtype == jnp.float32
     assert decoded[1].shape == (1, 20, 12, 3)
-    assert 1e-5 < relative_error(decoded[1], decoded[0]) < 0.05
+    assert 1e-5 < agreement.relative_error(decoded[1], decoded[0]) < 0.05
 
 
 def test_weights_survive_the_round_trip_to_the_bit():
-    tensors, module = tensors_of(reference()), nnx.merge(*network())
+    tensors, module = agreement.tensors_of(reference()), nnx.merge(*network())
     back = mapping.to_torch(module, mapping.from_torch(module, tensors))
     assert back.keys() == tensors.keys()
     assert all(back[key].tobytes() == tensors[key].tobytes() for key in tensors)
@@ -176,7 +166,7 @@ def test_full_size_keys_and_shapes_are_diffusers():
     with torch.device("meta"):
         expected = diffusers.AutoencoderKL.from_config(SD1)
     module = mapping.abstract(lambda: AutoencoderKL(AutoencoderKLConfig.from_dict(SD1), rngs=nnx.Rngs(0)))
-    assert assert_same_layout(module, expected) == 83_653_863
+    assert agreement.assert_same_layout(module, expected) == 83_653_863
 
 
 @pytest.mark.parametrize("config", [SD1, SDXL, SMALL], ids=["sd1", "sdxl", "small"])
