@@ -131,7 +131,7 @@ def measure(args, remat, quantization):
     from imagereward_jax.planning.topologies import find_topology
     from imagereward_jax.training.mesh import batch_sharding, make_mesh, replicated, weight_shardings
     from imagereward_jax.training.program import placed
-    from imagereward_jax.training.step import cast
+    from imagereward_jax.training.step import cast, compile_options
 
     topology = find_topology(args.topology)
     mesh = make_mesh(-1, 1, list(topology.devices()))
@@ -161,7 +161,7 @@ def measure(args, remat, quantization):
     lowered = traced.lower()
     compiling, busy = time.perf_counter(), time.process_time()
     try:
-        memory = lowered.compile(options_for(topology, args.level)).memory_analysis()
+        memory = lowered.compile(options_for(topology, compile_options(args.level))).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

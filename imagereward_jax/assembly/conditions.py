@@ -131,7 +131,7 @@ def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, *
         mesh=parts.mesh,
         shapes=shapes,
         batch_size=config.batch_size,
-        compiler_options=compile_options(config.optimization_level),
+        compiler_options=compile_options(config.optimization_level, on_policy=True),
         **options,
     )
     if parts.abstract:

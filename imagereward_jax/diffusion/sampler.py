@@ -59,11 +59,13 @@ def log_prob(transition: Transition, latents: jax.Array) -> jax.Array:
     The mean over all axes but the first, as in ddpo-pytorch: the sum's scale would depend on the image size. It is 0
     for a step without noise, with gradients of 0.
     """
-    std = transition.std
+    std = jnp.asarray(transition.std)
     safe = jnp.where(std > 0, std, 1.0)
     deviation = (latents.astype(jnp.float32) - transition.mean) / safe
-    density = -0.5 * jnp.square(deviation) - jnp.log(safe) - 0.5 * math.log(2 * math.pi)
-    return jnp.where(std > 0, density, 0.0).mean(tuple(range(1, density.ndim)))
+    squares = jnp.square(deviation).mean(tuple(range(1, deviation.ndim)))
+    # The constants are added after the mean, whose rounding would grow with them and differ between two programs.
+    density = -0.5 * squares - (jnp.log(safe) + 0.5 * math.log(2 * math.pi)).reshape(-1)
+    return jnp.where(std.reshape(-1) > 0, density, 0.0)
 
 
 @functools.partial(

@@ -11,7 +11,6 @@ from imagereward_jax.planning import counts
 from imagereward_jax.planning.topologies import GIB, Topology
 from imagereward_jax.training.mesh import batch_sharding, check_batch, check_remat, make_mesh, weight_shardings
 from imagereward_jax.training.program import TrainingProgram
-from imagereward_jax.training.step import compile_options
 
 
 def plan(config: Any, topology: Topology) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def plan(config: Any, topology: Topology) -> dict[str, Any]:
         "assumptions": [*run.assumptions, *_of_the_level(config, topology)],
     }
     if sum(sizes.values()) <= topology.usable_bytes:
-        _compile(figures, config, topology, traced, run.method.loop_trips)
+        _compile(figures, program, topology, traced, run.method.loop_trips)
     return figures
 
 
@@ -100,9 +99,9 @@ def _of_the_level(config, topology):
     )
 
 
-def _compile(figures, config, topology, traced, loop_trips):
+def _compile(figures, program, topology, traced, loop_trips):
     """Fills in the figures of the compiled step."""
-    options = options_for(topology, config.optimization_level)
+    options = options_for(topology, program.compile_options)
     lowered = traced.lower()
     start = time.monotonic()
     try:
@@ -128,13 +127,12 @@ def _compile(figures, config, topology, traced, loop_trips):
         figures["compiled_flops"] = int(flops)
 
 
-def options_for(topology: Topology, optimization_level: str) -> dict[str, Any]:
-    """Returns options of `Lowered.compile` for hardware that this machine does not have."""
-    options = compile_options(optimization_level)
+def options_for(topology: Topology, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns options of `Lowered.compile`, changed for hardware that this machine does not have."""
     if topology.platform == "gpu":
         # A GPU would try out tiles for Triton's matrix products; without one the compiler takes a first guess, which
         # does not divide some of ours. So all go to cuBLAS here.
-        options["xla_gpu_enable_triton_gemm"] = False
+        return {**options, "xla_gpu_enable_triton_gemm": False}
     return options
 
 

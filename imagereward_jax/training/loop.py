@@ -30,7 +30,7 @@ from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.progress import Progress, listed
 from imagereward_jax.training.state import from_checkpoint, to_checkpoint
-from imagereward_jax.training.step import cast, compile_options, join_models, over_updates
+from imagereward_jax.training.step import cast, join_models, over_updates
 from imagereward_jax.training.workdir import CONFIG, DONE, check_workdir, is_complete
 
 
@@ -88,7 +88,6 @@ class _Loop:
 
         self._cast = jax.jit(cast_weights)  # once: a new function would be compiled at every evaluation
         self.meter = Meter(counters=("skipped",))
-        self.on_policy = any(phase.source.on_policy for phase in self.method.phases)
         self.profiler = Profiler(workdir / "profile", config.profile.steps)
         self.step = self._restore()
         self.writers = make_writers(config.writers, workdir, last_step=self.step) if self.main else {}
@@ -146,7 +145,7 @@ class _Loop:
         lowered = self.program.jitted().lower(self.state, self.fixed, self.batches, np.int32(0))
         self.progress.say(f"traced the training step in {time.monotonic() - start:.1f} s, compiling it")
         start = time.monotonic()
-        compiled = lowered.compile(compile_options(self.config.optimization_level))
+        compiled = lowered.compile(self.program.compile_options)
         self.progress.say(f"compiled the training step in {time.monotonic() - start:.1f} s")
         return compiled
 
@@ -197,7 +196,7 @@ class _Loop:
         metrics = self._updates()
         self.step += 1
         self.positions = self._positions()
-        if self.step < config.steps and not self.on_policy:
+        if self.step < config.steps and not self.program.on_policy:
             self.batches = self._next_batches()  # while the devices are busy with this step
         metrics = over_updates(jax.device_get(metrics))
         skipped_in_row = int(metrics.pop("skipped_in_row"))

@@ -15,7 +15,7 @@ from imagereward_jax.models.hardware import target_platform
 from imagereward_jax.training.mesh import batch_sharding, replicated, weight_shardings
 from imagereward_jax.training.optimizer import make_optimizer
 from imagereward_jax.training.state import TrainState, init_state
-from imagereward_jax.training.step import Fixed, cast, make_train_step
+from imagereward_jax.training.step import Fixed, cast, compile_options, make_train_step
 
 
 @dataclasses.dataclass
@@ -48,11 +48,15 @@ class TrainingProgram:
 
     Attributes:
         updates: calls of the program in one training step; each makes an update of every phase.
+        on_policy: whether a source makes batches with the present weights.
+        compile_options: for `Lowered.compile`.
     """
 
     def __init__(self, config: Any, run: AssembledRun, mesh: Mesh):
         self.config, self.mesh, self.method = config, mesh, run.method
         self.updates = _updates_of(run.method)
+        self.on_policy = any(phase.source.on_policy for phase in run.method.phases)
+        self.compile_options = compile_options(config.optimization_level, on_policy=self.on_policy)
         updates = config.steps * self.updates * len(run.method.phases)
         self.optimizer = make_optimizer(config.optimizer, updates, config.batch_size)
         self._make_state = functools.partial(

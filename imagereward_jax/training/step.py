@@ -31,9 +31,16 @@ class Fixed(NamedTuple):
     tables: Mapping[str, Any] = {}
 
 
-def compile_options(optimization_level: str | None) -> dict[str, Any]:
-    """Options of `Lowered.compile` for `config.optimization_level`."""
-    return {"optimization_level": OPTIMIZATION_LEVELS[optimization_level]} if optimization_level else {}
+def compile_options(optimization_level: str | None, *, on_policy: bool = False) -> dict[str, Any]:
+    """Options of `Lowered.compile` for `config.optimization_level`.
+
+    Args:
+        on_policy: for the program that samples and the one that updates. Each then rounds to bfloat16 wherever it says
+            so; by itself the compiler leaves out roundings, other ones in either, and ratios of equal weights are up
+            to nine times further from 1 (docs/benchmarks.md).
+    """
+    options = {"optimization_level": OPTIMIZATION_LEVELS[optimization_level]} if optimization_level else {}
+    return {**options, "xla_allow_excess_precision": False} if on_policy else options
 
 
 def join_models(fixed: Fixed, params: Any, copies: Mapping[str, Any], convert: Callable[[Any], Any]) -> Models:
