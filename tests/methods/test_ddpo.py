@@ -143,8 +143,10 @@ def gradient_of(loss, unet):
 
 
 def assert_same(pipeline, ours, theirs, relative):
-    """All of it within a tenth of `relative`, and each tensor, by its own largest entry, within all of it; some are zero
-    but for rounding, as to_k's biases."""
+    """All of it within a tenth of `relative`, and each tensor, by its own largest entry, within all of it.
+
+    Some are zero but for rounding, as to_k's biases.
+    """
     ours = mapping.to_torch(pipeline.networks["unet"], jax.device_get(ours))
     largest = max(np.abs(array).max() for array in theirs.values())
     assert ours.keys() == theirs.keys()
