@@ -36,8 +36,8 @@ def compile_options(optimization_level: str | None, *, on_policy: bool = False) 
 
     Args:
         on_policy: for the program that samples and the one that updates. Each then rounds to bfloat16 wherever it says
-            so; by itself the compiler leaves out roundings, other ones in either, and ratios of equal weights are up
-            to nine times further from 1 (docs/benchmarks.md).
+            so. By itself the compiler leaves out roundings, other ones in either, and ratios of equal weights are off
+            1 by a hundred times DDPO's clip range (docs/benchmarks.md).
     """
     options = {"optimization_level": OPTIMIZATION_LEVELS[optimization_level]} if optimization_level else {}
     return {**options, "xla_allow_excess_precision": False} if on_policy else options
