@@ -27,7 +27,7 @@ def get_config():
     config = recipe_beside({str(CONFIGS / "x")!r}, "ddpo_tiny")
     config.steps, config.batch_size, config.writers = 1, 4, ("jsonl",)
     config.model.path, config.reward.path = "model", ""
-    config.reward.terms = {{"network": reward_term("reward"), "mine": reward_term("my_rewards:red", weight=2.0)}}
+    config.reward.terms = {{"network": reward_term("reward"), "mine": reward_term("my_judges:red", weight=2.0)}}
     config.method.update({{"num_steps": 3, "height": 8, "width": 8, "round_size": 4, "timestep_fraction": 0.7}})
     config.eval.update({{"num_prompts": 4, "images_per_prompt": 1, "batch_size": 4, "num_steps": 3, "every": 1}})
     return config
@@ -50,7 +50,7 @@ def project(tmp_path_factory, tiny_reward_folder):
     pipeline.save(folder / "model", params)
     (folder / "reward").symlink_to(tiny_reward_folder)
     (folder / "recipe.py").write_text(RECIPE)
-    (folder / "my_rewards.py").write_text(REWARDS)
+    (folder / "my_judges.py").write_text(REWARDS)
     return folder
 
 
@@ -75,10 +75,10 @@ def test_the_command_trains_with_networks_and_functions(here, capsys, monkeypatc
         total = row[name if name in row else f"{name}_mean"]
         np.testing.assert_allclose(total, row[f"{name}_network"] + 2 * row[f"{name}_mine"], rtol=1e-4)
     capsys.readouterr()
-    broken = "--config.reward.terms.mine.path=my_rewards:broken"
+    broken = "--config.reward.terms.mine.path=my_judges:broken"
     assert main(["train", "--config=recipe.py", f"--workdir={here / 'broken'}", broken]) == 1
     said = (
-        "error: config.reward.terms.mine.path='my_rewards:broken': the reward failed: LookupError: the judge is asleep"
+        "error: config.reward.terms.mine.path='my_judges:broken': the reward failed: LookupError: the judge is asleep"
     )
     assert capsys.readouterr().err.strip().splitlines()[-1] == said
 
