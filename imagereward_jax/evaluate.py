@@ -21,7 +21,7 @@ from imagereward_jax.terminal import Parser, escape, say
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from imagereward_jax.data.images import IMAGE_RULES
+    from imagereward_jax.bulk_scoring.flags import add_scorer_flags
 
     parser = Parser(prog="python -m imagereward_jax.evaluate", description=__doc__)
     parser.add_argument(
@@ -44,16 +44,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resamples", type=int, default=1000, help="number of bootstrap resamples")
     parser.add_argument("--level", type=float, default=0.95, help="confidence level of the intervals")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of the model random")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
     parser.add_argument("--workers", type=int, help="threads that read images; default: one per core")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--tokenizer", help="BERT vocab.txt or its folder; default: the models' own")
-    parser.add_argument(
-        "--image-rule",
-        default="shown",
-        choices=IMAGE_RULES,
-        help="original: read odd images as ImageReward's code does",
-    )
+    add_scorer_flags(parser)
     add_flag(parser)
     return parser.parse_args(argv)
 
@@ -120,12 +112,12 @@ def _scores(args, data, names, score):
     from tqdm import tqdm
 
     from imagereward_jax.agreement.scoring import count_images
+    from imagereward_jax.bulk_scoring.flags import scorer_options
     from imagereward_jax.bulk_scoring.scorers import open_scorer
 
     results = {}
     for model, name in zip(args.model, names):
-        options = {"tokenizer": args.tokenizer, "dtype": args.dtype, "batch_size": args.batch_size}
-        scorer = open_scorer(model, **options, image_rule=args.image_rule, seed=args.seed)
+        scorer = open_scorer(model, **scorer_options(args), seed=args.seed)
         with tqdm(total=count_images(data), unit="image", desc=escape(name), file=sys.stderr) as bar:
             results[name] = score(scorer, data, workers=args.workers, progress=bar.update)
     return results

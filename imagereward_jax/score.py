@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from imagereward_jax.data.images import IMAGE_RULES
+    from imagereward_jax.bulk_scoring.flags import add_scorer_flags
 
     parser = Parser(
         prog="python -m imagereward_jax.score",
@@ -39,15 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "jpeg-incompressibility, module:function, random, an ImageReward.pt, or a folder",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in the order of the arguments")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--tokenizer", help="vocabulary or its folder; default: the model's own")
-    parser.add_argument(
-        "--image-rule",
-        default="shown",
-        choices=IMAGE_RULES,
-        help="original: read odd images as ImageReward's code does",
-    )
+    add_scorer_flags(parser)
     add_flag(parser)
     many = parser.add_argument_group("many rows")
     many.add_argument("--input", help=".csv, .tsv, .json, .jsonl, .parquet, or a folder of images with captions")
@@ -97,24 +89,26 @@ def _check(parser, args):
 
 def score_files(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Loads the model and scores; returns one dict per image (image, score, rank), in the order given."""
+    from imagereward_jax.bulk_scoring.flags import scorer_options
     from imagereward_jax.bulk_scoring.scorers import open_scorer
     from imagereward_jax.rewards.preprocess import as_image_list
 
     as_image_list(args.images)  # a missing file is named before the model is loaded
-    model = open_scorer(args.model, **_options(args))
+    model = open_scorer(args.model, **scorer_options(args))
     ranks, rewards = model.inference_rank(args.prompt, args.images)
     return [{"image": image, "score": score, "rank": rank} for image, score, rank in zip(args.images, rewards, ranks)]
 
 
 def score_many(args: argparse.Namespace) -> "Outcome":
     """Scores the rows of --input into --output; see `bulk_scoring.score_table`."""
+    from imagereward_jax.bulk_scoring.flags import scorer_options
     from imagereward_jax.bulk_scoring.score_table import score_table
     from imagereward_jax.bulk_scoring.scorers import open_scorer
 
     return score_table(
         args.input,
         args.output,
-        lambda: open_scorer(args.model, **_options(args)),
+        lambda: open_scorer(args.model, **scorer_options(args)),
         settings={"model": args.model, "dtype": args.dtype, "image_rule": args.image_rule},
         batch_size=args.batch_size,
         workers=args.workers,
@@ -126,11 +120,6 @@ def score_many(args: argparse.Namespace) -> "Outcome":
         prompt_column=args.prompt_column,
         image_column=args.image_column,
     )
-
-
-def _options(args):
-    names = ("tokenizer", "dtype", "batch_size", "image_rule")
-    return {name: getattr(args, name) for name in names}
 
 
 def _process(args):

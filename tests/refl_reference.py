@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_sd1
 
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.base import Models
@@ -16,6 +17,13 @@ diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch di
 
 PROMPTS = ["a large red circle at the top left", "a small blue cross in the center", "", "two dogs"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def saved_pair(folder):
+    """(pipeline, params, diffusers' pipeline with the same weights), of a one-level model that is saved in `folder`."""
+    pipeline, params = tiny_sd1.make_one_level(folder / "tokenizer")
+    pipeline.save(folder / "saved", params)
+    return pipeline, params, diffusers.StableDiffusionPipeline.from_pretrained(folder / "saved", safety_checker=None)
 
 
 class TinyReward:

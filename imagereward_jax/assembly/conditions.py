@@ -20,14 +20,14 @@ from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.groups import Pairs, padded
 from imagereward_jax.data.pairs import load_pairs
 from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompt_rows
-from imagereward_jax.methods.base import HOST, Batch, Key, Models
+from imagereward_jax.methods.base import HOST, Batch, Key, Models, Source
 from imagereward_jax.training.explore import Explore
 from imagereward_jax.training.step import compile_options
 
 MOST_IN_A_GROUP = 9  # images that ImageRewardDB has per prompt at most (arXiv 2304.05977, section 2)
 
 
-class DataSource:
+class DataSource(Source):
     """Batches of a data set: this process's share, shuffled by the run's seed, endless, resumable.
 
     Args:
@@ -38,10 +38,6 @@ class DataSource:
         images: images that a global batch stands for.
         prepare: (models, batch) -> batch, inside the compiled step.
     """
-
-    updates = 1
-    on_policy = False
-    metrics: Mapping[str, float] = {}
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from imagereward_jax.storage.files import write_text
 from imagereward_jax.training.mesh import put_replicated_rows, replicated
 from imagereward_jax.weights.diffusers import INDEX
 
+COMPARED = ("eval/reward_mean", "eval/checker_rate")  # metrics that are measured at every guidance scale
 TEST_SHAPES = {"size": 512, "seed": 1}  # the shapes world has no end: so many groups, drawn for the test alone
 
 
@@ -81,39 +82,37 @@ class SampleEvaluator:
 
     def __call__(self, components: Params) -> Evaluation:
         """See the class."""
-        evaluation = self._at(components, None)
-        for scale in self.settings.guidance_scales:
-            for name, value in self._at(components, scale).metrics.items():
-                if name in ("eval/reward_mean", "eval/checker_rate"):
-                    evaluation.metrics[f"{name}@{scale:g}"] = value
-        return evaluation
-
-    def _at(self, components, guidance_scale):
-        """The evaluation with this guidance; None: with the sampler's own."""
         seed = jax.random.key(self.settings.seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(seed, index))(np.arange(len(self.prompts)))
-        options = {"keys": keys, "step_keys": keys, "guidance_scale": guidance_scale}
-        images = self.sample(components, self.prompts, **options)
-        metrics, captions = {}, list(self.prompts)
+        images = self.sample(components, self.prompts, keys=keys)
+        metrics, captions = self._judged(components, images)
+        for scale in self.settings.guidance_scales:
+            others = self.sample(components, self.prompts, keys=keys, guidance_scale=scale)
+            found, _ = self._judged(components, others)
+            metrics |= {f"{name}@{scale:g}": found[name] for name in COMPARED if name in found}
+        shown = self.settings.grid
+        return Evaluation(
+            {name: float(value) for name, value in metrics.items()}, contact_sheet(images[:shown], captions[:shown])
+        )
+
+    def _judged(self, components, images):
+        """(metrics, a caption for each image)"""
+        metrics, captions, pixels = {}, list(self.prompts), to_uint8(images)
         if self.terms:
-            scores = self._scores(components, images)
+            scores = self._scores(components, images, pixels)
             rewards = self.terms.total(scores)
             metrics |= {f"eval/reward_{name}": values.mean() for name, values in scores.items() if name}
             per_prompt = rewards.reshape(-1, self.settings.images_per_prompt).mean(1)
             metrics |= {"eval/reward_mean": per_prompt.mean(), "eval/reward_std": per_prompt.std()}
             captions = [f"{reward:+.2f} {prompt}" for prompt, reward in zip(self.prompts, rewards)]
         if self.check:
-            right = [fully_right(prompt, image) for prompt, image in zip(self.prompts, to_uint8(images))]
+            right = [fully_right(prompt, image) for prompt, image in zip(self.prompts, pixels)]
             metrics["eval/checker_rate"] = np.mean(right)
             captions = [f"{caption} {'(right)' if ok else '(wrong)'}" for caption, ok in zip(captions, right)]
-        shown = self.settings.grid
-        return Evaluation(
-            {name: float(value) for name, value in metrics.items()}, contact_sheet(images[:shown], captions[:shown])
-        )
+        return metrics, captions
 
-    def _scores(self, components, images):
-        """{term: scores [N]} of all images; networks score them a batch at a time."""
-        pixels = to_uint8(images)
+    def _scores(self, components, images, pixels):
+        """{term: scores [N]} of all images, `pixels` in uint8; networks score them a batch at a time."""
         scores = {name: self.terms.call_function(name, pixels, self.prompts) for name in self.terms.functions}
         if self.networks is None:
             return scores

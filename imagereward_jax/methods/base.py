@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 
-from imagereward_jax.config import ConfigError, Section, did_you_mean
+from imagereward_jax.config import ConfigError, Section, did_you_mean, require_given
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
@@ -69,10 +69,10 @@ class Source(Protocol):
         metrics: numbers of the present step's batches, logged beside those of the loss.
     """
 
-    updates: int
+    updates: int = 1
     images: int
-    on_policy: bool
-    metrics: Mapping[str, float]
+    on_policy: bool = False
+    metrics: Mapping[str, float] = {}
 
     def spec(self) -> Batch:
         """Shapes of one global batch (`jax.ShapeDtypeStruct`): compiling and planning need no data."""
@@ -133,12 +133,8 @@ class Phase(NamedTuple):
         return cls(name, loss, JoinedSource(sources), {part: phase.tables for part, phase in parts.items()})
 
 
-class JoinedSource:
+class JoinedSource(Source):
     """Several sources side by side: a batch has one of each, by name."""
-
-    updates = 1
-    on_policy = False
-    metrics: Mapping[str, float] = {}
 
     def __init__(self, sources: Mapping[str, Source]):
         self.sources = dict(sources)
@@ -242,6 +238,18 @@ class MethodConfig(Section, path="method"):
     uses: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[dict[str, Any]] = {}
     needs_gradient: ClassVar[bool] = True
+
+
+def require_sampling(config: Any) -> None:
+    """Refuses a config without what a method reads that samples images and scores them.
+
+    Raises:
+        ConfigError: model, reward or held-out prompts are not given.
+    """
+    require_given(config, "model.path")
+    require_given(config, "eval.prompts")
+    if not config.reward.terms:
+        require_given(config, "reward.path", " (or name several in config.reward.terms)")
 
 
 def find_method(name: str) -> ModuleType:

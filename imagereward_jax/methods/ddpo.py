@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.config import ConfigError, field, require_given
+from imagereward_jax.config import ConfigError, field
 from imagereward_jax.diffusion.rollout import Record, rollout
 from imagereward_jax.diffusion.sampler import Sampler, SamplerState, log_prob
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.advantages import PromptAdvantages
-from imagereward_jax.methods.base import STEPS, Loss, Method, MethodConfig, Peak, Phase
+from imagereward_jax.methods.base import STEPS, Loss, Method, MethodConfig, Peak, Phase, require_sampling
 
 CONDITIONS = ("cond", "negative_cond")
 
@@ -44,10 +44,7 @@ class Config(MethodConfig):
 
     def check(self, config):
         """What is read must be given, and sizes must fit."""
-        for path in ("model.path", "eval.prompts"):
-            require_given(config, path)
-        if not config.reward.terms:
-            require_given(config, "reward.path", " (or name several in config.reward.terms)")
+        require_sampling(config)
         samples = self.rounds * (self.round_size or config.batch_size)
         if samples % config.batch_size:
             raise ConfigError(

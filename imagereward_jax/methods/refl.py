@@ -7,7 +7,7 @@ predicted in one step, decoded and scored, and the reward's gradient flows throu
 import jax
 
 from imagereward_jax.config import ConfigError, field
-from imagereward_jax.diffusion.rollout import Gradient, rollout
+from imagereward_jax.diffusion.rollout import Gradient
 from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.methods.base import Loss, Method
 from imagereward_jax.methods.reward_tuning import (
@@ -15,6 +15,7 @@ from imagereward_jax.methods.reward_tuning import (
     denoisers,
     draw_stop,
     hinge,
+    roll,
     score,
     tuning_method,
 )
@@ -61,25 +62,13 @@ def make_loss(config: Config, pipeline, reward) -> Loss:
         (models, batch, key) -> (loss, metrics). batch: "cond", "negative_cond" (guided only), "reward" (its tokens).
         models.tables: the sampler.
     """
-    shape = pipeline.latent_shape(config.height, config.width)
 
     def loss(models, batch, key):
         stop_key, image_key = jax.random.split(key)
-        noise_key, sampler_key = jax.random.split(image_key)
-        rows = pipeline.rows(batch["cond"])
-        stop = draw_stop(stop_key, rows, config.stop_min, config.stop_max)
-        denoise, with_gradient = denoisers(config, pipeline, batch, jax.random.fold_in(image_key, 1))
-        rolled = rollout(
-            denoise,
-            models.tables,
-            jax.random.normal(noise_key, (rows, *shape)),
-            jax.random.split(sampler_key, rows),
-            params=models.policy,
-            frozen=pipeline.quantized(jax.lax.stop_gradient(models.policy), config.rollout_quantization),
-            stop=stop,
-            gradient=Gradient(predict=True),
-            denoise_with_gradient=with_gradient,
-        )
+        stop = draw_stop(stop_key, pipeline.rows(batch["cond"]), config.stop_min, config.stop_max)
+        denoise = denoisers(config, pipeline, batch, jax.random.fold_in(image_key, 1))
+        options = {"stop": stop, "gradient": Gradient(predict=True)}
+        rolled = roll(config, pipeline, models, denoise, jax.random.split(image_key), **options)
         rewards, metrics = score(pipeline, reward, models.policy, rolled.predicted, batch["reward"])
         return hinge(rewards, threshold=config.threshold, scale=config.scale), {**metrics, "stop": stop.mean()}
 

@@ -19,10 +19,18 @@ import jax
 import jax.numpy as jnp
 
 from imagereward_jax.config import ConfigError, field
-from imagereward_jax.diffusion.rollout import Denoise, Gradient, rollout
+from imagereward_jax.diffusion.rollout import Denoise, Gradient
 from imagereward_jax.diffusion.sampler import Sampler, SamplerState
 from imagereward_jax.methods.base import Key, Loss, Method, Params
-from imagereward_jax.methods.reward_tuning import RewardTuningConfig, denoisers, draw_stop, hinge, score, tuning_method
+from imagereward_jax.methods.reward_tuning import (
+    RewardTuningConfig,
+    denoisers,
+    draw_stop,
+    hinge,
+    roll,
+    score,
+    tuning_method,
+)
 
 DRAWN = ("per_step", "uniform", "normal")
 
@@ -98,30 +106,19 @@ def make_loss(config: Config, pipeline: Any, reward: Any) -> Loss:
 
     `models.reference` is the base model that `config.base_penalty` compares with.
     """
-    shape = pipeline.latent_shape(config.height, config.width)
 
     def loss(models, batch, key):
         stop_key, steps_key, noise_key, sampler_key, copies_key, dropout = jax.random.split(key, 6)
-        rows, options = pipeline.rows(batch["cond"]), {"negative_gradient": config.negative_gradient}
-        denoise, with_gradient = denoisers(config, pipeline, batch, dropout, **options)
+        rows = pipeline.rows(batch["cond"])
+        denoise = denoisers(config, pipeline, batch, dropout, negative_gradient=config.negative_gradient)
         early, last = config.stop_min is not None, config.num_steps - 1
         stop = draw_stop(stop_key, rows, config.stop_min, last) if early else jnp.full((rows,), config.num_steps)
-        rolled = rollout(
-            denoise,
-            models.tables,
-            jax.random.normal(noise_key, (rows, *shape)),
-            jax.random.split(sampler_key, rows),
-            params=models.policy,
-            frozen=pipeline.quantized(jax.lax.stop_gradient(models.policy), config.rollout_quantization),
-            reference=models.reference,
-            stop=stop,
-            gradient=draw_gradient(config, steps_key, stop),
-            denoise_with_gradient=with_gradient,
-        )
+        options = {"stop": stop, "gradient": draw_gradient(config, steps_key, stop)}
+        rolled = roll(config, pipeline, models, denoise, (noise_key, sampler_key), **options)
         latents, tokens = rolled.predicted if early else rolled.state.latents, batch["reward"]
         if config.noisings:
-            copies = noised_copies(models.tables, with_gradient, models.policy, latents, copies_key, config.noisings)
-            latents = jnp.concatenate([latents[:, None], copies], 1).reshape(-1, *shape)
+            copies = noised_copies(models.tables, denoise[1], models.policy, latents, copies_key, config.noisings)
+            latents = jnp.concatenate([latents[:, None], copies], 1).reshape(-1, *latents.shape[1:])
             tokens = jax.tree.map(lambda x: jnp.repeat(x, 1 + config.noisings, axis=0), tokens)
         rewards, metrics = score(pipeline, reward, models.policy, latents, tokens)
         metrics |= {"stop": stop.mean()} if early else {}

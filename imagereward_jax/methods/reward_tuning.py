@@ -8,10 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from imagereward_jax.config import ConfigError, field, require_given
-from imagereward_jax.diffusion.rollout import Denoise
+from imagereward_jax.diffusion.rollout import Denoise, Rolled, rollout
 from imagereward_jax.diffusion.samplers import SAMPLERS, make_sampler
 from imagereward_jax.methods import denoising
-from imagereward_jax.methods.base import Batch, Key, Loss, Method, MethodConfig, Metrics, Params, Phase
+from imagereward_jax.methods.base import (
+    Batch,
+    Key,
+    Loss,
+    Method,
+    MethodConfig,
+    Metrics,
+    Models,
+    Params,
+    Phase,
+    require_sampling,
+)
 from imagereward_jax.models.lora import dropout_key
 from imagereward_jax.models.quantized import KINDS
 from imagereward_jax.rewards.mixed import apply_terms
@@ -45,10 +56,7 @@ class RewardTuningConfig(MethodConfig):
 
     def check(self, config):
         """The losses' inputs and what they need installed must be given."""
-        require_given(config, "model.path")
-        require_given(config, "eval.prompts")
-        if not config.reward.terms:
-            require_given(config, "reward.path", " (or name several in config.reward.terms)")
+        require_sampling(config)
         if self.pretrain != "off":
             require_given(config, "data.pairs", " (or config.method.pretrain='off' to tune without the denoising loss)")
         if self.guidance_max is not None and not 1.0 <= self.guidance_scale <= self.guidance_max:
@@ -108,6 +116,33 @@ def denoisers(
             return denoise(params, latents, timesteps, step)
 
     return pipeline.denoiser_for(*conditions), with_gradient
+
+
+def roll(
+    config: RewardTuningConfig,
+    pipeline: Any,
+    models: Models,
+    denoise: tuple[Denoise, Denoise],
+    keys: tuple[Key, Key],
+    **options: Any,
+) -> Rolled:
+    """A rollout of one image for each sample of `stop`.
+
+    Args:
+        denoise: from `denoisers`. keys: of the initial noise and of the steps. options: stop and gradient.
+    """
+    (plain, with_gradient), (noise_key, sampler_key), rows = denoise, keys, len(options["stop"])
+    return rollout(
+        plain,
+        models.tables,
+        jax.random.normal(noise_key, (rows, *pipeline.latent_shape(config.height, config.width))),
+        jax.random.split(sampler_key, rows),
+        params=models.policy,
+        frozen=pipeline.quantized(jax.lax.stop_gradient(models.policy), config.rollout_quantization),
+        reference=models.reference,
+        denoise_with_gradient=with_gradient,
+        **options,
+    )
 
 
 def score(pipeline: Any, reward: Any, params: Params, latents: jax.Array, tokens: Any) -> tuple[jax.Array, Metrics]:

@@ -42,7 +42,7 @@ class _Round(NamedTuple):
     futures: dict[str, concurrent.futures.Future]
 
 
-class Explore:
+class Explore(Source):
     """Samples, rewards, advantages, minibatches: see the module.
 
     Args:

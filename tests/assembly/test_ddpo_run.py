@@ -54,13 +54,6 @@ def project(tmp_path_factory, tiny_reward_folder):
     return folder
 
 
-@pytest.fixture
-def here(project, monkeypatch):
-    monkeypatch.chdir(project)
-    monkeypatch.syspath_prepend(project)
-    return project
-
-
 def test_the_command_trains_with_networks_and_functions(here, capsys, monkeypatch):
     """A step of two rounds and two updates; ratios are 1 within 1e-6 before the first. Then a function that fails ends
     a run, before anything is sampled for training, in one line with its name."""

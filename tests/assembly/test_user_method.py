@@ -98,13 +98,6 @@ def project(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(project, monkeypatch):
-    monkeypatch.chdir(project)
-    monkeypatch.syspath_prepend(project)
-    return project
-
-
 def losses(workdir):
     rows = read_rows(workdir / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name.startswith("sharp/")} for row in rows]

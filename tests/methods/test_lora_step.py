@@ -4,15 +4,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny_sd1
 from refl_reference import (
     PROMPTS,
     TinyReward,
-    diffusers,
     draws,
     method_config,
     refl_batch,
     refl_function,
+    saved_pair,
     torch,
     torch_step,
 )
@@ -33,16 +32,13 @@ TARGETS = lora.ATTENTION + r"|proj_in|resnets\.\d+\.conv1"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(pipeline, params, diffusers' pipeline), the same weights and the same random adapter in both."""
-    folder = tmp_path_factory.mktemp("model")
-    pipeline, params = tiny_sd1.make_one_level(folder / "tokenizer")
-    pipeline.save(folder / "saved", params)
+    pipeline, params, reference = saved_pair(tmp_path_factory.mktemp("model"))
     pipeline = pipeline.with_lora("unet", TARGETS, rank=RANK, alpha=ALPHA)
     layers = [key for key in mapping.torch_layout(pipeline.networks["unet"], lora.LoRAParam) if "lora_A" in key]
     names = [key.removesuffix(".lora_A.weight") for key in layers]
     rng = np.random.default_rng(4)
     shapes = mapping.params_of(pipeline.networks["unet"], lora.LoRAParam)
     adapter = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)
-    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder / "saved", safety_checker=None)
     reference.unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names))
     tensors = mapping.to_torch(pipeline.networks["unet"], adapter, kind=lora.LoRAParam)
     weights = {name: weight for name, weight in reference.unet.named_parameters() if weight.requires_grad}

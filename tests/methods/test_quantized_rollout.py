@@ -12,7 +12,7 @@ from refl_reference import TinyReward, method_config, refl_batch, refl_function
 pytest.importorskip("qwix")
 
 from imagereward_jax.diffusion.rollout import Rolled, rollout
-from imagereward_jax.methods import refl
+from imagereward_jax.methods import reward_tuning
 from imagereward_jax.planning.counts import flops_by_dtype
 
 NARROW = {"int8": "int8", "fp8": "float8_e4m3fn"}
@@ -62,7 +62,7 @@ def runs(made):
 
     found = {"none": run(made, "none")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refl, "rollout", recording)
+        patch.setattr(reward_tuning, "rollout", recording)
         found["int8"] = run(made, "int8")
         jax.effects_barrier()
     return found, states[0]
@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_the_loss_in_float32_at_the_latents_of_the_int8_
     """1e-5 of each gradient's largest entry; at the float32 sampler's latents it is another one."""
     found, state = runs
     (value, _), gradient = found["int8"]
-    monkeypatch.setattr(refl, "rollout", functools.partial(predict_at, state))
+    monkeypatch.setattr(reward_tuning, "rollout", functools.partial(predict_at, state))
     (expected, _), expected_gradient = run(made, "none")
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_gradient))

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_sd1
 from refl_reference import (
     PROMPTS,
     TinyReward,
@@ -13,6 +12,7 @@ from refl_reference import (
     method_config,
     refl_batch,
     refl_function,
+    saved_pair,
     torch,
     torch_step,
 )
@@ -26,11 +26,7 @@ from imagereward_jax.weights import mapping
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(pipeline, params, diffusers' pipeline with the same weights)."""
-    folder = tmp_path_factory.mktemp("model")
-    pipeline, params = tiny_sd1.make_one_level(folder / "tokenizer")
-    pipeline.save(folder / "saved", params)
-    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder / "saved", safety_checker=None)
-    return pipeline, params, reference
+    return saved_pair(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize(("sampler_name", "guidance"), [("ddpm", 1.0), ("ddim", 3.0)])

@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import tiny_sd1
 from jax.sharding import AbstractMesh
 from refl_reference import (
     PROMPTS,
     TinyReward,
     TorchSampler,
-    diffusers,
     draw_step_noise,
     refl_batch,
     refl_function,
+    saved_pair,
     torch,
     torch_embeds,
     torch_reward,
@@ -63,10 +62,7 @@ def method_config(**changes):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(pipeline, params, a base UNet's params, diffusers' pipeline and base UNet with the same weights)."""
-    folder = tmp_path_factory.mktemp("model")
-    pipeline, params = tiny_sd1.make_one_level(folder / "tokenizer")
-    pipeline.save(folder / "saved", params)
-    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder / "saved", safety_checker=None)
+    pipeline, params, reference = saved_pair(tmp_path_factory.mktemp("model"))
     base = copy.deepcopy(reference.unet).requires_grad_(False)
     for weight in base.parameters():
         weight *= 0.9
