@@ -4,7 +4,8 @@
 
 `--config.reward.path=jpeg-compressibility`, or module:function (a Python function of yours), needs no other change.
 Each step samples 64 images, with the guidance that they are evaluated with, and makes two updates. Hardware: 2 CPU
-cores. Result to expect: not measured yet.
+cores, some 25 seconds per step. Result to expect: nothing yet. After 20 steps the reward had gone from 1.670 to 1.684
+and the checker's share from 0.754 to 0.738: these settings show that it runs and are not tuned.
 """
 
 from imagereward_jax.recipes import default_config
