@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from imagereward_jax.pipelines import load_pipeline
     from imagereward_jax.rewards.checkpoint import available_models, load
     from imagereward_jax.rewards.scores import available_scores, load_score
+    from imagereward_jax.trainer import Trainer
 
-__all__ = ["available_models", "available_scores", "load", "load_pipeline", "load_score"]
+__all__ = ["Trainer", "available_models", "available_scores", "load", "load_pipeline", "load_score"]
 
 # Imported at first use, so that `import imagereward_jax` costs nothing.
 _HOMES = {
+    "Trainer": "imagereward_jax.trainer",
     "available_models": "imagereward_jax.rewards.checkpoint",
     "available_scores": "imagereward_jax.rewards.scores",
     "load": "imagereward_jax.rewards.checkpoint",

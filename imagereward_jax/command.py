@@ -20,6 +20,7 @@ EXTRAS = {
     **dict.fromkeys(("tensorboard", "tensorflow", "tensorflow_datasets"), "train"),
     **dict.fromkeys(("diffusers", "torch"), "convert"),
     "qwix": "quantization",
+    "wandb": "wandb",
 }
 PATIENCE = 2.0  # seconds from a second Ctrl-C to the end of the process, whatever it does
 # Modules in C++ whose start is interrupted raise another error, or crash.

@@ -13,12 +13,15 @@ everything is saved; 130 at once after Ctrl-C before the first step, or a second
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imagereward_jax.command import command
-from imagereward_jax.compilation_cache import use_compilation_cache
 from imagereward_jax.config import did_you_mean
 from imagereward_jax.distributed import join
 from imagereward_jax.terminal import say
+
+if TYPE_CHECKING:
+    from imagereward_jax.trainer import Trainer
 
 DASHES = {"--num-processes": "--num_processes", "--process-id": "--process_id"}  # absl's flags have underscores
 USAGE = "usage: python -m imagereward_jax.train --config FILE.py [--workdir DIR] [--config.field=value ...]"
@@ -27,16 +30,15 @@ USAGE = "usage: python -m imagereward_jax.train --config FILE.py [--workdir DIR]
 @command
 def main(argv=None):
     """Parses flags, builds, trains; prints one line and returns the exit status on an error."""
-    from imagereward_jax.recipes import validate
+    from imagereward_jax.trainer import Trainer
 
     argv = list(sys.argv if argv is None else argv)
     try:
         config, workdir, processes = parse_flags(argv)
-        validate(config)
-        use_compilation_cache(config.compilation_cache)
+        trainer = Trainer(config, workdir=workdir)
         if processes is not None:
             join(*processes)
-        return run(config, workdir)
+        return run(trainer)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,16 +47,15 @@ def main(argv=None):
         return 1
 
 
-def run(config, workdir):
+def run(trainer: "Trainer") -> int:
     """Trains; returns the exit status."""
-    from imagereward_jax.assembly.run import assemble
     from imagereward_jax.rewards.mixed import RewardError
     from imagereward_jax.training.checkpoints import CheckpointError
     from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
-    from imagereward_jax.training.loop import train
 
+    workdir = trainer.workdir
     try:
-        if not train(config, assemble, workdir):
+        if not trainer.train():
             say(
                 f"{workdir} is complete: see {workdir / 'report.html'}; raise --config.steps to train on",
                 file=sys.stderr,

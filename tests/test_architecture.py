@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "imagereward_jax"
 ROOMS = (
     *("config", "storage", "terminal", "command", "compilation_cache", "distributed"),
     *("models", "diffusion", "weights", "data", "rewards", "pipelines"),
-    *("methods", "sections", "recipes", "training", "assembly", "planning"),
+    *("methods", "sections", "recipes", "training", "assembly", "planning", "trainer"),
     *("bulk_scoring", "agreement", "integrations"),
     *("train", "plan", "generate", "score", "evaluate"),
 )

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.assembly import encoded
+from imagereward_jax.assembly.given import training_rows
 from imagereward_jax.assembly.rows import nested_cond, pair_batch, repeated_ids, rows_spec
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.groups import Pairs, padded
 from imagereward_jax.data.pairs import load_pairs
-from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompt_rows
+from imagereward_jax.data.prompts import SHAPES_PREFIX
 from imagereward_jax.methods.base import HOST, Batch, Key, Models, Source
 from imagereward_jax.training.explore import Explore
 from imagereward_jax.training.step import compile_options
@@ -82,8 +83,8 @@ def with_conditions(pipeline: Any, models: Models, batch: Batch) -> Batch:
     return batch
 
 
-def prompt_source(parts: Any, negative_prompt: str | None, size: int) -> DataSource:
-    """See `Parts.prompts`; size: prompts of a global batch."""
+def prompt_source(parts: Any, negative_prompt: str | None, size: int, *, rounds: int = 1) -> DataSource:
+    """See `Parts.prompts`; size: prompts of a global batch; rounds: batches that a step takes."""
     config, pipeline, reward = parts.config, parts.pipeline, parts.reward
 
     def tokens(prompts):
@@ -104,7 +105,7 @@ def prompt_source(parts: Any, negative_prompt: str | None, size: int) -> DataSou
         given = {"cond": cond} if cond else {"ids": rows_spec(pipeline.tokenize([""]), size)}
         spec = {**given, **rows_spec(tokens([""]), size)}
         return DataSource("prompts", None, transform, spec, images=size, prepare=prepare)
-    rows = load_prompt_rows(config.data.prompts, column=config.data.prompts_column)
+    rows = training_rows(parts, config.steps * rounds * size)
     rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows.prompts)) if config.data.get("cache") else rows
     spec = rows_spec({"ids": pipeline.tokenize([""]), **tokens([""])}, size)
     return DataSource("prompts", iterate(config, rows, size=size), transform, spec, images=size, prepare=prepare)
@@ -122,11 +123,12 @@ def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, *
     if parts.reward is not None:
         shapes["reward"] = jax.eval_shape(lambda tree: tree, parts.reward.params)
     source = Explore(
-        prompt_source(parts, negative_prompt, round_size),
+        prompt_source(parts, negative_prompt, round_size, rounds=options.get("rounds", 1)),
         parts.terms,
         mesh=parts.mesh,
         shapes=shapes,
         batch_size=config.batch_size,
+        keep_samples=parts.given.keep_samples,
         compiler_options=compile_options(config.optimization_level, on_policy=True),
         **options,
     )
@@ -254,4 +256,5 @@ def iterate(config: Any, rows: Any, item_transform: Callable | None = None, *, s
         item_transform=item_transform,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        growing=getattr(rows, "drawn", False),
     )

@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imagereward_jax.assembly.conditions import iterate, load_pairs_of
+from imagereward_jax.assembly.given import held_out_rows
 from imagereward_jax.data.groups import padded
-from imagereward_jax.data.prompts import load_prompts
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
-from imagereward_jax.methods.base import Evaluation, Export, Params
+from imagereward_jax.methods.base import Evaluation, Export, ImageSamples, Params
 from imagereward_jax.methods.ranking import pair_losses
 from imagereward_jax.pipelines.sample import ImageSampler
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, ImageReward
@@ -56,8 +56,10 @@ class SampleEvaluator:
     def __init__(self, parts: Any, size: tuple[int, int]):
         self.settings, self.pipeline, self.mesh = parts.config.eval, parts.pipeline, parts.mesh
         self.terms, self.networks = parts.terms, parts.reward
-        distinct = list(load_prompts(self.settings.prompts))[: self.settings.num_prompts]
-        self.prompts = [prompt for prompt in distinct for _ in range(self.settings.images_per_prompt)]
+        rows = held_out_rows(parts)
+        count = min(len(rows), self.settings.num_prompts)
+        self.rows = [rows[index] for index in range(count) for _ in range(self.settings.images_per_prompt)]
+        self.prompts = [row["prompt"] for row in self.rows]
         self.check = str(self.settings.prompts).startswith("shapes:")
         generation = parts.generation
         sampler = make_sampler(
@@ -85,19 +87,22 @@ class SampleEvaluator:
         seed = jax.random.key(self.settings.seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(seed, index))(np.arange(len(self.prompts)))
         images = self.sample(components, self.prompts, keys=keys)
-        metrics, captions = self._judged(components, images)
+        metrics, captions, rewards = self._judged(components, images)
         for scale in self.settings.guidance_scales:
             others = self.sample(components, self.prompts, keys=keys, guidance_scale=scale)
-            found, _ = self._judged(components, others)
+            found, *_ = self._judged(components, others)
             metrics |= {f"{name}@{scale:g}": found[name] for name in COMPARED if name in found}
         shown = self.settings.grid
+        metadata = [row["metadata"] for row in self.rows]
         return Evaluation(
-            {name: float(value) for name, value in metrics.items()}, contact_sheet(images[:shown], captions[:shown])
+            {name: float(value) for name, value in metrics.items()},
+            contact_sheet(images[:shown], captions[:shown]),
+            ImageSamples(images, list(self.prompts), metadata, rewards, held_out=True),
         )
 
     def _judged(self, components, images):
-        """(metrics, a caption for each image)"""
-        metrics, captions, pixels = {}, list(self.prompts), to_uint8(images)
+        """(metrics, a caption for each image, rewards [N] or None)"""
+        metrics, captions, rewards, pixels = {}, list(self.prompts), None, to_uint8(images)
         if self.terms:
             scores = self._scores(components, images, pixels)
             rewards = self.terms.total(scores)
@@ -109,7 +114,7 @@ class SampleEvaluator:
             right = [fully_right(prompt, image) for prompt, image in zip(self.prompts, pixels)]
             metrics["eval/checker_rate"] = np.mean(right)
             captions = [f"{caption} {'(right)' if ok else '(wrong)'}" for caption, ok in zip(captions, right)]
-        return metrics, captions
+        return metrics, captions, rewards
 
     def _scores(self, components, images, pixels):
         """{term: scores [N]} of all images, `pixels` in uint8; networks score them a batch at a time."""

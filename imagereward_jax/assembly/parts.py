@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imagereward_jax.assembly import conditions, evaluators, random_init, rewards, trainable
+from imagereward_jax.assembly.given import Given
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.groups import load_groups
 from imagereward_jax.data.prompts import SHAPES_PREFIX
@@ -30,12 +31,15 @@ class Parts:
     Attributes:
         config: the run's whole config. mesh: what its arrays are sharded over.
         abstract: whether the parts are shapes: then evaluators and exports are empty, and nothing is read.
+        given: objects that take the place of what the config names.
         assumptions: sentences on what shapes alone cannot know.
+        files: {name: text} for the workdir.
     """
 
-    def __init__(self, config: Any, mesh: Mesh, *, abstract: bool = False):
-        self.config, self.mesh, self.abstract = config, mesh, abstract
+    def __init__(self, config: Any, mesh: Mesh, *, abstract: bool = False, given: Given | None = None):
+        self.config, self.mesh, self.abstract, self.given = config, mesh, abstract, given or Given()
         self.assumptions: list[str] = []
+        self.files: dict[str, str] = {}
 
     @functools.cached_property
     def base_pipeline(self) -> TextToImage:
@@ -78,7 +82,7 @@ class Parts:
 
     @functools.cached_property
     def terms(self) -> Terms | None:
-        """The reward of config.reward, networks and functions; None if it names none.
+        """The reward of config.reward, or the given one, networks and functions; None if it names none.
 
         Raises:
             ConfigError: it has no gradient and the method needs one, or it cannot be planned.
@@ -88,6 +92,8 @@ class Parts:
         if not (settings.path or settings.terms):
             return None
         needs_gradient = method.Config.needs_gradient
+        if self.given.reward is not None:
+            return rewards.given_terms(self.given.reward, settings.path, needs_gradient=needs_gradient)
         return rewards.open_terms(settings, self.config.dtype, needs_gradient=needs_gradient, abstract=self.abstract)
 
     @functools.cached_property
@@ -206,6 +212,18 @@ class Parts:
             found["reward"] = _shapes_of(self.scorer.params)
         return found
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the model's weights come from memory: random ones, or given ones."""
+        return bool(self.config.model.get("from_scratch")) or self.given.params is not None
+
+    @property
+    def license(self) -> str | None:
+        """Of the model that training starts from, as the hub calls it; None if it is not known."""
+        if "base_pipeline" not in self.__dict__ or self.config.model.get("from_scratch"):
+            return None
+        return families.license_of(self.config.model.path)
+
     def component_dtype(self, name: str) -> Any:
         """The dtype that a frozen component is held in."""
         return jnp.dtype(self.pipeline.vae_dtype if name == "vae" else self.config.dtype)
@@ -220,7 +238,7 @@ class Parts:
             loaded["reward"] = jax.device_put(source.params, weight_shardings(self.mesh, shapes))
         if not target:
             return loaded
-        if self.config.model.get("from_scratch"):
+        if self.in_memory:
             params = self.initial_params()
             return loaded | jax.tree.map(
                 lambda leaf, array: jax.device_put(jnp.asarray(array, leaf.dtype), leaf.sharding),
@@ -233,7 +251,7 @@ class Parts:
         """Components as NumPy arrays in the dtypes that they are held in, for this process alone."""
         shapes = self.base_pipeline.abstract_params()
         target = trainable.held(self, {name: shapes[name] for name in names}, {})
-        if self.config.model.get("from_scratch"):
+        if self.in_memory:
             params = self.initial_params()
             return jax.tree.map(
                 lambda leaf, array: np.asarray(array).astype(leaf.dtype), target, {name: params[name] for name in names}
@@ -242,12 +260,14 @@ class Parts:
 
     def original(self, name: str) -> Params:
         """One component's float32 weights as NumPy arrays."""
-        if self.config.model.get("from_scratch"):
+        if self.in_memory:
             return self.initial_params()[name]
         return self.base_pipeline.load_params({name: self.base_pipeline.abstract_params()[name]})[name]
 
     def initial_params(self) -> Params:
-        """All weights of a model from scratch, float32, the same at every call."""
+        """All weights of a model from scratch, float32, the same at every call; or those that were given."""
+        if self.given.params is not None:
+            return self.given.params
         return random_init.init_params(self.config, self.base_pipeline)
 
     # exports
@@ -260,7 +280,7 @@ class Parts:
 
     def save_pipeline(self, folder: Any, components: Params, generation: Any = None) -> None:
         """Writes the model's folder with some components replaced."""
-        if self.config.model.get("from_scratch"):
+        if self.in_memory:
             components = {**self.initial_params(), **components}
         self.pipeline.save(folder, components, generation=generation or self.generation)
 

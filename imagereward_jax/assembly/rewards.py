@@ -15,7 +15,7 @@ from imagereward_jax.rewards.base import cast_params
 from imagereward_jax.rewards.checkpoint import config_of, load
 from imagereward_jax.rewards.imagereward import abstract_module, make_apply
 from imagereward_jax.rewards.mixed import Term, Terms
-from imagereward_jax.rewards.rules import is_rule
+from imagereward_jax.rewards.rules import PythonReward, is_rule
 from imagereward_jax.rewards.scores import SCORES, imagereward_from_blip
 from imagereward_jax.weights import mapping
 
@@ -87,13 +87,32 @@ def open_terms(settings: Any, dtype: str, *, needs_gradient: bool, abstract: boo
     return Terms(terms, fields)
 
 
+def given_terms(reward: Any, name: str, *, needs_gradient: bool) -> Terms:
+    """An opened reward, or a Python function, as the reward of a run.
+
+    Args:
+        reward: see `Given.reward`. name: how errors call it.
+
+    Raises:
+        ConfigError: it cannot be differentiated and needs to be.
+    """
+    reward = reward if hasattr(reward, "differentiable") else PythonReward(name, reward)
+    if needs_gradient and not reward.differentiable:
+        raise _no_gradient(f"reward {name!r}")
+    return Terms({"": Term(reward)}, {"": f"reward {name!r}"})
+
+
+def _no_gradient(what):
+    return ConfigError(
+        f"{what} is computed by rule and has no gradient: it is for policy-gradient methods (ddpo); take a reward that "
+        "is a network, e.g. 'ImageReward-v1.0' or 'PickScore'"
+    )
+
+
 def _open_one(settings, where, dtype, needs_gradient, abstract):
     if is_rule(settings.path):
         if needs_gradient:
-            raise ConfigError(
-                f"{where}.path={settings.path!r} is computed by rule and has no gradient: it is for policy-gradient "
-                "methods (ddpo); take a reward that is a network, e.g. 'ImageReward-v1.0' or 'PickScore'"
-            )
+            raise _no_gradient(f"{where}.path={settings.path!r}")
         return registry.open_reward(settings.path)
     if not abstract:
         return registry.open_reward(settings.path, weights=settings.weights, tokenizer=settings.tokenizer, dtype=dtype)

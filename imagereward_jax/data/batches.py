@@ -30,6 +30,7 @@ def make_iterator(
     process_count: int = 1,
     drop_remainder: bool = True,
     num_epochs: int | None = None,
+    growing: bool = False,
 ) -> "BatchIterator":
     """Makes an iterator of batches over a source.
 
@@ -47,6 +48,7 @@ def make_iterator(
             not depend on `process_count` while batch_size * process_count stays the same.
         drop_remainder: with `num_epochs`, leave out what does not fill a (global) batch at the very end.
         num_epochs: epochs before StopIteration; None repeats for ever.
+        growing: whether a later run may find more examples at the end of the source, which is then not shuffled.
 
     Raises:
         ValueError: an argument is out of range, or (DataError) the source is empty or too small for one batch.
@@ -65,6 +67,7 @@ def make_iterator(
         raise ValueError("drop_remainder must be true with several processes: all need the same number of batches")
     if len(source) == 0:
         raise DataError("the data source is empty: there is nothing to make batches of")
+    shuffle = bool(shuffle) and not growing
     order = _positions(source, seed, shuffle, num_epochs, item_transform)
     if num_epochs is not None and drop_remainder and len(order) < batch_size * process_count:
         raise DataError(
@@ -73,7 +76,7 @@ def make_iterator(
         )
     return BatchIterator(
         order,
-        fingerprint={"source_length": len(source), "seed": int(seed), "shuffle": bool(shuffle)},
+        fingerprint={"source_length": None if growing else len(source), "seed": int(seed), "shuffle": shuffle},
         batch_size=batch_size,
         process_index=process_index,
         process_count=process_count,

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from imagereward_jax.config import ConfigError, Section, did_you_mean, require_given
 
@@ -59,6 +60,22 @@ class Models(NamedTuple):
     tables: Any = None
 
 
+class ImageSamples(NamedTuple):
+    """Images that a run made, and what they scored.
+
+    Attributes:
+        images: float32 [N, H, W, 3] in [0, 1]. prompts: N texts. prompt_metadata: the N dicts that came with them.
+        rewards: float32 [N], NaN if there was no verdict; None if the run has no reward.
+        held_out: whether an evaluation made them, not a training step.
+    """
+
+    images: np.ndarray
+    prompts: list[str]
+    prompt_metadata: list[dict[str, Any]]
+    rewards: np.ndarray | None
+    held_out: bool
+
+
 class Source(Protocol):
     """Where a phase's batches come from.
 
@@ -67,12 +84,14 @@ class Source(Protocol):
         images: images that one batch stands for, for images/s.
         on_policy: whether the batches of a step are made by its weights: then `batches` is called at every step.
         metrics: numbers of the present step's batches, logged beside those of the loss.
+        samples: this process's images of the present step, if the source keeps them.
     """
 
     updates: int = 1
     images: int
     on_policy: bool = False
     metrics: Mapping[str, float] = {}
+    samples: ImageSamples | None = None
 
     def spec(self) -> Batch:
         """Shapes of one global batch (`jax.ShapeDtypeStruct`): compiling and planning need no data."""
@@ -169,10 +188,12 @@ class JoinedSource(Source):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found: numbers by name ("eval/..."), and a sheet of samples (PIL image) or None."""
+    """What an evaluation found: numbers by name ("eval/..."), a sheet of samples (PIL image) or None, and the samples
+    themselves or None."""
 
     metrics: dict[str, float]
     sheet: Any = None
+    samples: ImageSamples | None = None
 
 
 Evaluator = Callable[[Params], Evaluation]  # takes every component, on the mesh, in the compute dtype

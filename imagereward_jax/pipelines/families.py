@@ -1,6 +1,7 @@
 """Decides the family of a model, by the class that its files name; no other module does."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ PUBLISHED = {
     "stabilityai/sdxl-turbo": ("StableDiffusionXLPipeline", SDXL, TURBO),
 }
 PUBLISHED_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+# Their licenses, by the names that the hub has for them.
+LICENSES = {
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+}
 PROMPT_TOKENS = 77  # of CLIP's published tokenizers
 
 
@@ -104,6 +112,20 @@ def open_pipeline(
         **options,
         source=DiffusersSource(name_or_path if download else folder, variant),
     )
+
+
+def license_of(name_or_path: str | Path) -> str | None:
+    """The license of a model, as the hub calls it: the package's for a built-in one, that of a published name, or what
+    the README.md of a folder says at its head. None if none of them tells."""
+    name = str(name_or_path).partition("@")[0]
+    if name in hub.builtin_models():
+        return "apache-2.0"
+    readme = Path(name).expanduser() / "README.md"
+    if not readme.is_file():
+        return LICENSES.get(name)
+    head = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*([\w.+-]+)\s*$", head[1], re.MULTILINE) if head else None
+    return found[1] if found else None
 
 
 def load_pipeline(name_or_path: str | Path, **options: Any) -> tuple[TextToImage, dict[str, Any]]:

@@ -6,7 +6,7 @@ Each has `score`, `inference_rank` and `score_arrays`, and `differentiable` is f
 import importlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,20 +88,25 @@ class PythonReward(RuleReward):
 
     Args:
         name: "module:function"; the module is imported.
+        function: the function itself; `name` is then only how errors call it.
 
     Raises:
         ValueError: the module or function does not exist, or is not callable.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, function: Callable[..., Any] | None = None) -> None:
         self.name = name
+        self.function = self._imported(name) if function is None else function
+        if not callable(self.function):
+            raise ValueError(f"reward {name!r}: expected a function, not {type(self.function).__name__}")
+
+    @staticmethod
+    def _imported(name):
         module, _, function = name.partition(":")
         try:
-            self.function = getattr(importlib.import_module(module), function)
+            return getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"reward {name!r}: {error}; expected module:function that Python can import") from error
-        if not callable(self.function):
-            raise ValueError(f"reward {name!r}: {function} is not a function but {type(self.function).__name__}")
 
     def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """See `RuleReward.score_arrays`.

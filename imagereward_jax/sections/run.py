@@ -2,7 +2,7 @@
 
 from imagereward_jax.config import ConfigError, Section, field
 
-WRITERS = ("jsonl", "log", "tensorboard")
+WRITERS = ("jsonl", "log", "tensorboard", "wandb")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZATION_LEVELS = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}  # XLA's numbers: jax 0.10 takes no names

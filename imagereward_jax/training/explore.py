@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from imagereward_jax.methods.base import HOST, Batch, Key, Models, Params, Source
+from imagereward_jax.methods.base import HOST, Batch, ImageSamples, Key, Models, Params, Source
 from imagereward_jax.models.sharding import batch_over
 from imagereward_jax.rewards.mixed import Terms
 from imagereward_jax.training.mesh import batch_sharding, from_all_processes, local_rows, put_batch
@@ -34,9 +34,11 @@ class Assign(Protocol):
 
 
 class _Round(NamedTuple):
-    """This process's share of a round: scores of networks, and of functions those to come."""
+    """This process's share of a round: what it was asked for ("prompt", "metadata"), images uint8 if they are kept, and
+    scores of networks, and of functions those to come."""
 
-    prompts: list[str]
+    host: dict[str, list]
+    pixels: np.ndarray | None
     rows: Batch
     scores: dict[str, np.ndarray]
     futures: dict[str, concurrent.futures.Future]
@@ -58,6 +60,7 @@ class Explore(Source):
         choose: (rows of a minibatch, rng) -> batch, NumPy: what of them is trained on.
         tables: what `sample` reads as `models.tables`.
         rounds: of sampling in a step. epochs: times that a step goes through its samples.
+        keep_samples: whether `samples` has the images of the present step.
     """
 
     on_policy = True
@@ -76,11 +79,12 @@ class Explore(Source):
         tables: Any = None,
         rounds: int = 1,
         epochs: int = 1,
+        keep_samples: bool = False,
         compiler_options: dict[str, Any] | None = None,
     ):
         self.prompts, self.terms, self.mesh, self.shapes = prompts, terms, mesh, shapes
         self.sample, self.assign, self.choose, self.tables = sample, assign, choose, tables
-        self.images, self.rounds, self.epochs = batch_size, rounds, epochs
+        self.images, self.rounds, self.epochs, self.keep_samples = batch_size, rounds, epochs, keep_samples
         self.updates = max(1, epochs * rounds * prompts.images // batch_size)  # 0 where a plan tries larger batches
         self.metrics: dict[str, float] = {}
         self._run = jax.jit(self._round, out_shardings=batch_sharding(mesh), compiler_options=compiler_options)
@@ -129,12 +133,13 @@ class Explore(Source):
             return self._sampled(models, batch, key_data)
 
     def _sampled(self, models, batch, key_data):
-        """Compiled: (images uint8 if functions score them, rows, {term: scores of networks})."""
+        """Compiled: (images uint8 if the host needs them, rows, {term: scores of networks})."""
         models = models._replace(tables=self.tables)
         batch = self.prompts.prepare(models, batch)
         images, rows = self.sample(models, batch, jax.random.wrap_key_data(key_data))
         scores = self.terms.apply_networks(models.policy.get("reward"), images, batch.get("reward"))
-        pixels = jnp.round(images * 255).astype(jnp.uint8) if self.terms.functions else None
+        needed = self.keep_samples or self.terms.functions
+        pixels = jnp.round(images * 255).astype(jnp.uint8) if needed else None
         return pixels, rows, scores
 
     def _explore(self, models, key):
@@ -147,7 +152,7 @@ class Explore(Source):
                 made = self._run(models, put_batch(self.mesh, batch), round_key)
                 if waiting is not None:
                     found.append(self._collect(*waiting))  # the round before, while the devices make this one
-                waiting = batch[HOST]["prompt"], made
+                waiting = batch[HOST], made
                 yield None
             found.append(self._collect(*waiting))
             for one in found:
@@ -158,21 +163,21 @@ class Explore(Source):
                 future.cancel()
         return found
 
-    def _collect(self, prompts, made):
+    def _collect(self, host, made):
         """A round on the host, its images on their way to the functions."""
         pixels, rows, scores = made
         rows, scores = jax.tree.map(local_rows, (rows, scores))
         pixels = None if pixels is None else local_rows(pixels)
         futures = {
-            name: thread.submit(self.terms.call_function, name, pixels, prompts)
+            name: thread.submit(self.terms.call_function, name, pixels, host["prompt"])
             for name, thread in self._threads.items()
         }
-        return _Round(prompts, rows, scores, futures)
+        return _Round(host, pixels if self.keep_samples else None, rows, scores, futures)
 
     def _advantages(self, found):
-        """The advantages of this process's samples, from the rewards of all processes; sets `metrics`."""
+        """The advantages of this process's samples, from the rewards of all processes; sets `metrics` and `samples`."""
         own = {
-            "prompts": [prompt for one in found for prompt in one.prompts],
+            "prompts": [prompt for one in found for prompt in one.host["prompt"]],
             "scores": {name: np.concatenate([one.scores[name] for one in found]).tolist() for name in self.terms.terms},
         }
         everyone = from_all_processes(own)
@@ -185,7 +190,12 @@ class Explore(Source):
         self.metrics = {"reward": _mean(rewards), "reward_std": float(np.std(rewards[np.isfinite(rewards)]))}
         self.metrics |= {f"reward_{name}": _mean(values) for name, values in scores.items() if name}
         count = len(own["prompts"])
-        return advantages[jax.process_index() * count :][:count]
+        mine = slice(jax.process_index() * count, (jax.process_index() + 1) * count)
+        if self.keep_samples:
+            images = np.concatenate([one.pixels for one in found]).astype(np.float32) / 255
+            metadata = [row for one in found for row in one.host["metadata"]]
+            self.samples = ImageSamples(images, own["prompts"], metadata, rewards[mine], held_out=False)
+        return advantages[mine]
 
 
 def _mean(values):

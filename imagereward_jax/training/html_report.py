@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from imagereward_jax.storage.files import write_text
-from imagereward_jax.training.metric_writers import read_rows
+from imagereward_jax.training.metric_writers import METRICS, read_rows
 
 HIDDEN = ("step", "time")
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
@@ -25,7 +25,7 @@ def write_report(workdir: str | Path) -> None:
     side.
     """
     workdir = Path(workdir)
-    rows = read_rows(workdir / "metrics.jsonl")
+    rows = read_rows(workdir / METRICS)
     samples = sorted((workdir / "samples").glob("step_*.png"))
     config = json.loads((workdir / "config.json").read_text())
     parts = [

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -35,8 +36,14 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append to; a second Ctrl-C interrupts at once."""
+    """A list that SIGTERM and SIGINT append to; a second Ctrl-C interrupts at once.
+
+    Outside the main thread, where Python sets no handlers, the list stays empty and signals do what they did before.
+    """
     caught = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
 
     def handle(signum, frame):
         if caught and signum == signal.SIGINT:

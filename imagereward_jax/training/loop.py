@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from imagereward_jax.methods.base import ImageSamples
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.storage.folders import new_folder
@@ -25,7 +26,15 @@ from imagereward_jax.training.interruptions import (
     wait_for_all,
 )
 from imagereward_jax.training.mesh import check_batch, check_remat, host_copy, make_mesh, put_batch
-from imagereward_jax.training.metric_writers import Meter, make_writers
+from imagereward_jax.training.metric_writers import (
+    METRICS,
+    Meter,
+    MetricWriter,
+    check_installed,
+    make_writers,
+    read_rows,
+)
+from imagereward_jax.training.model_card import CARD, model_card
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.progress import Progress, listed
@@ -33,13 +42,23 @@ from imagereward_jax.training.state import from_checkpoint, to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
 from imagereward_jax.training.workdir import CONFIG, DONE, check_workdir, is_complete
 
+SamplesHook = Callable[[ImageSamples, int, dict[str, MetricWriter]], None]
 
-def train(config: Any, assemble: Callable[[Any, Mesh], AssembledRun], workdir: str | Path) -> bool:
+
+def train(
+    config: Any,
+    assemble: Callable[[Any, Mesh], AssembledRun],
+    workdir: str | Path,
+    *,
+    image_samples_hook: SamplesHook | None = None,
+) -> bool:
     """Trains what `assemble(config, mesh)` makes in `workdir`, from its latest checkpoint if there is one.
 
     Args:
         config: a validated config. assemble: see `assembly.run.assemble`.
         workdir: folder; made if absent.
+        image_samples_hook: called in process 0 as (samples, step, writers) after every evaluation that samples, and
+            after the steps of on-policy methods whose sources keep their samples.
 
     Returns:
         False if the run was complete already.
@@ -57,24 +76,27 @@ def train(config: Any, assemble: Callable[[Any, Mesh], AssembledRun], workdir: s
     check_workdir(workdir, config)
     if is_complete(workdir, config):
         return False
+    check_installed(config.writers)
     wait_for_all("checked the workdir")  # before process 0 writes into it
     run = assemble(config, mesh)  # before anything is written: a bad path leaves no workdir behind
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
+        for name, text in run.files.items():
+            write_text(workdir / name, text)
     keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
     manager = Checkpoints(workdir / "checkpoints", keep=keep, best=config.eval.best)
     with closing(manager), catch_signals() as caught:
-        _Loop(config, run, workdir, mesh, manager, caught).run()
+        _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook).run()
     return True
 
 
 class _Loop:
     """One process's part of a run, from restoring to the report."""
 
-    def __init__(self, config, run, workdir, mesh, manager, caught):
+    def __init__(self, config, run, workdir, mesh, manager, caught, hook):
         self.config, self.workdir, self.mesh, self.manager, self.caught = config, workdir, mesh, manager, caught
-        self.method, self.export = run.method, run.export
+        self.method, self.export, self.license, self.hook = run.method, run.export, run.license, hook
         self.main = jax.process_index() == 0
         self.progress = Progress(config, run.method, main=self.main)
         self.program = TrainingProgram(config, run, mesh)
@@ -205,6 +227,8 @@ class _Loop:
         images = self.method.phases[0].source.images * self.program.updates
         metrics["images_per_second"] = images / (time.monotonic() - begin)
         self.meter.add(metrics)
+        for phase in self.method.phases:
+            self._show_samples(phase.source.samples)
         self.progress.show(bar, self.step, metrics)
         if skipped_in_row >= config.max_skipped:
             self._give_up(skipped_in_row)
@@ -231,12 +255,17 @@ class _Loop:
                 save_image(self.workdir / "samples" / name, evaluation.sheet)
                 for writer in self.writers.values():
                     writer.write_images(self.step, "samples", np.asarray(evaluation.sheet.convert("RGB")))
+            self._show_samples(evaluation.samples)
         self._log({**row, **metrics})
         if self.main:
             write_report(self.workdir)
         if metrics:
             self.progress.say(f"step {self.step}: {listed(metrics)}")
         return metrics
+
+    def _show_samples(self, samples):
+        if self.main and self.hook is not None and samples is not None:
+            self.hook(samples, self.step, self.writers)
 
     def _log(self, row):
         if row:
@@ -280,16 +309,16 @@ class _Loop:
         )
 
     def _exported_state(self):
-        """The state to export: the last, or as config.checkpoint says that of the best evaluation."""
+        """The state to export and its step: the last, or as config.checkpoint says that of the best evaluation."""
         best, settings = self.manager.best(), self.config.checkpoint
         if (settings.export == "last" and not settings.best_only) or best in (None, self.step):
-            return self.state
+            return self.state, self.step
         self.progress.say(f"exporting the best checkpoint, of step {best}")
-        return self._read_state(best)[0]
+        return self._read_state(best)[0], best
 
     def _export(self):
         self.manager.wait()
-        state = self._exported_state()
+        state, step = self._exported_state()
         if self.method.test is not None:
             metrics = self.method.test(self._components(state))
             self._log(metrics)
@@ -302,3 +331,5 @@ class _Loop:
             self.progress.say(f"exporting to {self.workdir / 'export'}")
             with new_folder(self.workdir / "export", overwrite=True, marker=export.marker) as folder:
                 export.write(weights, measured, folder)
+                card = model_card(self.config, read_rows(self.workdir / METRICS), step, export, self.license)
+                write_text(folder / CARD, card)

@@ -1,8 +1,9 @@
-"""Writers of a run's numbers (metrics.jsonl, TensorBoard, the log), and the averaging between two log steps.
+"""Writers of a run's numbers (metrics.jsonl, TensorBoard, W&B, the log), and the averaging between two log steps.
 
 None of them imports TensorFlow, which would cost each start four seconds.
 """
 
+import importlib
 import io
 import json
 import os
@@ -15,6 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from imagereward_jax.storage.files import write_text
+from imagereward_jax.training.interruptions import RunError
+
+METRICS = "metrics.jsonl"  # in the workdir
+WANDB_RUN = "wandb_run.json"  # in the workdir, the id that a resumed run continues
 COUNTERS = ("skipped",)  # metrics that count since the run began: their last value is logged, not their mean
 
 
@@ -171,12 +177,72 @@ class LogWriter:
         """Has nothing left to write."""
 
 
+class WandbWriter:
+    """A W&B run: scalars and images by step, in WORKDIR/wandb and, unless WANDB_MODE=offline, on the server.
+
+    Its id is kept in the workdir, so that a resumed run continues it; parts that were written offline become one run by
+    `wandb sync --append`. Of each step W&B keeps what it was given first: rows that a killed run wrote past its
+    checkpoint, which the resumed run makes again. Project, entity and mode are set by W&B's own variables
+    (WANDB_PROJECT, ...); the run has the workdir's name.
+
+    Raises:
+        RunError: W&B does not start (no key, no network).
+    """
+
+    def __init__(self, workdir: str | os.PathLike):
+        import wandb
+
+        workdir = Path(workdir).absolute()
+        path = workdir / WANDB_RUN
+        if not path.is_file():
+            write_text(path, json.dumps({"id": wandb.util.generate_id()}))
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "imagereward-jax"),
+                name=workdir.name,
+                id=json.loads(path.read_text())["id"],
+                resume="allow",
+                dir=workdir,
+                config=json.loads((workdir / "config.json").read_text()),
+                settings=wandb.Settings(console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise RunError(
+                f"config.writers: W&B did not start ({error}): run `wandb login`, set WANDB_MODE=offline, or leave "
+                "'wandb' out"
+            ) from error
+        self._image = wandb.Image
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the scalars of a step."""
+        self._run.log({name: float(value) for name, value in metrics.items()}, step=step)
+
+    def write_images(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes one image, uint8 [H, W, 3]."""
+        self._run.log({name: self._image(image)}, step=step)
+
+    def close(self) -> None:
+        """Writes what is left and ends the run."""
+        self._run.finish()
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Imports what the writers `names` need that the extra `train` does not install.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; commands say with which extra it is.
+    """
+    if "wandb" in names:
+        importlib.import_module("wandb")
+
+
 def make_writers(names: Iterable[str], workdir: str | os.PathLike, *, last_step: int | None) -> dict[str, MetricWriter]:
     """Makes the writers that `config.writers` names, by name; `last_step`: the step that the run continues after."""
     makers = {
-        "jsonl": lambda: JsonlWriter(Path(workdir) / "metrics.jsonl", last_step=last_step),
+        "jsonl": lambda: JsonlWriter(Path(workdir) / METRICS, last_step=last_step),
         "tensorboard": lambda: TensorBoardWriter(workdir, last_step=last_step),
         "log": LogWriter,
+        "wandb": lambda: WandbWriter(workdir),
     }
     return {name: makers[name]() for name in names}
 

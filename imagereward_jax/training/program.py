@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,8 @@ class AssembledRun:
         export: how the result is written.
         reference_of: (cast) -> what training starts from, of what trains, for `Models.reference`.
         assumptions: sentences on what a plan over shapes cannot know.
+        files: {name: text} that the run leaves in its workdir before its first step.
+        license: of the model that training starts from, as the hub calls it; None if it is not known.
     """
 
     method: Method
@@ -37,6 +39,8 @@ class AssembledRun:
     export: Export | None = None
     reference_of: Callable[[Callable[[Any], Any]], Any] | None = None
     assumptions: tuple[str, ...] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    license: str | None = None
 
 
 class TrainingProgram:

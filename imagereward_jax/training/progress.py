@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm  # a widget in notebooks
 
 from imagereward_jax.methods.base import Method
 from imagereward_jax.terminal import escape

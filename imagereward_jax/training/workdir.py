@@ -1,6 +1,7 @@
 """Ownership of a workdir: a run continues in its own, and in no other's."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,10 @@ def check_workdir(workdir: Path, config: Any) -> None:
         there = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise WorkdirError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
-    now, default = (dict(_flat(json.loads(tree.to_json()))) for tree in (config, default_config(config.method.name)))
-    there = {name: default[name] for name in now.keys() & default.keys()} | dict(_flat(there))
+    now, default = (
+        dict(flat_fields(json.loads(tree.to_json()))) for tree in (config, default_config(config.method.name))
+    )
+    there = {name: default[name] for name in now.keys() & default.keys()} | dict(flat_fields(there))
     names = sorted(name for name in there.keys() | now.keys() if not _may_change(name))
     differ = [name for name in names if there.get(name) != now.get(name)]
     if differ:
@@ -63,10 +66,11 @@ def check_workdir(workdir: Path, config: Any) -> None:
         )
 
 
-def _flat(tree, prefix=""):
+def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts, as ("a.b", value)."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat_fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

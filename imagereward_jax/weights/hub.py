@@ -16,6 +16,10 @@ class ModelNotFound(FileNotFoundError):
     """No folder, built-in model or hub repository has the given name; the message says what was tried."""
 
 
+class UploadError(RuntimeError):
+    """A folder could not be uploaded to the hub; the message says why and what to do."""
+
+
 def builtin_models() -> list[str]:
     """Lists the names of the models that come with the package."""
     return sorted(path.name for path in ASSETS.iterdir() if path.is_dir()) if ASSETS.is_dir() else []
@@ -90,6 +94,31 @@ def resolve_url(url: str, path: str | Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def upload_folder(folder: str | Path, repo_id: str, *, private: bool | None, message: str, token: str | None) -> str:
+    """Uploads a model's folder to the hub repository "owner/model", which is made if there is none.
+
+    Args:
+        private: of a new repository; None leaves it to the owner's settings. token: None for that of `hf auth login`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UploadError: the hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url)
+    except Exception as error:  # names that are not valid, no token, no network: each has a class of its own
+        raise UploadError(
+            f"{folder} was not uploaded to {repo_id} ({_why(error)}): check the name owner/model, run `hf auth login` "
+            "with a token that may write, and try again"
+        ) from error
 
 
 def looks_like_path(name: str) -> bool:

@@ -39,6 +39,12 @@ class OrbaxSource:
     """A folder that convert/from_diffusers.py wrote."""
 
     folder: Path
+    variant: None = None
+
+    @property
+    def name_or_path(self) -> Path:
+        """The folder, by the name that every source has for it."""
+        return self.folder
 
     def load(self, name: str, network: nnx.Module, target: Params) -> Params:
         """Loads the parameters of one network; NumPy arrays for the leaves of `target` without a sharding."""

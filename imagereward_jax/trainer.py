@@ -1,0 +1,189 @@
+"""`Trainer`: a run from Python, of a config and of objects; the command `train` is the same with a config alone.
+
+trainer = Trainer(config, pipeline="tiny-shapes", reward=my_function, prompts=my_prompts, workdir="runs/mine")
+trainer.train()
+trainer.save_pretrained("tuned")
+"""
+
+import functools
+import shutil
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from imagereward_jax.assembly.given import Given, name_of
+from imagereward_jax.assembly.run import assemble
+from imagereward_jax.compilation_cache import use_compilation_cache
+from imagereward_jax.config import ConfigError, did_you_mean
+from imagereward_jax.data.given_prompts import PromptFunction
+from imagereward_jax.methods import base
+from imagereward_jax.pipelines.base import TextToImage
+from imagereward_jax.recipes import default_config, validate
+from imagereward_jax.storage.folders import new_folder
+from imagereward_jax.training import loop
+from imagereward_jax.training.model_card import CARD
+from imagereward_jax.training.workdir import DONE, is_complete
+from imagereward_jax.weights import hub
+
+
+class Trainer:
+    """One run in `workdir`: trained, resumed, saved, uploaded.
+
+    The arguments `pipeline`, `reward`, `prompts` and `eval_prompts` take the place of config.model.path, config.reward,
+    config.data.prompts and config.eval.prompts. The run's config names the function or class of an object.
+
+    Args:
+        config: a recipe's config, which is copied, or a method's `Config` alone (`ddpo.Config(num_steps=20)`): the
+            other fields then have the method's defaults.
+        fields: further fields by their names in the config, {"steps": 100, "optimizer.learning_rate": 1e-4}.
+        pipeline: a model's name or folder; an opened `TextToImage`, whose files are opened again in the config's
+            dtypes; or what `load_pipeline` returns, (pipeline, params), whose weights training then starts from.
+        reward: a name as of config.reward.path, an opened reward, or a function
+            f(images uint8 [B, H, W, 3], prompts) -> B numbers.
+        prompts: a file or name as of config.data.prompts; a list of prompts or of (prompt, metadata), shuffled by the
+            run's seed; or a function () -> (prompt, metadata), see `data.given_prompts`. The function is called for
+            the prompts of all steps before the first one. What it gave is kept in WORKDIR/prompts.jsonl: a resumed run
+            is given the same prompts, whatever the function remembers, and a longer run calls it for the further ones.
+        eval_prompts: a file or name as of config.eval.prompts, or a list: held-out prompts.
+        image_samples_hook: called as (samples, step, writers) in process 0: after every evaluation, with its images of
+            held-out prompts, and after every step of a method that trains on its own samples (DDPO), with this
+            process's. samples: `methods.base.ImageSamples`; writers: {name: `MetricWriter`} of config.writers.
+        workdir: folder of the run; the same arguments in the same folder continue it.
+
+    Attributes:
+        config: the run's config. workdir: a Path.
+
+    Raises:
+        ConfigError: naming the field, or argument, and what is expected.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict | base.MethodConfig,
+        *,
+        workdir: str | PathLike,
+        fields: Mapping[str, Any] | None = None,
+        pipeline: str | PathLike | TextToImage | tuple[TextToImage, base.Params] | None = None,
+        reward: Any = None,
+        prompts: str | PathLike | Sequence[Any] | PromptFunction | None = None,
+        eval_prompts: str | PathLike | Sequence[Any] | None = None,
+        image_samples_hook: loop.SamplesHook | None = None,
+    ):
+        self.workdir = Path(workdir)
+        self.config = _config_of(config, fields or {})
+        self.hook = image_samples_hook
+        self.given = Given(
+            params=self._use_pipeline(pipeline),
+            reward=self._use("reward", "path", reward),
+            prompts=self._use("data", "prompts", prompts),
+            eval_prompts=self._use("eval", "prompts", eval_prompts),
+            workdir=self.workdir,
+            keep_samples=image_samples_hook is not None,
+        )
+        validate(self.config)
+
+    def train(self) -> bool:
+        """Trains to config.steps, from the latest checkpoint if there is one; see `training.loop.train`.
+
+        Returns:
+            False if the run was complete already.
+        """
+        use_compilation_cache(self.config.compilation_cache)
+        put_together = functools.partial(assemble, given=self.given)
+        return loop.train(self.config, put_together, self.workdir, image_samples_hook=self.hook)
+
+    def save_pretrained(self, folder: str | PathLike, *, overwrite: bool = False) -> None:
+        """Copies what was exported (a diffusers folder, or an adapter's) with its model card to `folder`.
+
+        Args:
+            overwrite: replaces a folder that such a card is in.
+
+        Raises:
+            ValueError: the run is not complete.
+            FileExistsError, StorageError: see `storage.folders.new_folder`.
+        """
+        export = self._exported()
+        with new_folder(folder, overwrite=overwrite, marker=CARD) as target:
+            shutil.copytree(export, target, dirs_exist_ok=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Tuned with imagereward-jax",
+        token: str | None = None,
+    ) -> str:
+        """Uploads what was exported, with its model card, to the hub repository `repo_id`, which is made if need be.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: the run is not complete. UploadError: see `weights.hub.upload_folder`.
+        """
+        return hub.upload_folder(self._exported(), repo_id, private=private, message=commit_message, token=token)
+
+    def _exported(self):
+        if not is_complete(self.workdir, self.config):
+            raise ValueError(f"{self.workdir} has no {DONE} of step {self.config.steps}: call train() first")
+        return self.workdir / "export"
+
+    def _use_pipeline(self, pipeline):
+        """Names the model in the config; returns weights that are in memory, or None."""
+        if pipeline is None:
+            return None
+        if isinstance(pipeline, str | PathLike):
+            self.config.model.path = str(pipeline)
+            return None
+        opened, params = pipeline if isinstance(pipeline, tuple) else (pipeline, None)
+        if not isinstance(opened, TextToImage):
+            raise ConfigError(
+                f"pipeline={opened!r:.200}: expected a name or folder, a TextToImage, or what load_pipeline returns"
+            )
+        if opened.source is None or opened.adapted:
+            why = "has adapted layers: pass config.lora" if opened.adapted else "was opened from no files: save it"
+            raise ConfigError(f"pipeline: this {type(opened).__name__} {why}, and pass the folder of its base model")
+        self.config.model.path = str(opened.source.name_or_path)
+        self.config.model.variant = opened.source.variant
+        self.config.model.prediction_type = opened.scheduler_config.get("prediction_type")
+        return params
+
+    def _use(self, section, field, value):
+        """Names a value in the config; returns it if it is an object, or None."""
+        if value is None:
+            return None
+        if section not in self.config or field not in self.config[section]:
+            raise ConfigError(f"the method {self.config.method.name!r} has no config.{section}.{field} to give")
+        named = isinstance(value, str | PathLike)
+        self.config[section][field] = str(value) if named else name_of(value)
+        return None if named else value
+
+
+def _config_of(config, fields):
+    """A config of one's own, with `fields` changed."""
+    if isinstance(config, ConfigDict):
+        config = config.copy_and_resolve_references()
+    elif isinstance(config, base.MethodConfig):
+        config = _config_of_method(config)
+    else:
+        raise ConfigError(f"config={config!r:.200}: expected a recipe's ConfigDict or a method's Config")
+    for name, value in fields.items():
+        part, _, last = name.rpartition(".")
+        section = functools.reduce(lambda tree, step: tree.get(step, {}), part.split("."), config) if part else config
+        if last not in section:
+            raise ConfigError(f"fields: config.{name} is not a field of this method{did_you_mean(last, section)}")
+        section[last] = value
+    return config
+
+
+def _config_of_method(settings):
+    """The defaults of a method, with its own fields from a `Config` of it."""
+    module = type(settings).__module__
+    config = default_config(module.removeprefix(f"{base.__package__}."))
+    for name in type(settings).field_types():
+        config.method[name] = getattr(settings, name)
+    return config

@@ -1,0 +1,149 @@
+"""README.md of an export: what was tuned, from what, by which method and reward, and what was measured."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from imagereward_jax.methods.base import Export, find_method
+from imagereward_jax.recipes import default_config
+from imagereward_jax.training.workdir import flat_fields
+from imagereward_jax.weights import adapters
+from imagereward_jax.weights.diffusers import INDEX
+
+CARD = "README.md"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+# How exports are opened with diffusers, by the file that marks them.
+_OPENED = {
+    INDEX: "pipe = DiffusionPipeline.from_pretrained(FOLDER)",
+    adapters.FILE: "pipe = DiffusionPipeline.from_pretrained(BASE)\npipe.load_lora_weights(FOLDER)",
+}
+# Fields that say how a run was watched or computed, not what it trained.
+_LEFT_OUT = ("log_every", "writers", "compilation_cache", "data.workers", "mesh", "profile", "max_skipped")
+
+
+def model_card(config: Any, rows: list[dict[str, Any]], step: int, export: Export, license: str | None) -> str:
+    """The card of what a run exports.
+
+    Args:
+        config: the run's. rows: of its metrics.jsonl. step: that is exported. export: how.
+        license: of the model that training started from, as the hub calls it; None if it is not known.
+
+    Returns:
+        Markdown, with the head that the hub reads. Folders and files of this machine are named without their path.
+    """
+    method = config.method.name
+    title = f"{_shown(_base(config)) or 'A model'} tuned by {method}"
+    said = " ".join((find_method(method).__doc__ or "").partition("\n\n")[0].split())
+    parts = [
+        _head(config, export.marker, license),
+        f"# {title}\n\nMade with imagereward-jax. The method: {said}",
+        _table(("", ""), _facts(config, step, export, license)),
+        _figures(config, rows, step),
+        _opened(config, export.marker),
+        _settings(config),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(config, marker, license):
+    base = str(_base(config))
+    fields = {"library_name": "diffusers" if marker in _OPENED else "imagereward-jax"}
+    fields |= {"pipeline_tag": "text-to-image"} if marker in _OPENED else {}
+    if _HUB_NAME.fullmatch(base) and not Path(base).exists():
+        fields["base_model"] = base.partition("@")[0]
+    fields |= {"license": license} if license else {}
+    fields["tags"] = ["imagereward-jax", str(config.method.name)] + ["lora"] * (marker == adapters.FILE)
+    return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---"])
+
+
+def _base(config):
+    """What training started from: a model, or the scorer that trains."""
+    if "blip" in config.get("reward", {}):
+        return config.reward.path or config.reward.blip
+    return "" if config.model.get("from_scratch") else config.model.path
+
+
+def _facts(config, step, export, license):
+    reward = config.get("reward", {})
+    terms = {name: term["path"] for name, term in reward.get("terms", {}).items()}
+    mixture = " + ".join(f"{reward['terms'][name]['weight']:g} x {_shown(path)}" for name, path in terms.items())
+    weights = f"low-rank parameters (rank {config.lora.rank})" if export.marker == adapters.FILE else "weights"
+    facts = {
+        "base": _shown(_base(config)) or "random weights",
+        "license of the base": license or "not known: see its page",
+        "trained": f"{weights} of {' and '.join(export.components)}",
+        "reward": "" if "blip" in reward else mixture or _shown(reward.get("path", "")),
+        "prompts": _shown(config.data.get("prompts", "")),
+        "image-text pairs": _shown(config.data.get("pairs", "")),
+        "steps": f"{step} of batch {config.batch_size}, seed {config.seed}",
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def _figures(config, rows, step):
+    """The evaluations before training and of the exported step, and what was tested of the export."""
+    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    exported = next((row for row in evaluated if row["step"] == step), None)
+    tested = {name: value for row in rows for name, value in row.items() if name.startswith("test/")}
+    cells = []
+    if exported is not None:
+        first = evaluated[0]
+        cells = [(n, _number(first.get(n)), _number(exported[n])) for n in exported if n.startswith("eval/")]
+    cells += [(name, "", _number(value)) for name, value in tested.items()]
+    if not cells:
+        return ""
+    start = f"step {evaluated[0]['step']}" if exported is not None else ""
+    return f"## Figures\n\n{_conditions(config)}\n\n" + _table(("", start, f"step {step}"), cells)
+
+
+def _conditions(config):
+    """What the evaluations sampled, for methods that sample."""
+    settings = config.eval
+    if not settings.get("sampler"):
+        return "On held-out data:"
+    return (
+        f"Held-out prompts ({_shown(settings.prompts)}), up to {settings.num_prompts}, {settings.images_per_prompt} "
+        f"image(s) each, the same noise at every evaluation; {settings.sampler}, {settings.num_steps} steps, guidance "
+        f"{settings.guidance_scale:g}:"
+    )
+
+
+def _opened(config, marker):
+    if marker not in _OPENED:
+        return ""
+    code = _OPENED[marker].replace("BASE", repr(_shown(_base(config)))).replace("FOLDER", '"FOLDER_OR_NAME_OF_THIS"')
+    return f"## With diffusers\n\n```python\nfrom diffusers import DiffusionPipeline\n\n{code}\n```"
+
+
+def _settings(config):
+    """The fields that differ from the method's defaults."""
+    now, default = (dict(flat_fields(json.loads(c.to_json()))) for c in (config, default_config(config.method.name)))
+    lines = [
+        f"config.{name} = {_shown(value)!r}"
+        for name, value in now.items()
+        if value != default.get(name) and not any(name == left or name.startswith(f"{left}.") for left in _LEFT_OUT)
+    ]
+    head = f'config = imagereward_jax.recipes.default_config("{config.method.name}")'
+    return "## Config\n\n```python\n" + "\n".join([head, *lines]) + "\n```"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [head, ["---"] * len(tuple(head)), *rows]
+    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
+
+
+def _escaped(value):
+    """Text in a cell: no new columns, lines or tags."""
+    return re.sub(r"([|<>`\[\]*_\\])", r"\\\1", " ".join(str(value).split()))
+
+
+def _number(value):
+    return "" if value is None else f"{value:.4g}"
+
+
+def _shown(value):
+    """The last part of a path on this machine, which says nothing to others and may say too much; else the value."""
+    is_path = isinstance(value, str) and (Path(value).expanduser().is_absolute() or value.startswith((".", "~")))
+    return Path(value).name if is_path else value
