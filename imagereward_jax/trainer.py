@@ -159,6 +159,10 @@ class Trainer:
         if section not in self.config or field not in self.config[section]:
             raise ConfigError(f"the method {self.config.method.name!r} has no config.{section}.{field} to give")
         named = isinstance(value, str | PathLike)
+        if section == "reward" and not named and "terms" not in self.config.reward:
+            raise ConfigError(
+                f"the method {self.config.method.name!r} trains a reward, of a name or folder: reward='...'"
+            )
         self.config[section][field] = str(value) if named else name_of(value)
         return None if named else value
 

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterable
@@ -195,7 +196,7 @@ class WandbWriter:
         workdir = Path(workdir).absolute()
         path = workdir / WANDB_RUN
         if not path.is_file():
-            write_text(path, json.dumps({"id": wandb.util.generate_id()}))
+            write_text(path, json.dumps({"id": secrets.token_hex(4)}))
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "imagereward-jax"),

@@ -198,3 +198,14 @@ def test_items_of_different_sizes_are_told():
     source = [{"image": np.zeros((4, 4, 3))}, {"image": np.zeros((4, 5, 3))}]
     with pytest.raises(DataError, match=r"'image' has different shapes in one batch: \[\(4, 4, 3\), \(4, 5, 3\)\]"):
         next(make_iterator(source, batch_size=2, seed=0))
+
+
+def test_a_growing_source_is_read_in_order_and_continued_when_it_has_grown():
+    """Not shuffled, nothing twice; the position of a source of 8 continues in one of 16."""
+    short, long = (iterator(length, growing=True) for length in (8, 16))
+    taken = take(short, 2)
+    long.set_state(json.loads(json.dumps(short.get_state())))
+    taken += take(long, 2)
+    np.testing.assert_array_equal(np.concatenate([batch["index"] for batch in taken]), np.arange(16))
+    with pytest.raises(DataError, match="source_length 8, but now it is 16"):
+        iterator(16).set_state({**iterator(8).get_state()})

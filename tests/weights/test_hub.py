@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from hub_stand_in import serve
 
 from imagereward_jax.weights import hub
 
@@ -114,3 +115,30 @@ def test_importing_needs_no_heavy_package():
         "print([n for n in ('torch', 'diffusers', 'orbax', 'transformers', 'huggingface_hub') if n in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    with serve(monkeypatch) as stand_in:
+        yield stand_in
+
+
+def test_a_folder_is_uploaded_to_a_repository_that_is_made(stand_in, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "README.md").write_text("---\ntags: []\n---\n")
+    (tmp_path / "unet/config.json").write_text("{}")
+    made = hub.upload_folder(tmp_path, "someone/tuned", private=True, message="first", token="hf_secret")
+    assert made.startswith(stand_in.url) and stand_in.created == {"someone/tuned": True}
+    assert stand_in.commits == {"first": {"README.md": b"---\ntags: []\n---\n", "unet/config.json": b"{}"}}
+    assert stand_in.tokens == {"Bearer hf_secret"}
+
+
+def test_an_upload_that_is_refused_says_what_to_do(stand_in, tmp_path, monkeypatch):
+    def refuse(path, body):
+        raise RuntimeError("no")
+
+    stand_in.answer = refuse  # the connection is dropped
+    with pytest.raises(hub.UploadError, match=r"was not uploaded to someone/tuned \(.+\): .*hf auth login"):
+        hub.upload_folder(tmp_path, "someone/tuned", private=None, message="first", token="hf_secret")
+    with pytest.raises(hub.UploadError, match="was not uploaded to no name"):
+        hub.upload_folder(tmp_path, "no name", private=None, message="first", token="hf_secret")
