@@ -10,7 +10,7 @@ import huggingface_hub.constants
 
 
 class Hub:
-    """What was asked of it: created repositories {name: private}, and files {path: bytes} of commits by message."""
+    """What was asked of it: repositories {name: whether private}, and files {path: bytes} of commits by message."""
 
     def __init__(self):
         self.created, self.commits, self.tokens = {}, {}, set()
@@ -20,7 +20,7 @@ class Hub:
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization', 'me')}/{asked['name']}"
-            self.created[name] = asked.get("private")
+            self.created[name] = asked.get("visibility") == "private"
             return {"url": f"{self.url}/{name}", "name": name}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
@@ -30,7 +30,8 @@ class Hub:
         lines = [json.loads(line) for line in body.splitlines()]
         files = {one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in lines[1:]}
         self.commits[lines[0]["value"]["summary"]] = files
-        return {"commitUrl": f"{self.url}/{path.split('/')[3]}/commit/1", "commitOid": "1", "success": True}
+        owner, name = path.split("/")[3:5]
+        return {"commitUrl": f"{self.url}/{owner}/{name}/commit/1", "commitOid": "1", "success": True}
 
 
 @contextlib.contextmanager

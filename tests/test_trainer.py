@@ -101,7 +101,7 @@ def test_the_hook_is_given_what_was_trained_on_and_what_was_evaluated(trained):
     logged = {row["step"]: row for row in numbers(trainer.workdir)}
     for samples, step, writers in seen:
         assert samples.images.shape == (len(samples.prompts), 8, 8, 3) and samples.images.dtype == np.float32
-        assert 0 <= samples.images.min() and samples.images.max() <= 1 and list(writers) == ["jsonl"]
+        assert samples.images.min() >= 0 and samples.images.max() <= 1 and list(writers) == ["jsonl"]
         pixels = np.rint(samples.images * 255).astype(np.uint8)
         np.testing.assert_allclose(samples.rewards, redness(pixels, samples.prompts), rtol=1e-6)
         name = "eval/reward_mean" if samples.held_out else "ddpo/reward"
@@ -242,7 +242,7 @@ def test_pipelines_that_have_no_files_or_are_adapted_are_refused(opened, tmp_pat
     with pytest.raises(ConfigError, match="was opened from no files: save it"):
         make(tmp_path / "run", fresh)
     with pytest.raises(ConfigError, match=r"has adapted layers: pass config\.lora"):
-        make(tmp_path / "run", pipeline.with_lora("unet", pipeline.lora_targets, rank=2))
+        make(tmp_path / "run", pipeline.with_lora("unet", pipeline.lora_targets, rank=2, alpha=2.0))
 
 
 def test_a_run_that_is_not_complete_has_nothing_to_save(opened, tmp_path):

@@ -181,10 +181,10 @@ class LogWriter:
 class WandbWriter:
     """A W&B run: scalars and images by step, in WORKDIR/wandb and, unless WANDB_MODE=offline, on the server.
 
-    Its id is kept in the workdir, so that a resumed run continues it; parts that were written offline become one run by
-    `wandb sync --append`. Of each step W&B keeps what it was given first: rows that a killed run wrote past its
-    checkpoint, which the resumed run makes again. Project, entity and mode are set by W&B's own variables
-    (WANDB_PROJECT, ...); the run has the workdir's name.
+    Its id is kept in the workdir, so that a resumed run continues it; what is written offline is in a folder for each
+    start, all of one id, which `wandb sync` uploads. Rows that a killed run wrote past its checkpoint stay: they have
+    the numbers that the resumed run computes again. Project, entity and mode are W&B's own variables (WANDB_PROJECT,
+    ...); the run has the workdir's name.
 
     Raises:
         RunError: W&B does not start (no key, no network).

@@ -156,6 +156,26 @@ def test_a_reward_that_gives_no_scores_ends_the_run_with_its_name(function, mess
         a_step(make_explore(one_device(), terms))
 
 
+def test_samples_are_kept_if_asked_for():
+    """All of the step's, as the function saw them, with the rewards that it gave and what came with their prompts."""
+    seen = []
+
+    def score(images, prompts):
+        seen.append((images, prompts))
+        return Brightness().score_arrays(images, prompts)
+
+    source = make_explore(one_device(), one_term(Scored(score)), keep_samples=True)
+    a_step(source)
+    images, prompts, metadata, rewards, held_out = source.samples
+    np.testing.assert_allclose(images, np.concatenate([pixels for pixels, _ in seen]) / 255, rtol=1e-6)
+    assert prompts == [prompt for _, asked in seen for prompt in asked] and not held_out
+    assert metadata == [{"length": len(prompt)} for prompt in prompts]
+    np.testing.assert_allclose(rewards, np.concatenate([score(*call) for call in list(seen)]), rtol=1e-6)
+    other = make_explore(one_device(), one_term(Brightness()))
+    a_step(other)
+    assert other.samples is None
+
+
 def test_a_score_that_is_missing_is_no_verdict():
     """Of a few NaNs the advantage is 0, and the others are compared among themselves."""
 

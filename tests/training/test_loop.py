@@ -19,7 +19,7 @@ import child
 from toy import assemble_toy, main, toy_config, train
 
 from imagereward_jax.config import ConfigError
-from imagereward_jax.methods.base import Evaluation
+from imagereward_jax.methods.base import Evaluation, ImageSamples
 from imagereward_jax.training import loop
 from imagereward_jax.training.checkpoints import CheckpointError
 from imagereward_jax.training.interruptions import Interrupted, RunError
@@ -186,6 +186,39 @@ def test_an_open_log_window_that_is_being_saved_is_not_changed_by_later_steps():
     saved = meter.get_state()
     meter.add({"loss": 2.0})
     assert saved == {"totals": {"loss": 1.0}, "count": 1, "last": {}}
+
+
+def test_a_hook_is_given_the_samples_of_evaluations_with_and_without_writers(tmp_path):
+    seen = []
+    samples = ImageSamples(np.zeros((1, 2, 2, 3), np.float32), ["a"], [{}], np.zeros(1, np.float32), held_out=True)
+
+    def assemble(config, mesh):
+        run = assemble_toy(config, mesh)
+
+        def evaluate(components):
+            return Evaluation({"eval/good": 0.0}, None, samples)
+
+        return dataclasses.replace(run, method=dataclasses.replace(run.method, evaluate={"good": evaluate}))
+
+    for writers in (("jsonl",), ()):
+        config = toy_config(steps=4, **{"eval.every": 2})
+        config.writers = writers
+        loop.train(config, assemble, tmp_path / str(len(writers)), image_samples_hook=lambda *given: seen.append(given))
+    assert [(step, list(given)) for _, step, given in seen] == [
+        (step, one) for one in (["jsonl"], []) for step in (0, 2, 4)
+    ]
+    assert all(given is samples for given, _, _ in seen)
+
+
+def test_an_export_has_a_card_and_the_run_leaves_the_files_it_was_assembled_with(tmp_path):
+    def assemble(config, mesh):
+        return dataclasses.replace(assemble_toy(config, mesh), files={"notes.txt": "mine"}, license="mit")
+
+    train(toy_config(steps=2), assemble, tmp_path / "run")
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+    card = (tmp_path / "run/export/README.md").read_text()
+    good = {row["step"]: row["eval/good"] for row in numbers(tmp_path / "run") if "eval/good" in row}
+    assert 'license: "mit"' in card and f"| {good[0]:.4g} | {good[2]:.4g} |" in card
 
 
 def test_best_only_keeps_and_exports_the_best(tmp_path):

@@ -1,9 +1,12 @@
 """What the metric writers leave on disk, after a kill too, and what they import."""
 
+import importlib
 import io
 import json
+import struct
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -12,7 +15,8 @@ from PIL import Image
 
 pytest.importorskip("tensorboard")
 
-from imagereward_jax.training.metric_writers import JsonlWriter, Meter, make_writers, read_rows
+from imagereward_jax.training.interruptions import RunError
+from imagereward_jax.training.metric_writers import WANDB_RUN, JsonlWriter, Meter, make_writers, read_rows
 
 PROGRAM = """
 import sys
@@ -104,3 +108,66 @@ def test_the_state_of_a_meter_survives_json_and_that_of_earlier_versions_is_read
     for one in (meter, resumed, earlier):
         one.add({"loss": 0.3, "skipped": 1})
     assert meter.pop() == resumed.pop() == earlier.pop() == {"loss": 0.2, "skipped": 1}
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """W&B without a network, which keeps nothing in the user's home; and what it wrote, read from its files."""
+    module = pytest.importorskip("wandb")
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    return module
+
+
+def wandb_records(path):
+    """The records of an offline run: LevelDB's log format after a head of 7 bytes."""
+    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    data, at, record = path.read_bytes(), 7, b""
+    while at < len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record, at = record + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield messages.Record.FromString(record)
+            record = b""
+
+
+def test_wandb_continues_its_run_offline(wandb, tmp_path):
+    """Both parts have one id, every step's scalars, and the image to the bit."""
+    workdir = tmp_path / "my_run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text('{"steps": 4}')
+    image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    for steps, last in (((0, 1), None), ((2,), 1)):
+        (writer,) = make_writers(("wandb",), workdir, last_step=last).values()
+        for step in steps:
+            writer.write_images(step, "samples", image)
+            writer.write(step, {"loss": 0.25 * step})
+        writer.close()
+        time.sleep(1.1)  # W&B names the parts by the second that they began in
+    number = json.loads((workdir / WANDB_RUN).read_text())["id"]
+    files = sorted((workdir / "wandb").glob(f"offline-run-*-{number}/run-{number}.wandb"))
+    records = [record for path in files for record in wandb_records(path)]
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert [(run.run_id, run.display_name) for run in runs] == [(number, "my_run")] * 2
+    rows = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+    rows = [{".".join([*item.nested_key]) or item.key: json.loads(item.value_json) for item in row} for row in rows]
+    assert [(row["_step"], row["loss"]) for row in rows] == [(0, 0.0), (1, 0.25), (2, 0.5)]
+    (path,) = files[-1].parent.glob(f"files/{rows[-1]['samples.path']}")
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
+
+
+def test_wandb_that_does_not_start_says_what_to_do(wandb, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        RunError, match=r"config\.writers: W&B did not start \(No API key configured\.\): run `wandb login`"
+    ):
+        make_writers(("wandb",), tmp_path, last_step=None)

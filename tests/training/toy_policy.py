@@ -45,10 +45,11 @@ def prompt_source(size, seed=0):
 
     def transform(batch):
         length = np.array([len(prompt) for prompt in batch["prompt"]], np.float32)
-        return {"length": length, HOST: {"prompt": batch["prompt"]}}
+        return {"length": length, HOST: {"prompt": batch["prompt"], "metadata": batch["metadata"]}}
 
     shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    rows = make_iterator(PromptRows(PROMPTS), batch_size=size // jax.process_count(), seed=seed, **shares)
+    prompts = PromptRows(PROMPTS, {"length": [len(prompt) for prompt in PROMPTS]})
+    rows = make_iterator(prompts, batch_size=size // jax.process_count(), seed=seed, **shares)
     return DataSource("prompts", rows, transform, {"length": jax.ShapeDtypeStruct((size,), jnp.float32)}, images=size)
 
 
@@ -59,7 +60,9 @@ def sample(models, batch, key):
     return images, {"x": x, "length": batch["length"]}
 
 
-def make_explore(mesh, terms, *, choose=lambda rows, rng: rows, rounds=2, round_size=4, batch_size=4, epochs=2):
+def make_explore(
+    mesh, terms, *, choose=lambda rows, rng: rows, rounds=2, round_size=4, batch_size=4, epochs=2, **options
+):
     """The source of a reward's terms."""
     shapes = {"net": {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}}
     return Explore(
@@ -73,6 +76,7 @@ def make_explore(mesh, terms, *, choose=lambda rows, rng: rows, rounds=2, round_
         choose=choose,
         rounds=rounds,
         epochs=epochs,
+        **options,
     )
 
 
