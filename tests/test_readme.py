@@ -5,8 +5,10 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+import imagereward_jax as RM
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.generate import main
 
@@ -23,3 +25,15 @@ def test_the_readme_draws_what_it_says(tmp_path, monkeypatch):
     images = [np.asarray(Image.open(path)) for path in sorted((tmp_path / out).iterdir())]
     assert len(images) == 4
     assert sum(fully_right(prompt, image) for image in images) >= 3
+
+
+def test_the_readme_trains_from_python(tmp_path, monkeypatch):
+    """Its block as it stands, but for the number of steps, leaves a model that opens."""
+    for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib", "tensorboard"):
+        pytest.importorskip(package)
+    section = README.read_text().split("## From Python\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert block.count('"steps": 30') == 1
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace('"steps": 30', '"steps": 1'), {"__name__": "readme"})
+    RM.load_pipeline(tmp_path / "redness")
