@@ -30,11 +30,11 @@ USAGE = "usage: python -m imagereward_jax.train --config FILE.py [--workdir DIR]
 @command
 def main(argv=None):
     """Parses flags, builds, trains; prints one line and returns the exit status on an error."""
-    from imagereward_jax.trainer import Trainer
-
     argv = list(sys.argv if argv is None else argv)
     try:
         config, workdir, processes = parse_flags(argv)
+        from imagereward_jax.trainer import Trainer
+
         trainer = Trainer(config, workdir=workdir)
         if processes is not None:
             join(*processes)

@@ -176,12 +176,23 @@ def _config_of(config, fields):
     else:
         raise ConfigError(f"config={config!r:.200}: expected a recipe's ConfigDict or a method's Config")
     for name, value in fields.items():
-        part, _, last = name.rpartition(".")
-        section = functools.reduce(lambda tree, step: tree.get(step, {}), part.split("."), config) if part else config
-        if last not in section:
-            raise ConfigError(f"fields: config.{name} is not a field of this method{did_you_mean(last, section)}")
-        section[last] = value
+        _set_field(config, name, value)
     return config
+
+
+def _set_field(config, name, value):
+    """Changes the field of a dotted name."""
+    *path, last = name.split(".")
+    section = config
+    for step in path:
+        section = section.get(step) if isinstance(section, ConfigDict) else None
+    if not isinstance(section, ConfigDict) or last not in section:
+        near = did_you_mean(last, section) if isinstance(section, ConfigDict) else ""
+        raise ConfigError(f"fields: config.{name} is not a field of this method{near}")
+    try:
+        section[last] = value
+    except TypeError as error:
+        raise ConfigError(f"fields: config.{name}={value!r:.200}: {error}") from error
 
 
 def _config_of_method(settings):

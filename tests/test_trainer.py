@@ -219,6 +219,8 @@ def test_an_opened_reward_tunes_by_its_gradient(opened, tiny_reward, tmp_path):
         ({"config": "ddpo"}, ConfigError, "config='ddpo': expected a recipe's ConfigDict or a method's Config"),
         ({"fields": {"stepz": 1}}, ConfigError, r"fields: config\.stepz is not a field .*did you mean 'steps'"),
         ({"fields": {"optimizer.lr": 1}}, ConfigError, r"fields: config\.optimizer\.lr is not a field"),
+        ({"fields": {"steps.many": 1}}, ConfigError, r"fields: config\.steps\.many is not a field"),
+        ({"fields": {"steps": "many"}}, ConfigError, r"fields: config\.steps='many': .*"),
         ({"pipeline": 3}, ConfigError, "pipeline=3: expected a name or folder, a TextToImage"),
         ({"reward": 3}, ValueError, "expected a function, not int"),
         ({"prompts": []}, DataError, "prompts: there are no prompts in it"),

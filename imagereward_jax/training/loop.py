@@ -1,5 +1,6 @@
 """The loop that every method trains in: data, step, evaluation, checkpoints, metrics, report."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -87,7 +88,11 @@ def train(
     keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
     manager = Checkpoints(workdir / "checkpoints", keep=keep, best=config.eval.best)
     with closing(manager), catch_signals() as caught:
-        _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook).run()
+        loop = _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook)
+        with contextlib.ExitStack() as stack:
+            for writer in loop.writers.values():
+                stack.callback(writer.close)
+            loop.run()
     return True
 
 
@@ -158,8 +163,6 @@ class _Loop:
         if self.main:
             write_report(self.workdir)
             write_text(self.workdir / DONE, json.dumps({"step": self.step}))
-            for writer in self.writers.values():
-                writer.close()
         self.progress.say(f"done: {self.workdir / 'report.html'}")
 
     def _compile(self):

@@ -203,6 +203,7 @@ class WandbWriter:
                 name=workdir.name,
                 id=json.loads(path.read_text())["id"],
                 resume="allow",
+                reinit="create_new",  # beside a run that the caller may have open
                 dir=workdir,
                 config=json.loads((workdir / "config.json").read_text()),
                 settings=wandb.Settings(console="off"),
