@@ -47,7 +47,6 @@ trainer = RM.Trainer(
         "eval.every": STEPS,
         "log_every": 1,
         "writers": ("jsonl",),
-        "model.remat": "none",
     },
     pipeline="tiny-shapes",
     reward=redness,

@@ -108,6 +108,26 @@ def tiny_reward_folder(tiny_reward_config, vocab_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def shortened(tmp_path_factory):
+    """(text of a program that trains `tiny-shapes`, its number of steps) -> the same with two steps and a model that
+    compiles in a fraction of the time."""
+    import tiny_sd1
+
+    folder = tmp_path_factory.mktemp("one_level")
+    pipeline, params = tiny_sd1.make_one_level(folder / "tokenizer")
+    pipeline.save(folder / "model", params)
+
+    def shorten(text, steps):
+        changes = {steps: steps.replace("30", "2"), "height=32, width=32": "height=8, width=8"}
+        for before, after in {**changes, '"tiny-shapes"': repr(str(folder / "model"))}.items():
+            assert text.count(before) == 1, before
+            text = text.replace(before, after)
+        return text
+
+    return shorten
+
+
+@pytest.fixture(scope="session")
 def tiny_reward(tiny_reward_folder):
     import imagereward_jax
 

@@ -1,4 +1,4 @@
-"""The examples run as they stand: as a script, and cell by cell as a notebook."""
+"""The example runs as a script, and cell by cell as a notebook."""
 
 import os
 import subprocess
@@ -14,8 +14,11 @@ import imagereward_jax as RM
 from imagereward_jax.training.metric_writers import read_rows
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples/tune_from_python.py"
-SHORT = EXAMPLE.read_text(encoding="utf-8").replace("STEPS = 30", "STEPS = 2")
+
+
+@pytest.fixture(scope="module")
+def example(shortened):
+    return shortened((ROOT / "examples/tune_from_python.py").read_text(encoding="utf-8"), "STEPS = 30")
 
 
 def check(folder, printed):
@@ -29,9 +32,8 @@ def check(folder, printed):
     RM.load_pipeline(folder / "runs/redness_model")
 
 
-def test_as_a_script(tmp_path):
-    assert "STEPS = 2\n" in SHORT
-    (tmp_path / "example.py").write_text(SHORT)
+def test_as_a_script(example, tmp_path):
+    (tmp_path / "example.py").write_text(example)
     done = subprocess.run(
         [sys.executable, "example.py"],
         cwd=tmp_path,
@@ -44,13 +46,13 @@ def test_as_a_script(tmp_path):
     assert "2/2" in done.stderr  # the bar
 
 
-def test_as_a_notebook(tmp_path, monkeypatch):
+def test_as_a_notebook(example, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     nbformat = pytest.importorskip("nbformat")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    cells = [nbformat.v4.new_code_cell("# " + cell) for cell in SHORT.split("\n# %%")[1:]]
+    cells = [nbformat.v4.new_code_cell("# " + cell) for cell in example.split("\n# %%")[1:]]
     notebook = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.outputs]
