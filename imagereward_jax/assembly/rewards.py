@@ -101,16 +101,13 @@ def given_terms(reward: Any, *, needs_gradient: bool) -> Terms:
     members = reward.members if isinstance(reward, MixedReward) else reward
     members = members if isinstance(members, Mapping) else {"": members}
     terms = {name: one if isinstance(one, Term) else Term(one) for name, one in members.items()}
-    fields = {
-        name: f"reward {getattr(term.reward, 'name', type(term.reward).__name__)!r}{f' ({name})' if name else ''}"
-        for name, term in terms.items()
-    }
     if not terms:
         raise ValueError("reward={}: a mixture needs at least one reward")
+    found = Terms(terms)
     if needs_gradient:
         for name, term in terms.items():
-            _check_gradient(term.reward, fields[name], "imagereward_jax.jax_reward(function)")
-    return Terms(terms, fields)
+            _check_gradient(term.reward, found.fields[name], "imagereward_jax.jax_reward(function)")
+    return found
 
 
 def _check_gradient(reward, where, as_jax):

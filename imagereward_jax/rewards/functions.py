@@ -117,14 +117,12 @@ class JaxReward(RuleReward):
         if self._tokenize is None:
             return _utf8(prompts)
         try:
-            tokens = jax.tree.map(np.asarray, self._tokenize(prompts))
+            tokens = jax.tree.map(np.asarray, self._tokenize(prompts), is_leaf=lambda part: not isinstance(part, dict))
         except Exception as error:
             told = describe(error, getattr(self._tokenize, "__func__", self._tokenize))
             raise RewardError(f"reward {self.name!r}", f"tokenize failed: {told}") from error
-        fits = isinstance(tokens, np.ndarray | dict) and all(
-            leaf.dtype.kind in "buif" and leaf.shape[:1] == (len(prompts),) for leaf in jax.tree.leaves(tokens)
-        )
-        if not fits:
+        leaves = jax.tree.leaves(tokens)
+        if not all(leaf.dtype.kind in "buif" and leaf.shape[:1] == (len(prompts),) for leaf in leaves):
             said = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tokens)
             expected = f"an array of numbers [{len(prompts)}, ...], or a dict of such"
             reason = f"tokenize returned {said} for {len(prompts)} prompts; expected {expected}"
@@ -191,14 +189,13 @@ class Prompts:
         at = [self.utf8[:, offset : offset + last] == byte for offset, byte in enumerate(wanted)]
         return functools.reduce(jnp.logical_and, at, jnp.ones((len(self), last), bool)).any(1)
 
-    def __iter__(self):
+    def _no_texts(self, *_):
         raise TypeError(
             "there are no texts inside a compiled program: use prompts.contains('red') or the bytes prompts.utf8, or "
             "make the reward an object with tokenize(prompts) and __call__(images, tokens)"
         )
 
-    def __getitem__(self, index: Any):
-        return iter(self)
+    __iter__ = __getitem__ = __contains__ = _no_texts
 
 
 _TRACING_ERRORS = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)

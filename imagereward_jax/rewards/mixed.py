@@ -118,11 +118,15 @@ class Terms:
 
     Attributes:
         terms: {name: `Term`}; a reward that is no mixture is one term of the name "".
-        fields: how errors name each, "config.reward.path='jpeg-compressibility'".
+        fields: how errors name each, "config.reward.path='jpeg-compressibility'"; by default by its name.
     """
 
     terms: Mapping[str, Term]
-    fields: Mapping[str, str]
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        default = {name: f"reward {getattr(term.reward, 'name', name)!r}" for name, term in self.terms.items()}
+        object.__setattr__(self, "fields", {**default, **self.fields})
 
     @property
     def networks(self) -> Any | None:

@@ -133,7 +133,7 @@ class Explore(Source):
         models = models._replace(tables=self.tables)
         batch = self.prompts.prepare(models, batch)
         images, rows = self.sample(models, batch, jax.random.wrap_key_data(key_data))
-        scores = self.terms.apply_networks(models.policy.get("reward"), images, batch.get("reward"))
+        scores = self.terms.apply_networks(models.policy.get("reward", {}), images, batch.get("reward"))
         pixels = jnp.round(images * 255).astype(jnp.uint8) if self.terms.functions else None
         return pixels, rows, scores
 

@@ -1,6 +1,7 @@
 """A user's own rewards: Python functions and jax functions, by name and as objects."""
 
 import functools
+import json
 import sys
 
 import jax
@@ -73,7 +74,7 @@ def warmth_of(images):
 
 def test_a_python_function_scores(images, module):
     reward = open_reward("my_rewards:brightness")
-    expected = images.mean((1, 2, 3)) + [3, 5]
+    expected = images.mean((1, 2, 3)) + np.array([3, 5])
     np.testing.assert_allclose(reward.score(["abc", "abcde"], list(images)), expected, rtol=1e-6)
     assert reward.score("abc", Image.fromarray(images[0])) == pytest.approx(expected[0])
     np.testing.assert_allclose(reward.score_arrays(images / np.float32(255), ["abc", "abcde"]), expected, rtol=1e-6)
@@ -129,7 +130,7 @@ def test_what_a_python_function_may_return(images):
 )
 def test_bad_returns_of_a_python_function_are_named(returned, message, images):
     reward = open_reward(lambda images, prompts: returned)
-    with pytest.raises(RewardError, match=f"^reward '.*test_functions:.*lambda.*: the reward returned .*{message}"):
+    with pytest.raises(RewardError, match=f"^reward '.*test_functions:.*lambda.*: .*{message}"):
         reward.score_arrays(images, ["first", "second"])
 
 
@@ -191,7 +192,7 @@ def test_prompts_reach_a_jax_function_as_bytes_or_as_its_own_tokens(images, modu
         wanted = -np.square(floats[..., 0].mean((1, 2)) - np.array(["red" in prompt for prompt in batch]))
         np.testing.assert_allclose(traced(reward.tokenize(batch)), wanted, atol=1e-6)
     assert len(calls) == 1
-    with pytest.raises(RewardError, match="no texts inside a compiled program: use prompts.contains"):
+    with pytest.raises(RewardError, match=r"no texts inside a compiled program: use prompts\.contains"):
         jax_reward(lambda images, prompts: [len(prompt) for prompt in prompts]).score_arrays(images, prompts)
     with pytest.raises(RewardError, match="no texts inside a compiled program"):
         jax_reward(lambda images, prompts: images.mean((1, 2, 3)) * ("red" in prompts)).score_arrays(images, prompts)
@@ -311,7 +312,8 @@ def test_commands_score_by_functions_and_name_the_one_that_fails(images, module,
     arguments = ["--prompt", "abc", str(tmp_path / "1.png"), "--json"]
     for name, expected in (("jax:my_rewards:warmth", warmth_of(images)[0]), ("my_rewards:rated", -1)):
         assert score.main(["--model", name, *arguments]) == 0
-        assert f'"score": {expected:.4f}'[:14] in capsys.readouterr().out
+        (row,) = json.loads(capsys.readouterr().out)["images"]
+        assert row["score"] == pytest.approx(expected, rel=1e-5)
     (tmp_path / "my_rewards.py").write_text(MODULE + "def fails(images, prompts):\n    raise LookupError('asleep')\n")
     sys.modules.pop("my_rewards")
     assert score.main(["--model", "my_rewards:fails", *arguments]) == 1

@@ -95,7 +95,7 @@ def assemble_policy(config, mesh, place=None, call=0, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
 
     class Watched(Brightness):
-        def score_arrays(self, images, prompts):
+        def score_arrays(self, images, prompts, metadata=None):
             called("reward")
             return super().score_arrays(images, prompts)
 
