@@ -392,12 +392,13 @@ def test_half_precision_and_shared_storages_of_an_archive_are_read(tmp_path):
 
 
 def test_bad_requests_say_what_to_do(tmp_path):
-    assert imagereward_jax.available_scores() == ["CLIP", "BLIP", "Aesthetic", "PickScore", "HPSv2.1"]
+    aesthetic = ["Aesthetic", "Aesthetic-AlignProp", "Aesthetic-AlignProp-TRL"]
+    assert imagereward_jax.available_scores() == ["CLIP", "BLIP", *aesthetic, "PickScore", "HPSv2.1"]
     with pytest.raises(FileNotFoundError, match=r"did you mean 'PickScore'"):
         imagereward_jax.load_score("Pickscore")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pt: no such file"):
         imagereward_jax.load_score("CLIP", path=tmp_path / "nowhere.pt")
-    with pytest.raises(ValueError, match="head= applies only to the Aesthetic score"):
+    with pytest.raises(ValueError, match="head= applies only to the Aesthetic scores"):
         imagereward_jax.load_score("CLIP", head="x.pth")
     torch.save({"something": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt: not a CLIP checkpoint of a known layout"):

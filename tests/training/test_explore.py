@@ -148,7 +148,7 @@ def fails(images, prompts):
         ),
         (lambda images, prompts: None, "the reward returned scores .* type object"),
         (lambda images, prompts: {"sharp": [1.0]}, r"the reward returned scores 'sharp' of shape \(1,\)"),
-        (lambda images, prompts: [0, 1, 2, np.inf], "returned inf for image 3 of 4, of the prompt '[abc]+'"),
+        (lambda images, prompts: [0, 1, 2, np.inf], "the reward returned inf for image 3 of 4, of the prompt '[abc]+'"),
         (lambda images, prompts: np.full(4, np.nan), "none of 8 scores is a finite number"),
     ],
 )
