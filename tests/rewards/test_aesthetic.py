@@ -49,7 +49,7 @@ def images():
 
 def head():
     layers = torch_blip.Head(768, (1024, 128, 64, 16))
-    layers.load_state_dict(torch.load(HEAD, weights_only=True))
+    layers.load_state_dict(torch.load(HEAD, map_location="cpu", weights_only=True))
     return layers.eval()
 
 
@@ -85,7 +85,7 @@ def test_ddpos_aesthetic_score_is_that_of_clips_processor(clip, images):
 @needs_head
 @pytest.mark.parametrize("name", ALIGNPROP)
 def test_alignprops_aesthetic_score_and_gradient_are_pytorchs(clip, images, name):
-    """Within 1e-4, and of the gradient 1e-4 of its largest number; files give the same as arrays."""
+    """Within 1e-4, and of the gradient 1e-4 of its largest number; `score` rounds images to 8 bits first."""
     model, folder = clip
     reward = imagereward_jax.load_score(name, path=folder, head=HEAD, device="cpu")
     tensors = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).requires_grad_()
@@ -95,12 +95,17 @@ def test_alignprops_aesthetic_score_and_gradient_are_pytorchs(clip, images, name
     np.testing.assert_allclose(scores, expected.sum().item(), atol=1e-4)
     theirs = tensors.grad.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(gradient, theirs, atol=1e-4 * np.abs(theirs).max())
-    np.testing.assert_allclose(reward.score("anything", list(images)), expected.detach(), atol=1e-4)
+    rounded = np.round(255 * images).astype(np.uint8)
+    tensors = torch.from_numpy(rounded.transpose(0, 3, 1, 2) / np.float32(255))
+    with torch.no_grad():
+        expected = score_of(model, alignprop_pixels(tensors, ALIGNPROP[name]))
+    np.testing.assert_allclose(reward.score("anything", list(rounded)), expected, atol=1e-4)
 
 
 def test_the_three_ways_to_preprocess_differ(images):
     """So each name says which is meant: not by rounding alone, of an image that shrinks."""
     ways = (preprocess.CROP, preprocess.BILINEAR, preprocess.BILINEAR_ANTIALIASED)
+    images = np.round(255 * images).astype(np.uint8) / np.float32(255)
     pixels = [way.device(images, 28) for way in ways]
     host = [np.stack([way.host(image, 28) for image in images]) for way in ways[1:]]
     for first, second in ((0, 1), (0, 2), (1, 2)):

@@ -244,7 +244,7 @@ def test_the_score_command_takes_every_score_by_name(name, home, images, tmp_pat
     """Images on the command line: the scores of `load_score`, which are those of the command's table."""
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for path, image in zip(paths, images):
-        image.save(path)
+        image.crop((0, 0, 40, 40)).save(path)  # square, as AlignProp's aesthetic score needs them
     assert score.main(["--model", name, "--prompt", "a red cat", "--json", *map(str, paths)]) == 0
     printed = [row["score"] for row in json.loads(capsys.readouterr().out)["images"]]
     expected = imagereward_jax.load_score(name, device="cpu").score("a red cat", paths)
