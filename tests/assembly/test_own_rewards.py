@@ -40,6 +40,7 @@ def get_config():
 """
 SETTINGS = {
     "refl": 'config.method.update({"stop_min": 1, "stop_max": 2, "pretrain": "off"})',
+    "draft": 'config.method.update({"guidance_scale": 1.0, "loss": "linear"})',
     "ddpo": 'config.method.update({"rounds": 1, "timestep_fraction": 1.0})',
 }
 BROKEN = """
@@ -115,12 +116,11 @@ def test_a_gradient_flows_through_networks_and_jax_functions(here):
 
 
 def test_a_jax_function_alone_is_a_reward_without_weights(here):
-    """`reward_gradient` by a reward that has no parameters at all, from a recipe that names it."""
-    recipe = recipe_beside(here / "configs/x", "refl_tiny")
-    options = ("--config.reward.path=jax:my_rewards:warmth", "--config.steps=2")
-    assert train("refl", "alone", *options) == 0
+    """DRaFT-1 by a reward that has no parameters at all: the loss is its mean, negated, and it trains."""
+    assert train("draft", "alone", "--config.reward.path=jax:my_rewards:warmth") == 0
     row = last_row("alone")
-    assert row["refl/grad_norm"] > 0 and -1 <= row["refl/reward"] <= 1 and recipe.reward.path != "jax:my_rewards:warmth"
+    assert row["reward_gradient/loss"] == pytest.approx(-row["reward_gradient/reward"], abs=1e-7)
+    assert row["reward_gradient/grad_norm"] > 0 and row["skipped"] == 0
 
 
 def test_ddpo_hands_metadata_to_functions_and_logs_named_scores(here):
@@ -171,14 +171,28 @@ def test_a_function_without_a_gradient_is_refused_with_what_to_write(here, capsy
     assert not (here / "no").exists()
 
 
-def test_a_plan_traces_a_jax_function_over_shapes(here):
-    config = recipe_beside(here / "configs/x", "refl_tiny")
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("refl", {}),
+        ("draft", {"truncation": "per_step"}),
+        ("draft", {"truncation": "spaced", "stop_min": 2, "gradient_steps": 2}),
+        ("draft", {"noisings": 1}),
+        ("ddpo", {}),
+    ],
+    ids=["refl", "alignprop", "drtune", "draft_lv", "ddpo"],
+)
+def test_every_method_is_planned_with_a_jax_function(here, method, settings):
+    """The step is traced over shapes; methods that follow the gradient have the function's tokens in their batch."""
+    config = recipe_beside(here / "configs/x", f"{method}_tiny")
     config.reward.path = "jax:my_rewards:target"
+    config.method.update(settings)
     validate(config)
     mesh = make_mesh(1, 1, jax.devices()[:1])
     run = assemble(config, mesh, abstract=True)
     program = TrainingProgram(config, run, mesh)
-    assert program.abstract_batches()["refl"]["reward"].shape == (4, 3)
+    (batch,) = program.abstract_batches().values()
+    assert method == "ddpo" or batch["reward"].shape == (4, 3)
     assert program.trace(run, "cpu").jaxpr.out_avals
 
 
