@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,10 +14,11 @@ import tiny_sd1
 for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)
 
+from imagereward_jax.assembly.evaluators import SampleEvaluator
 from imagereward_jax.assembly.run import assemble
 from imagereward_jax.config import ConfigError
 from imagereward_jax.recipes import recipe_beside, validate
-from imagereward_jax.rewards.mixed import MixedReward, Term
+from imagereward_jax.rewards.mixed import MixedReward, Term, Terms
 from imagereward_jax.train import main
 from imagereward_jax.training import html_report
 from imagereward_jax.training.mesh import make_mesh
@@ -40,7 +42,7 @@ def get_config():
 """
 SETTINGS = {
     "refl": 'config.method.update({"stop_min": 1, "stop_max": 2, "pretrain": "off"})',
-    "draft": 'config.method.update({"guidance_scale": 1.0, "loss": "linear"})',
+    "draft": 'config.method.update({"guidance_scale": 1.0, "loss": "linear", "target": 0.0})',
     "ddpo": 'config.method.update({"rounds": 1, "timestep_fraction": 1.0})',
 }
 BROKEN = """
@@ -224,3 +226,23 @@ def test_what_is_handed_over_is_a_reward_a_function_or_a_mixture(here):
         assemble(config, mesh, abstract=True, reward=short)
     with pytest.raises(ValueError, match="a mixture needs at least one reward"):
         assemble(config, mesh, abstract=True, reward={})
+
+
+def test_evaluation_leaves_out_images_without_a_verdict():
+    """Of two images per prompt one of the first prompt's and both of the second's have none; the third's have."""
+
+    def some(images, prompts, metadata):
+        return [row["score"] if row["score"] >= 0 else np.nan for row in metadata]
+
+    evaluator = object.__new__(SampleEvaluator)
+    evaluator.settings, evaluator.check, evaluator.networks = SimpleNamespace(images_per_prompt=2), False, None
+    evaluator.terms, evaluator.prompts = Terms({"some": Term(some)}), ["a", "a", "b", "b", "c", "c"]
+    evaluator.metadata = [{"score": score} for score in (4.0, -1, -1, -1, 1.0, 3.0)]
+    metrics, _ = evaluator._judged({}, np.zeros((6, 4, 4, 3), np.float32))
+    per_prompt = np.array([4.0, 2.0])
+    assert metrics == {
+        "eval/reward_mean": per_prompt.mean(),
+        "eval/reward_std": per_prompt.std(),
+        "eval/reward_some": pytest.approx(8 / 3),
+        "eval/reward_no_verdict": 3.0,
+    }
