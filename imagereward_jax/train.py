@@ -49,7 +49,7 @@ def main(argv=None):
 
 def run(trainer: "Trainer") -> int:
     """Trains; returns the exit status."""
-    from imagereward_jax.rewards.mixed import RewardError
+    from imagereward_jax.rewards.errors import RewardError
     from imagereward_jax.training.checkpoints import CheckpointError
     from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
 

@@ -41,8 +41,9 @@ class Trainer:
         fields: further fields by their names in the config, {"steps": 100, "optimizer.learning_rate": 1e-4}.
         pipeline: a model's name or folder; an opened `TextToImage`, whose files are opened again in the config's
             dtypes; or what `load_pipeline` returns, (pipeline, params), whose weights training then starts from.
-        reward: a name as of config.reward.path, an opened reward, or a function
-            f(images uint8 [B, H, W, 3], prompts) -> B numbers.
+        reward: a name as of config.reward.path; an opened reward; a function f(images uint8 [B, H, W, 3], prompts) or
+            f(images, prompts, metadata) of B scores, or a jax function (`jax_reward`), see docs/rewards.md; or
+            {name: opened reward, function or `Term`} for their weighted sum.
         prompts: a file or name as of config.data.prompts; a list of prompts or of (prompt, metadata), shuffled by the
             run's seed; or a function () -> (prompt, metadata), see `data.given_prompts`. The function is called for
             the prompts of all steps before the first one. What it gave is kept in WORKDIR/prompts.jsonl: a resumed run

@@ -43,10 +43,11 @@ def generation_of(config: Any, pipeline: Any) -> Any:
 class SampleEvaluator:
     """Samples held-out prompts from the same noise every time and scores the images.
 
-    Calling it with the components gives `eval/reward_mean`, `eval/reward_std` (over prompts, of each prompt's mean), of
-    a mixture `eval/reward_NAME` (each term's mean score), and, if the prompts are the shapes world's,
-    `eval/checker_rate`, the share of images in which the rule-based checker finds all four words. For each S of
-    config.eval.guidance_scales the same prompts and noise give `eval/reward_mean@S` and `eval/checker_rate@S`.
+    Calling it with the components gives `eval/reward_mean`, `eval/reward_std` (over prompts, of each prompt's mean; an
+    image without a verdict counts in neither), the `eval/reward_NAME` of `Terms.metrics`, and, if the prompts are the
+    shapes world's, `eval/checker_rate`, the share of images in which the rule-based checker finds all four words. For
+    each S of config.eval.guidance_scales the same prompts and noise give `eval/reward_mean@S` and
+    `eval/checker_rate@S`.
 
     Args:
         parts: the run's parts; reads config.eval, the pipeline and the reward's terms (or None).
@@ -57,9 +58,9 @@ class SampleEvaluator:
         self.settings, self.pipeline, self.mesh = parts.config.eval, parts.pipeline, parts.mesh
         self.terms, self.networks = parts.terms, parts.reward
         rows = held_out_rows(parts)
-        count = min(len(rows), self.settings.num_prompts)
-        self.rows = [rows[index] for index in range(count) for _ in range(self.settings.images_per_prompt)]
-        self.prompts = [row["prompt"] for row in self.rows]
+        chosen = np.repeat(np.arange(len(rows))[: self.settings.num_prompts], self.settings.images_per_prompt)
+        self.prompts = [rows[row]["prompt"] for row in chosen]
+        self.metadata = [rows[row]["metadata"] for row in chosen]
         self.check = str(self.settings.prompts).startswith("shapes:")
         generation = parts.generation
         sampler = make_sampler(
@@ -93,11 +94,10 @@ class SampleEvaluator:
             found, *_ = self._judged(components, others)
             metrics |= {f"{name}@{scale:g}": found[name] for name in COMPARED if name in found}
         shown = self.settings.grid
-        metadata = [row["metadata"] for row in self.rows]
         return Evaluation(
             {name: float(value) for name, value in metrics.items()},
             contact_sheet(images[:shown], captions[:shown]),
-            ImageSamples(images, list(self.prompts), metadata, rewards, held_out=True),
+            ImageSamples(images, list(self.prompts), list(self.metadata), rewards, held_out=True),
         )
 
     def _judged(self, components, images):
@@ -106,8 +106,10 @@ class SampleEvaluator:
         if self.terms:
             scores = self._scores(components, images, pixels)
             rewards = self.terms.total(scores)
-            metrics |= {f"eval/reward_{name}": values.mean() for name, values in scores.items() if name}
-            per_prompt = rewards.reshape(-1, self.settings.images_per_prompt).mean(1)
+            metrics |= {f"eval/{name}": value for name, value in self.terms.metrics(scores, rewards).items()}
+            rated = np.isfinite(rewards).reshape(-1, self.settings.images_per_prompt)
+            sums = np.where(rated, rewards.reshape(rated.shape), 0).sum(1)
+            per_prompt = sums[rated.any(1)] / rated.sum(1)[rated.any(1)]
             metrics |= {"eval/reward_mean": per_prompt.mean(), "eval/reward_std": per_prompt.std()}
             captions = [f"{reward:+.2f} {prompt}" for prompt, reward in zip(self.prompts, rewards)]
         if self.check:
@@ -118,7 +120,9 @@ class SampleEvaluator:
 
     def _scores(self, components, images, pixels):
         """{term: scores [N]} of all images, `pixels` in uint8; networks score them a batch at a time."""
-        scores = {name: self.terms.call_function(name, pixels, self.prompts) for name in self.terms.functions}
+        scores = {}
+        for name in self.terms.functions:
+            scores |= self.terms.call_function(name, pixels, self.prompts, self.metadata)
         if self.networks is None:
             return scores
         size, found = -(-self.settings.batch_size // self.mesh.size) * self.mesh.size, []
@@ -126,7 +130,7 @@ class SampleEvaluator:
             rows = np.minimum(np.arange(start, start + size), len(images) - 1)
             tokens = self.networks.tokenize([self.prompts[row] for row in rows])
             batch = put_replicated_rows(self.mesh, {"images": images[rows], "tokens": tokens})
-            found.append(jax.device_get(self._score(components["reward"], batch["images"], batch["tokens"])))
+            found.append(jax.device_get(self._score(components.get("reward", {}), batch["images"], batch["tokens"])))
         return scores | jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
 
 

@@ -1,7 +1,7 @@
 """Objects that Python code brings to a run beside its config: weights, a reward, prompts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ class Given:
 
     Attributes:
         params: all weights of the model, by component, instead of its files'.
-        reward: an opened reward (`rewards.base.Reward`, `rewards.rules.RuleReward`), or a function, instead of
-            config.reward's.
+        reward: instead of config.reward's, see `rewards.given_terms`.
         prompts: training prompts, a list or function of `data.given_prompts`.
         eval_prompts: a list of held-out prompts.
         workdir: of the run, where the prompts of a function are kept.
@@ -39,9 +38,14 @@ class Given:
 
 
 def name_of(value: Any) -> str:
-    """How config fields call an object: "module:function", "a list of 3", or the class of another object."""
+    """How config fields call an object: its own name, "module:function", "a list of 3", "a mixture of a, b", or the
+    name of its class."""
+    if isinstance(value, Mapping):
+        return f"a mixture of {', '.join(value)}"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
+    if isinstance(getattr(value, "name", None), str):
+        return value.name
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}:{named.__qualname__}"
 

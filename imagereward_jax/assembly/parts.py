@@ -82,18 +82,18 @@ class Parts:
 
     @functools.cached_property
     def terms(self) -> Terms | None:
-        """The reward of config.reward, or the given one, networks and functions; None if it names none.
+        """The reward that was given or that config.reward names, networks and functions; None if there is none.
 
         Raises:
             ConfigError: it has no gradient and the method needs one, or it cannot be planned.
             FileNotFoundError, ValueError: see `registry.open_reward`.
         """
         settings, method = self.config.reward, find_method(self.config.method.name)
-        if not (settings.path or settings.terms):
-            return None
         needs_gradient = method.Config.needs_gradient
         if self.given.reward is not None:
-            return rewards.given_terms(self.given.reward, settings.path, needs_gradient=needs_gradient)
+            return rewards.given_terms(self.given.reward, needs_gradient=needs_gradient)
+        if not (settings.path or settings.terms):
+            return None
         return rewards.open_terms(settings, self.config.dtype, needs_gradient=needs_gradient, abstract=self.abstract)
 
     @functools.cached_property

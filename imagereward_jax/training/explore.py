@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from imagereward_jax.methods.base import HOST, Batch, ImageSamples, Key, Models, Params, Source
 from imagereward_jax.models.sharding import batch_over
-from imagereward_jax.rewards.mixed import Terms
+from imagereward_jax.rewards.mixed import Terms, mean_of
 from imagereward_jax.training.mesh import batch_sharding, from_all_processes, local_rows, put_batch
 
 
@@ -137,7 +137,7 @@ class Explore(Source):
         models = models._replace(tables=self.tables)
         batch = self.prompts.prepare(models, batch)
         images, rows = self.sample(models, batch, jax.random.wrap_key_data(key_data))
-        scores = self.terms.apply_networks(models.policy.get("reward"), images, batch.get("reward"))
+        scores = self.terms.apply_networks(models.policy.get("reward", {}), images, batch.get("reward"))
         needed = self.keep_samples or self.terms.functions
         pixels = jnp.round(images * 255).astype(jnp.uint8) if needed else None
         return pixels, rows, scores
@@ -156,7 +156,8 @@ class Explore(Source):
                 yield None
             found.append(self._collect(*waiting))
             for one in found:
-                one.scores.update({name: future.result() for name, future in one.futures.items()})
+                for future in one.futures.values():
+                    one.scores.update(future.result())
                 yield None
         finally:  # a step that is given up leaves no images to score
             for future in (future for one in found for future in one.futures.values()):
@@ -164,12 +165,12 @@ class Explore(Source):
         return found
 
     def _collect(self, host, made):
-        """A round on the host, its images on their way to the functions."""
+        """A round on the host, its images on their way to the functions; host: what its batch has under "host"."""
         pixels, rows, scores = made
         rows, scores = jax.tree.map(local_rows, (rows, scores))
         pixels = None if pixels is None else local_rows(pixels)
         futures = {
-            name: thread.submit(self.terms.call_function, name, pixels, host["prompt"])
+            name: thread.submit(self.terms.call_function, name, pixels, host["prompt"], host.get("metadata"))
             for name, thread in self._threads.items()
         }
         return _Round(host, pixels if self.keep_samples else None, rows, scores, futures)
@@ -178,17 +179,16 @@ class Explore(Source):
         """The advantages of this process's samples, from the rewards of all processes; sets `metrics` and `samples`."""
         own = {
             "prompts": [prompt for one in found for prompt in one.host["prompt"]],
-            "scores": {name: np.concatenate([one.scores[name] for one in found]).tolist() for name in self.terms.terms},
+            "scores": {
+                name: scores.tolist() for name, scores in self.terms.join([one.scores for one in found]).items()
+            },
         }
         everyone = from_all_processes(own)
-        scores = {
-            name: np.concatenate([np.asarray(each["scores"][name], np.float32) for each in everyone])
-            for name in self.terms.terms
-        }
+        scores = self.terms.join([each["scores"] for each in everyone])
         rewards = self.terms.total(scores)
         advantages = self.assign([prompt for each in everyone for prompt in each["prompts"]], rewards)
-        self.metrics = {"reward": _mean(rewards), "reward_std": float(np.std(rewards[np.isfinite(rewards)]))}
-        self.metrics |= {f"reward_{name}": _mean(values) for name, values in scores.items() if name}
+        self.metrics = {"reward": mean_of(rewards), "reward_std": float(np.std(rewards[np.isfinite(rewards)]))}
+        self.metrics |= self.terms.metrics(scores, rewards)
         count = len(own["prompts"])
         mine = slice(jax.process_index() * count, (jax.process_index() + 1) * count)
         if self.keep_samples:
@@ -196,10 +196,6 @@ class Explore(Source):
             metadata = [row for one in found for row in one.host["metadata"]]
             self.samples = ImageSamples(images, own["prompts"], metadata, rewards[mine], held_out=False)
         return advantages[mine]
-
-
-def _mean(values):
-    return float(np.mean(values[np.isfinite(values)]))
 
 
 def _generator(key):
