@@ -239,7 +239,7 @@ def test_evaluation_leaves_out_images_without_a_verdict():
     evaluator.settings, evaluator.check, evaluator.networks = SimpleNamespace(images_per_prompt=2), False, None
     evaluator.terms, evaluator.prompts = Terms({"some": Term(some)}), ["a", "a", "b", "b", "c", "c"]
     evaluator.metadata = [{"score": score} for score in (4.0, -1, -1, -1, 1.0, 3.0)]
-    metrics, _ = evaluator._judged({}, np.zeros((6, 4, 4, 3), np.float32))
+    metrics, *_ = evaluator._judged({}, np.zeros((6, 4, 4, 3), np.float32))
     per_prompt = np.array([4.0, 2.0])
     assert metrics == {
         "eval/reward_mean": per_prompt.mean(),
