@@ -83,6 +83,8 @@ class ImageSampler:
         step_keys = keys if step_keys is None else step_keys
         if step_keys is None and self.sampler.stochastic:
             raise ValueError("this sampler adds noise at its steps: pass keys= or step_keys=")
+        if step_keys is None:  # no step reads them, but the program, which serves every sampler, has a place for them
+            step_keys = jax.random.split(jax.random.key(0), len(prompts))
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = guidance_scale > 1.0
         negative = list(negative_prompts or [""] * len(prompts)) if guided else None
