@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_sd1
+import tiny_sdxl
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -211,7 +212,15 @@ def test_a_step_asks_for_what_has_a_weight(blend, rows):
     assert pipeline.rows == rows
 
 
-def test_what_does_not_fit_is_refused(base, tuned):
+def test_a_base_of_another_kind_is_refused(base, tmp_path):
+    pipeline = open_pipeline(base)
+    with pytest.raises(ValueError, match="it predicts v_prediction, the tuned model epsilon"):
+        load_base(pipeline, open_pipeline(base, prediction_type="v_prediction"), {}, "float32", "it")
+    with pytest.raises(ValueError, match="it is of the family sdxl, the tuned model of sd1"):
+        load_base(pipeline, tiny_sdxl.make(tmp_path)[0], {}, "float32", "it")
+
+
+def test_what_does_not_fit_is_refused(base):
     for options, said in (
         ({"steps": (0.5, 0.5)}, "0.5:0.5 should be two positions"),
         ({"steps": (0.0, 1.1)}, "0:1.1 should be two positions"),
