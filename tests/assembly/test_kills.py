@@ -1,5 +1,6 @@
 """Runs of the built-in model that are killed and resumed end in the bits of a run that never stopped."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -52,11 +53,15 @@ def run(folder, recipe, place="never", call=0, name="SIGKILL"):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """The folder of each run that never stopped."""
-    folders = {recipe: tmp_path_factory.mktemp(recipe) for recipe in RUNS}
-    for recipe, folder in folders.items():
+    """The folder of a recipe's run that never stopped."""
+
+    @functools.cache
+    def folder_of(recipe):
+        folder = tmp_path_factory.mktemp(recipe)
         assert run(folder, recipe) == 0
-    return folders
+        return folder
+
+    return folder_of
 
 
 def final_state(folder):
@@ -72,14 +77,12 @@ def numbers(folder):
 @pytest.mark.parametrize(("recipe", "place", "call", "name"), MOMENTS)
 def test_killed_and_resumed_ends_in_the_same_bits(clean, tmp_path, recipe, place, call, name):
     """The last checkpoint, the metrics and the export."""
-    number = signal.Signals[name]
+    number, expected = signal.Signals[name], clean(recipe)
     stopped = -number if number == signal.SIGKILL else 128 + number
     assert run(tmp_path, recipe, place, call, name) == stopped
     assert not (tmp_path / "run/done.json").exists()
     assert run(tmp_path, recipe) == 0
-    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(clean[recipe]))
-    assert numbers(tmp_path) == numbers(clean[recipe])
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(expected))
+    assert numbers(tmp_path) == numbers(expected)
     exported = "run/export/unet/diffusion_pytorch_model.safetensors"
-    jax.tree.map(
-        np.testing.assert_array_equal, read_tensors(tmp_path / exported), read_tensors(clean[recipe] / exported)
-    )
+    jax.tree.map(np.testing.assert_array_equal, read_tensors(tmp_path / exported), read_tensors(expected / exported))
