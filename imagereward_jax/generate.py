@@ -9,7 +9,6 @@ Default sampler, steps and guidance scale are those in the generation_config.jso
 
 import argparse
 import math
-import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -25,7 +24,11 @@ if TYPE_CHECKING:
 
     from imagereward_jax.diffusion.sampler import Sampler
     from imagereward_jax.pipelines.base import TextToImage
+    from imagereward_jax.pipelines.blend import Blend
     from imagereward_jax.weights.generation import Generation
+
+
+BLEND = ("base", "tuned_steps", "tuned_weight", "base_negative")  # flags of a tuned model together with its base
 
 
 class GenerationError(RuntimeError):
@@ -62,6 +65,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PATH[:WEIGHT]",
         help="an adapter that diffusers, PEFT, kohya or this package wrote; may be given several times",
     )
+    parser.add_argument("--lora-scale", type=float, help="factor on the weights of all --lora: 0 none, 1 as trained")
+    add_blend_flags(parser)
     parser.add_argument("--negative-prompt", default="", help="text to keep out of the images")
     parser.add_argument(
         "--guidance-scale", type=float, help="default: the model's; 1 or less: no guidance, half the work"
@@ -82,6 +87,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_blend_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags `BLEND`, which mix a tuned model with its base model (`pipelines.blend`)."""
+    group = parser.add_argument_group("a tuned model together with the base model that it was tuned from")
+    group.add_argument("--base", metavar="MODEL", help="the base model (with --lora by default --model without it)")
+    group.add_argument(
+        "--tuned-steps",
+        metavar="FROM:TO",
+        help="where the tuned model is used: 0.2:1 is all but the first fifth of the steps, which are the base model's",
+    )
+    group.add_argument(
+        "--tuned-weight",
+        metavar="W[:END[:POWER]]",
+        help="its weight there, the base model has the rest; 0:1 rises with the steps, 0:1:2 with their square",
+    )
+    group.add_argument(
+        "--base-negative", action="store_const", const=True, help="the negative prompt's prediction is the base's"
+    )
+
+
 def generate(args: argparse.Namespace) -> int:
     """Makes and saves the images; returns how many.
 
@@ -90,25 +114,34 @@ def generate(args: argparse.Namespace) -> int:
         GenerationError: an image contains NaN or Inf.
     """
     _check_numbers(args)
-    adapters = [parse_lora(text) for text in args.lora]
+    scale = 1.0 if args.lora_scale is None else args.lora_scale
+    adapters = [(path, weight * scale) for path, weight in map(parse_lora, args.lora)]
+    blend_options = parse_blend(args)
     prompts = read_prompts(args)
     _check_absent(args, [args.out / f"{name}_{k}.png" for name in prompts for k in range(args.num_images)])
 
     from imagereward_jax.diffusion.samplers import make_sampler
     from imagereward_jax.pipelines import open_pipeline
+    from imagereward_jax.pipelines.adapted import load_base, load_params
+    from imagereward_jax.pipelines.blend import make_blend
 
     pipeline = open_pipeline(args.model, dtype=args.dtype, variant=args.variant)
     take_defaults(args, pipeline.generation, adapters)
     shape = pipeline.latent_shape(args.height or pipeline.default_size, args.width or pipeline.default_size)
     sampler = make_sampler(args.sampler, pipeline.scheduler_config, args.steps, eta=args.eta)
+    blend = None if blend_options is None else make_blend(sampler.num_steps, **blend_options)
     requests = plan(args, prompts, read_noise(args.noise, (len(prompts) * args.num_images, *shape)))
-    params = load_params(pipeline, adapters, args.dtype)
+    params, base = load_params(pipeline, adapters, args.dtype, keep_base=blend is not None and not args.base)
+    if args.base:
+        opened = open_pipeline(args.base, dtype=args.dtype, variant=args.variant)
+        base = load_base(pipeline, opened, params, args.dtype, f"--base {args.base}")
     for prompt in [*prompts.values(), args.negative_prompt]:
         if rest := pipeline.cut_off(prompt):
             say(f"warning: longer than {pipeline.max_tokens} tokens, left out: {rest!r}", file=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
     say(f"{args.sampler}, {args.steps} steps, guidance scale {args.guidance_scale:g}")
-    save_all(requests, make_draw(pipeline, params, sampler, args), args)
+    draw = make_draw(pipeline, params, sampler, args, blend=blend, base=base)
+    save_all(requests, draw, args)
     return len(requests)
 
 
@@ -120,6 +153,46 @@ def _check_numbers(args):
         raise ValueError(f"--seed {args.seed} should be from 0 to {2**31 - 1}")
     if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
         raise ValueError(f"--guidance-scale {args.guidance_scale} should be a number, usually from 1 to 15")
+    if args.lora_scale is not None and not math.isfinite(args.lora_scale):
+        raise ValueError(f"--lora-scale {args.lora_scale} should be a number, usually from 0 to 1")
+    if args.lora_scale is not None and not args.lora:
+        raise ValueError("--lora-scale has no effect without --lora")
+
+
+def parse_blend(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Parses the flags of `add_blend_flags` into options of `make_blend`; None without any of them.
+
+    Raises:
+        ValueError: a flag is malformed, has no effect, or there is no base model.
+    """
+    if all(getattr(args, name) is None for name in BLEND if name != "base"):
+        if args.base:
+            raise ValueError("--base has no effect without --tuned-steps, --tuned-weight or --base-negative")
+        return None
+    if not (args.base or args.lora):
+        raise ValueError(
+            "--tuned-steps, --tuned-weight and --base-negative mix a tuned model with its base: pass --base MODEL, or "
+            "--lora, whose base is --model"
+        )
+    options = {"base_negative": bool(args.base_negative)}
+    if args.tuned_steps is not None:
+        options["steps"] = tuple(_numbers("--tuned-steps", args.tuned_steps, (2,), "two positions such as 0.2:1"))
+    if args.tuned_weight is not None:
+        first, *others = _numbers("--tuned-weight", args.tuned_weight, (1, 2, 3), "a number, or 0:1, or 0:1:2")
+        options["weight"] = (first, others[0] if others else first)
+        options["power"] = others[1] if others[1:] else 1.0
+    return options
+
+
+def _numbers(flag, text, counts, expected):
+    """The numbers between the colons of a flag's value."""
+    try:
+        values = [float(part) for part in text.split(":")]
+    except ValueError:
+        values = []
+    if len(values) not in counts or not all(map(math.isfinite, values)):
+        raise ValueError(f"{flag} {text!r} should be {expected}")
+    return values
 
 
 def take_defaults(args: argparse.Namespace, generation: "Generation", adapters: list[tuple[str, float]]) -> None:
@@ -143,6 +216,8 @@ def take_defaults(args: argparse.Namespace, generation: "Generation", adapters: 
         raise ValueError(
             f"--negative-prompt has no effect with --guidance-scale {args.guidance_scale}; raise it above 1"
         )
+    if args.base_negative and args.guidance_scale <= 1:
+        raise ValueError(f"--base-negative has no effect with --guidance-scale {args.guidance_scale}; raise it above 1")
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -161,27 +236,6 @@ def parse_lora(text: str) -> tuple[str, float]:
     if not math.isfinite(value):
         raise ValueError(f"--lora {text}: the weight after the colon, {weight!r}, should be a number, usually 0 to 1")
     return path, value
-
-
-def load_params(pipeline: "TextToImage", loras: list[tuple[str, float]], dtype: str) -> dict[str, Any]:
-    """Loads the model's weights in `dtype`, with adapters [(path, weight)] merged in float32 beforehand."""
-    import jax
-    import numpy as np
-
-    from imagereward_jax.weights import adapters
-
-    read = [(adapters.read_adapter(path, pipeline.networks), weight) for path, weight in loras]
-    adapted = {name for adapter, _ in read for name in adapter}
-
-    def struct(name):
-        held = np.dtype(np.float32 if name in adapted else jax.numpy.dtype(dtype))
-        return lambda leaf: jax.ShapeDtypeStruct(leaf.shape, held)
-
-    target = {name: jax.tree.map(struct(name), tree) for name, tree in pipeline.abstract_params().items()}
-    params = pipeline.load_params(target)
-    for adapter, weight in read:
-        params = adapters.merge(pipeline.networks, params, adapter, weight)
-    return jax.tree.map(lambda array: array.astype(jax.numpy.dtype(dtype), copy=False), params)
 
 
 def _check_absent(args, paths):
@@ -250,9 +304,19 @@ def plan(args: argparse.Namespace, prompts: dict[str, str], noise: "np.ndarray |
 
 
 def make_draw(
-    pipeline: "TextToImage", params: dict[str, Any], sampler: "Sampler", args: argparse.Namespace
+    pipeline: "TextToImage",
+    params: dict[str, Any],
+    sampler: "Sampler",
+    args: argparse.Namespace,
+    *,
+    blend: "Blend | None" = None,
+    base: dict[str, Any] | None = None,
 ) -> "Callable[[Sequence[ImageRequest]], np.ndarray]":
-    """Makes `draw(requests)`: images [n, H, W, 3] in [0, 1] of at most `draw.batch` requests, on all local devices."""
+    """Makes `draw(requests)`: images [n, H, W, 3] in [0, 1] of at most `draw.batch` requests, on all local devices.
+
+    Args:
+        blend, base: see `ImageSampler`.
+    """
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -261,7 +325,7 @@ def make_draw(
 
     devices = jax.local_devices()
     mesh = Mesh(np.asarray(devices), ("data",))
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    params, base = jax.device_put((params, base), NamedSharding(mesh, PartitionSpec()))
     sample = ImageSampler(
         pipeline,
         sampler,
@@ -270,6 +334,7 @@ def make_draw(
         height=args.height or pipeline.default_size,
         width=args.width or pipeline.default_size,
         guidance_scale=args.guidance_scale,
+        blend=blend,
     )
 
     def draw(requests):
@@ -282,6 +347,7 @@ def make_draw(
             negative_prompts=[args.negative_prompt] * len(requests),
             noise=np.stack(noise),
             step_keys=jax.numpy.stack([jax.random.fold_in(key, 1) for key in keys]),
+            base=base,
         )
 
     draw.batch = sample.batch_size
@@ -293,6 +359,7 @@ def save_all(
 ) -> None:
     """Draws and saves every image, and with --grid a sheet of all."""
     import numpy as np
+    from PIL import Image
     from tqdm import tqdm
 
     from imagereward_jax.storage.contact_sheet import contact_sheet
@@ -308,7 +375,8 @@ def save_all(
                         f"{request.path.name} ({request.prompt!r}) has values that are not numbers; the weights may be "
                         "broken, or need --dtype float32"
                     )
-                save_png(request, image, args)
+                pixels = Image.fromarray(np.rint(image * 255).astype(np.uint8))
+                save_image(request.path, pixels, settings_of(request, args))
                 sheet += [image] * args.grid
             progress.update(len(some))
     if args.grid:
@@ -316,27 +384,18 @@ def save_all(
         save_image(args.out / "grid.png", contact_sheet(np.stack(sheet), [p.prompt for p in requests], columns=columns))
 
 
-def save_png(request: ImageRequest, image: "np.ndarray", args: argparse.Namespace) -> None:
-    """Writes one image [H, W, 3] in [0, 1] with its settings; the file appears whole or not at all."""
-    import numpy as np
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
+def settings_of(request: ImageRequest, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that make one image, for its text chunks."""
     settings = {
         "prompt": request.prompt,
         "negative_prompt": args.negative_prompt,
         "seed": request.seed if request.noise is None else f"noise {args.noise}",
         "model": args.model,
         **{name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance_scale", "dtype")},
+        "lora": " ".join(args.lora) or None,
+        **{name: getattr(args, name) for name in ("lora_scale", *BLEND)},
     }
-    if args.lora:
-        settings["lora"] = " ".join(args.lora)
-    text = PngInfo()
-    for name, value in settings.items():
-        text.add_itxt(name, str(value))
-    partial = request.path.with_name(f".{request.path.name}.tmp")
-    Image.fromarray(np.rint(image * 255).astype(np.uint8)).save(partial, format="PNG", pnginfo=text)
-    os.replace(partial, request.path)
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 @command

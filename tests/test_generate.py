@@ -114,6 +114,18 @@ def test_bfloat16_and_what_is_cut_off(folder, tmp_path, capsys):
         (["--noise", "absent.npy"], "absent.npy"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--variant", "fp16"], "fp16"),
+        (["--lora-scale", "0.5"], "--lora-scale has no effect without --lora"),
+        (["--lora", "adapter", "--lora-scale", "nan"], "--lora-scale nan"),
+        (["--tuned-steps", "0.2:1"], "pass --base MODEL, or --lora"),
+        (["--base", "MODEL"], "--base has no effect without --tuned-steps"),
+        (["--base", "MODEL", "--tuned-steps", "0.2"], "--tuned-steps '0.2' should be two positions"),
+        (["--base", "MODEL", "--tuned-steps", "0.6:0.2"], "tuned steps 0.6:0.2 should be two positions from 0 to 1"),
+        (["--base", "MODEL", "--tuned-steps", "0.4:0.6"], "tuned steps 0.4:0.6 hold none of 3 steps"),
+        (["--base", "MODEL", "--tuned-weight", "0:1:2:3"], "--tuned-weight '0:1:2:3' should be a number"),
+        (["--base", "MODEL", "--tuned-weight", "inf"], "--tuned-weight 'inf' should be a number"),
+        (["--base", "MODEL", "--base-negative", "--guidance-scale", "1"], "--base-negative has no effect with"),
+        (["--base", "no/such/base", "--tuned-weight", "0.5"], "no/such/base"),
+        (["--base", "tiny-shapes", "--tuned-weight", "0.5"], "--base tiny-shapes has another unet than the tuned"),
     ],
 )
 def test_bad_input_is_one_line(folder, tmp_path, capsys, flags, message):

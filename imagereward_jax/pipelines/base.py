@@ -21,6 +21,7 @@ from imagereward_jax.diffusion.sampler import Sampler
 from imagereward_jax.diffusion.schedule import NoiseSchedule
 from imagereward_jax.models import lora, quantized
 from imagereward_jax.pipelines import prompt_ids
+from imagereward_jax.pipelines.blend import Blend, blended_denoiser
 from imagereward_jax.storage.folders import refuse_existing
 from imagereward_jax.weights import components, diffusers, mapping
 from imagereward_jax.weights.generation import Generation
@@ -239,9 +240,21 @@ class TextToImage:
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), latents.shape[:1])
         if negative_cond is None:
             return self.predict(params, latents, timesteps, cond)
-        conds = jax.tree.map(lambda *parts: jnp.concatenate(parts), negative_cond, cond)
-        both = self.predict(params, jnp.concatenate([latents] * 2), jnp.concatenate([timesteps] * 2), conds)
-        return _guided(*jnp.split(both, 2), guidance_scale)
+        both = self.predict_each(params, latents, timesteps, [negative_cond, cond])
+        return self.guided(*both, guidance_scale)
+
+    def predict_each(
+        self, params: Params, latents: jax.Array, timesteps: jax.Array, conds: Sequence[Batch]
+    ) -> list[jax.Array]:
+        """`predict` for each of `conds` at the same latents, in one call on a batch of len(conds) * B."""
+        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conds)
+        latents, timesteps = (jnp.concatenate([rows] * len(conds)) for rows in (latents, timesteps))
+        return jnp.split(self.predict(params, latents, timesteps, stacked), len(conds))
+
+    @staticmethod
+    def guided(negative: jax.Array, positive: jax.Array, guidance_scale: ArrayLike) -> jax.Array:
+        """Classifier-free guidance (arXiv 2207.12598), from the predictions for negative prompts and prompts."""
+        return negative + guidance_scale * (positive - negative)
 
     def denoiser_for(
         self,
@@ -269,7 +282,7 @@ class TextToImage:
                 return self.denoise(params, latents, timesteps, positive_rows, negative_rows, guidance)
             constant = jax.lax.stop_gradient((params, latents))
             negative = jax.lax.stop_gradient(self.denoise(*constant, timesteps, negative_rows))
-            return _guided(negative, self.denoise(params, latents, timesteps, positive_rows), guidance)
+            return self.guided(negative, self.denoise(params, latents, timesteps, positive_rows), guidance)
 
         return denoise
 
@@ -323,6 +336,8 @@ class TextToImage:
         sampler: Sampler,
         guidance_scale: ArrayLike = 1.0,
         key: jax.Array | None = None,
+        blend: Blend | None = None,
+        base: Params | None = None,
     ) -> jax.Array:
         """Samples images float32 [B, H, W, 3] in [0, 1] from noise. Pure: jit it outside.
 
@@ -332,15 +347,25 @@ class TextToImage:
             noise: standard normal [B, h, w, c].
             sampler: a `diffusion.sampler.Sampler`.
             key: for stochastic samplers: [B] keys, one per image, so that an image does not depend on its batch.
+            blend: how `params`, a tuned model, shares the steps with `base`; None for `params` alone.
+            base: of `blend`, the components in which the base model differs from `params`: the denoiser, and text
+                encoders if they were tuned.
         """
-        cond, negative = (self._encoded(params, given) for given in (cond, negative_cond))
-        denoise = self.denoiser_for(cond, negative, guidance_scale)
-        latents = rollout(denoise, sampler, noise, key, params=params).state.latents
+        given = [cond] if negative_cond is None else [negative_cond, cond]
+        conds = [self._encoded(params, one) for one in given]
+        if blend is None:
+            denoise, weights = self.denoiser_for(conds[-1], conds[0] if conds[1:] else None, guidance_scale), params
+        else:
+            weights = ({**params, **base}, params)
+            own = any(name in base for name in self.text_encoders)
+            base_conds = [self._encoded(weights[0], one) for one in given] if own else conds
+            denoise = blended_denoiser(self, blend, (base_conds, conds), guidance_scale)
+        latents = rollout(denoise, sampler, noise, key, params=weights).state.latents
         return jnp.clip(self.decode(params, latents), 0.0, 1.0)
 
     def _encoded(self, params, given):
-        """Conditions, from conditions, ids by encoder or None."""
-        return self.encode_prompts(params, given) if given is not None and set(given) == set(self.tokenizers) else given
+        """Conditions, from conditions or ids by encoder."""
+        return self.encode_prompts(params, given) if set(given) == set(self.tokenizers) else given
 
     def save(
         self,
@@ -412,11 +437,6 @@ class TextToImage:
                     f"unet: {name}={getattr(unet, name)} is not the VAE's latent_channels={vae.latent_channels}; "
                     "models for inpainting or of other families do not fit here"
                 )
-
-
-def _guided(negative, positive, guidance_scale):
-    """Classifier-free guidance (arXiv 2207.12598)."""
-    return negative + guidance_scale * (positive - negative)
 
 
 def override_scheduler(scheduler_config: dict[str, Any], **fields: Any) -> dict[str, Any]:

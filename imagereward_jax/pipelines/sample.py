@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from imagereward_jax.diffusion.sampler import Sampler
 from imagereward_jax.models.sharding import batch_over
 from imagereward_jax.pipelines.base import Params, TextToImage
+from imagereward_jax.pipelines.blend import Blend
 
 
 class ImageSampler:
@@ -21,9 +22,10 @@ class ImageSampler:
         batch_size: images at a time over the whole mesh; rounded up to a multiple of its devices.
         height, width: pixels.
         guidance_scale: 1 or less switches guidance off, which halves the work.
+        blend: how a tuned model shares the steps with its base model (`pipelines.blend`); None for one model.
 
     Raises:
-        ValueError: the size is not one that the model can make.
+        ValueError: the size is not one that the model can make, or `blend` is for another number of steps.
     """
 
     def __init__(
@@ -36,8 +38,11 @@ class ImageSampler:
         height: int,
         width: int,
         guidance_scale: float = 1.0,
+        blend: Blend | None = None,
     ):
-        self.pipeline, self.sampler, self.mesh = pipeline, sampler, mesh
+        if blend is not None and len(blend.positive) != sampler.num_steps:
+            raise ValueError(f"blend is made for {len(blend.positive)} steps, the sampler has {sampler.num_steps}")
+        self.pipeline, self.sampler, self.mesh, self.blend = pipeline, sampler, mesh, blend
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self.guidance_scale = guidance_scale
         self.latent_shape = pipeline.latent_shape(height, width)
@@ -54,6 +59,7 @@ class ImageSampler:
         noise: np.ndarray | None = None,
         step_keys: jax.Array | None = None,
         guidance_scale: float | None = None,
+        base: Params | None = None,
     ) -> np.ndarray:
         """Makes images float32 [N, H, W, 3] in [0, 1] for N prompts; an image does not depend on the others.
 
@@ -64,15 +70,21 @@ class ImageSampler:
             noise: initial noise, standard normal [N, h, w, c].
             step_keys: [N] jax keys for the noise of stochastic samplers; `keys` by default.
             guidance_scale: of these images; None for the sampler's own. All scales above 1 share one program.
+            base: of a sampler with `blend`, the base model's components that differ from `params`, on the mesh.
 
         Raises:
-            ValueError: neither keys nor noise are given, or a stochastic sampler has no keys.
+            ValueError: neither keys nor noise are given, a stochastic sampler has no keys, or one of `blend` and `base`
+                is given without the other.
         """
+        if (base is None) != (self.blend is None):
+            raise ValueError("blend= of ImageSampler and base= of its calls need each other: pass both or neither")
         if keys is None and noise is None:
             raise ValueError("pass keys= to draw the initial noise from, or noise=")
         step_keys = keys if step_keys is None else step_keys
         if step_keys is None and self.sampler.stochastic:
             raise ValueError("this sampler adds noise at its steps: pass keys= or step_keys=")
+        if step_keys is None:  # no step reads them, but the program, which serves every sampler, has a place for them
+            step_keys = jax.random.split(jax.random.key(0), len(prompts))
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = guidance_scale > 1.0
         negative = list(negative_prompts or [""] * len(prompts)) if guided else None
@@ -87,6 +99,7 @@ class ImageSampler:
             np.asarray(
                 self._sample(
                     params,
+                    base,
                     self.sampler,
                     np.float32(guidance_scale),
                     jax.tree.map(self._put, _rows_of(inputs, start, self.batch_size)),
@@ -100,7 +113,7 @@ class ImageSampler:
         """Shards one batch's array, the same on every process, over the mesh."""
         return jax.make_array_from_callback(rows.shape, self._rows, lambda index: rows[index])
 
-    def _sample_batch(self, params, sampler, guidance_scale, inputs):
+    def _sample_batch(self, params, base, sampler, guidance_scale, inputs):
         noise, step_keys = inputs["noise"], inputs["step_keys"]
         if noise is None:
             keys = jax.random.wrap_key_data(inputs["keys"])
@@ -114,6 +127,8 @@ class ImageSampler:
                 sampler=sampler,
                 guidance_scale=guidance_scale,
                 key=None if step_keys is None else jax.random.wrap_key_data(step_keys),
+                blend=self.blend,
+                base=base,
             )
 
 

@@ -1,9 +1,11 @@
 """Writes files that appear complete or not at all."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -14,10 +16,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     os.replace(temporary, path)
 
 
-def save_image(path: str | os.PathLike, image: Image.Image) -> None:
-    """Saves a PIL image as PNG through a temporary file in the same folder."""
+def save_image(path: str | os.PathLike, image: Image.Image, text: Mapping[str, object] | None = None) -> None:
+    """Saves a PIL image as PNG, with `text` in its text chunks, through a temporary file in the same folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
+    chunks = PngInfo()
+    for name, value in (text or {}).items():
+        chunks.add_itxt(name, str(value))
+    image.save(temporary, format="PNG", pnginfo=chunks)
     os.replace(temporary, path)
