@@ -56,7 +56,8 @@ def run(config, workdir):
     try:
         if not train(config, assemble, workdir):
             say(
-                f"{workdir} is complete: see {workdir / 'report.html'}; raise --config.steps to train on",
+                f"{workdir} is complete: see {workdir / 'report.html'}; raise --config.steps to train on, or change "
+                "config.stop if that ended it",
                 file=sys.stderr,
             )
     except Interrupted as stop:

@@ -139,6 +139,16 @@ class Terms:
         total, scores = apply_terms(self.networks, params, images, tokens)
         return scores or {"": total}
 
+    @property
+    def embedder(self) -> str | None:
+        """The first term whose reward has `embed`; None if there is none."""
+        return next((name for name, term in self.terms.items() if hasattr(term.reward, "embed")), None)
+
+    def embed(self, params: Any, images: jax.Array) -> jax.Array:
+        """Embeds images by the network of `embedder`: [B, D] float32, unit vectors; params: those of `networks`."""
+        name = self.embedder
+        return self.terms[name].reward.embed(params[name] if name else params, images)
+
     def call_function(self, name: str, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Computes scores float32 [N] of one of `functions`; images: uint8 [N, H, W, 3].
 
@@ -156,15 +166,19 @@ class Terms:
             )
         return scores
 
+    def check_finite(self, scores: Mapping[str, np.ndarray]) -> None:
+        """Refuses scores of a term that hold no finite number: RewardError, with its name."""
+        for name, values in scores.items():
+            if not np.isfinite(values).any():
+                raise RewardError(f"{self.fields[name]}: none of {len(values)} scores is a finite number")
+
     def total(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """Computes the rewards [N] of the scores of all terms.
 
         Raises:
             RewardError: the scores of a term, or the rewards, hold no finite number.
         """
-        for name, values in scores.items():
-            if not np.isfinite(values).any():
-                raise RewardError(f"{self.fields[name]}: none of {len(values)} scores is a finite number")
+        self.check_finite(scores)
         rewards = sum(term.contribution(scores[name], np) for name, term in self.terms.items())
         if not np.isfinite(rewards).any():
             raise RewardError(f"{', '.join(self.fields.values())}: no image has a finite score of every reward")

@@ -1,8 +1,10 @@
 """Writes files that appear complete or not at all."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 
@@ -20,4 +22,13 @@ def save_image(path: str | os.PathLike, image: Image.Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     image.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Saves arrays by name as .npz through a temporary file in the same folder."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
     os.replace(temporary, path)

@@ -1,6 +1,7 @@
 """The loop that every method trains in: data, step, evaluation, checkpoints, metrics, report."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from imagereward_jax.config import ConfigError, did_you_mean
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.storage.folders import new_folder
+from imagereward_jax.training.baseline import Baseline
 from imagereward_jax.training.checkpoints import Checkpoints, abstract, goodness
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import (
@@ -24,13 +27,21 @@ from imagereward_jax.training.interruptions import (
     signal_of_any,
     wait_for_all,
 )
-from imagereward_jax.training.mesh import check_batch, check_remat, host_copy, make_mesh, put_batch
+from imagereward_jax.training.mesh import (
+    check_batch,
+    check_remat,
+    from_all_processes,
+    host_copy,
+    make_mesh,
+    put_batch,
+)
 from imagereward_jax.training.metric_writers import Meter, make_writers
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.progress import Progress, listed
 from imagereward_jax.training.state import from_checkpoint, to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
+from imagereward_jax.training.watch import Watch
 from imagereward_jax.training.workdir import CONFIG, DONE, check_workdir, is_complete
 
 
@@ -63,7 +74,8 @@ def train(config: Any, assemble: Callable[[Any, Mesh], AssembledRun], workdir: s
     if jax.process_index() == 0:
         write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
     keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
-    manager = Checkpoints(workdir / "checkpoints", keep=keep, best=config.eval.best)
+    best = dict.fromkeys(name for name in (config.eval.best, config.stop.judge) if name)
+    manager = Checkpoints(workdir / "checkpoints", keep=keep, best=tuple(best))
     with closing(manager), catch_signals() as caught:
         _Loop(config, run, workdir, mesh, manager, caught).run()
     return True
@@ -81,6 +93,8 @@ class _Loop:
         self.fixed = self.program.fixed(run)
         self.state = self.program.initial_state(run.trainable)
         run.trainable = None  # the state holds it now
+        self.watch = Watch(config.stop)
+        self.baseline = Baseline(workdir, config, main=self.main)
         dtype = jnp.dtype(config.dtype)
 
         def cast_weights(tree):
@@ -96,8 +110,12 @@ class _Loop:
         step = self.manager.latest()
         if step is None:
             return None
+        if self.baseline.outdated:
+            self.progress.say("config.eval has changed: sampling the images of before the first step again, for drift")
+            self.baseline.keep(self._evaluate()[1])
         self.state, loop = self._read_state(step)
         self.meter.set_state(loop["meter"])
+        self.watch.set_state(loop.get("watch", {}))  # runs of before have none
         for phase in self.method.phases:
             phase.source.set_state(loop["streams"])
         self.progress.say(f"continuing from step {step}")
@@ -110,20 +128,21 @@ class _Loop:
 
     def run(self):
         """From the first evaluation to the report."""
-        config = self.config
+        self.positions = self._positions()
         if self.step is None:
             self.step = 0
-            self._evaluate_and_log({})
-        self.positions = self._positions()
+            metrics = self._evaluate_and_log({})
+            if self.config.stop.judge:
+                self._save(metrics)  # the judge may find nothing better
         self.iterators = self._iterators()
         try:
-            if self.step < config.steps:
+            if not self._ended:
                 begin = time.monotonic()
                 self.batches = self._next_batches()
                 self.waited = time.monotonic() - begin
                 self.train_step = self._compile()
             with self.progress.bar(self.step) as bar:
-                while self.step < config.steps:
+                while not self._ended:
                     self._stop_if_asked()
                     self._advance(bar)
         finally:
@@ -132,13 +151,34 @@ class _Loop:
             if self.profiler.close():
                 self.progress.say(f"profile in {self.profiler.folder}")
         self._save({})
-        self._export()
+        if self.watch.stopped:
+            self.progress.say(f"stopped at step {self.step}: {self.watch.stopped}")
+        exported = self._export()
         if self.main:
-            write_report(self.workdir)
-            write_text(self.workdir / DONE, json.dumps({"step": self.step}))
+            write_report(self.workdir, self._ending(exported))
+            write_text(self.workdir / DONE, json.dumps(self._done(exported)))
             for writer in self.writers.values():
                 writer.close()
         self.progress.say(f"done: {self.workdir / 'report.html'}")
+
+    @property
+    def _ended(self):
+        return self.step >= self.config.steps or bool(self.watch.stopped)
+
+    def _ending(self, exported):
+        """How a stopped run ended, for its report; "" of others."""
+        if not self.watch.stopped:
+            return ""
+        return (
+            f"Stopped at step {self.step}: {self.watch.stopped}. Exported is step {exported}, the best by "
+            f"{self.config.stop.judge}{' (before the first step)' if exported == 0 else ''}."
+        )
+
+    def _done(self, exported):
+        done = {"step": self.step, "exported": exported}
+        if self.watch.stopped:
+            done |= {"stopped": self.watch.stopped, "stop": json.loads(self.config.stop.to_json())}
+        return done
 
     def _compile(self):
         start = time.monotonic()
@@ -221,22 +261,46 @@ class _Loop:
         """Every component, averaged and in the compute dtype, as evaluators take them."""
         return join(self.fixed.frozen, self._cast(state.averaged))
 
+    def _evaluate(self):
+        """(evaluations, embeddings of the images by the names of drifts)"""
+        components, embeds = self._components(self.state), {}
+        evaluations = [evaluator(components) for evaluator in self.method.evaluate.values()]
+        for evaluation in evaluations:
+            embeds |= evaluation.embeds
+        return evaluations, embeds
+
     def _evaluate_and_log(self, row):
-        components, metrics = self._components(self.state), {}
-        for index, evaluator in enumerate(self.method.evaluate.values()):
-            evaluation = evaluator(components)
-            metrics |= evaluation.metrics
+        evaluations, embeds = self._evaluate()
+        if self.step == 0:
+            self.baseline.keep(embeds)
+        metrics, errors = {}, {}
+        for index, evaluation in enumerate(evaluations):
+            metrics, errors = {**metrics, **evaluation.metrics}, {**errors, **evaluation.errors}
             if self.main and evaluation.sheet is not None:
                 name = f"step_{self.step:07d}.png" if index == 0 else f"step_{self.step:07d}_{index}.png"
                 save_image(self.workdir / "samples" / name, evaluation.sheet)
                 for writer in self.writers.values():
                     writer.write_images(self.step, "samples", np.asarray(evaluation.sheet.convert("RGB")))
+        metrics |= self.baseline.drift(embeds)
+        metrics, errors = from_all_processes([metrics, errors])[0]  # all decide by the same numbers
         self._log({**row, **metrics})
         if self.main:
             write_report(self.workdir)
         if metrics:
             self.progress.say(f"step {self.step}: {listed(metrics)}")
+        self._check_best(metrics)
+        for line in self.watch.update(self.step, metrics, errors):
+            self.progress.say(f"warning: {line}: images may please the reward alone, see docs/watch.md")
         return metrics
+
+    def _check_best(self, metrics):
+        """Refuses to look for the best by a metric that is not there."""
+        settings, name = self.config.checkpoint, self.config.eval.best
+        if (settings.best_only or settings.export == "best") and name.removeprefix("-") not in metrics:
+            raise ConfigError(
+                f"config.eval.best={name!r} chooses what is exported, but this run's evaluation has only "
+                f"{', '.join(sorted(metrics)) or 'nothing'}{did_you_mean(name, metrics)}"
+            )
 
     def _log(self, row):
         if row:
@@ -250,16 +314,15 @@ class _Loop:
         loop = {
             "meter": self.meter.get_state(),
             "streams": self.positions,
+            "watch": self.watch.get_state(),
             "config": json.loads(self.config.to_json()),
         }
         self.manager.save(self.step, to_checkpoint(self.state), loop, metrics=evaluation or None)
 
     def _is_best(self, evaluation):
-        if not evaluation:
-            return False
-        best = self.manager.best_metrics()
-        name = self.config.eval.best
-        return best is None or goodness(evaluation, name) > goodness(best, name)
+        """Whether it is better than every checkpoint, by config.eval.best or config.stop.judge."""
+        found = {name: self.manager.best(name) or (-math.inf, 0) for name in self.manager.ranked_by}
+        return any(goodness(evaluation, name) > value for name, (value, _) in found.items())
 
     def _stop_if_asked(self, *, within_step=False):
         """Stops after a signal; a step that made some of its updates is thrown away, back to the latest checkpoint."""
@@ -280,16 +343,22 @@ class _Loop:
         )
 
     def _exported_state(self):
-        """The state to export: the last, or as config.checkpoint says that of the best evaluation."""
-        best, settings = self.manager.best(), self.config.checkpoint
-        if (settings.export == "last" and not settings.best_only) or best in (None, self.step):
-            return self.state
-        self.progress.say(f"exporting the best checkpoint, of step {best}")
-        return self._read_state(best)[0]
+        """(state, step) to export: the last, or as config.checkpoint says the best, or a stopped run's by its judge."""
+        settings, best = self.config.checkpoint, None
+        if self.watch.stopped:
+            best = self.config.stop.judge
+        elif settings.export == "best" or settings.best_only:
+            best = self.config.eval.best
+        _, step = (best and self.manager.best(best)) or (None, self.step)
+        if step == self.step:
+            return self.state, step
+        self.progress.say(f"exporting the best checkpoint by {best}, of step {step}")
+        return self._read_state(step)[0], step
 
     def _export(self):
+        """Writes the export; returns the step that it is of."""
         self.manager.wait()
-        state = self._exported_state()
+        state, step = self._exported_state()
         if self.method.test is not None:
             metrics = self.method.test(self._components(state))
             self._log(metrics)
@@ -302,3 +371,4 @@ class _Loop:
             self.progress.say(f"exporting to {self.workdir / 'export'}")
             with new_folder(self.workdir / "export", overwrite=True, marker=export.marker) as folder:
                 export.write(weights, measured, folder)
+        return step
