@@ -37,7 +37,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int, best: Sequence[str]):
         def best_by(name):
-            return BestN(functools.partial(goodness, best=name), n=1, keep_checkpoints_without_metrics=False)
+            metric = functools.partial(goodness, best=name)
+            return BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False)
 
         self.folder, self.ranked_by = Path(folder).absolute(), tuple(best)
         logging.getLogger("absl").addFilter(_not_orbax)
