@@ -12,17 +12,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from imagereward_jax.pipelines import load_pipeline
     from imagereward_jax.rewards.checkpoint import available_models, load
+    from imagereward_jax.rewards.functions import jax_reward
+    from imagereward_jax.rewards.registry import open_reward
     from imagereward_jax.rewards.scores import available_scores, load_score
 
-__all__ = ["available_models", "available_scores", "load", "load_pipeline", "load_score"]
+__all__ = [
+    "available_models",
+    "available_scores",
+    "jax_reward",
+    "load",
+    "load_pipeline",
+    "load_score",
+    "open_reward",
+]
 
 # Imported at first use, so that `import imagereward_jax` costs nothing.
 _HOMES = {
     "available_models": "imagereward_jax.rewards.checkpoint",
     "available_scores": "imagereward_jax.rewards.scores",
+    "jax_reward": "imagereward_jax.rewards.functions",
     "load": "imagereward_jax.rewards.checkpoint",
     "load_pipeline": "imagereward_jax.pipelines",
     "load_score": "imagereward_jax.rewards.scores",
+    "open_reward": "imagereward_jax.rewards.registry",
 }
 
 

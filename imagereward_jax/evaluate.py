@@ -212,6 +212,7 @@ def _without_nan(value):
 def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.agreement.text import table
     from imagereward_jax.bulk_scoring.stream import ScoringError
+    from imagereward_jax.rewards.errors import RewardError
 
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
@@ -222,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2
-    except ScoringError as error:
+    except (ScoringError, RewardError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 1
     if args.json:

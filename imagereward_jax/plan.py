@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parse_args(sys.argv[1:] if argv is None else argv)
     use_virtual_devices(args.topology)
     from imagereward_jax.recipes import validate
+    from imagereward_jax.rewards.errors import RewardError
 
     try:
         from imagereward_jax.planning.topologies import find_topology
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, *_ = parse_flags(["plan", *rest], usage=USAGE)
         validate(config)
         figures = print_plan(config, topology, args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RewardError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if figures["fits"] else 3

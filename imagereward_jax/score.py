@@ -35,8 +35,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default="ImageReward-v1.0",
-        help="ImageReward-v1.0, tiny-shapes, CLIP, BLIP, Aesthetic, PickScore, HPSv2.1, jpeg-compressibility, "
-        "jpeg-incompressibility, module:function, random, an ImageReward.pt, or a folder",
+        help="ImageReward-v1.0, tiny-shapes, CLIP, BLIP, Aesthetic, Aesthetic-AlignProp, Aesthetic-AlignProp-TRL, "
+        "PickScore, HPSv2.1, jpeg-compressibility, jpeg-incompressibility, module:function, jax:module:function, "
+        "random, an ImageReward.pt, or a folder",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in the order of the arguments")
     add_scorer_flags(parser)
@@ -157,6 +158,7 @@ def _report(args, outcome):
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.bulk_scoring.stream import ScoringError
+    from imagereward_jax.rewards.errors import RewardError
 
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2
-    except ScoringError as error:
+    except (ScoringError, RewardError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:

@@ -48,7 +48,7 @@ def main(argv=None):
 def run(config, workdir):
     """Trains; returns the exit status."""
     from imagereward_jax.assembly.run import assemble
-    from imagereward_jax.rewards.mixed import RewardError
+    from imagereward_jax.rewards.errors import RewardError
     from imagereward_jax.training.checkpoints import CheckpointError
     from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
     from imagereward_jax.training.loop import train

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.generate import main
+from imagereward_jax.rewards.registry import open_reward
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -23,3 +25,20 @@ def test_the_readme_draws_what_it_says(tmp_path, monkeypatch):
     images = [np.asarray(Image.open(path)) for path in sorted((tmp_path / out).iterdir())]
     assert len(images) == 4
     assert sum(fully_right(prompt, image) for image in images) >= 3
+
+
+def test_the_rewards_of_the_readme_score(tmp_path, monkeypatch):
+    """Its module as it stands, by the names that its text gives."""
+    section = README.read_text().split("## A reward of your own")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert "=jax:my_rewards:warmth" in section and "`my_rewards:contrast`" in section
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    warmth, contrast = open_reward("jax:my_rewards:warmth"), open_reward("my_rewards:contrast")
+    red, blue = (images[..., channel].mean((1, 2)) / 255 for channel in (0, 2))
+    np.testing.assert_allclose(warmth.score("a prompt", list(images)), red - blue, atol=1e-6)
+    np.testing.assert_allclose(contrast.score("a prompt", list(images)), images.std((1, 2, 3)) / 255, atol=1e-6)
+    assert warmth.differentiable and not contrast.differentiable
+    sys.modules.pop("my_rewards")

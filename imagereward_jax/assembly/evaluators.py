@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from imagereward_jax.assembly.conditions import iterate, load_pairs_of
 from imagereward_jax.assembly.judges import BatchScorer, Judges, distance_within, embed_pixels, over_prompts
 from imagereward_jax.data.groups import padded
-from imagereward_jax.data.prompts import load_prompts
+from imagereward_jax.data.prompts import load_prompt_rows
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.base import Evaluation, Export, Params
@@ -44,12 +44,12 @@ def generation_of(config: Any, pipeline: Any) -> Any:
 class SampleEvaluator:
     """Samples held-out prompts from the same noise every time, scores the images and watches what else they do.
 
-    Calling it with the components gives `eval/reward_mean`, `eval/reward_std` (over prompts, of each prompt's mean), of
-    a mixture `eval/reward_NAME` (each term's mean score), of each of config.eval.judges `eval/judge_NAME`, and, if the
-    prompts are the shapes world's, `eval/checker_rate`, the share of images in which the rule-based checker finds all
-    four words. `eval/diversity` is the mean distance between images of a prompt, and the embeddings it is measured in
-    are given for `eval/drift`: see `judges`. For each S of config.eval.guidance_scales the same prompts and noise give
-    `eval/reward_mean@S` and `eval/checker_rate@S`.
+    Calling it with the components gives `eval/reward_mean`, `eval/reward_std` (over prompts, of each prompt's mean; an
+    image without a verdict counts in neither), the `eval/reward_NAME` of `Terms.metrics`, of each of config.eval.judges
+    `eval/judge_NAME`, and, if the prompts are the shapes world's, `eval/checker_rate`, the share of images in which the
+    rule-based checker finds all four words. `eval/diversity` is the mean distance between images of a prompt, and the
+    embeddings it is measured in are given for `eval/drift`: see `judges`. For each S of config.eval.guidance_scales the
+    same prompts and noise give `eval/reward_mean@S` and `eval/checker_rate@S`.
 
     Args:
         parts: the run's parts; reads config.eval, the pipeline, the reward's terms and the judges' (or None).
@@ -65,8 +65,10 @@ class SampleEvaluator:
 
         self.rewards, self.judges = scorer(BatchScorer, parts.terms), scorer(Judges, parts.judges)
         self.embeds = embedder is not None
-        distinct = list(load_prompts(self.settings.prompts))[: self.settings.num_prompts]
-        self.prompts = [prompt for prompt in distinct for _ in range(self.settings.images_per_prompt)]
+        rows = load_prompt_rows(self.settings.prompts)
+        chosen = np.repeat(np.arange(len(rows))[: self.settings.num_prompts], self.settings.images_per_prompt)
+        self.prompts = [rows[row]["prompt"] for row in chosen]
+        self.metadata = [rows[row]["metadata"] for row in chosen]
         self.check = str(self.settings.prompts).startswith("shapes:")
         generation = parts.generation
         sampler = make_sampler(
@@ -91,13 +93,14 @@ class SampleEvaluator:
         keys = jax.vmap(lambda index: jax.random.fold_in(seed, index))(np.arange(len(self.prompts)))
         images = self.sample(components, self.prompts, keys=keys)
         pixels = to_uint8(images)
-        scores, embeds = self._scores(components, images, pixels)
+        scores, more, embeds = self._scores(components, images, pixels)
         captions = self._captions(scores)
         if self.judges:
-            judged, own = self.judges(images, pixels, self.prompts)
+            judged, own = self.judges(images, pixels, self.prompts, self.metadata)
             scores |= {f"eval/judge_{name}": values for name, values in judged.items()}
             embeds = embeds if own is None else own
         metrics, errors = self._means(scores)
+        metrics |= more
         ending, embeds = ("", embeds) if self.embeds else ("_pixels", embed_pixels(pixels))
         if self.settings.images_per_prompt > 1:
             diversity = distance_within(embeds, self.settings.images_per_prompt)
@@ -116,21 +119,23 @@ class SampleEvaluator:
         )
 
     def _scores(self, components, images, pixels):
-        """({metric: its value of each image}, embeddings or None) by the reward and the checker."""
-        scores, embeds = {}, None
+        """({metric: its value of each image}, further metrics, embeddings or None) by the reward and the checker."""
+        scores, more, embeds = {}, {}, None
         if self.rewards:
-            terms, embeds = self.rewards(components.get("reward"), images, pixels, self.prompts)
-            scores["eval/reward_mean"] = self.rewards.terms.total(terms)
-            scores |= {f"eval/reward_{name}": values for name, values in terms.items() if name}
+            curves, embeds = self.rewards(components.get("reward", {}), images, pixels, self.prompts, self.metadata)
+            scores["eval/reward_mean"] = rewards = self.rewards.terms.total(curves)
+            more = {f"eval/{name}": value for name, value in self.rewards.terms.metrics(curves, rewards).items()}
         if self.check:
             scores["eval/checker_rate"] = [fully_right(prompt, image) for prompt, image in zip(self.prompts, pixels)]
-        return scores, embeds
+        return scores, more, embeds
 
     def _means(self, scores):
         """(metrics, the standard error of each over prompts)"""
         metrics, errors = {}, {}
         for name, values in scores.items():
             per_prompt = over_prompts(values, self.settings.images_per_prompt)
+            if not len(per_prompt):  # a part of a judge's scores
+                continue
             metrics[name], errors[name] = per_prompt.mean(), per_prompt.std() / len(per_prompt) ** 0.5
             if name == "eval/reward_mean":
                 metrics["eval/reward_std"] = per_prompt.std()

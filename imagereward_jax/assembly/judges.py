@@ -4,7 +4,8 @@ Distances are 1 - cosine of embeddings: those of the first of config.eval.judges
 network, else the images' colours at 16 x 16 pixels; names of metrics then end in "_pixels".
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,22 +35,29 @@ class BatchScorer:
         self._apply = jax.jit(self._apply_batch, out_shardings=replicated(mesh))
 
     def __call__(
-        self, params: Params | None, images: np.ndarray, pixels: np.ndarray, prompts: Sequence[str]
+        self,
+        params: Params,
+        images: np.ndarray,
+        pixels: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
     ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """Scores N images.
 
         Args:
-            params: those of the networks, on the mesh; None if there are none.
+            params: those of the networks, on the mesh.
             images: float32 [N, H, W, 3] in [0, 1]. pixels: the same in uint8, for functions.
+            metadata: the other columns of the prompts' rows, for functions.
 
         Returns:
-            ({term: scores [N]}, unit vectors [N, D] or None).
+            ({curve: scores [N]} of the terms and of named scores of functions, unit vectors [N, D] or None).
 
         Raises:
             RewardError: a function failed, or a term has no finite score.
         """
-        scores = {name: self.terms.call_function(name, pixels, prompts) for name in self.terms.functions}
-        embeds = None
+        scores, embeds = {}, None
+        for name in self.terms.functions:
+            scores |= self.terms.call_function(name, pixels, prompts, metadata)
         if self.networks is not None:
             found, embeds = self._by_networks(params, images, prompts)
             scores |= found
@@ -74,13 +82,16 @@ class Judges(BatchScorer):
     """The rewards of config.eval.judges. Their weights wait in the host's memory; a call brings them to the devices."""
 
     def __call__(
-        self, images: np.ndarray, pixels: np.ndarray, prompts: Sequence[str]
+        self,
+        images: np.ndarray,
+        pixels: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
     ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """See `BatchScorer`."""
-        params = None
-        if self.networks is not None:
-            params = jax.device_put(self.networks.params, weight_shardings(self.mesh, self.networks.params))
-        return super().__call__(params, images, pixels, prompts)
+        params = {} if self.networks is None else self.networks.params
+        placed = jax.device_put(params, weight_shardings(self.mesh, params))
+        return super().__call__(placed, images, pixels, prompts, metadata)
 
 
 def embed_pixels(pixels: np.ndarray) -> np.ndarray:

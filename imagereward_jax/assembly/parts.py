@@ -30,11 +30,12 @@ class Parts:
     Attributes:
         config: the run's whole config. mesh: what its arrays are sharded over.
         abstract: whether the parts are shapes: then evaluators and exports are empty, and nothing is read.
+        given_reward: instead of config.reward's, see `rewards.given_terms`; None for config.reward's.
         assumptions: sentences on what shapes alone cannot know.
     """
 
-    def __init__(self, config: Any, mesh: Mesh, *, abstract: bool = False):
-        self.config, self.mesh, self.abstract = config, mesh, abstract
+    def __init__(self, config: Any, mesh: Mesh, *, abstract: bool = False, reward: Any = None):
+        self.config, self.mesh, self.abstract, self.given_reward = config, mesh, abstract, reward
         self.assumptions: list[str] = []
 
     @functools.cached_property
@@ -78,16 +79,18 @@ class Parts:
 
     @functools.cached_property
     def terms(self) -> Terms | None:
-        """The reward of config.reward, networks and functions; None if it names none.
+        """The reward that was given or that config.reward names, networks and functions; None if there is none.
 
         Raises:
             ConfigError: it has no gradient and the method needs one, or it cannot be planned.
             FileNotFoundError, ValueError: see `registry.open_reward`.
         """
         settings, method = self.config.reward, find_method(self.config.method.name)
+        needs_gradient = method.Config.needs_gradient
+        if self.given_reward is not None:
+            return rewards.given_terms(self.given_reward, needs_gradient=needs_gradient)
         if not (settings.path or settings.terms):
             return None
-        needs_gradient = method.Config.needs_gradient
         return rewards.open_terms(settings, self.config.dtype, needs_gradient=needs_gradient, abstract=self.abstract)
 
     @functools.cached_property

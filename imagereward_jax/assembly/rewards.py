@@ -1,6 +1,6 @@
 """Opens the rewards of a config, with their weights or as shapes, and the scorer that trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,10 @@ from imagereward_jax.models.blip_config import ImageRewardConfig
 from imagereward_jax.rewards import registry
 from imagereward_jax.rewards.base import cast_params
 from imagereward_jax.rewards.checkpoint import config_of, load
+from imagereward_jax.rewards.functions import is_function_name
 from imagereward_jax.rewards.imagereward import abstract_module, make_apply
-from imagereward_jax.rewards.mixed import Term, Terms
-from imagereward_jax.rewards.rules import is_rule
+from imagereward_jax.rewards.mixed import MixedReward, Term, Terms
+from imagereward_jax.rewards.rules import RULES
 from imagereward_jax.rewards.scores import SCORES, imagereward_from_blip
 from imagereward_jax.weights import mapping
 
@@ -101,14 +102,43 @@ def open_judges(settings: Any, dtype: str) -> Terms | None:
     return Terms(terms, fields) if terms else None
 
 
+def given_terms(reward: Any, *, needs_gradient: bool) -> Terms:
+    """The terms of a reward that is handed over from Python instead of named in a config.
+
+    Args:
+        reward: a reward, a Python function (see `functions.PythonReward`), a mixture, or {name: `Term`, reward or
+            function} for one.
+
+    Raises:
+        ConfigError: it cannot be differentiated and needs to be. ValueError: it is none of these.
+    """
+    members = reward.members if isinstance(reward, MixedReward) else reward
+    members = members if isinstance(members, Mapping) else {"": members}
+    terms = {name: one if isinstance(one, Term) else Term(one) for name, one in members.items()}
+    if not terms:
+        raise ValueError("reward={}: a mixture needs at least one reward")
+    found = Terms(terms)
+    if needs_gradient:
+        for name, term in terms.items():
+            _check_gradient(term.reward, found.fields[name], "imagereward_jax.jax_reward(function)")
+    return found
+
+
+def _check_gradient(reward, where, as_jax):
+    if not reward.differentiable:
+        raise ConfigError(
+            f"{where} has no gradient: it is for policy-gradient methods (ddpo). Take a reward that is a network, e.g. "
+            f"'ImageReward-v1.0' or 'PickScore', or, if it is a function of yours written in jax, pass {as_jax}"
+        )
+
+
 def _open_one(settings, where, dtype, needs_gradient, abstract):
-    if is_rule(settings.path):
+    path = settings.path
+    if path in RULES or is_function_name(path):
+        reward = registry.open_reward(path)
         if needs_gradient:
-            raise ConfigError(
-                f"{where}.path={settings.path!r} is computed by rule and has no gradient: it is for policy-gradient "
-                "methods (ddpo); take a reward that is a network, e.g. 'ImageReward-v1.0' or 'PickScore'"
-            )
-        return registry.open_reward(settings.path)
+            _check_gradient(reward, f"{where}.path={path!r}", f"'jax:{path if ':' in path else 'module:function'}'")
+        return reward
     if not abstract:
         return registry.open_reward(settings.path, weights=settings.weights, tokenizer=settings.tokenizer, dtype=dtype)
     if settings.path in SCORES:

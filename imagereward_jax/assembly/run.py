@@ -11,18 +11,20 @@ from imagereward_jax.recipes import method_settings
 from imagereward_jax.training.program import AssembledRun
 
 
-def assemble(config: Any, mesh: Mesh, *, abstract: bool = False) -> AssembledRun:
+def assemble(config: Any, mesh: Mesh, *, abstract: bool = False, reward: Any = None) -> AssembledRun:
     """The run of a validated config.
 
     Args:
         config: see `recipes.validate`. mesh: what arrays are sharded over.
+        reward: instead of the one that config.reward names: a reward, a function, or a mixture of both, see
+            `rewards.given_terms`.
         abstract: over shapes: nothing is read but settings, no data, no download; weights are `jax.ShapeDtypeStruct`.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: naming the field, file, row or tensor that cannot be used.
     """
     settings = method_settings(config)
-    parts = Parts(config, mesh, abstract=abstract)
+    parts = Parts(config, mesh, abstract=abstract, reward=reward)
     method = find_method(config.method.name).make(settings, parts)
     weights = trainable.load(parts, method)
     return AssembledRun(

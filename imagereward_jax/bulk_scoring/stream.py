@@ -132,7 +132,8 @@ def _finish(chunk, indices, scores, errors):
     for index, score in zip(indices, [] if scores is None else scores.tolist()):
         if not abs(score) < float("inf"):  # NaN too
             raise ScoringError(
-                f"{chunk[index].where}: the score is {score}, not a finite number; the weights may be broken"
+                f"{chunk[index].where}: the score is {score}, not a finite number; the weights may be "
+                "broken, or a function has no verdict"
             )
         result[index] = score
     return Scored(result, errors)

@@ -148,7 +148,7 @@ def roll(
 def score(pipeline: Any, reward: Any, params: Params, latents: jax.Array, tokens: Any) -> tuple[jax.Array, Metrics]:
     """(rewards [B] of decoded latents, metrics of them and of the terms of a mixture)."""
     images = jnp.clip(pipeline.decode(params, latents), 0.0, 1.0)
-    rewards, terms = apply_terms(reward, params["reward"], images, tokens)
+    rewards, terms = apply_terms(reward, params.get("reward", {}), images, tokens)
     metrics = {"reward": rewards.mean(), "reward_std": rewards.std()}
     return rewards, metrics | {f"reward_{name}": scores.mean() for name, scores in terms.items()}
 

@@ -58,6 +58,9 @@ class HPSv2(CLIPScore):
 class AestheticScore(Reward):
     """LAION's aesthetic predictor: the beauty of an image, about 1 to 10. The prompt is ignored.
 
+    Images are preprocessed as in LAION's own code, in ddpo-pytorch and in TRL's DDPO: resized bicubically, cropped.
+    `score` rounds to 8 bits as they do; `apply`, which has a gradient, rounds nothing.
+
     Args:
         config: a `clip_score.CLIPConfig`; its text tower is not used.
         params: nested dict of arrays.
@@ -69,6 +72,18 @@ class AestheticScore(Reward):
     def abstract(config: CLIPConfig, dtype: DTypeLike) -> CLIPImageEncoder:
         """See `Reward.abstract`."""
         return abstract_clip(AestheticModel, config, dtype)
+
+
+class AlignPropAestheticScore(AestheticScore):
+    """The aesthetic score of AlignProp's code, whose torchvision 0.15 resizes tensors without antialiasing."""
+
+    preprocess = preprocess.BILINEAR
+
+
+class TRLAlignPropAestheticScore(AestheticScore):
+    """The aesthetic score of TRL's AlignProp: as AlignProp's, with the antialiasing of torchvision 0.17 and later."""
+
+    preprocess = preprocess.BILINEAR_ANTIALIASED
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.rewards.base import ranks_of
+from imagereward_jax.rewards.errors import RewardError
+from imagereward_jax.rewards.functions import as_reward
 
 Scores = jax.Array | np.ndarray
-
-
-class RewardError(RuntimeError):
-    """A reward gave no scores; the message names it."""
+NO_VERDICT = "no_verdict"  # the curve of images without a finite reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Term:
     """One reward of a mixture; it contributes `weight * clip((score - mean) / std)`.
 
     Attributes:
-        reward: a `rewards.base.Reward`.
+        reward: a `rewards.base.Reward`, a `rules.RuleReward`, or a Python function (`functions.PythonReward`).
         weight: any number; negative values penalise the reward.
         mean, std: of its scores; they bring rewards to a common scale.
         clip: bound on the normalised score, without gradient beyond it; 0 for none.
 
     Raises:
-        ValueError: std is not positive, or clip is negative.
+        ValueError: std is not positive, clip is negative, or the reward is neither a reward nor a function.
     """
 
     reward: Any
@@ -43,6 +42,7 @@ class Term:
             raise ValueError(f"std={self.std}: expected a number above 0")
         if not self.clip >= 0:
             raise ValueError(f"clip={self.clip}: expected 0 (no clipping) or more")
+        object.__setattr__(self, "reward", as_reward(self.reward))
 
     def contribution(self, scores: Scores, numpy: ModuleType = jnp) -> Scores:
         """Computes the contribution of scores [B] to the mixture."""
@@ -83,7 +83,10 @@ class MixedReward:
         self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes (mixture [B], {name: scores [B]}); the scores of the terms are not normalised."""
-        scores = {name: term.reward.apply(params[name], images, tokens[name]) for name, term in self.members.items()}
+        scores = {
+            name: term.reward.apply(params.get(name, {}), images, tokens[name])  # trees of weights drop empty dicts
+            for name, term in self.members.items()
+        }
         return sum(term.contribution(scores[name]) for name, term in self.members.items()), scores
 
     def apply(self, params: dict[str, Any], images: jax.Array, tokens: dict[str, Any]) -> jax.Array:
@@ -115,11 +118,15 @@ class Terms:
 
     Attributes:
         terms: {name: `Term`}; a reward that is no mixture is one term of the name "".
-        fields: how errors name each, "config.reward.path='jpeg-compressibility'".
+        fields: how errors name each, "config.reward.path='jpeg-compressibility'"; by default by its name.
     """
 
     terms: Mapping[str, Term]
-    fields: Mapping[str, str]
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        default = {name: f"reward {getattr(term.reward, 'name', name)!r}" for name, term in self.terms.items()}
+        object.__setattr__(self, "fields", {**default, **self.fields})
 
     @property
     def networks(self) -> Any | None:
@@ -129,7 +136,7 @@ class Terms:
 
     @property
     def functions(self) -> dict[str, Any]:
-        """The `rules.RuleReward`s by name."""
+        """The rewards without a gradient, `rules.RuleReward`s, by name."""
         return {name: term.reward for name, term in self.terms.items() if not term.reward.differentiable}
 
     def apply_networks(self, params: Any, images: jax.Array, tokens: Any) -> dict[str, jax.Array]:
@@ -149,31 +156,67 @@ class Terms:
         name = self.embedder
         return self.terms[name].reward.embed(params[name] if name else params, images)
 
-    def call_function(self, name: str, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """Computes scores float32 [N] of one of `functions`; images: uint8 [N, H, W, 3].
+    def call_function(
+        self,
+        name: str,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Scores images with one of `functions`.
+
+        Args:
+            images: uint8 [N, H, W, 3].
+            metadata: the other columns of the prompts' rows.
+
+        Returns:
+            {curve: float32 [N]}: the scores as `name`, NaN for no verdict, and named scores of the function as PART, or
+            as NAME.PART in a mixture.
 
         Raises:
             RewardError: it raised an error, or did not return a number per image.
         """
+        where = self.fields[name]
         try:
-            scores = np.asarray(self.terms[name].reward.score_arrays(images, prompts), np.float32)
+            scores = self.terms[name].reward.named_scores(images, prompts, metadata)
+        except RewardError as error:
+            raise RewardError(where, error.reason) from error
         except Exception as error:
-            raise RewardError(f"{self.fields[name]}: the reward failed: {type(error).__name__}: {error}") from error
-        if scores.shape != (len(prompts),):
+            raise RewardError(where, f"the reward failed: {type(error).__name__}: {error}") from error
+        curves = {}
+        for part, values in scores.items():
+            if np.shape(values) != (len(prompts),):
+                said = f"the reward returned scores of shape {np.shape(values)} for {len(prompts)} images"
+                raise RewardError(where, f"{said}; expected one number per image")
+            curves[f"{name}.{part}" if name and part else name or part] = np.asarray(values, np.float32)
+        if reserved := sorted({"mean", "std", NO_VERDICT} & set(curves)):
+            raise RewardError(where, f"scores named {', '.join(reserved)} would be logged as the reward's: rename them")
+        return curves
+
+    def join(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Joins the curves of several batches: {curve: float32 [N]}.
+
+        Raises:
+            RewardError: a function named other scores for one batch than for another.
+        """
+        names = [list(part) for part in parts]
+        odd = {name for one in names for name in set(one) ^ set(names[0])}
+        if odd:
             raise RewardError(
-                f"{self.fields[name]}: the reward returned scores of shape {scores.shape} for {len(prompts)} images; "
-                "expected one number per image"
+                ", ".join(self.fields.values()),
+                f"the scores {', '.join(sorted(odd))} were returned for one batch and not for another; a function has "
+                "to name the same scores every time",
             )
-        return scores
+        return {name: np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in names[0]}
 
     def check_finite(self, scores: Mapping[str, np.ndarray]) -> None:
         """Refuses scores of a term that hold no finite number: RewardError, with its name."""
-        for name, values in scores.items():
-            if not np.isfinite(values).any():
-                raise RewardError(f"{self.fields[name]}: none of {len(values)} scores is a finite number")
+        for name in self.terms:
+            if not np.isfinite(scores[name]).any():
+                raise RewardError(self.fields[name], f"none of {len(scores[name])} scores is a finite number")
 
     def total(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Computes the rewards [N] of the scores of all terms.
+        """Computes the rewards [N] of the scores of all terms, NaN if one of them has no verdict.
 
         Raises:
             RewardError: the scores of a term, or the rewards, hold no finite number.
@@ -181,8 +224,22 @@ class Terms:
         self.check_finite(scores)
         rewards = sum(term.contribution(scores[name], np) for name, term in self.terms.items())
         if not np.isfinite(rewards).any():
-            raise RewardError(f"{', '.join(self.fields.values())}: no image has a finite score of every reward")
+            raise RewardError(", ".join(self.fields.values()), "no image has a finite score of every reward")
         return rewards
+
+    def metrics(self, scores: Mapping[str, np.ndarray], rewards: np.ndarray) -> dict[str, float]:
+        """Means of named scores, "reward_NAME", over the images with a verdict; of functions also the number of images
+        without, "reward_no_verdict"."""
+        found = {f"reward_{name}": mean_of(values) for name, values in scores.items() if name}
+        if self.functions:
+            found[f"reward_{NO_VERDICT}"] = float(np.sum(~np.isfinite(rewards)))
+        return found
+
+
+def mean_of(values: np.ndarray) -> float:
+    """The mean of the finite values; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(np.mean(finite)) if len(finite) else float("nan")
 
 
 def apply_terms(

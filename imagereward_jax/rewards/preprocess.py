@@ -3,7 +3,7 @@
 Two ways in. `host_pixels` follows the original ImageReward step by step (`data.images.open_square`, which training a
 scorer uses too) and is what `score` uses. `device_pixels` does the same to arrays inside a compiled, differentiable
 program; it differs in that nothing is rounded to 8 bits. HPSv2 fits the whole image into the square instead (the
-`_padded` pair).
+`_padded` pair); AlignProp's aesthetic reward resizes bilinearly and takes square images alone (the `_bilinear` pair).
 """
 
 import functools
@@ -97,6 +97,32 @@ def host_pixels_padded(
     return _normalise(np.pad(pixels, _margins(height, width, size)), statistics, np)
 
 
+def host_pixels_bilinear(
+    image: Any,
+    size: int,
+    name: str = "",
+    rule: str = "shown",
+    *,
+    antialias: bool,
+    statistics: Statistics = CLIP_STATISTICS,
+) -> np.ndarray:
+    """Preprocesses one image as AlignProp (arXiv 2310.03739) does: resized bilinearly in floating point, not cropped.
+
+    Args:
+        image, name, rule: see `data.images.open_image`.
+        antialias: whether all pixels under an output pixel count, or just the four around its centre.
+
+    Returns:
+        Normalised float32 [size, size, 3].
+
+    Raises:
+        ImageError: the image is not square; or see `data.images.open_image`.
+    """
+    pixels = np.asarray(open_image(image, name, rule), np.float32)[None] / 255
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(device_pixels_bilinear(pixels, size, antialias=antialias, statistics=statistics)[0])
+
+
 def fitted_shape(height: int, width: int, size: int) -> tuple[int, int]:
     """Height and width once the longer side is `size`; the shorter is rounded, to at least one pixel."""
     scale = size / max(height, width)
@@ -156,6 +182,25 @@ def device_pixels_padded(images: jax.Array, size: int, *, statistics: Statistics
     return _normalise(jnp.pad(images, ((0, 0), *_margins(height, width, size))), statistics, jnp)
 
 
+def device_pixels_bilinear(
+    images: jax.Array, size: int, *, antialias: bool, statistics: Statistics = CLIP_STATISTICS
+) -> jax.Array:
+    """Preprocesses a batch of arrays as `host_pixels_bilinear` does; see `device_pixels`.
+
+    Raises:
+        ImageError: the images are not square; or see `device_pixels`.
+    """
+    _check_batch(images)
+    if images.shape[1] != images.shape[2]:
+        raise ImageError(
+            f"AlignProp's aesthetic score takes square images, not {images.shape[2]} x {images.shape[1]}: it crops "
+            "nothing; take the score 'Aesthetic'"
+        )
+    shape = (images.shape[0], size, size, 3)
+    images = jax.image.resize(images.astype(jnp.float32), shape, "linear", antialias=antialias)
+    return _normalise(images, statistics, jnp)
+
+
 class Preprocess(NamedTuple):
     """The preprocessing of a network.
 
@@ -174,3 +219,10 @@ class Preprocess(NamedTuple):
 CROP = Preprocess(host_pixels, device_pixels)
 RGB_CROP = Preprocess(functools.partial(host_pixels, rgb_first=True), device_pixels)
 PAD = Preprocess(host_pixels_padded, device_pixels_padded)
+BILINEAR, BILINEAR_ANTIALIASED = (
+    Preprocess(
+        functools.partial(host_pixels_bilinear, antialias=antialias),
+        functools.partial(device_pixels_bilinear, antialias=antialias),
+    )
+    for antialias in (False, True)
+)

@@ -1,18 +1,19 @@
 """Opens every reward by the name or path from a config or command."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from imagereward_jax.rewards.base import Reward
 from imagereward_jax.rewards.checkpoint import available_models, load, unknown_model
-from imagereward_jax.rewards.rules import RULES, RuleReward, is_rule, open_rule
+from imagereward_jax.rewards.functions import as_reward, is_function_name, open_function
+from imagereward_jax.rewards.rules import RULES, RuleReward
 from imagereward_jax.rewards.scores import SCORES, load_score
 
 
 def available_rewards() -> list[str]:
-    """Returns the names that `open_reward` knows, beside paths and module:function."""
+    """Returns the names that `open_reward` knows, beside paths, module:function and jax:module:function."""
     return [*available_models(), *SCORES, *RULES]
 
 
@@ -26,18 +27,24 @@ def check_name(name: str, also: Sequence[str] = ()) -> None:
         FileNotFoundError: not a known name, rule or path (`hub.ModelNotFound`); the message suggests the nearest name.
     """
     known = [*available_rewards(), *also]
-    if not (name in known or is_rule(name) or Path(name).expanduser().exists()):
+    if not (name in known or is_function_name(name) or Path(name).expanduser().exists()):
         raise unknown_model(str(name), known)
 
 
 def open_reward(
-    name: str, *, weights: str | os.PathLike | None = None, tokenizer: str | os.PathLike | None = None, **options: Any
+    reward: str | os.PathLike | Callable[..., Any] | Reward | RuleReward,
+    *,
+    weights: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    **options: Any,
 ) -> Reward | RuleReward:
-    """Opens a reward by name.
+    """Opens a reward by name, or makes one of a function.
 
     Args:
-        name: as for `load`; one of `available_scores()`; "jpeg-compressibility" or "jpeg-incompressibility"; or
-            "module:function", a Python function.
+        reward: a name as for `load`; one of `available_scores()`; "jpeg-compressibility" or "jpeg-incompressibility";
+            "module:function", a Python function; "jax:module:function", a jax function that can be differentiated
+            (`functions.PythonReward` and `JaxReward` say which arguments they take); or a Python function itself. A
+            reward is returned as it is.
         weights: path of the weights of one of `available_scores()`.
         tokenizer: path of the vocabulary; by default the one beside the weights.
         **options: device, dtype, batch_size, image_rule, as for `load`.
@@ -46,13 +53,19 @@ def open_reward(
         A `base.Reward` or a `rules.RuleReward`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load` and `load_score`.
+        FileNotFoundError, ValueError: as `load` and `load_score`; a function that takes other arguments.
     """
+    if not isinstance(reward, str | os.PathLike):
+        return as_reward(reward)
+    name = reward
     check_name(name)
     if name in SCORES:
         return load_score(name, path=weights or None, tokenizer=tokenizer, **options)
     if weights:
-        raise ValueError(f"weights={weights!r} applies only to {', '.join(SCORES)}; the reward is {name!r}")
-    if is_rule(name):
-        return open_rule(name, options.get("image_rule", "shown"))
+        raise ValueError(f"weights={str(weights)!r} applies only to {', '.join(SCORES)}; the reward is {name!r}")
+    if name in RULES or is_function_name(name):
+        rule = RULES[name]() if name in RULES else open_function(str(name))
+        if "image_rule" in options:
+            rule.image_rule = options["image_rule"]
+        return rule
     return load(name, tokenizer=tokenizer, **options)

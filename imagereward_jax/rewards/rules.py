@@ -1,12 +1,7 @@
-"""Rewards computed by rules, without gradient: for methods that learn from scores alone.
+"""Rewards computed by rules, without gradient: for methods that learn from scores alone."""
 
-Each has `score`, `inference_rank` and `score_arrays`, and `differentiable` is false.
-"""
-
-import importlib
 import io
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,27 +11,34 @@ from imagereward_jax.data.images import open_image
 from imagereward_jax.rewards import preprocess
 from imagereward_jax.rewards.base import pair_prompts, ranks_of
 
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
 
 class RuleReward:
-    """Base of rules; a subclass implements `score_arrays`."""
+    """Base of rules and of a user's functions; a subclass implements `score_arrays`."""
 
     differentiable = False
     batch_size = 16
     image_rule = "shown"
 
-    def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    def score_arrays(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> np.ndarray:
         """Scores a batch.
 
         Args:
             images: [B, H, W, 3] uint8, or floating point in [0, 1], NumPy.
             prompts: list of B texts.
+            metadata: list of B dicts, the other columns of the prompts' rows; None if there are none.
 
         Returns:
-            [B] float32.
+            [B] float32; NaN for no verdict.
         """
         raise NotImplementedError
+
+    def named_scores(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Scores a batch: {"": [B] as `score_arrays`, and by name further scores [B] to be logged}."""
+        return {"": self.score_arrays(images, prompts, metadata)}
 
     def score(self, prompt: str | Sequence[str], image: Any) -> float | list[float]:
         """See `rewards.base.Reward.score`; images keep their size."""
@@ -73,49 +75,16 @@ class JPEGSize(RuleReward):
     def __init__(self, sign: int, quality: int = 95) -> None:
         self.sign, self.quality = sign, quality
 
-    def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    def score_arrays(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> np.ndarray:
         """See `RuleReward.score_arrays`."""
-        return np.array([self.sign * self._kilobytes(image) for image in _as_uint8(images)], np.float32)
+        return np.array([self.sign * self._kilobytes(image) for image in as_uint8(images)], np.float32)
 
     def _kilobytes(self, image):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=self.quality)
         return file.tell() / 1000
-
-
-class PythonReward(RuleReward):
-    """A user's function (images uint8 [B, H, W, 3], prompts) -> B numbers.
-
-    Args:
-        name: "module:function"; the module is imported.
-
-    Raises:
-        ValueError: the module or function does not exist, or is not callable.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        module, _, function = name.partition(":")
-        try:
-            self.function = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"reward {name!r}: {error}; expected module:function that Python can import") from error
-        if not callable(self.function):
-            raise ValueError(f"reward {name!r}: {function} is not a function but {type(self.function).__name__}")
-
-    def score_arrays(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """See `RuleReward.score_arrays`.
-
-        Raises:
-            ValueError: the function did not return a finite number for each image.
-        """
-        scores = np.asarray(self.function(_as_uint8(images), list(prompts)))
-        if scores.shape != (len(prompts),) or scores.dtype.kind not in "buif" or not np.isfinite(scores).all():
-            raise ValueError(
-                f"reward {self.name!r} must return {len(prompts)} finite numbers, one per image; it returned an array "
-                f"of shape {scores.shape} and type {scores.dtype}: {scores.ravel()[:4]}"
-            )
-        return scores.astype(np.float32)
 
 
 RULES = {
@@ -124,19 +93,7 @@ RULES = {
 }
 
 
-def is_rule(name: str) -> bool:
-    """Whether `name` is a rule or module:function."""
-    return name in RULES or _FUNCTION.fullmatch(str(name)) is not None
-
-
-def open_rule(name: str, image_rule: str = "shown") -> RuleReward:
-    """Opens a rule by name, or a Python function by module:function; it reads images by `image_rule`."""
-    rule = RULES[name]() if name in RULES else PythonReward(name)
-    rule.image_rule = image_rule
-    return rule
-
-
-def _as_uint8(images):
+def as_uint8(images: np.ndarray) -> np.ndarray:
     """Converts images [B, H, W, 3], uint8 or floating point in [0, 1], to uint8."""
     images = np.asarray(images)
     if images.dtype == np.uint8:

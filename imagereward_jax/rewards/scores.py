@@ -21,7 +21,14 @@ from imagereward_jax.rewards.checkpoint import (
     read_cached,
     with_text,
 )
-from imagereward_jax.rewards.clip import AestheticScore, CLIPScore, HPSv2, PickScore
+from imagereward_jax.rewards.clip import (
+    AestheticScore,
+    AlignPropAestheticScore,
+    CLIPScore,
+    HPSv2,
+    PickScore,
+    TRLAlignPropAestheticScore,
+)
 from imagereward_jax.rewards.clip_checkpoint import Base, read_clip
 from imagereward_jax.rewards.imagereward import ImageReward
 from imagereward_jax.rewards.tokens import CLIP_BPE, CLIP_FILES, CLIPPromptTokenizer, NoTokens, PromptTokenizer
@@ -58,12 +65,14 @@ VIT_L, VIT_H = Base(1024, "quick_gelu"), Base(1280, "gelu")  # OpenAI's and LAIO
 CLIPS = {
     "CLIP": Published(CLIPScore, "ViT-L-14.pt", (CLIP_REPO, None), None),
     "Aesthetic": Published(AestheticScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
+    "Aesthetic-AlignProp": Published(AlignPropAestheticScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
+    "Aesthetic-AlignProp-TRL": Published(TRLAlignPropAestheticScore, "ViT-L-14.pt", (CLIP_REPO, None), VIT_L),
     "PickScore": Published(
         PickScore, "PickScore_v1", ("yuvalkirstain/PickScore_v1", None), VIT_H, scaled=True, cleaning="transformers"
     ),
     "HPSv2.1": Published(HPSv2, "HPS_v2.1_compressed.pt", ("xswu/HPSv2", "HPS_v2.1_compressed.pt"), VIT_H),
 }
-SCORES = ("CLIP", "BLIP", "Aesthetic", "PickScore", "HPSv2.1")
+SCORES = ("CLIP", "BLIP", "Aesthetic", "Aesthetic-AlignProp", "Aesthetic-AlignProp-TRL", "PickScore", "HPSv2.1")
 
 
 def available_scores() -> list[str]:
@@ -89,12 +98,16 @@ def load_score(
     CLIP weights may be OpenAI's (`ViT-L-14.pt`), OpenCLIP's beside their open_clip_config.json, or a folder of
     transformers.
 
+    "Aesthetic" preprocesses images as LAION's own code, ddpo-pytorch and TRL's DDPO do; "Aesthetic-AlignProp" as
+    AlignProp's code does, and "Aesthetic-AlignProp-TRL" as TRL's AlignProp does, both for square images alone. Their
+    numbers differ.
+
     Args:
         name: one of `available_scores()`.
         device, dtype, batch_size, image_rule: as for `load`.
         download_root: folder for downloads; ~/.cache/ImageReward by default.
         path: file or folder of the network's weights: CLIP weights for all scores except BLIP.
-        head: Aesthetic only: path of `sac+logos+ava1-l14-linearMSE.pth`.
+        head: Aesthetic scores only: path of `sac+logos+ava1-l14-linearMSE.pth`.
         tokenizer: path of the vocabulary: for BLIP a vocab.txt or its folder, else a folder with vocab.json and
             merges.txt, or `bpe_simple_vocab_16e6.txt.gz`. By default the one beside the weights, else the hub's.
 
@@ -109,8 +122,8 @@ def load_score(
         close = difflib.get_close_matches(str(name), SCORES, n=1, cutoff=0.4)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise hub.ModelNotFound(f"no score {name!r}{hint}; known: {', '.join(SCORES)}")
-    if head is not None and name != "Aesthetic":
-        raise ValueError(f"head= applies only to the Aesthetic score, not to {name}")
+    if head is not None and not name.startswith("Aesthetic"):
+        raise ValueError(f"head= applies only to the Aesthetic scores, not to {name}")
     root = Path(download_root or DEFAULT_ROOT).expanduser()
     options = {"device": device, "dtype": dtype, "batch_size": batch_size, "image_rule": image_rule}
     if name == "BLIP":
@@ -158,7 +171,8 @@ def _load_clip(name, path, head, vocab, root, options):
     tensors, config, statistics = read_clip(path, root, published.base)
     config = dataclasses.replace(config, scaled=published.scaled)
     ignore = CLIP_UNUSED
-    if name == "Aesthetic":
+    aesthetic = issubclass(published.score, AestheticScore)
+    if aesthetic:
         head = _existing(head) if head is not None else hub.resolve_url(AESTHETIC_URL, root / AESTHETIC_FILE)
         tensors = {**tensors, **{f"mlp.{key}": array for key, array in read_cached(head, root).items()}}
         ignore = (*ignore, r"^text_", r"^logit_scale$")
@@ -167,7 +181,7 @@ def _load_clip(name, path, head, vocab, root, options):
         vocab, length = vocab or _clip_vocab_near(path), config.text.max_position_embeddings
         tokenizer = CLIPPromptTokenizer(vocab, length, published.cleaning)
     module = published.score.abstract(config, named_dtype(options["dtype"]))
-    what = f"{path} with {head}" if name == "Aesthetic" else str(path)
+    what = f"{path} with {head}" if aesthetic else str(path)
     target = held_params(module, options["dtype"])
     params = mapping.from_torch(module, tensors, what=what, ignore=ignore, target=target)
     return published.score(config, params, tokenizer, statistics=statistics, **options)

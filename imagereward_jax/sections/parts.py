@@ -105,7 +105,9 @@ class Groups(Section, path="data"):
 class Reward(Section, path="reward"):
     """The reward: one network, or a mixture."""
 
-    path: str = ""  # a name, ImageReward.pt, a converted folder, a score ("PickScore", ...), or "tiny-shapes"
+    # a name, ImageReward.pt, a converted folder, a score ("PickScore", ...), "tiny-shapes", module:function (a Python
+    # function) or jax:module:function (one that can be differentiated)
+    path: str = ""
     weights: str = ""  # path of the weights of a score, if not downloaded
     tokenizer: str | None = None  # path of the vocabulary, if not the reward's own
     terms: ConfigDict = field(default_factory=ConfigDict)  # instead of path: a mixture, {name: reward_term(...)}
@@ -155,7 +157,7 @@ def judge(path: str, *, weights: str = "", tokenizer: str | None = None) -> Conf
 
 
 def _check_term(where: str, name: str, term: Any) -> None:
-    if name in ("mean", "std"):
+    if name in ("mean", "std", "no_verdict"):
         raise ConfigError(f"{where}: its curve would be called reward_{name}, which is the mixture's: rename it")
     _check_made_by(reward_term, where, term)
     check_value(f"{where}.std", term.std, {"above": 0})

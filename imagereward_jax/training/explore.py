@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from imagereward_jax.methods.base import HOST, Batch, Key, Models, Params, Source
 from imagereward_jax.models.sharding import batch_over
-from imagereward_jax.rewards.mixed import Terms
+from imagereward_jax.rewards.mixed import Terms, mean_of
 from imagereward_jax.training.mesh import batch_sharding, from_all_processes, local_rows, put_batch
 
 
@@ -133,7 +133,7 @@ class Explore(Source):
         models = models._replace(tables=self.tables)
         batch = self.prompts.prepare(models, batch)
         images, rows = self.sample(models, batch, jax.random.wrap_key_data(key_data))
-        scores = self.terms.apply_networks(models.policy.get("reward"), images, batch.get("reward"))
+        scores = self.terms.apply_networks(models.policy.get("reward", {}), images, batch.get("reward"))
         pixels = jnp.round(images * 255).astype(jnp.uint8) if self.terms.functions else None
         return pixels, rows, scores
 
@@ -147,49 +147,45 @@ class Explore(Source):
                 made = self._run(models, put_batch(self.mesh, batch), round_key)
                 if waiting is not None:
                     found.append(self._collect(*waiting))  # the round before, while the devices make this one
-                waiting = batch[HOST]["prompt"], made
+                waiting = batch[HOST], made
                 yield None
             found.append(self._collect(*waiting))
             for one in found:
-                one.scores.update({name: future.result() for name, future in one.futures.items()})
+                for future in one.futures.values():
+                    one.scores.update(future.result())
                 yield None
         finally:  # a step that is given up leaves no images to score
             for future in (future for one in found for future in one.futures.values()):
                 future.cancel()
         return found
 
-    def _collect(self, prompts, made):
-        """A round on the host, its images on their way to the functions."""
+    def _collect(self, texts, made):
+        """A round on the host, its images on their way to the functions; texts: what its batch has under "host"."""
         pixels, rows, scores = made
         rows, scores = jax.tree.map(local_rows, (rows, scores))
         pixels = None if pixels is None else local_rows(pixels)
         futures = {
-            name: thread.submit(self.terms.call_function, name, pixels, prompts)
+            name: thread.submit(self.terms.call_function, name, pixels, texts["prompt"], texts.get("metadata"))
             for name, thread in self._threads.items()
         }
-        return _Round(prompts, rows, scores, futures)
+        return _Round(texts["prompt"], rows, scores, futures)
 
     def _advantages(self, found):
         """The advantages of this process's samples, from the rewards of all processes; sets `metrics`."""
         own = {
             "prompts": [prompt for one in found for prompt in one.prompts],
-            "scores": {name: np.concatenate([one.scores[name] for one in found]).tolist() for name in self.terms.terms},
+            "scores": {
+                name: scores.tolist() for name, scores in self.terms.join([one.scores for one in found]).items()
+            },
         }
         everyone = from_all_processes(own)
-        scores = {
-            name: np.concatenate([np.asarray(each["scores"][name], np.float32) for each in everyone])
-            for name in self.terms.terms
-        }
+        scores = self.terms.join([each["scores"] for each in everyone])
         rewards = self.terms.total(scores)
         advantages = self.assign([prompt for each in everyone for prompt in each["prompts"]], rewards)
-        self.metrics = {"reward": _mean(rewards), "reward_std": float(np.std(rewards[np.isfinite(rewards)]))}
-        self.metrics |= {f"reward_{name}": _mean(values) for name, values in scores.items() if name}
+        self.metrics = {"reward": mean_of(rewards), "reward_std": float(np.std(rewards[np.isfinite(rewards)]))}
+        self.metrics |= self.terms.metrics(scores, rewards)
         count = len(own["prompts"])
         return advantages[jax.process_index() * count :][:count]
-
-
-def _mean(values):
-    return float(np.mean(values[np.isfinite(values)]))
 
 
 def _generator(key):

@@ -247,7 +247,7 @@ class _Loop:
         self.meter.add(metrics)
         self.progress.show(bar, self.step, metrics)
         if skipped_in_row >= config.max_skipped:
-            self._give_up(skipped_in_row)
+            self._give_up(skipped_in_row, metrics)
         last = self.step == config.steps
         row = self.meter.pop() if last or self.step % config.log_every == 0 else {}
         if last or self.step % config.eval.every == 0:
@@ -332,14 +332,21 @@ class _Loop:
             self.manager.wait()
             raise Interrupted(signum, self.manager.latest() or 0)
 
-    def _give_up(self, skipped):
+    def _give_up(self, skipped, metrics):
         self.state = self.state.replace(skipped_in_row=jnp.zeros_like(self.state.skipped_in_row))
         self._save({}, always=True)
         self.manager.wait()
+        rewards = [name for name in metrics if name.startswith(self.method.shown or "-")]
+        broken = ", ".join(name for name in rewards if not np.isfinite(metrics[name]))
+        path = self.config.get("reward", {}).get("path")
+        advice = "lower config.optimizer.learning_rate, or use config.dtype='float32',"
+        if broken:
+            where = f"config.reward.path={path!r}" if path else "config.reward"
+            advice = f"{where} gave scores that were not finite ({broken}): mend it,"
         raise RunError(
             f"{skipped} updates in a row had a loss or gradients that were not finite (config.max_skipped): the "
-            f"weights of the last good update are in {self.manager.folder / str(self.step)}. Lower "
-            "config.optimizer.learning_rate, or use config.dtype='float32', and start in another --workdir"
+            f"weights of the last good update are in {self.manager.folder / str(self.step)}; {advice} and start in "
+            "another --workdir"
         )
 
     def _exported_state(self):

@@ -73,9 +73,10 @@ def test_a_term_needs_a_scale():
             "terms.trained.path.*no gradient.*policy-gradient",
         ),
         (
-            ["--config.reward.terms.trained.path=my.module:reward"],
-            "my.module:reward.*no gradient: it is for policy-gradient methods",
+            ["--config.reward.terms.trained.path=posixpath:join"],
+            "posixpath:join.*no gradient: it is for policy-gradient methods.*'jax:posixpath:join'",
         ),
+        (["--config.reward.terms.trained.path=jax:my.module:reward"], "jax:my.module:reward.*No module named 'my'"),
         (["--config.reward.path=tiny-shapes"], "reward.path='tiny-shapes' and config.reward.terms .*both given"),
         (["--config.reward.terms.builtin.std=0.0"], "terms.builtin.std=0.0: expected a number above 0"),
         (["--config.reward.terms.builtin.clip=-1.0"], "terms.builtin.clip=-1.0"),

@@ -244,7 +244,7 @@ def test_the_score_command_takes_every_score_by_name(name, home, images, tmp_pat
     """Images on the command line: the scores of `load_score`, which are those of the command's table."""
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for path, image in zip(paths, images):
-        image.save(path)
+        image.crop((0, 0, 40, 40)).save(path)  # square, as AlignProp's aesthetic score needs them
     assert score.main(["--model", name, "--prompt", "a red cat", "--json", *map(str, paths)]) == 0
     printed = [row["score"] for row in json.loads(capsys.readouterr().out)["images"]]
     expected = imagereward_jax.load_score(name, device="cpu").score("a red cat", paths)
@@ -392,12 +392,13 @@ def test_half_precision_and_shared_storages_of_an_archive_are_read(tmp_path):
 
 
 def test_bad_requests_say_what_to_do(tmp_path):
-    assert imagereward_jax.available_scores() == ["CLIP", "BLIP", "Aesthetic", "PickScore", "HPSv2.1"]
+    aesthetic = ["Aesthetic", "Aesthetic-AlignProp", "Aesthetic-AlignProp-TRL"]
+    assert imagereward_jax.available_scores() == ["CLIP", "BLIP", *aesthetic, "PickScore", "HPSv2.1"]
     with pytest.raises(FileNotFoundError, match=r"did you mean 'PickScore'"):
         imagereward_jax.load_score("Pickscore")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pt: no such file"):
         imagereward_jax.load_score("CLIP", path=tmp_path / "nowhere.pt")
-    with pytest.raises(ValueError, match="head= applies only to the Aesthetic score"):
+    with pytest.raises(ValueError, match="head= applies only to the Aesthetic scores"):
         imagereward_jax.load_score("CLIP", head="x.pth")
     torch.save({"something": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt: not a CLIP checkpoint of a known layout"):

@@ -21,7 +21,9 @@ from toy import train
 from toy_policy import PROMPTS, Brightness, assemble_policy, make_explore, one_term, policy_config
 
 from imagereward_jax.methods.base import Models
-from imagereward_jax.rewards.mixed import RewardError, Term, Terms
+from imagereward_jax.rewards.errors import RewardError
+from imagereward_jax.rewards.functions import PythonReward, jax_reward
+from imagereward_jax.rewards.mixed import Term, Terms
 from imagereward_jax.training.interruptions import Interrupted
 from imagereward_jax.training.mesh import make_mesh
 from imagereward_jax.training.metric_writers import read_rows
@@ -37,13 +39,6 @@ def models():
 
 def a_step(source, seed=0):
     return [batch for batch in source.batches(models(), jax.random.key(seed)) if batch is not None]
-
-
-class Scored(Brightness):
-    """A function of the images and prompts."""
-
-    def __init__(self, function):
-        self.score_arrays = function
 
 
 # the source
@@ -126,7 +121,7 @@ def test_functions_score_a_round_while_the_next_is_sampled():
         assert number == 2 or taken[number + 1].wait(20), "the next round began only after this one was scored"
         return np.arange(len(images))
 
-    source = make_explore(one_device(), one_term(Scored(patient)), rounds=3)
+    source = make_explore(one_device(), one_term(PythonReward(patient)), rounds=3)
     asked = source.prompts.batches
 
     def watched(models, key):
@@ -145,13 +140,22 @@ def fails(images, prompts):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (fails, "the reward failed: KeyError: 'no such prompt'"),
-        (lambda images, prompts: [1.0], r"the reward returned scores of shape \(1,\) for 4 images"),
+        (fails, r"the reward failed: KeyError: 'no such prompt' \(test_explore.py, line \d+\)$"),
+        (lambda images, prompts: [1.0], r"the reward returned scores of shape \(1,\) and .* for 4 images"),
+        (
+            lambda images, prompts: ["good"] * 4,
+            "the reward returned scores .* type <U4 .*expected one number per image",
+        ),
+        (lambda images, prompts: None, "the reward returned scores .* type object"),
+        (lambda images, prompts: {"sharp": [1.0]}, r"the reward returned scores 'sharp' of shape \(1,\)"),
+        (lambda images, prompts: [0, 1, 2, np.inf], "the reward returned inf for image 3 of 4, of the prompt '[abc]+'"),
         (lambda images, prompts: np.full(4, np.nan), "none of 8 scores is a finite number"),
     ],
 )
 def test_a_reward_that_gives_no_scores_ends_the_run_with_its_name(function, message):
-    terms = Terms({"good": Term(Brightness()), "mine": Term(Scored(function))}, {"mine": "config.reward.path='m:f'"})
+    terms = Terms(
+        {"good": Term(Brightness()), "mine": Term(PythonReward(function))}, {"mine": "config.reward.path='m:f'"}
+    )
     with pytest.raises(RewardError, match="config.reward.path='m:f': " + message):
         a_step(make_explore(one_device(), terms))
 
@@ -162,10 +166,92 @@ def test_a_score_that_is_missing_is_no_verdict():
     def some(images, prompts):
         return np.array([np.nan, 1.0, 2.0, 3.0])
 
-    source = make_explore(one_device(), one_term(Scored(some)), rounds=1, epochs=1)
+    source = make_explore(one_device(), one_term(PythonReward(some)), rounds=1, epochs=1)
     advantages = np.sort(a_step(source)[0]["advantage"])
     np.testing.assert_allclose(advantages, [-1.224743, 0, 0, 1.224743], atol=1e-5)
-    assert source.metrics["reward"] == 2.0
+    assert source.metrics["reward"] == 2.0 and source.metrics["reward_no_verdict"] == 1.0
+
+
+def test_an_image_without_a_verdict_of_one_reward_has_none_of_the_mixture():
+    def some(images, prompts):
+        return np.array([np.nan, 1.0, 2.0, 3.0])
+
+    terms = Terms({"a": Term(some), "b": Term(lambda images, prompts: np.array([50.0, 3.0, 2.0, 1.0]), weight=2)}, {})
+    source = make_explore(one_device(), terms, rounds=1, epochs=1)
+    advantages = np.sort(a_step(source)[0]["advantage"])
+    np.testing.assert_allclose(advantages, [-1.224743, 0, 0, 1.224743], atol=1e-5)
+    expected = {"reward": 6.0, "reward_a": 2.0, "reward_b": 14.0, "reward_no_verdict": 1.0}
+    assert {name: source.metrics[name] for name in expected} == expected
+
+
+def test_named_scores_of_a_function_are_summed_and_each_is_a_metric():
+    """Of a reward alone by their names, of a term as TERM.NAME; the names are the same at every call."""
+
+    def named(images, prompts):
+        return {"bright": images.mean((1, 2, 3)) / 255, "short": [-float(len(prompt)) for prompt in prompts]}
+
+    for terms, prefix in ((one_term(PythonReward(named)), ""), (Terms({"mine": Term(named)}, {}), "mine.")):
+        source = make_explore(one_device(), terms, epochs=1)
+        rows = [np.concatenate([batch[name] for batch in a_step(source)]) for name in ("x", "length")]
+        bright, short = (np.round(255 / (1 + np.exp(-rows[0].sum(-1)))) / 255).mean(), -rows[1].mean()
+        expected = {"reward": bright + short, f"reward_{prefix}bright": bright, f"reward_{prefix}short": short}
+        for name, value in expected.items():
+            np.testing.assert_allclose(source.metrics[name], value, rtol=1e-5, err_msg=name)
+    names = iter([{"a": 1}, {"b": 1}])
+    odd = one_term(PythonReward(lambda images, prompts: {next(iter(next(names))): np.arange(4.0)}))
+    with pytest.raises(RewardError, match="the scores a, b were returned for one batch and not for another"):
+        a_step(make_explore(one_device(), odd))
+    std = one_term(PythonReward(lambda images, prompts: {"std": np.arange(4.0)}))
+    with pytest.raises(RewardError, match="scores named std would be logged as the reward's"):
+        a_step(make_explore(one_device(), std))
+
+
+def test_a_function_is_given_the_metadata_of_its_prompts():
+    """Each prompt's own, in the order of the images; with a function that takes none beside it."""
+
+    def weighed(images, prompts, metadata):
+        assert [row["of"] for row in metadata] == prompts
+        return [float(row["weight"]) for row in metadata]
+
+    terms = Terms({"weighed": Term(weighed), "plain": Term(lambda images, prompts: np.zeros(len(images)))}, {})
+    source = make_explore(one_device(), terms, epochs=1)
+    asked = source.prompts.batches
+
+    def with_metadata(models, key):
+        for batch in asked(models, key):
+            prompts = batch["host"]["prompt"]
+            rows = [{"of": prompt, "weight": 10 * len(prompt)} for prompt in prompts]
+            yield {**batch, "host": {"prompt": prompts, "metadata": rows}}
+
+    source.prompts.batches = with_metadata
+    lengths = np.concatenate([batch["length"] for batch in a_step(source)])
+    np.testing.assert_allclose(source.metrics["reward_weighed"], 10 * lengths.mean(), rtol=1e-6)
+
+
+def test_jax_functions_score_inside_the_program_beside_python_functions():
+    """A jax function sees floating-point images that are not rounded, and its prompts; a Python function uint8."""
+    seen = []
+
+    def on_the_host(images, prompts):
+        seen.append(images.dtype)
+        return images[:, 0, 0, 0] / 255
+
+    inside = jax_reward(lambda images, prompts: images.mean((1, 2, 3)) - 0.1 * prompts.contains("b"))
+    terms = Terms({"inside": Term(inside), "host": Term(on_the_host)}, {})
+    source = make_explore(one_device(), terms, rounds=1, epochs=1)
+    asked = source.prompts.batches
+
+    def with_tokens(models, key):
+        for batch in asked(models, key):
+            yield {**batch, "reward": {"inside": inside.tokenize(batch["host"]["prompt"])}}
+
+    source.prompts.batches = with_tokens
+    (batch,) = a_step(source)
+    bright = 1 / (1 + np.exp(-batch["x"].sum(-1)))
+    expected = (bright - 0.1 * (batch["length"] == 2)).mean()
+    np.testing.assert_allclose(source.metrics["reward_inside"], expected, rtol=1e-6)
+    np.testing.assert_allclose(source.metrics["reward_host"], (np.round(255 * bright) / 255).mean(), rtol=1e-6)
+    assert seen == [np.uint8]
 
 
 # runs of the loop

@@ -31,7 +31,7 @@ SPREAD = 0.5
 class Brightness(RuleReward):
     """The mean of an image, less a tenth for each letter of its prompt."""
 
-    def score_arrays(self, images, prompts):
+    def score_arrays(self, images, prompts, metadata=None):
         return images.mean((1, 2, 3)) / 255 - 0.1 * np.array([len(prompt) for prompt in prompts])
 
 
@@ -95,7 +95,7 @@ def assemble_policy(config, mesh, place=None, call=0, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
 
     class Watched(Brightness):
-        def score_arrays(self, images, prompts):
+        def score_arrays(self, images, prompts, metadata=None):
             called("reward")
             return super().score_arrays(images, prompts)
 
