@@ -1,5 +1,6 @@
 """A reward with a flaw, tuned on the built-in model: it pays for brightness, so that white images please it most."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)
 
-from imagereward_jax.assembly import rewards
+from imagereward_jax import jax_reward
 from imagereward_jax.assembly.judges import distance_within, embed_pixels, over_prompts
 from imagereward_jax.assembly.run import assemble
 from imagereward_jax.recipes import judge, recipe_beside, validate
@@ -20,57 +21,52 @@ from imagereward_jax.weights.files import read_tensors
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-class Brightness:
-    """The mean of an image, times ten; as a reward without embeddings."""
-
-    params, differentiable = {"gain": np.float32(10.0)}, True
-
-    def tokenize(self, prompts):
-        return {"length": np.zeros(len(prompts), np.float32)}
-
-    def apply(self, params, images, tokens):
-        return params["gain"] * images.mean((1, 2, 3)) + tokens["length"]
+@jax_reward
+def brightness(images):
+    """Ten times the mean of each image."""
+    return 10 * images.mean((1, 2, 3))
 
 
-def recipe():
+def recipe(reward):
     config = recipe_beside(CONFIGS / "x", "refl_tiny")
     config.steps, config.batch_size, config.writers, config.ema_decay = 12, 8, ("jsonl",), 0.0
-    config.reward.path = "brightness"
+    config.reward.path = reward
     config.method.update({"num_steps": 3, "stop_min": 1, "stop_max": 2, "threshold": 20.0, "pretrain": "off"})
-    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-3, 0
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-4, 0
     config.eval.update({"num_prompts": 8, "images_per_prompt": 2, "batch_size": 16, "num_steps": 8, "every": 2})
-    config.eval.guidance_scale, config.eval.guidance_scales = 3.0, ()
+    config.eval.guidance_scales = ()
     config.eval.judges = {"builtin": judge("tiny-shapes")}
-    config.stop.judge, config.stop.evaluations, config.stop.min_drop = "eval/checker_rate", 2, 0.25
+    config.stop.judge = "eval/checker_rate"
+    validate(config)
     return config
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(workdir, rows of the evaluations)"""
-    workdir, config = tmp_path_factory.mktemp("hacking") / "run", recipe()
-    opened = rewards.registry.open_reward
-
-    def open_reward(path, **options):
-        return Brightness() if path == "brightness" else opened(path, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rewards.registry, "open_reward", open_reward)
-        validate(config)
-        train(config, assemble, workdir)
+    workdir, config = tmp_path_factory.mktemp("hacking") / "run", recipe("brightness")
+    train(config, functools.partial(assemble, reward=brightness), workdir)
     return workdir, [row for row in read_rows(workdir / "metrics.jsonl") if "eval/reward_mean" in row]
 
 
 def test_the_flaw_is_caught(run):
-    """Reward up; checker, the judge that is not trained, and diversity down; the run ends early."""
+    """Reward up; checker, the judge that is not trained, and diversity down; the run ends after three such evaluations."""
     workdir, rows = run
     first, last = rows[0], rows[-1]
-    assert last["eval/reward_mean"] > first["eval/reward_mean"]
-    for name in ("eval/checker_rate", "eval/judge_builtin"):
-        assert last[name] < first[name] - 0.25
-    assert last["step"] < 12
+    assert last["eval/reward_mean"] > first["eval/reward_mean"] + first["eval/reward_std"]
+    for name in ("eval/checker_rate", "eval/judge_builtin", "eval/diversity"):
+        assert last[name] < 0.8 * first[name], name
+    assert last["step"] == 6
     done = json.loads((workdir / "done.json").read_text())
     assert done["step"] == last["step"] and done["stopped"].startswith("eval/checker_rate went from")
+
+
+def test_the_built_in_reward_is_not_taken_for_a_flaw(tmp_path, capsys):
+    """The same run with the reward that the model is made for: no warning, and it goes on to its last step."""
+    config = recipe("tiny-shapes")
+    train(config, assemble, tmp_path / "run")
+    assert json.loads((tmp_path / "run/done.json").read_text()) == {"step": 12, "exported": 12}
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_what_is_exported_is_the_best_by_the_judge(run):
