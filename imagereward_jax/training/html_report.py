@@ -122,21 +122,29 @@ def plot_watch(rows: list[dict[str, Any]], names: list[str]) -> str:
 
     height = 1.15 * len(names) + 0.45
     figure = Figure(figsize=(9, height))
-    figure.subplots_adjust(0.22, 0.42 / height, 0.98, 1 - 0.08 / height, hspace=0.18)
+    figure.subplots_adjust(0.2, 0.42 / height, 0.98, 1 - 0.08 / height, hspace=0.18)
     first = None
     for index, name in enumerate(names):
         axes = figure.add_subplot(len(names), 1, index + 1, sharex=first)
         first = first or axes
         steps, values = zip(*_points(rows, name))
-        axes.plot(steps, values, marker="o", markersize=4, linewidth=1.8, color="C0" if index == 0 else "C3")
+        axes.plot(steps, values, marker="o", markersize=4, linewidth=1.8, color=_colour(name))
         axes.axhline(values[0], color="0.6", linewidth=1, linestyle="--")
-        axes.set_ylabel(name.removeprefix("eval/"), fontsize=9, rotation=0, ha="right", va="center", labelpad=8)
+        axes.set_ylabel(name.removeprefix("eval/"), fontsize=9, rotation=0, ha="right", va="center")
+        axes.yaxis.set_label_coords(-0.07, 0.5)
         axes.tick_params(labelsize=8, labelbottom=index == len(names) - 1)
         axes.locator_params(axis="y", nbins=4)
         axes.margins(y=0.15)
         axes.grid(alpha=0.3)
     axes.set_xlabel("step", fontsize=9)
     return _svg(figure)
+
+
+def _colour(name):
+    """Of the reward, of judges, and of distances between images."""
+    if name == WATCHED[0]:
+        return "C0"
+    return "C2" if name.startswith(("eval/diversity", "eval/drift")) else "C3"
 
 
 def _points(rows, name):

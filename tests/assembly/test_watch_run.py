@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 
 
 def test_the_flaw_is_caught(run):
-    """Reward up; checker, the judge that is not trained, and diversity down; the run ends after three such evaluations."""
+    """Reward up; checker, the judge that is not trained, and diversity down; it ends after three such evaluations."""
     workdir, rows = run
     first, last = rows[0], rows[-1]
     assert last["eval/reward_mean"] > first["eval/reward_mean"] + first["eval/reward_std"]
