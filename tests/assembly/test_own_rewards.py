@@ -115,12 +115,13 @@ def test_a_gradient_flows_through_networks_and_jax_functions(here):
 
 
 def test_a_jax_function_alone_is_a_reward_without_weights(here):
-    """`reward_gradient` by a reward that has no parameters at all, from a recipe that names it."""
+    """ReFL by a reward that has no parameters at all; without a network, images are compared by their pixels."""
     recipe = recipe_beside(here / "configs/x", "refl_tiny")
     options = ("--config.reward.path=jax:my_rewards:warmth", "--config.steps=2")
     assert train("refl", "alone", *options) == 0
     row = last_row("alone")
     assert row["refl/grad_norm"] > 0 and -1 <= row["refl/reward"] <= 1 and recipe.reward.path != "jax:my_rewards:warmth"
+    assert row["eval/diversity_pixels"] > 0 and row["eval/drift_pixels"] > 0 and "eval/drift" not in row
 
 
 def test_ddpo_hands_metadata_to_functions_and_logs_named_scores(here):
