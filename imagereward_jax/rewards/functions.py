@@ -39,6 +39,7 @@ class PythonReward(RuleReward):
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = _instance(function)
         self.name = name or _name_of(function)
+        self._where = f"reward {self.name!r}"
         self._arguments = _count_arguments(function, ("images", "prompts", "metadata"), at_least=2, name=self.name)
 
     def score_arrays(
@@ -60,10 +61,8 @@ class PythonReward(RuleReward):
         try:
             returned = self.function(*arguments)
         except Exception as error:
-            raise RewardError(
-                f"reward {self.name!r}", f"the reward failed: {describe(error, self.function)}"
-            ) from error
-        return _read_scores(returned, prompts, f"reward {self.name!r}")
+            raise RewardError(self._where, f"the reward failed: {describe(error, self.function)}") from error
+        return _read_scores(returned, prompts, self._where)
 
 
 class JaxReward(RuleReward):
@@ -90,6 +89,7 @@ class JaxReward(RuleReward):
     def __init__(self, function: Any, name: str | None = None) -> None:
         self.function = _instance(function)
         self.name = name or JAX_PREFIX + _name_of(function)
+        self._where = f"reward {self.name!r}"
         self.params, self._takes_prompts = {}, True
         self._tokenize = getattr(function, "tokenize", None)
         if self._tokenize is not None and hasattr(function, "params") and hasattr(function, "apply"):
@@ -120,13 +120,13 @@ class JaxReward(RuleReward):
             tokens = jax.tree.map(np.asarray, self._tokenize(prompts), is_leaf=lambda part: not isinstance(part, dict))
         except Exception as error:
             told = describe(error, getattr(self._tokenize, "__func__", self._tokenize))
-            raise RewardError(f"reward {self.name!r}", f"tokenize failed: {told}") from error
+            raise RewardError(self._where, f"tokenize failed: {told}") from error
         leaves = jax.tree.leaves(tokens)
         if not all(leaf.dtype.kind in "buif" and leaf.shape[:1] == (len(prompts),) for leaf in leaves):
             said = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tokens)
             expected = f"an array of numbers [{len(prompts)}, ...], or a dict of such"
             reason = f"tokenize returned {said} for {len(prompts)} prompts; expected {expected}"
-            raise RewardError(f"reward {self.name!r}", reason)
+            raise RewardError(self._where, reason)
         return tokens
 
     def apply(self, params: Any, images: jax.Array, tokens: Any) -> jax.Array:
@@ -141,12 +141,12 @@ class JaxReward(RuleReward):
         except Exception as error:
             hint = "; it runs inside a compiled program: use jax.numpy" if isinstance(error, _TRACING_ERRORS) else ""
             told = describe(error, getattr(self._call, "__func__", self.function))
-            raise RewardError(f"reward {self.name!r}", f"the reward failed: {told}{hint}") from error
+            raise RewardError(self._where, f"the reward failed: {told}{hint}") from error
         shape, dtype = getattr(scores, "shape", None), getattr(scores, "dtype", None)
         if shape != images.shape[:1] or not jnp.issubdtype(dtype, jnp.floating):
             said = f"a {type(scores).__name__}" if shape is None else f"an array of shape {shape} and type {dtype}"
             reason = f"the reward returned {said} for {len(images)} images; expected a floating-point number per image"
-            raise RewardError(f"reward {self.name!r}", reason)
+            raise RewardError(self._where, reason)
         return scores.astype(jnp.float32)
 
     def score_arrays(

@@ -75,7 +75,8 @@ def test_the_command_trains_with_networks_and_functions(here, capsys, monkeypatc
     broken = "--config.reward.terms.mine.path=my_judges:broken"
     assert main(["train", "--config=recipe.py", f"--workdir={here / 'broken'}", broken]) == 1
     said = (
-        "error: config.reward.terms.mine.path='my_judges:broken': the reward failed: LookupError: the judge is asleep"
+        "error: config.reward.terms.mine.path='my_judges:broken': the reward failed: LookupError: the judge is asleep "
+        "(my_judges.py, line 7)"
     )
     assert capsys.readouterr().err.strip().splitlines()[-1] == said
 

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,10 +14,11 @@ import tiny_sd1
 for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)
 
+from imagereward_jax.assembly.evaluators import SampleEvaluator
 from imagereward_jax.assembly.run import assemble
 from imagereward_jax.config import ConfigError
 from imagereward_jax.recipes import recipe_beside, validate
-from imagereward_jax.rewards.mixed import MixedReward, Term
+from imagereward_jax.rewards.mixed import MixedReward, Term, Terms
 from imagereward_jax.train import main
 from imagereward_jax.training import html_report
 from imagereward_jax.training.mesh import make_mesh
@@ -40,6 +42,7 @@ def get_config():
 """
 SETTINGS = {
     "refl": 'config.method.update({"stop_min": 1, "stop_max": 2, "pretrain": "off"})',
+    "draft": 'config.method.update({"guidance_scale": 1.0, "loss": "linear", "target": 0.0})',
     "ddpo": 'config.method.update({"rounds": 1, "timestep_fraction": 1.0})',
 }
 BROKEN = """
@@ -115,12 +118,13 @@ def test_a_gradient_flows_through_networks_and_jax_functions(here):
 
 
 def test_a_jax_function_alone_is_a_reward_without_weights(here):
-    """ReFL by a reward that has no parameters at all; without a network, images are compared by their pixels."""
-    recipe = recipe_beside(here / "configs/x", "refl_tiny")
-    options = ("--config.reward.path=jax:my_rewards:warmth", "--config.steps=2")
-    assert train("refl", "alone", *options) == 0
+    """DRaFT-1 by a reward that has no parameters at all: the loss is its mean, negated, and it trains.
+
+    Without a network, evaluation compares images by their pixels."""
+    assert train("draft", "alone", "--config.reward.path=jax:my_rewards:warmth") == 0
     row = last_row("alone")
-    assert row["refl/grad_norm"] > 0 and -1 <= row["refl/reward"] <= 1 and recipe.reward.path != "jax:my_rewards:warmth"
+    assert row["reward_gradient/loss"] == pytest.approx(-row["reward_gradient/reward"], abs=1e-7)
+    assert row["reward_gradient/grad_norm"] > 0 and row["skipped"] == 0
     assert row["eval/diversity_pixels"] > 0 and row["eval/drift_pixels"] > 0 and "eval/drift" not in row
 
 
@@ -172,14 +176,28 @@ def test_a_function_without_a_gradient_is_refused_with_what_to_write(here, capsy
     assert not (here / "no").exists()
 
 
-def test_a_plan_traces_a_jax_function_over_shapes(here):
-    config = recipe_beside(here / "configs/x", "refl_tiny")
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("refl", {}),
+        ("draft", {"truncation": "per_step"}),
+        ("draft", {"truncation": "spaced", "stop_min": 2, "gradient_steps": 2}),
+        ("draft", {"noisings": 1}),
+        ("ddpo", {}),
+    ],
+    ids=["refl", "alignprop", "drtune", "draft_lv", "ddpo"],
+)
+def test_every_method_is_planned_with_a_jax_function(here, method, settings):
+    """The step is traced over shapes; methods that follow the gradient have the function's tokens in their batch."""
+    config = recipe_beside(here / "configs/x", f"{method}_tiny")
     config.reward.path = "jax:my_rewards:target"
+    config.method.update(settings)
     validate(config)
     mesh = make_mesh(1, 1, jax.devices()[:1])
     run = assemble(config, mesh, abstract=True)
     program = TrainingProgram(config, run, mesh)
-    assert program.abstract_batches()["refl"]["reward"].shape == (4, 3)
+    (batch,) = program.abstract_batches().values()
+    assert method == "ddpo" or batch["reward"].shape == (4, 3)
     assert program.trace(run, "cpu").jaxpr.out_avals
 
 
@@ -211,3 +229,23 @@ def test_what_is_handed_over_is_a_reward_a_function_or_a_mixture(here):
         assemble(config, mesh, abstract=True, reward=short)
     with pytest.raises(ValueError, match="a mixture needs at least one reward"):
         assemble(config, mesh, abstract=True, reward={})
+
+
+def test_evaluation_leaves_out_images_without_a_verdict():
+    """Of two images per prompt one of the first prompt's and both of the second's have none; the third's have."""
+
+    def some(images, prompts, metadata):
+        return [row["score"] if row["score"] >= 0 else np.nan for row in metadata]
+
+    evaluator = object.__new__(SampleEvaluator)
+    evaluator.settings, evaluator.check, evaluator.networks = SimpleNamespace(images_per_prompt=2), False, None
+    evaluator.terms, evaluator.prompts = Terms({"some": Term(some)}), ["a", "a", "b", "b", "c", "c"]
+    evaluator.metadata = [{"score": score} for score in (4.0, -1, -1, -1, 1.0, 3.0)]
+    metrics, _ = evaluator._judged({}, np.zeros((6, 4, 4, 3), np.float32))
+    per_prompt = np.array([4.0, 2.0])
+    assert metrics == {
+        "eval/reward_mean": per_prompt.mean(),
+        "eval/reward_std": per_prompt.std(),
+        "eval/reward_some": pytest.approx(8 / 3),
+        "eval/reward_no_verdict": 3.0,
+    }

@@ -60,11 +60,11 @@ def images():
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A module of the user's, importable as `my_rewards`."""
-    (tmp_path / "my_rewards.py").write_text(MODULE)
+    """A module of the user's, importable as `own_functions`."""
+    (tmp_path / "own_functions.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    sys.modules.pop("my_rewards", None)
+    sys.modules.pop("own_functions", None)
 
 
 def warmth_of(images):
@@ -73,7 +73,7 @@ def warmth_of(images):
 
 
 def test_a_python_function_scores(images, module):
-    reward = open_reward("my_rewards:brightness")
+    reward = open_reward("own_functions:brightness")
     expected = images.mean((1, 2, 3)) + np.array([3, 5])
     np.testing.assert_allclose(reward.score(["abc", "abcde"], list(images)), expected, rtol=1e-6)
     assert reward.score("abc", Image.fromarray(images[0])) == pytest.approx(expected[0])
@@ -83,7 +83,7 @@ def test_a_python_function_scores(images, module):
 
 def test_a_function_is_given_metadata_if_it_takes_them(images, module):
     """Empty dicts where there are none; a third argument with a default and another name is left alone."""
-    reward = open_reward("my_rewards:rated")
+    reward = open_reward("own_functions:rated")
     np.testing.assert_array_equal(reward.score_arrays(images, ["a", "b"], [{"rating": 2}, {"rating": 7}]), [2, 7])
     np.testing.assert_array_equal(reward.score(["a", "b"], list(images)), [-1, -1])
 
@@ -136,15 +136,15 @@ def test_bad_returns_of_a_python_function_are_named(returned, message, images):
 
 def test_names_of_functions_that_cannot_be_used_are_refused(module):
     for name, message in (
-        ("my_rewards:nothing", "my_rewards:nothing.*expected module:function"),
-        ("jax:my_rewards:nothing", "jax:my_rewards:nothing.*expected jax:module:function"),
+        ("own_functions:nothing", "own_functions:nothing.*expected module:function"),
+        ("jax:own_functions:nothing", "jax:own_functions:nothing.*expected jax:module:function"),
         ("not_there:f", "not_there:f"),
-        ("my_rewards:constant", "constant is not a function"),
-        ("jax:my_rewards:constant", "constant is not a function"),
-        ("my_rewards:Target", "is a class; give an instance"),
-        ("jax:my_rewards:Target", "is a class; give an instance"),
-        ("my_rewards:alone", r"takes \(images\); expected \(images, prompts\) or \(images, prompts, metadata\)"),
-        ("jax:my_rewards:rated", r"takes \(images, prompts, metadata\); expected \(images\) or \(images, prompts\)"),
+        ("own_functions:constant", "constant is not a function"),
+        ("jax:own_functions:constant", "constant is not a function"),
+        ("own_functions:Target", "is a class; give an instance"),
+        ("jax:own_functions:Target", "is a class; give an instance"),
+        ("own_functions:alone", r"takes \(images\); expected \(images, prompts\) or \(images, prompts, metadata\)"),
+        ("jax:own_functions:rated", r"takes \(images, prompts, metadata\); expected \(images\) or \(images, prompts\)"),
     ):
         with pytest.raises(ValueError, match=message):
             open_reward(name)
@@ -159,9 +159,9 @@ def test_a_jax_function_scores_and_has_a_gradient(images, module):
     expected, floats = warmth_of(images), jnp.asarray(images / np.float32(255))
     gradient = np.zeros(images.shape, np.float32)
     gradient[..., 0], gradient[..., 2] = 1 / (16 * 24), -1 / (16 * 24)
-    sys_module = __import__("my_rewards")
-    decorated = ("jax:my_rewards:decorated", "my_rewards:decorated", sys_module.decorated)
-    for given in ("jax:my_rewards:warmth", *decorated, imagereward_jax.jax_reward(sys_module.warmth)):
+    sys_module = __import__("own_functions")
+    decorated = ("jax:own_functions:decorated", "own_functions:decorated", sys_module.decorated)
+    for given in ("jax:own_functions:warmth", *decorated, imagereward_jax.jax_reward(sys_module.warmth)):
         reward = imagereward_jax.open_reward(given)
         assert isinstance(reward, JaxReward) and reward.differentiable
         np.testing.assert_allclose(reward.score(["a", "b"], list(images)), expected, atol=1e-6)
@@ -177,7 +177,7 @@ def test_a_jax_function_scores_and_has_a_gradient(images, module):
 
 def test_prompts_reach_a_jax_function_as_bytes_or_as_its_own_tokens(images, module):
     prompts, floats = ["a red ball", "a blue ball"], jnp.asarray(images / np.float32(255))
-    target = open_reward("jax:my_rewards:target")
+    target = open_reward("jax:own_functions:target")
     expected = -np.square(floats[..., 0].mean((1, 2)) - np.array([1.0, 0.0]))
     np.testing.assert_allclose(target.score_arrays(images, prompts), expected, atol=1e-6)
 
@@ -310,13 +310,15 @@ def test_mixtures_hold_networks_and_functions_of_both_kinds(images, tiny_reward)
 def test_commands_score_by_functions_and_name_the_one_that_fails(images, module, tmp_path, capsys):
     Image.fromarray(images[0]).save(tmp_path / "1.png")
     arguments = ["--prompt", "abc", str(tmp_path / "1.png"), "--json"]
-    for name, expected in (("jax:my_rewards:warmth", warmth_of(images)[0]), ("my_rewards:rated", -1)):
+    for name, expected in (("jax:own_functions:warmth", warmth_of(images)[0]), ("own_functions:rated", -1)):
         assert score.main(["--model", name, *arguments]) == 0
         (row,) = json.loads(capsys.readouterr().out)["images"]
         assert row["score"] == pytest.approx(expected, rel=1e-5)
-    (tmp_path / "my_rewards.py").write_text(MODULE + "def fails(images, prompts):\n    raise LookupError('asleep')\n")
-    sys.modules.pop("my_rewards")
-    assert score.main(["--model", "my_rewards:fails", *arguments]) == 1
+    (tmp_path / "own_functions.py").write_text(
+        MODULE + "def fails(images, prompts):\n    raise LookupError('asleep')\n"
+    )
+    sys.modules.pop("own_functions")
+    assert score.main(["--model", "own_functions:fails", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    expected = "error: reward 'my_rewards:fails': the reward failed: LookupError: asleep (my_rewards.py, line"
+    expected = "error: reward 'own_functions:fails': the reward failed: LookupError: asleep (own_functions.py, line"
     assert line.startswith(expected)
