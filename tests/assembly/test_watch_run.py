@@ -29,7 +29,7 @@ def brightness(images):
 
 def recipe(reward):
     config = recipe_beside(CONFIGS / "x", "refl_tiny")
-    config.steps, config.batch_size, config.writers, config.ema_decay = 12, 8, ("jsonl",), 0.0
+    config.steps, config.batch_size, config.writers, config.ema_decay = 8, 8, ("jsonl",), 0.0
     config.reward.path = reward
     config.method.update({"num_steps": 3, "stop_min": 1, "stop_max": 2, "threshold": 20.0, "pretrain": "off"})
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-4, 0
@@ -65,7 +65,7 @@ def test_the_built_in_reward_is_not_taken_for_a_flaw(tmp_path, capsys):
     """The same run with the reward that the model is made for: no warning, and it goes on to its last step."""
     config = recipe("tiny-shapes")
     train(config, assemble, tmp_path / "run")
-    assert json.loads((tmp_path / "run/done.json").read_text()) == {"step": 12, "exported": 12}
+    assert json.loads((tmp_path / "run/done.json").read_text()) == {"step": 8, "exported": 8}
     assert "warning" not in capsys.readouterr().err
 
 
