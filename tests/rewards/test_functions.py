@@ -171,8 +171,9 @@ def test_a_jax_function_scores_and_has_a_gradient(images, module):
         found = jax.grad(lambda x, reward=reward: reward.apply(reward.params, x, reward.tokenize("ab")).sum())(floats)
         np.testing.assert_allclose(found, gradient, atol=1e-9)
     np.testing.assert_allclose(sys_module.decorated(floats), expected, atol=1e-6)  # still a function
-    half = reward.apply({}, floats.astype(jnp.bfloat16), {})
-    assert half.dtype == jnp.float32
+    seen = []
+    half = jax_reward(lambda images: seen.append(images.dtype) or images.mean((1, 2, 3)).astype(jnp.bfloat16))
+    assert half.apply({}, floats.astype(jnp.bfloat16), {}).dtype == jnp.float32 and seen == [jnp.float32]
 
 
 def test_prompts_reach_a_jax_function_as_bytes_or_as_its_own_tokens(images, module):
