@@ -37,7 +37,7 @@ def get_config():
     config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 1e-4
     config.eval.prompts = "held_out.txt"
-    config.eval.num_prompts = 64
+    config.eval.num_prompts = 32  # two images each
     config.eval.sampler = "ddim"
     config.eval.eta = 1.0
     config.eval.num_steps = 50

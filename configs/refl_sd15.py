@@ -32,7 +32,7 @@ def get_config():
     config.data.image_size = 512
     config.data.workers = 4
     config.eval.prompts = "held_out.json"
-    config.eval.num_prompts = 64
+    config.eval.num_prompts = 32  # two images each
     config.eval.every = 25
     config.checkpoint.every = 25
     config.log_every = 1

@@ -25,5 +25,5 @@ def get_config():
     config.lora.rank = 4
     config.optimizer.learning_rate = 1e-4  # of the size that low-rank parameters are trained with
     config.data.random_crop = False
-    config.eval.num_prompts = 64
+    config.eval.num_prompts = 32  # two images each
     return config

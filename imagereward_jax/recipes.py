@@ -12,10 +12,10 @@ from ml_collections import ConfigDict, config_dict
 
 from imagereward_jax.config import ConfigError, Section, did_you_mean
 from imagereward_jax.methods.base import find_method
-from imagereward_jax.sections.parts import PARTS, reward_term
+from imagereward_jax.sections.parts import PARTS, judge, reward_term
 from imagereward_jax.sections.run import RUN_SECTIONS
 
-__all__ = ["default_config", "method_settings", "recipe_beside", "reward_term", "validate"]
+__all__ = ["default_config", "judge", "method_settings", "recipe_beside", "reward_term", "validate"]
 
 
 def default_config(method: str) -> ConfigDict:

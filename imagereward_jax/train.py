@@ -57,7 +57,8 @@ def run(trainer: "Trainer") -> int:
     try:
         if not trainer.train():
             say(
-                f"{workdir} is complete: see {workdir / 'report.html'}; raise --config.steps to train on",
+                f"{workdir} is complete: see {workdir / 'report.html'}; raise --config.steps to train on, or change "
+                "config.stop if that ended it",
                 file=sys.stderr,
             )
     except Interrupted as stop:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from imagereward_jax.assembly.conditions import iterate, load_pairs_of
 from imagereward_jax.assembly.given import held_out_rows
+from imagereward_jax.assembly.judges import BatchScorer, Judges, distance_within, embed_pixels, over_prompts
 from imagereward_jax.data.groups import padded
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
@@ -41,22 +42,29 @@ def generation_of(config: Any, pipeline: Any) -> Any:
 
 
 class SampleEvaluator:
-    """Samples held-out prompts from the same noise every time and scores the images.
+    """Samples held-out prompts from the same noise every time, scores the images and watches what else they do.
 
     Calling it with the components gives `eval/reward_mean`, `eval/reward_std` (over prompts, of each prompt's mean; an
-    image without a verdict counts in neither), the `eval/reward_NAME` of `Terms.metrics`, and, if the prompts are the
-    shapes world's, `eval/checker_rate`, the share of images in which the rule-based checker finds all four words. For
-    each S of config.eval.guidance_scales the same prompts and noise give `eval/reward_mean@S` and
-    `eval/checker_rate@S`.
+    image without a verdict counts in neither), the `eval/reward_NAME` of `Terms.metrics`, of each of config.eval.judges
+    `eval/judge_NAME`, and, if the prompts are the shapes world's, `eval/checker_rate`, the share of images in which the
+    rule-based checker finds all four words. `eval/diversity` is the mean distance between images of a prompt, and the
+    embeddings it is measured in are given for `eval/drift`: see `judges`. For each S of config.eval.guidance_scales the
+    same prompts and noise give `eval/reward_mean@S` and `eval/checker_rate@S`.
 
     Args:
-        parts: the run's parts; reads config.eval, the pipeline and the reward's terms (or None).
+        parts: the run's parts; reads config.eval, the pipeline, the reward's terms and the judges' (or None).
         size: (height, width) in pixels.
     """
 
     def __init__(self, parts: Any, size: tuple[int, int]):
         self.settings, self.pipeline, self.mesh = parts.config.eval, parts.pipeline, parts.mesh
-        self.terms, self.networks = parts.terms, parts.reward
+        embedder = next((one for one in (parts.judges, parts.terms) if one and one.embedder is not None), None)
+
+        def scorer(kind, terms):
+            return terms and kind(terms, self.mesh, self.settings.batch_size, embeds=terms is embedder)
+
+        self.rewards, self.judges = scorer(BatchScorer, parts.terms), scorer(Judges, parts.judges)
+        self.embeds = embedder is not None
         rows = held_out_rows(parts)
         chosen = np.repeat(np.arange(len(rows))[: self.settings.num_prompts], self.settings.images_per_prompt)
         self.prompts = [rows[row]["prompt"] for row in chosen]
@@ -78,60 +86,70 @@ class SampleEvaluator:
             width=size[1],
             guidance_scale=generation.guidance_scale,
         )
-        self._score = jax.jit(self._score_batch, out_shardings=replicated(self.mesh))
-
-    def _score_batch(self, params, images, tokens):
-        return self.terms.apply_networks(params, images, tokens)
 
     def __call__(self, components: Params) -> Evaluation:
         """See the class."""
         seed = jax.random.key(self.settings.seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(seed, index))(np.arange(len(self.prompts)))
         images = self.sample(components, self.prompts, keys=keys)
-        metrics, captions, rewards = self._judged(components, images)
+        pixels = to_uint8(images)
+        scores, more, embeds = self._scores(components, images, pixels)
+        captions = self._captions(scores)
+        if self.judges:
+            judged, own = self.judges(images, pixels, self.prompts, self.metadata)
+            scores |= {f"eval/judge_{name}": values for name, values in judged.items()}
+            embeds = embeds if own is None else own
+        metrics, errors = self._means(scores)
+        metrics |= more
+        ending, embeds = ("", embeds) if self.embeds else ("_pixels", embed_pixels(pixels))
+        if self.settings.images_per_prompt > 1:
+            diversity = distance_within(embeds, self.settings.images_per_prompt)
+            metrics[f"eval/diversity{ending}"] = diversity.mean()
+            errors[f"eval/diversity{ending}"] = diversity.std() / len(diversity) ** 0.5
         for scale in self.settings.guidance_scales:
             others = self.sample(components, self.prompts, keys=keys, guidance_scale=scale)
-            found, *_ = self._judged(components, others)
+            found, _ = self._means(self._scores(components, others, to_uint8(others))[0])
             metrics |= {f"{name}@{scale:g}": found[name] for name in COMPARED if name in found}
-        shown = self.settings.grid
+        shown, rewards = self.settings.grid, scores.get("eval/reward_mean")
         return Evaluation(
             {name: float(value) for name, value in metrics.items()},
             contact_sheet(images[:shown], captions[:shown]),
             ImageSamples(images, list(self.prompts), list(self.metadata), rewards, held_out=True),
+            {name: float(value) for name, value in errors.items()},
+            {f"eval/drift{ending}": embeds},
         )
 
-    def _judged(self, components, images):
-        """(metrics, a caption for each image, rewards [N] or None)"""
-        metrics, captions, rewards, pixels = {}, list(self.prompts), None, to_uint8(images)
-        if self.terms:
-            scores = self._scores(components, images, pixels)
-            rewards = self.terms.total(scores)
-            metrics |= {f"eval/{name}": value for name, value in self.terms.metrics(scores, rewards).items()}
-            rated = np.isfinite(rewards).reshape(-1, self.settings.images_per_prompt)
-            sums = np.where(rated, rewards.reshape(rated.shape), 0).sum(1)
-            per_prompt = sums[rated.any(1)] / rated.sum(1)[rated.any(1)]
-            metrics |= {"eval/reward_mean": per_prompt.mean(), "eval/reward_std": per_prompt.std()}
-            captions = [f"{reward:+.2f} {prompt}" for prompt, reward in zip(self.prompts, rewards)]
-        if self.check:
-            right = [fully_right(prompt, image) for prompt, image in zip(self.prompts, pixels)]
-            metrics["eval/checker_rate"] = np.mean(right)
-            captions = [f"{caption} {'(right)' if ok else '(wrong)'}" for caption, ok in zip(captions, right)]
-        return metrics, captions, rewards
-
     def _scores(self, components, images, pixels):
-        """{term: scores [N]} of all images, `pixels` in uint8; networks score them a batch at a time."""
-        scores = {}
-        for name in self.terms.functions:
-            scores |= self.terms.call_function(name, pixels, self.prompts, self.metadata)
-        if self.networks is None:
-            return scores
-        size, found = -(-self.settings.batch_size // self.mesh.size) * self.mesh.size, []
-        for start in range(0, len(images), size):
-            rows = np.minimum(np.arange(start, start + size), len(images) - 1)
-            tokens = self.networks.tokenize([self.prompts[row] for row in rows])
-            batch = put_replicated_rows(self.mesh, {"images": images[rows], "tokens": tokens})
-            found.append(jax.device_get(self._score(components.get("reward", {}), batch["images"], batch["tokens"])))
-        return scores | jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
+        """({metric: its value of each image}, further metrics, embeddings or None) by the reward and the checker."""
+        scores, more, embeds = {}, {}, None
+        if self.rewards:
+            curves, embeds = self.rewards(components.get("reward", {}), images, pixels, self.prompts, self.metadata)
+            scores["eval/reward_mean"] = rewards = self.rewards.terms.total(curves)
+            more = {f"eval/{name}": value for name, value in self.rewards.terms.metrics(curves, rewards).items()}
+        if self.check:
+            scores["eval/checker_rate"] = [fully_right(prompt, image) for prompt, image in zip(self.prompts, pixels)]
+        return scores, more, embeds
+
+    def _means(self, scores):
+        """(metrics, the standard error of each over prompts)"""
+        metrics, errors = {}, {}
+        for name, values in scores.items():
+            per_prompt = over_prompts(values, self.settings.images_per_prompt)
+            if not len(per_prompt):  # a part of a judge's scores
+                continue
+            metrics[name], errors[name] = per_prompt.mean(), per_prompt.std() / len(per_prompt) ** 0.5
+            if name == "eval/reward_mean":
+                metrics["eval/reward_std"] = per_prompt.std()
+        return metrics, errors
+
+    def _captions(self, scores):
+        captions = self.prompts
+        if "eval/reward_mean" in scores:
+            captions = [f"{reward:+.2f} {prompt}" for prompt, reward in zip(captions, scores["eval/reward_mean"])]
+        if "eval/checker_rate" in scores:
+            right = ["(right)" if ok else "(wrong)" for ok in scores["eval/checker_rate"]]
+            captions = [f"{caption} {word}" for caption, word in zip(captions, right)]
+        return captions
 
 
 class ReconstructionEvaluator:

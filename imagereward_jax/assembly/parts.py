@@ -102,6 +102,15 @@ class Parts:
         return None if self.terms is None else self.terms.networks
 
     @functools.cached_property
+    def judges(self) -> Terms | None:
+        """The rewards of config.eval.judges, which score evaluations and train nothing; None without any.
+
+        Raises:
+            FileNotFoundError, ValueError: see `registry.open_reward`.
+        """
+        return rewards.open_judges(self.config.eval.judges, self.config.dtype)
+
+    @functools.cached_property
     def scorer(self) -> rewards.TrainedScorer:
         """The ImageReward that trains."""
         return rewards.open_scorer(self.config, abstract=self.abstract)
@@ -206,7 +215,7 @@ class Parts:
         found = {}
         if "base_pipeline" in self.__dict__:
             found |= self.base_pipeline.abstract_params()
-        if self.__dict__.get("reward") is not None:
+        if self.__dict__.get("terms") and self.reward is not None:
             found["reward"] = _shapes_of(self.reward.params)
         if "scorer" in self.__dict__:
             found["reward"] = _shapes_of(self.scorer.params)

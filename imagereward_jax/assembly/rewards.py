@@ -88,6 +88,20 @@ def open_terms(settings: Any, dtype: str, *, needs_gradient: bool, abstract: boo
     return Terms(terms, fields)
 
 
+def open_judges(settings: Any, dtype: str) -> Terms | None:
+    """The rewards of config.eval.judges as terms of equal weight; None without any.
+
+    Raises:
+        FileNotFoundError, ValueError: see `registry.open_reward`.
+    """
+    terms, fields = {}, {}
+    for name, one in settings.items():
+        where = f"config.eval.judges.{name}"
+        terms[name] = Term(_open_one(one, where, dtype, needs_gradient=False, abstract=False))
+        fields[name] = f"{where}.path={one.path!r}"
+    return Terms(terms, fields) if terms else None
+
+
 def given_terms(reward: Any, *, needs_gradient: bool) -> Terms:
     """The terms of a reward that is handed over from Python instead of named in a config.
 

@@ -188,12 +188,22 @@ class JoinedSource(Source):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found: numbers by name ("eval/..."), a sheet of samples (PIL image) or None, and the samples
-    themselves or None."""
+    """What an evaluation found.
+
+    Attributes:
+        metrics: numbers by name ("eval/...").
+        sheet: samples (PIL image), or None.
+        samples: the samples themselves, or None.
+        errors: standard errors of some of the metrics, by their names.
+        embeds: unit vectors [N, D] of the images, under the name of a metric: that of their mean distance (1 - cosine)
+            from those of the evaluation before the first step.
+    """
 
     metrics: dict[str, float]
     sheet: Any = None
     samples: ImageSamples | None = None
+    errors: Mapping[str, float] = {}
+    embeds: Mapping[str, Any] = {}
 
 
 Evaluator = Callable[[Params], Evaluation]  # takes every component, on the mesh, in the compute dtype

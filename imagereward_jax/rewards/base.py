@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from imagereward_jax.models.layers import unit
 from imagereward_jax.rewards import preprocess
 from imagereward_jax.rewards.preprocess import Statistics
 from imagereward_jax.weights import mapping
@@ -98,6 +99,18 @@ class Reward:
         """
         network = self._network(params)
         return network.score_prompts(network.encode_images(self.preprocess.device(images, self.image_size)), **tokens)
+
+    def embed(self, params: dict[str, Any], images: jax.Array) -> jax.Array:
+        """Embeds images without their prompts, as a pure function: the class token of networks that give tokens.
+
+        Args:
+            params, images: as for `apply`.
+
+        Returns:
+            [B, D] float32, unit vectors.
+        """
+        embeds = self._network(params).encode_images(self.preprocess.device(images, self.image_size))
+        return unit(embeds if embeds.ndim == 2 else embeds[:, 0])
 
     def score(self, prompt: str | Sequence[str], image: Any) -> float | list[float]:
         """Scores each image for its prompt.

@@ -146,6 +146,16 @@ class Terms:
         total, scores = apply_terms(self.networks, params, images, tokens)
         return scores or {"": total}
 
+    @property
+    def embedder(self) -> str | None:
+        """The first term whose reward has `embed`; None if there is none."""
+        return next((name for name, term in self.terms.items() if hasattr(term.reward, "embed")), None)
+
+    def embed(self, params: Any, images: jax.Array) -> jax.Array:
+        """Embeds images by the network of `embedder`: [B, D] float32, unit vectors; params: those of `networks`."""
+        name = self.embedder
+        return self.terms[name].reward.embed(params[name] if name else params, images)
+
     def call_function(
         self,
         name: str,
@@ -199,15 +209,19 @@ class Terms:
             )
         return {name: np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in names[0]}
 
+    def check_finite(self, scores: Mapping[str, np.ndarray]) -> None:
+        """Refuses scores of a term that hold no finite number: RewardError, with its name."""
+        for name in self.terms:
+            if not np.isfinite(scores[name]).any():
+                raise RewardError(self.fields[name], f"none of {len(scores[name])} scores is a finite number")
+
     def total(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """Computes the rewards [N] of the scores of all terms, NaN if one of them has no verdict.
 
         Raises:
             RewardError: the scores of a term, or the rewards, hold no finite number.
         """
-        for name in self.terms:
-            if not np.isfinite(scores[name]).any():
-                raise RewardError(self.fields[name], f"none of {len(scores[name])} scores is a finite number")
+        self.check_finite(scores)
         rewards = sum(term.contribution(scores[name], np) for name, term in self.terms.items())
         if not np.isfinite(rewards).any():
             raise RewardError(", ".join(self.fields.values()), "no image has a finite score of every reward")

@@ -1,6 +1,7 @@
 """Sections of the config that describe a run's parts: model, rewards, data, adapters and evaluations."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -139,24 +140,38 @@ def reward_term(
         mean, std: of its scores, so that rewards on different scales can be added.
         clip: bound on the normalised score, beyond which it is not rewarded further; 0 for none.
     """
-    term = ConfigDict({"path": path, "weights": weights, "weight": weight, "mean": mean, "std": std, "clip": clip})
-    term.tokenizer = config_dict.placeholder(str)
-    term.tokenizer = tokenizer
+    term = judge(path, weights=weights, tokenizer=tokenizer)
+    term.update({"weight": weight, "mean": mean, "std": std, "clip": clip})
     return term
+
+
+def judge(path: str, *, weights: str = "", tokenizer: str | None = None) -> ConfigDict:
+    """One reward of config.eval.judges.NAME, logged as eval/judge_NAME: it scores evaluations and trains nothing.
+
+    Args:
+        path, weights, tokenizer: as in config.reward.
+    """
+    one = ConfigDict({"path": path, "weights": weights, "tokenizer": config_dict.placeholder(str)})
+    one.tokenizer = tokenizer
+    return one
 
 
 def _check_term(where: str, name: str, term: Any) -> None:
     if name in ("mean", "std", "no_verdict"):
         raise ConfigError(f"{where}: its curve would be called reward_{name}, which is the mixture's: rename it")
-    missing = sorted(set(reward_term("")) - set(term))
-    unknown = sorted(set(term) - set(reward_term("")))
-    if missing or unknown:
-        raise ConfigError(f"{where} is not what reward_term() makes: missing {missing}, unknown {unknown}")
-    if not term.path:
-        raise ConfigError(f"{where}.path is empty: pass --{where}.path=...")
+    _check_made_by(reward_term, where, term)
     check_value(f"{where}.std", term.std, {"above": 0})
     if not term.clip >= 0:
         raise ConfigError(f"{where}.clip={term.clip}: expected 0 (no clipping) or more")
+
+
+def _check_made_by(make: Callable[[str], ConfigDict], where: str, term: Any) -> None:
+    """Refuses what does not have the fields that `make` gives, or no path."""
+    missing, unknown = sorted(set(make("")) - set(term)), sorted(set(term) - set(make("")))
+    if missing or unknown:
+        raise ConfigError(f"{where} is not what {make.__name__}() makes: missing {missing}, unknown {unknown}")
+    if not term.path:
+        raise ConfigError(f"{where}.path is empty: pass --{where}.path=...")
 
 
 class Scorer(Section, path="reward"):
@@ -223,7 +238,8 @@ class Samples(Section, path="eval"):
 
     prompts: str = ""  # file, `datasets` name, or shapes:held_out
     num_prompts: int = field(32, at_least=1)
-    images_per_prompt: int = field(1, at_least=1)
+    images_per_prompt: int = field(2, at_least=1)  # at least 2 for eval/diversity
+    judges: ConfigDict = field(default_factory=ConfigDict)  # rewards that only judge, {name: judge(...)}
     batch_size: int = field(8, at_least=1)
     sampler: str | None = field(None, choices=(None, *SAMPLERS))  # None: what the model's folder says
     num_steps: int | None = field(None, at_least=1)  # None: what the model's folder says
@@ -232,6 +248,11 @@ class Samples(Section, path="eval"):
     eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's steps
     seed: int = field(0, at_least=0)  # the same noise for the same prompts at every evaluation
     grid: int = field(16, at_least=1)  # images in samples/step_*.png
+
+    def check(self, config):
+        """Judges are what `judge` makes."""
+        for name, one in self.judges.items():
+            _check_made_by(judge, f"config.eval.judges.{name}", one)
 
 
 class Reconstructions(Section, path="eval"):

@@ -1,6 +1,6 @@
 """Sections of the config that every run has: the run itself, its optimizer, mesh, checkpoints and evaluations."""
 
-from imagereward_jax.config import ConfigError, Section, field
+from imagereward_jax.config import ConfigError, Section, did_you_mean, field
 
 WRITERS = ("jsonl", "log", "tensorboard", "wandb")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -70,10 +70,39 @@ class Evaluation(Section, path="eval"):
     best: str = ""  # metric whose largest value is best; with a minus before it the smallest ("-eval/loss")
 
 
+class Stop(Section, path="stop"):
+    """The watch against reward hacking: a judge that falls while eval/reward_mean rises. See docs/watch.md."""
+
+    # metric that ends the run and chooses what is then exported: "eval/judge_NAME", "eval/checker_rate",
+    # "eval/diversity", "-eval/drift" (less is better); "" ends no run, and only warns
+    judge: str = ""
+    evaluations: int = field(3, at_least=1)  # in a row that show it
+    # how far below its best a judge counts as fallen; None: two standard errors of its mean over prompts (0 for a
+    # metric that has none)
+    min_drop: float | None = field(None, at_least=0.0)
+
+    def check(self, config):
+        """The judge must be a metric of the evaluation."""
+        name = self.judge.removeprefix("-")
+        if not name:
+            return
+        if not name.startswith("eval/"):
+            raise ConfigError(
+                f"config.stop.judge={self.judge!r}: expected a metric of the evaluation: 'eval/judge_NAME' of one of "
+                "config.eval.judges, 'eval/checker_rate', 'eval/diversity' or '-eval/drift'"
+            )
+        judges = [f"eval/judge_{one}" for one in config.eval.get("judges", {})]
+        if name.startswith("eval/judge_") and name not in judges:
+            raise ConfigError(
+                f"config.stop.judge={self.judge!r} is not in config.eval.judges ({', '.join(judges) or 'empty'})"
+                f"{did_you_mean(name, judges)}"
+            )
+
+
 class Profile(Section, path="profile"):
     """A trace for TensorBoard's profiler."""
 
     steps: int = field(0, at_least=0)  # > 0 traces that many steps, after the first two, into WORKDIR/profile
 
 
-RUN_SECTIONS = (Run, Mesh, Optimizer, Checkpoint, Evaluation, Profile)
+RUN_SECTIONS = (Run, Mesh, Optimizer, Checkpoint, Evaluation, Stop, Profile)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -25,4 +26,13 @@ def save_image(path: str | os.PathLike, image: Image.Image, text: Mapping[str, o
     for name, value in (text or {}).items():
         chunks.add_itxt(name, str(value))
     image.save(temporary, format="PNG", pnginfo=chunks)
+    os.replace(temporary, path)
+
+
+def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Saves arrays by name as .npz through a temporary file in the same folder."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
     os.replace(temporary, path)

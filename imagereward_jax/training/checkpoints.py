@@ -1,6 +1,9 @@
 """Checkpoints of a run (Orbax): state, data positions and open log window; the latest ones and the best."""
 
+import functools
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says where and why."""
 
 
-def goodness(metrics: dict[str, float], best: str) -> float:
-    """A number that is largest for the best evaluation: the metric `best`, negated after a minus in its name."""
-    return -metrics[best[1:]] if best.startswith("-") else metrics[best]
+def goodness(metrics: Mapping[str, float], best: str) -> float:
+    """A number that is largest for the best evaluation: the metric `best`, negated after a minus in its name.
+
+    Evaluations without the metric, or whose value is not a number, are the worst: minus infinity.
+    """
+    value = metrics.get(best.removeprefix("-"), math.nan)
+    value = -value if best.startswith("-") else value
+    return -math.inf if math.isnan(value) else value
 
 
 class Checkpoints:
@@ -23,41 +31,34 @@ class Checkpoints:
 
     Args:
         folder: made if absent.
-        keep: how many of the latest stay; the best by `best` stays as well.
-        best: name of the metric whose largest value is best; with a minus before it, the smallest.
+        keep: how many of the latest stay; the best by each of `best` stays as well.
+        best: names of metrics whose largest value is best; with a minus before it, the smallest.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int, best: str):
-        def value(metrics):
-            return goodness(metrics, best)
+    def __init__(self, folder: str | Path, *, keep: int, best: Sequence[str]):
+        def best_by(name):
+            metric = functools.partial(goodness, best=name)
+            return BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False)
 
-        self.folder = Path(folder).absolute()
+        self.folder, self.ranked_by = Path(folder).absolute(), tuple(best)
         logging.getLogger("absl").addFilter(_not_orbax)
-        policy = AnyPreservationPolicy(
-            [
-                LatestN(keep),
-                BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False),
-            ]
+        policy = AnyPreservationPolicy([LatestN(keep), *(best_by(name) for name in best)])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=functools.partial(goodness, best=best[0] if best else ""),  # without it, no metrics are kept
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=value),
-            item_names=("state", "loop"),
-        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "loop"))
 
     def latest(self) -> int | None:
         """The last whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        """The step of the best checkpoint that has metrics, or None."""
-        return self._manager.best_step()
-
-    def best_metrics(self) -> dict[str, float] | None:
-        """The evaluation of the best checkpoint, or None."""
+    def best(self, name: str) -> tuple[float, int] | None:
+        """(goodness, step) of the best checkpoint by a metric, the latest of equal ones; None if none has it."""
         self.wait()
-        step = self._manager.best_step()
-        return None if step is None else self._manager.metrics(step)
+        found = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        ranked = [(goodness(metrics, name), step) for step, metrics in found.items() if metrics]
+        return max([one for one in ranked if one[0] > -math.inf], default=None)
 
     def save(self, step: int, state: Any, loop: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Writes in the background; a checkpoint that is there already stays.

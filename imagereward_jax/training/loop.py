@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from imagereward_jax.config import ConfigError, did_you_mean
 from imagereward_jax.methods.base import ImageSamples
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.storage.folders import new_folder
+from imagereward_jax.training.baseline import Baseline
 from imagereward_jax.training.checkpoints import Checkpoints, abstract, goodness
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import (
@@ -26,7 +29,14 @@ from imagereward_jax.training.interruptions import (
     signal_of_any,
     wait_for_all,
 )
-from imagereward_jax.training.mesh import check_batch, check_remat, host_copy, make_mesh, put_batch
+from imagereward_jax.training.mesh import (
+    check_batch,
+    check_remat,
+    from_all_processes,
+    host_copy,
+    make_mesh,
+    put_batch,
+)
 from imagereward_jax.training.metric_writers import (
     METRICS,
     Meter,
@@ -41,6 +51,7 @@ from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.progress import Progress, listed
 from imagereward_jax.training.state import from_checkpoint, to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
+from imagereward_jax.training.watch import Watch
 from imagereward_jax.training.workdir import CONFIG, DONE, check_workdir, is_complete
 
 SamplesHook = Callable[[ImageSamples, int, dict[str, MetricWriter]], None]
@@ -86,7 +97,8 @@ def train(
         for name, text in run.files.items():
             write_text(workdir / name, text)
     keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
-    manager = Checkpoints(workdir / "checkpoints", keep=keep, best=config.eval.best)
+    best = dict.fromkeys(name for name in (config.eval.best, config.stop.judge) if name)
+    manager = Checkpoints(workdir / "checkpoints", keep=keep, best=tuple(best))
     with closing(manager), catch_signals() as caught:
         loop = _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook)
         with contextlib.ExitStack() as stack:
@@ -108,6 +120,8 @@ class _Loop:
         self.fixed = self.program.fixed(run)
         self.state = self.program.initial_state(run.trainable)
         run.trainable = None  # the state holds it now
+        self.watch = Watch(config.stop)
+        self.baseline = Baseline(workdir, config, main=self.main)
         dtype = jnp.dtype(config.dtype)
 
         def cast_weights(tree):
@@ -123,8 +137,12 @@ class _Loop:
         step = self.manager.latest()
         if step is None:
             return None
+        if self.baseline.outdated:
+            self.progress.say("config.eval has changed: sampling the images of before the first step again, for drift")
+            self.baseline.keep(self._evaluate()[1])
         self.state, loop = self._read_state(step)
         self.meter.set_state(loop["meter"])
+        self.watch.set_state(loop.get("watch", {}))  # runs of before have none
         for phase in self.method.phases:
             phase.source.set_state(loop["streams"])
         self.progress.say(f"continuing from step {step}")
@@ -137,20 +155,21 @@ class _Loop:
 
     def run(self):
         """From the first evaluation to the report."""
-        config = self.config
+        self.positions = self._positions()
         if self.step is None:
             self.step = 0
-            self._evaluate_and_log({})
-        self.positions = self._positions()
+            metrics = self._evaluate_and_log({})
+            if self.config.stop.judge:
+                self._save(metrics)  # the judge may find nothing better
         self.iterators = self._iterators()
         try:
-            if self.step < config.steps:
+            if not self._ended:
                 begin = time.monotonic()
                 self.batches = self._next_batches()
                 self.waited = time.monotonic() - begin
                 self.train_step = self._compile()
             with self.progress.bar(self.step) as bar:
-                while self.step < config.steps:
+                while not self._ended:
                     self._stop_if_asked()
                     self._advance(bar)
         finally:
@@ -159,11 +178,32 @@ class _Loop:
             if self.profiler.close():
                 self.progress.say(f"profile in {self.profiler.folder}")
         self._save({})
-        self._export()
+        if self.watch.stopped:
+            self.progress.say(f"stopped at step {self.step}: {self.watch.stopped}")
+        exported = self._export()
         if self.main:
-            write_report(self.workdir)
-            write_text(self.workdir / DONE, json.dumps({"step": self.step}))
+            write_report(self.workdir, self._ending(exported))
+            write_text(self.workdir / DONE, json.dumps(self._done(exported)))
         self.progress.say(f"done: {self.workdir / 'report.html'}")
+
+    @property
+    def _ended(self):
+        return self.step >= self.config.steps or bool(self.watch.stopped)
+
+    def _ending(self, exported):
+        """How a stopped run ended, for its report; "" of others."""
+        if not self.watch.stopped:
+            return ""
+        return (
+            f"Stopped at step {self.step}: {self.watch.stopped}. Exported is step {exported}, the best by "
+            f"{self.config.stop.judge}{' (before the first step)' if exported == 0 else ''}."
+        )
+
+    def _done(self, exported):
+        done = {"step": self.step, "exported": exported}
+        if self.watch.stopped:
+            done |= {"stopped": self.watch.stopped, "stop": json.loads(self.config.stop.to_json())}
+        return done
 
     def _compile(self):
         start = time.monotonic()
@@ -248,27 +288,51 @@ class _Loop:
         """Every component, averaged and in the compute dtype, as evaluators take them."""
         return join(self.fixed.frozen, self._cast(state.averaged))
 
+    def _evaluate(self):
+        """(evaluations, embeddings of the images by the names of drifts)"""
+        components, embeds = self._components(self.state), {}
+        evaluations = [evaluator(components) for evaluator in self.method.evaluate.values()]
+        for evaluation in evaluations:
+            embeds |= evaluation.embeds
+        return evaluations, embeds
+
     def _evaluate_and_log(self, row):
-        components, metrics = self._components(self.state), {}
-        for index, evaluator in enumerate(self.method.evaluate.values()):
-            evaluation = evaluator(components)
-            metrics |= evaluation.metrics
+        evaluations, embeds = self._evaluate()
+        if self.step == 0:
+            self.baseline.keep(embeds)
+        metrics, errors = {}, {}
+        for index, evaluation in enumerate(evaluations):
+            metrics, errors = {**metrics, **evaluation.metrics}, {**errors, **evaluation.errors}
             if self.main and evaluation.sheet is not None:
                 name = f"step_{self.step:07d}.png" if index == 0 else f"step_{self.step:07d}_{index}.png"
                 save_image(self.workdir / "samples" / name, evaluation.sheet)
                 for writer in self.writers.values():
                     writer.write_images(self.step, "samples", np.asarray(evaluation.sheet.convert("RGB")))
             self._show_samples(evaluation.samples)
+        metrics |= self.baseline.drift(embeds)
+        metrics, errors = from_all_processes([metrics, errors])[0]  # all decide by the same numbers
         self._log({**row, **metrics})
         if self.main:
             write_report(self.workdir)
         if metrics:
             self.progress.say(f"step {self.step}: {listed(metrics)}")
+        self._check_best(metrics)
+        for line in self.watch.update(self.step, metrics, errors):
+            self.progress.say(f"warning: {line}: images may please the reward alone, see docs/watch.md")
         return metrics
 
     def _show_samples(self, samples):
         if self.main and self.hook is not None and samples is not None:
             self.hook(samples, self.step, self.writers)
+
+    def _check_best(self, metrics):
+        """Refuses to look for the best by a metric that is not there."""
+        settings, name = self.config.checkpoint, self.config.eval.best
+        if (settings.best_only or settings.export == "best") and name.removeprefix("-") not in metrics:
+            raise ConfigError(
+                f"config.eval.best={name!r} chooses what is exported, but this run's evaluation has only "
+                f"{', '.join(sorted(metrics)) or 'nothing'}{did_you_mean(name, metrics)}"
+            )
 
     def _log(self, row):
         if row:
@@ -282,16 +346,15 @@ class _Loop:
         loop = {
             "meter": self.meter.get_state(),
             "streams": self.positions,
+            "watch": self.watch.get_state(),
             "config": json.loads(self.config.to_json()),
         }
         self.manager.save(self.step, to_checkpoint(self.state), loop, metrics=evaluation or None)
 
     def _is_best(self, evaluation):
-        if not evaluation:
-            return False
-        best = self.manager.best_metrics()
-        name = self.config.eval.best
-        return best is None or goodness(evaluation, name) > goodness(best, name)
+        """Whether it is better than every checkpoint, by config.eval.best or config.stop.judge."""
+        found = {name: self.manager.best(name) or (-math.inf, 0) for name in self.manager.ranked_by}
+        return any(goodness(evaluation, name) > value for name, (value, _) in found.items())
 
     def _stop_if_asked(self, *, within_step=False):
         """Stops after a signal; a step that made some of its updates is thrown away, back to the latest checkpoint."""
@@ -319,14 +382,20 @@ class _Loop:
         )
 
     def _exported_state(self):
-        """The state to export and its step: the last, or as config.checkpoint says that of the best evaluation."""
-        best, settings = self.manager.best(), self.config.checkpoint
-        if (settings.export == "last" and not settings.best_only) or best in (None, self.step):
-            return self.state, self.step
-        self.progress.say(f"exporting the best checkpoint, of step {best}")
-        return self._read_state(best)[0], best
+        """(state, step) to export: the last, or as config.checkpoint says the best, or a stopped run's by its judge."""
+        settings, best = self.config.checkpoint, None
+        if self.watch.stopped:
+            best = self.config.stop.judge
+        elif settings.export == "best" or settings.best_only:
+            best = self.config.eval.best
+        _, step = (best and self.manager.best(best)) or (None, self.step)
+        if step == self.step:
+            return self.state, step
+        self.progress.say(f"exporting the best checkpoint by {best}, of step {step}")
+        return self._read_state(step)[0], step
 
     def _export(self):
+        """Writes the export; returns the step that it is of."""
         self.manager.wait()
         state, step = self._exported_state()
         if self.method.test is not None:
@@ -343,3 +412,4 @@ class _Loop:
                 export.write(weights, measured, folder)
                 card = model_card(self.config, read_rows(self.workdir / METRICS), step, export, self.license)
                 write_text(folder / CARD, card)
+        return step

@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "writers",
     "checkpoint",
     "eval",
+    "stop",
     "data.workers",
     "mesh",
     "max_skipped",
@@ -32,9 +33,12 @@ class WorkdirError(ValueError):
 
 
 def is_complete(workdir: Path, config: Any) -> bool:
-    """Whether the run reached its last step and left its export and report."""
-    done = workdir / DONE
-    return done.exists() and json.loads(done.read_text())["step"] >= config.steps
+    """Whether the run reached its last step, or was stopped by the present config.stop, and left export and report."""
+    path = workdir / DONE
+    if not path.exists():
+        return False
+    done = json.loads(path.read_text())
+    return done["step"] >= config.steps or ("stop" in done and done["stop"] == json.loads(config.stop.to_json()))
 
 
 def check_workdir(workdir: Path, config: Any) -> None:

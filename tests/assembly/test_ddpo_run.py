@@ -21,7 +21,7 @@ from imagereward_jax.training.program import TrainingProgram
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = f"""
-from imagereward_jax.recipes import recipe_beside, reward_term
+from imagereward_jax.recipes import judge, recipe_beside, reward_term
 
 def get_config():
     config = recipe_beside({str(CONFIGS / "x")!r}, "ddpo_tiny")
@@ -29,7 +29,8 @@ def get_config():
     config.model.path, config.reward.path = "model", ""
     config.reward.terms = {{"network": reward_term("reward"), "mine": reward_term("my_judges:red", weight=2.0)}}
     config.method.update({{"num_steps": 3, "height": 8, "width": 8, "round_size": 4, "timestep_fraction": 0.7}})
-    config.eval.update({{"num_prompts": 4, "images_per_prompt": 1, "batch_size": 4, "num_steps": 3, "every": 1}})
+    config.eval.update({{"num_prompts": 4, "images_per_prompt": 2, "batch_size": 4, "num_steps": 3, "every": 1}})
+    config.eval.judges = {{"network": judge("reward"), "size": judge("jpeg-compressibility")}}
     return config
 """
 REWARDS = """
@@ -55,7 +56,8 @@ def project(tmp_path_factory, tiny_reward_folder):
 
 
 def test_the_command_trains_with_networks_and_functions(here, capsys, monkeypatch):
-    """A step of two rounds and two updates; ratios are 1 within 1e-6 before the first. Then a function that fails ends
+    """A step of two rounds and two updates; ratios are 1 within 1e-6 before the first. A judge that is the network of
+    the reward scores as it does, one that is a function scores too. Then a function that fails ends
     a run, before anything is sampled for training, in one line with its name."""
     monkeypatch.setattr(html_report, "plot", lambda rows, names: "<svg></svg>")  # most of the time that a run takes
     assert main(["train", "--config=recipe.py", f"--workdir={here / 'run'}"]) == 0
@@ -67,6 +69,8 @@ def test_the_command_trains_with_networks_and_functions(here, capsys, monkeypatc
     for row, name in ((step, "ddpo/reward"), (step, "eval/reward"), (rows[0], "eval/reward")):
         total = row[name if name in row else f"{name}_mean"]
         np.testing.assert_allclose(total, row[f"{name}_network"] + 2 * row[f"{name}_mine"], rtol=1e-4)
+    assert step["eval/judge_network"] == pytest.approx(step["eval/reward_network"], abs=1e-5)
+    assert step["eval/judge_size"] < 0 < step["eval/diversity"] and step["eval/drift"] > 0 == rows[0]["eval/drift"]
     capsys.readouterr()
     broken = "--config.reward.terms.mine.path=my_judges:broken"
     assert main(["train", "--config=recipe.py", f"--workdir={here / 'broken'}", broken]) == 1
@@ -81,6 +85,7 @@ def test_a_plan_knows_the_batches_and_says_what_it_leaves_out(here):
     """The step is traced over shapes: 2 of 3 sampler steps of 4 samples, with what they are conditioned on."""
     config = recipe_beside(here / "recipe.py", "recipe")
     config.reward.terms.mine.path = "jpeg-compressibility"
+    config.eval.judges.network.path = "nowhere"  # judges are no part of a step
     validate(config)
     mesh = make_mesh(1, 1, jax.devices()[:1])
     run = assemble(config, mesh, abstract=True)

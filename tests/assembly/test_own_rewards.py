@@ -16,6 +16,7 @@ for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
 
 from imagereward_jax.assembly.evaluators import SampleEvaluator
 from imagereward_jax.assembly.given import Given
+from imagereward_jax.assembly.judges import BatchScorer
 from imagereward_jax.assembly.run import assemble
 from imagereward_jax.config import ConfigError
 from imagereward_jax.recipes import recipe_beside, validate
@@ -119,11 +120,14 @@ def test_a_gradient_flows_through_networks_and_jax_functions(here):
 
 
 def test_a_jax_function_alone_is_a_reward_without_weights(here):
-    """DRaFT-1 by a reward that has no parameters at all: the loss is its mean, negated, and it trains."""
+    """DRaFT-1 by a reward that has no parameters at all: the loss is its mean, negated, and it trains.
+
+    Without a network, evaluation compares images by their pixels."""
     assert train("draft", "alone", "--config.reward.path=jax:my_rewards:warmth") == 0
     row = last_row("alone")
     assert row["reward_gradient/loss"] == pytest.approx(-row["reward_gradient/reward"], abs=1e-7)
     assert row["reward_gradient/grad_norm"] > 0 and row["skipped"] == 0
+    assert row["eval/diversity_pixels"] > 0 and "eval/drift_pixels" in row and "eval/drift" not in row
 
 
 def test_ddpo_hands_metadata_to_functions_and_logs_named_scores(here):
@@ -236,10 +240,13 @@ def test_evaluation_leaves_out_images_without_a_verdict():
         return [row["score"] if row["score"] >= 0 else np.nan for row in metadata]
 
     evaluator = object.__new__(SampleEvaluator)
-    evaluator.settings, evaluator.check, evaluator.networks = SimpleNamespace(images_per_prompt=2), False, None
-    evaluator.terms, evaluator.prompts = Terms({"some": Term(some)}), ["a", "a", "b", "b", "c", "c"]
+    evaluator.settings, evaluator.check = SimpleNamespace(images_per_prompt=2), False
+    evaluator.rewards = BatchScorer(Terms({"some": Term(some)}), make_mesh(1, 1, jax.devices()[:1]), 2)
+    evaluator.prompts = ["a", "a", "b", "b", "c", "c"]
     evaluator.metadata = [{"score": score} for score in (4.0, -1, -1, -1, 1.0, 3.0)]
-    metrics, *_ = evaluator._judged({}, np.zeros((6, 4, 4, 3), np.float32))
+    images = np.zeros((6, 4, 4, 3), np.float32)
+    scores, more, _ = evaluator._scores({}, images, images.astype(np.uint8))
+    metrics = {**evaluator._means(scores)[0], **more}
     per_prompt = np.array([4.0, 2.0])
     assert metrics == {
         "eval/reward_mean": per_prompt.mean(),

@@ -1,0 +1,54 @@
+"""What images were before the first step, as embeddings: the evaluations' drift is the distance from them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imagereward_jax.storage.files import save_arrays
+
+FILE = "base_embeddings.npz"
+SETTINGS = "settings"
+# Fields of config.eval that the images do not depend on.
+IGNORED = ("every", "best", "grid", "guidance_scales", "batch_size")
+
+
+class Baseline:
+    """WORKDIR/base_embeddings.npz: unit vectors of the images, and the fields of config.eval that they follow from.
+
+    Args:
+        workdir: of the run. config: of the assembled run.
+        main: whether this process writes the file; all read it.
+
+    Attributes:
+        outdated: whether the file follows from other settings than config.eval's.
+    """
+
+    def __init__(self, workdir: Path, config: Any, *, main: bool):
+        self.path, self.main = workdir / FILE, main
+        settings = json.loads(config.eval.to_json())
+        self._settings = json.dumps({name: value for name, value in settings.items() if name not in IGNORED})
+        self._embeds, self.outdated = None, False
+        if self.path.exists():
+            with np.load(self.path) as file:
+                there = {name: file[name] for name in file.files}
+            self.outdated = str(there.pop(SETTINGS)) != self._settings
+            self._embeds = None if self.outdated else there
+
+    def keep(self, embeds: Mapping[str, np.ndarray]) -> None:
+        """Makes these the embeddings of before, see `methods.base.Evaluation.embeds`."""
+        self._embeds, self.outdated = dict(embeds), False
+        if self.main and embeds:
+            save_arrays(self.path, {SETTINGS: np.array(self._settings), **embeds})
+
+    def drift(self, embeds: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Mean distances (1 - cosine, in [0, 2]) from what was kept; of what was not kept, none."""
+        kept = self._embeds or {}
+        return {name: _distance(now, kept[name]) for name, now in embeds.items() if name in kept}
+
+
+def _distance(one, other):
+    """For unit vectors half the squared difference, which is exactly 0 of equal ones."""
+    return float(0.5 * np.square(one.astype(np.float64) - other).sum(-1).mean())
