@@ -106,7 +106,7 @@ def test_the_hook_is_given_what_was_trained_on_and_what_was_evaluated(trained):
         np.testing.assert_allclose(samples.rewards, redness(pixels, samples.prompts), rtol=1e-6)
         name = "eval/reward_mean" if samples.held_out else "ddpo/reward"
         np.testing.assert_allclose(logged[step][name], samples.rewards.mean(), rtol=1e-6)
-    assert seen[0][0].prompts == ["a red cube", "a blue ball"]
+    assert seen[0][0].prompts == ["a red cube", "a red cube", "a blue ball", "a blue ball"]
     assert seen[0][0].prompt_metadata == [{}, {"colour": "blue"}]
 
 
