@@ -107,7 +107,7 @@ def test_the_hook_is_given_what_was_trained_on_and_what_was_evaluated(trained):
         name = "eval/reward_mean" if samples.held_out else "ddpo/reward"
         np.testing.assert_allclose(logged[step][name], samples.rewards.mean(), rtol=1e-6)
     assert seen[0][0].prompts == ["a red cube", "a red cube", "a blue ball", "a blue ball"]
-    assert seen[0][0].prompt_metadata == [{}, {"colour": "blue"}]
+    assert seen[0][0].prompt_metadata == [{}, {}, {"colour": "blue"}, {"colour": "blue"}]
 
 
 def test_it_resumes_bit_for_bit_in_a_thread_whatever_the_function_remembers(trained, opened, tmp_path):
