@@ -39,7 +39,6 @@ class Config(RewardTuningConfig):
     """config.method of reward gradients."""
 
     guidance_scale: float = 7.5  # at most 1: no guidance while training, half the work
-    negative_gradient: bool = True  # False: none through the negative prompt's branch, half the backward pass
     truncation: str = field("last", choices=("last", "spaced", *DRAWN))  # which steps carry gradient: see the module
     gradient_steps: int = field(1, at_least=1)  # K of "last" and "spaced"
     truncate_min: int | None = field(None, at_least=0)  # None: 0 for "per_step", else 1
@@ -110,7 +109,7 @@ def make_loss(config: Config, pipeline: Any, reward: Any) -> Loss:
     def loss(models, batch, key):
         stop_key, steps_key, noise_key, sampler_key, copies_key, dropout = jax.random.split(key, 6)
         rows = pipeline.rows(batch["cond"])
-        denoise = denoisers(config, pipeline, batch, dropout, negative_gradient=config.negative_gradient)
+        denoise = denoisers(config, pipeline, batch, dropout)
         early, last = config.stop_min is not None, config.num_steps - 1
         stop = draw_stop(stop_key, rows, config.stop_min, last) if early else jnp.full((rows,), config.num_steps)
         options = {"stop": stop, "gradient": draw_gradient(config, steps_key, stop)}

@@ -41,6 +41,7 @@ class RewardTuningConfig(MethodConfig):
     guidance_scale: float = 1.0  # at most 1: no guidance while training, half the work
     guidance_max: float | None = None  # if given, each sample's guidance is drawn from [guidance_scale, guidance_max]
     negative_prompt: str = ""
+    negative_gradient: bool = True  # False: none through the negative prompt's branch, half the backward pass
     height: int = field(512, at_least=1)
     width: int = field(512, at_least=1)
     pretrain: str = field(
@@ -99,17 +100,15 @@ def tuning_method(
     )
 
 
-def denoisers(
-    config: RewardTuningConfig, pipeline: Any, batch: Batch, key: Key, **options: Any
-) -> tuple[Denoise, Denoise]:
+def denoisers(config: RewardTuningConfig, pipeline: Any, batch: Batch, key: Key) -> tuple[Denoise, Denoise]:
     """(for steps without gradient, for those with it: with the dropout of low-rank layers, drawn anew at each step).
 
     Args:
-        key: of the dropout and of each sample's guidance. options: of `denoiser_for`, for steps with gradient.
+        key: of the dropout and of each sample's guidance.
     """
     guidance = draw_guidance(config, jax.random.fold_in(key, config.num_steps), pipeline.rows(batch["cond"]))
     conditions = batch["cond"], batch.get("negative_cond"), guidance
-    denoise = pipeline.denoiser_for(*conditions, **options)
+    denoise = pipeline.denoiser_for(*conditions, negative_gradient=config.negative_gradient)
 
     def with_gradient(params, latents, timesteps, step):
         with dropout_key(jax.random.fold_in(key, step[0])):
