@@ -1,0 +1,155 @@
+"""Trains recipes of the shapes world with several seeds and draws what each learns from how many images.
+
+    python benchmarks/learning.py --work runs/learning [--recipes refl_tiny draft_tiny ddpo_tiny] [--seeds 0 1 2]
+    python benchmarks/learning.py --work runs/learning --jobs 0          # the page again, from the runs that are there
+
+Runs that are complete in WORK are kept and others continued. Every run is evaluated on the same held-out prompts with
+the guidance of use. Prints a Markdown table for docs/methods.md (mean and range over seeds) and draws reward, checker
+and diversity against images sampled and denoiser calls into docs/images/learning.png.
+
+A denoiser call is one image through the network once, twice with guidance; gradients count as the call that they
+differentiate. Figures of the recipes' own evaluation settings: `--set eval.guidance_scale=None`.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ("refl_tiny", "draft_tiny", "draft_lv_tiny", "alignprop_tiny", "drtune_tiny", "ddpo_tiny")
+METRICS = {"eval/reward_mean": "reward", "eval/checker_rate": "checker", "eval/diversity": "diversity"}
+
+
+def calls_per_image(method):
+    """Denoiser calls that a training image costs, from `config.method` as the workdir's config.json has it."""
+    calls = method["num_steps"]
+    if method["name"] == "refl":
+        calls = (method["stop_min"] + method["stop_max"]) / 2 + 1
+    elif method["name"] == "ddpo":
+        calls += method["epochs"] * int(method["num_steps"] * method["timestep_fraction"])
+    elif method.get("stop_min") is not None:
+        calls = (method["stop_min"] + method["num_steps"] - 1) / 2 + 1
+    calls += method.get("noisings") or 0
+    return calls * (2 if max(method["guidance_scale"], method.get("guidance_max") or 0) > 1 else 1)
+
+
+def images_per_step(config):
+    """Images that a training step samples."""
+    method = config["method"]
+    if method["name"] == "ddpo":
+        return method["rounds"] * (method["round_size"] or config["batch_size"])
+    return config["batch_size"]
+
+
+def train(recipe, seed, arguments):
+    """Trains a recipe with a seed, unless that is done. Returns its workdir; raises if the run fails."""
+    workdir = Path(arguments.work) / f"{recipe}-{seed}"
+    command = [sys.executable, "-m", "imagereward_jax.train", f"--config={ROOT / 'configs' / recipe}.py"]
+    command += [f"--workdir={workdir}", f"--config.seed={seed}", "--config.writers=('jsonl',)"]
+    command += [f"--config.{assignment}" for assignment in arguments.set]
+    log = workdir.parent / f"{workdir.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"error: {recipe} with seed {seed} ended with {done.returncode}; see {log}")
+    return workdir
+
+
+def curves(workdir):
+    """[{"images", "calls", metric...}] of every evaluation of a run."""
+    config = json.loads((workdir / "config.json").read_text())
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = []
+    for row in rows:
+        if "eval/reward_mean" in row:
+            images = row["step"] * images_per_step(config)
+            found.append({"images": images, "calls": images * calls_per_image(config["method"])})
+            found[-1] |= {name: row[metric] for metric, name in METRICS.items() if row.get(metric) is not None}
+    return found
+
+
+def spread(values):
+    """ "mean (least to most)" of numbers; one number alone."""
+    mean = sum(values) / len(values)
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def table(runs):
+    """The Markdown table of {recipe: [evaluations]}."""
+    measured = [f"{name} {when}" for name in METRICS.values() for when in ("before", "after")]
+    head = ["recipe", "seeds", "images", "denoiser calls", *measured]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for recipe, seeds in runs.items():
+        first, last = ([evaluations[index] for evaluations in seeds] for index in (0, -1))
+        cells = [recipe, str(len(seeds)), f"{last[0]['images']:,}", f"{last[0]['calls']:,.0f}"]
+        for name in METRICS.values():
+            cells += [spread([one[name] for one in rows]) if name in rows[0] else "" for rows in (first, last)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(runs, path):
+    """Reward, checker and diversity against images (above) and denoiser calls (below), a line for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(METRICS.values())
+    figure, axes = pyplot.subplots(2, len(names), figsize=(4 * len(names), 6), sharex="row", constrained_layout=True)
+    for row, (across, label) in enumerate((("images", "images sampled"), ("calls", "denoiser calls"))):
+        for column, name in enumerate(names):
+            axis = axes[row, column]
+            for index, (recipe, seeds) in enumerate(runs.items()):
+                for number, evaluations in enumerate(seeds):
+                    points = [(one[across], one[name]) for one in evaluations if name in one]
+                    label_of = recipe.removesuffix("_tiny") if number == 0 else None
+                    axis.plot(*zip(*points), color=f"C{index}", marker=".", linewidth=1, label=label_of)
+            axis.set_xlabel(label)
+            axis.set_ylabel(name)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; 0: train nothing")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=["eval.guidance_scale=3.0", "eval.guidance_scales=()"],
+        metavar="FIELD=VALUE",
+        help="of every run's config",
+    )
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "learning.png")
+    return parser.parse_args(argv)
+
+
+def main():
+    """See the module's docstring."""
+    arguments = parse_args()
+    jobs = [(recipe, seed) for seed in arguments.seeds for recipe in arguments.recipes]
+    if arguments.jobs:
+        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(lambda job: train(*job, arguments), jobs))
+    runs = {}
+    for recipe in arguments.recipes:
+        folders = [Path(arguments.work) / f"{recipe}-{seed}" for seed in arguments.seeds]
+        if done := [curves(folder) for folder in folders if (folder / "done.json").exists()]:
+            runs[recipe] = done
+    if not runs:
+        raise SystemExit(f"error: {arguments.work} holds no complete run")
+    draw(runs, arguments.plot)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
