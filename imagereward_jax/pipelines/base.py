@@ -1,11 +1,5 @@
-"""Base of the families of latent diffusion models: weights in and out, guidance, decoding, sampling.
+"""Base of the families of latent diffusion models: prompts, guidance, decoding, sampling, export."""
 
-The networks are kept as structure alone; their weights are an argument of every method, a dict
-`{"unet": ..., "vae": ..., "text_encoder": ...}`, so that they can be cast, sharded, trained and frozen by the caller.
-"""
-
-import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from imagereward_jax.diffusion.rollout import rollout
@@ -22,37 +15,30 @@ from imagereward_jax.diffusion.schedule import NoiseSchedule
 from imagereward_jax.models import lora, quantized
 from imagereward_jax.pipelines import prompt_ids
 from imagereward_jax.pipelines.blend import Blend, blended_denoiser
+from imagereward_jax.pipelines.networks import Networks, Params
 from imagereward_jax.storage.folders import refuse_existing
 from imagereward_jax.weights import components, diffusers, mapping
 from imagereward_jax.weights.generation import Generation
 from imagereward_jax.weights.sources import DiffusersSource, OrbaxSource
 
-Params = dict[str, Any]
 Batch = dict[str, Any]
 
 
-class TextToImage:
+class TextToImage(Networks):
     """The parts of a text-to-image model; a family says how prompts are encoded and what the denoiser is told.
 
-    Attributes:
-        networks: maps each of `components` to an abstract module (structure and shapes only).
-        configs: maps the same names to their config dataclasses.
+    Attributes, beside those of `Networks`:
         scheduler_config: the content of scheduler_config.json, from which samplers are made.
         schedule: the `NoiseSchedule` that the model was trained with.
         tokenizers: the tokenizer of each text encoder, by the encoder's name.
         tokenizer_folders: the folders that the tokenizers were read from, by their names in a diffusers folder.
         generation: sampler, steps and guidance that suit the model.
-        source: the files that it was opened from (`weights.sources`); None if there are none.
-        adapted: {network: names of its layers that `with_lora` adapted}.
         default_size: side in pixels of the square images that it was trained on.
         max_tokens: length that prompts are padded and cut to.
-        vae_dtype: of the VAE's arithmetic; never float16, in which SDXL's VAE overflows.
     """
 
     family: str
     pipeline_class: str
-    # The class of each network, as model_index.json names it.
-    components: Mapping[str, str]
     denoiser = "unet"
     # Text encoder to the folder of its tokenizer.
     text_encoders: Mapping[str, str]
@@ -75,13 +61,11 @@ class TextToImage:
         remat: str = "none",
     ):
         self._check_fit(configs)
-        self.configs = configs
+        super().__init__(configs, source=source, dtype=dtype, vae_dtype=vae_dtype, remat=remat)
         # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x.
         self.scheduler_config = override_scheduler(scheduler_config, clip_sample=False)
         self.schedule = NoiseSchedule.from_config(scheduler_config)
         self.generation = generation or self.default_generation(scheduler_config)
-        self.source = source
-        self.adapted: dict[str, tuple[str, ...]] = {}
         self.default_size = configs[self.denoiser].sample_size * configs["vae"].downsampling
         self.tokenizer_folders = {name: Path(given) for name, given in tokenizers.items() if prompt_ids.is_path(given)}
         self.tokenizers = {
@@ -94,22 +78,6 @@ class TextToImage:
                 for encoder, tokenizer in self.tokenizers.items()
             }
         )
-        dtype = jnp.dtype(dtype)  # layers compare it: a string would not be equal
-        self.vae_dtype = _vae_dtype(dtype, vae_dtype)
-        self._build = {
-            name: functools.partial(
-                components.build_network,
-                class_name,
-                configs[name],
-                dtype=self.vae_dtype if name == "vae" else dtype,
-                remat=remat,
-            )
-            for name, class_name in self.components.items()
-        }
-        self.networks = {
-            name: mapping.abstract(lambda build=build: build(rngs=nnx.Rngs(0))) for name, build in self._build.items()
-        }
-        self._graphdefs = {name: nnx.split(network)[0] for name, network in self.networks.items()}
 
     @classmethod
     def from_configs(
@@ -142,55 +110,6 @@ class TextToImage:
     def index_fields(self) -> dict[str, Any]:
         """The settings that `save` writes to model_index.json beside the names of the parts."""
         return {}
-
-    def init(self, key: jax.Array, names: Sequence[str] | None = None) -> Params:
-        """Draws random float32 weights for training from scratch, of the components `names` (None: of all)."""
-        # Not jitted: initialisers compile once per shape, far sooner than one program of some hundred random draws.
-        keys = jax.random.split(key, len(self._build))
-        return {
-            name: mapping.params_of(build(rngs=nnx.Rngs(params=network_key)))
-            for (name, build), network_key in zip(self._build.items(), keys)
-            if names is None or name in names
-        }
-
-    def abstract_params(self) -> Params:
-        """The weights as `jax.ShapeDtypeStruct`."""
-        return {name: mapping.params_of(network) for name, network in self.networks.items()}
-
-    def load_params(self, target: Params | None = None) -> Params:
-        """Reads the weights that the pipeline was opened with.
-
-        Args:
-            target: by component, a nested dict of `jax.ShapeDtypeStruct` as `abstract_params` gives them. It states the
-                dtypes to hold the weights in. Leaves with a sharding become jax arrays, of which each device reads its
-                own part. Components that are left out are not read. None: float32 NumPy arrays of everything.
-
-        Raises:
-            FileNotFoundError, ValueError: naming the file or tensors that are absent or do not fit, or saying that the
-                pipeline has no files.
-        """
-        source = self._files()
-        target = self.abstract_params() if target is None else target
-        return {name: source.load(name, self.networks[name], part) for name, part in target.items()}
-
-    def with_lora(self, name: str, targets: str, **options: Any) -> "TextToImage":
-        """Returns a pipeline whose network `name` has low-rank parameters; `params[name]` holds them beside the others.
-
-        This pipeline does not change: it computes without the adapter from the same weights.
-
-        Args:
-            targets, options: as for `models.lora.attach`. The adapted layers are in `adapted` of the result.
-
-        Raises:
-            ValueError: as `models.lora.attach`.
-        """
-        network = nnx.clone(self.networks[name])
-        names = lora.attach(network, targets, **options)
-        adapted = copy.copy(self)
-        adapted.adapted = {**self.adapted, name: tuple(names)}
-        adapted.networks = {**self.networks, name: network}
-        adapted._graphdefs = {**self._graphdefs, name: nnx.split(network)[0]}
-        return adapted
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Token ids of prompts by text encoder, each int32 [B, L], padded and cut to `max_tokens`."""
@@ -407,24 +326,6 @@ class TextToImage:
             overwrite=overwrite,
         )
 
-    def component_config(self, name: str) -> dict[str, Any]:
-        """The content of a network's config.json, with its class."""
-        return self.configs[name].to_dict() | components.label(self.components[name])
-
-    def _tensors(self, name, params):
-        """One network's tensors under PyTorch's names, from `params` or else from the files."""
-        if name in params:
-            return mapping.to_torch(self.networks[name], params[name])
-        return self._files().tensors(name, self.networks[name])
-
-    def _files(self):
-        if self.source is None:
-            raise ValueError("this pipeline was made from sizes alone and has no files of weights; open a folder")
-        return self.source
-
-    def _network(self, name, params):
-        return nnx.merge(self._graphdefs[name], params[name])
-
     @classmethod
     def _check_fit(cls, configs):
         """Refuses networks that cannot be put together, or belong to another family."""
@@ -447,12 +348,3 @@ def override_scheduler(scheduler_config: dict[str, Any], **fields: Any) -> dict[
     if noted := scheduler_config.get("_use_default_values"):
         overridden["_use_default_values"] = [name for name in noted if name not in fields]
     return overridden
-
-
-def _vae_dtype(dtype, vae_dtype):
-    """The dtype of the VAE's arithmetic; ValueError for float16, in which SDXL's overflows."""
-    if vae_dtype is None:
-        return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
-    if jnp.dtype(vae_dtype) == jnp.float16:
-        raise ValueError("vae_dtype=float16: the VAE overflows in it; choose bfloat16 or float32")
-    return jnp.dtype(vae_dtype)

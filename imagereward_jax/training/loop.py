@@ -17,9 +17,9 @@ from imagereward_jax.config import ConfigError, did_you_mean
 from imagereward_jax.methods.base import ImageSamples
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import save_image, write_text
-from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.training.baseline import Baseline
 from imagereward_jax.training.checkpoints import Checkpoints, abstract, goodness
+from imagereward_jax.training.export import chosen_by, write_ending, write_export
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import (
     Interrupted,
@@ -33,26 +33,17 @@ from imagereward_jax.training.mesh import (
     check_batch,
     check_remat,
     from_all_processes,
-    host_copy,
     make_mesh,
     put_batch,
 )
-from imagereward_jax.training.metric_writers import (
-    METRICS,
-    Meter,
-    MetricWriter,
-    check_installed,
-    make_writers,
-    read_rows,
-)
-from imagereward_jax.training.model_card import CARD, model_card
+from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_installed, make_writers
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.progress import Progress, listed
 from imagereward_jax.training.state import from_checkpoint, to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
 from imagereward_jax.training.watch import Watch
-from imagereward_jax.training.workdir import CONFIG, DONE, check_workdir, is_complete
+from imagereward_jax.training.workdir import CONFIG, check_workdir, is_complete
 
 SamplesHook = Callable[[ImageSamples, int, dict[str, MetricWriter]], None]
 
@@ -113,7 +104,7 @@ class _Loop:
 
     def __init__(self, config, run, workdir, mesh, manager, caught, hook):
         self.config, self.workdir, self.mesh, self.manager, self.caught = config, workdir, mesh, manager, caught
-        self.method, self.export, self.license, self.hook = run.method, run.export, run.license, hook
+        self.assembled, self.method, self.hook = run, run.method, hook
         self.main = jax.process_index() == 0
         self.progress = Progress(config, run.method, main=self.main)
         self.program = TrainingProgram(config, run, mesh)
@@ -128,7 +119,7 @@ class _Loop:
             return cast(tree, dtype)
 
         self._cast = jax.jit(cast_weights)  # once: a new function would be compiled at every evaluation
-        self.meter = Meter(counters=("skipped",))
+        self.meter = Meter()
         self.profiler = Profiler(workdir / "profile", config.profile.steps)
         self.step = self._restore()
         self.writers = make_writers(config.writers, workdir, last_step=self.step) if self.main else {}
@@ -182,28 +173,12 @@ class _Loop:
             self.progress.say(f"stopped at step {self.step}: {self.watch.stopped}")
         exported = self._export()
         if self.main:
-            write_report(self.workdir, self._ending(exported))
-            write_text(self.workdir / DONE, json.dumps(self._done(exported)))
+            write_ending(self.workdir, self.config, self.step, exported, self.watch.stopped)
         self.progress.say(f"done: {self.workdir / 'report.html'}")
 
     @property
     def _ended(self):
         return self.step >= self.config.steps or bool(self.watch.stopped)
-
-    def _ending(self, exported):
-        """How a stopped run ended, for its report; "" of others."""
-        if not self.watch.stopped:
-            return ""
-        return (
-            f"Stopped at step {self.step}: {self.watch.stopped}. Exported is step {exported}, the best by "
-            f"{self.config.stop.judge}{' (before the first step)' if exported == 0 else ''}."
-        )
-
-    def _done(self, exported):
-        done = {"step": self.step, "exported": exported}
-        if self.watch.stopped:
-            done |= {"stopped": self.watch.stopped, "stop": json.loads(self.config.stop.to_json())}
-        return done
 
     def _compile(self):
         start = time.monotonic()
@@ -382,12 +357,8 @@ class _Loop:
         )
 
     def _exported_state(self):
-        """(state, step) to export: the last, or as config.checkpoint says the best, or a stopped run's by its judge."""
-        settings, best = self.config.checkpoint, None
-        if self.watch.stopped:
-            best = self.config.stop.judge
-        elif settings.export == "best" or settings.best_only:
-            best = self.config.eval.best
+        """(state, step) to export."""
+        best = chosen_by(self.config, self.watch.stopped)
         _, step = (best and self.manager.best(best)) or (None, self.step)
         if step == self.step:
             return self.state, step
@@ -402,14 +373,7 @@ class _Loop:
             metrics = self.method.test(self._components(state))
             self._log(metrics)
             self.progress.say(listed(metrics))
-        export = self.export
+        self.progress.say(f"exporting to {self.workdir / 'export'}")
         weights = join(self.fixed.frozen, state.averaged)
-        measured = None if export.measure is None else export.measure(weights)
-        weights = host_copy(weights, export.components)
-        if self.main:
-            self.progress.say(f"exporting to {self.workdir / 'export'}")
-            with new_folder(self.workdir / "export", overwrite=True, marker=export.marker) as folder:
-                export.write(weights, measured, folder)
-                card = model_card(self.config, read_rows(self.workdir / METRICS), step, export, self.license)
-                write_text(folder / CARD, card)
+        write_export(self.workdir, self.config, self.assembled, weights, step)
         return step
