@@ -362,7 +362,7 @@ def save_all(
     from PIL import Image
     from tqdm import tqdm
 
-    from imagereward_jax.storage.contact_sheet import contact_sheet
+    from imagereward_jax.storage.contact_sheet import contact_sheet, to_uint8
     from imagereward_jax.storage.files import save_image
 
     sheet = []
@@ -375,7 +375,7 @@ def save_all(
                         f"{request.path.name} ({request.prompt!r}) has values that are not numbers; the weights may be "
                         "broken, or need --dtype float32"
                     )
-                pixels = Image.fromarray(np.rint(image * 255).astype(np.uint8))
+                pixels = Image.fromarray(to_uint8(image))
                 save_image(request.path, pixels, settings_of(request, args))
                 sheet += [image] * args.grid
             progress.update(len(some))

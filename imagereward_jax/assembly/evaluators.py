@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from imagereward_jax.assembly.conditions import iterate, load_pairs_of
 from imagereward_jax.assembly.given import held_out_rows
-from imagereward_jax.assembly.judges import BatchScorer, Judges, distance_within, embed_pixels, over_prompts
+from imagereward_jax.assembly.judges import BatchScorer, distance_within, embed_pixels, over_prompts
 from imagereward_jax.data.groups import padded
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.diffusion.samplers import make_sampler
@@ -60,10 +60,10 @@ class SampleEvaluator:
         self.settings, self.pipeline, self.mesh = parts.config.eval, parts.pipeline, parts.mesh
         embedder = next((one for one in (parts.judges, parts.terms) if one and one.embedder is not None), None)
 
-        def scorer(kind, terms):
-            return terms and kind(terms, self.mesh, self.settings.batch_size, embeds=terms is embedder)
+        def scorer(terms):
+            return terms and BatchScorer(terms, self.mesh, self.settings.batch_size, embeds=terms is embedder)
 
-        self.rewards, self.judges = scorer(BatchScorer, parts.terms), scorer(Judges, parts.judges)
+        self.rewards, self.judges = scorer(parts.terms), scorer(parts.judges)
         self.embeds = embedder is not None
         rows = held_out_rows(parts)
         chosen = np.repeat(np.arange(len(rows))[: self.settings.num_prompts], self.settings.images_per_prompt)
@@ -96,7 +96,9 @@ class SampleEvaluator:
         scores, more, embeds = self._scores(components, images, pixels)
         captions = self._captions(scores)
         if self.judges:
-            judged, own = self.judges(images, pixels, self.prompts, self.metadata)
+            params = self.judges.place_params()  # for as long as they score: between evaluations the host holds them
+            judged, own = self.judges(params, images, pixels, self.prompts, self.metadata)
+            del params
             scores |= {f"eval/judge_{name}": values for name, values in judged.items()}
             embeds = embeds if own is None else own
         metrics, errors = self._means(scores)

@@ -11,6 +11,7 @@ from imagereward_jax.config import ConfigError
 from imagereward_jax.data.given_prompts import GivenPrompts, PromptFunction, draw_rows, rows_of_list, rows_of_text
 from imagereward_jax.data.prompts import PromptRows, load_prompt_rows
 from imagereward_jax.methods.base import Params
+from imagereward_jax.rewards.functions import name_of_object
 from imagereward_jax.training.mesh import from_all_processes
 
 PROMPTS = "prompts.jsonl"  # in the workdir, the prompts that a list or function gave
@@ -46,8 +47,7 @@ def name_of(value: Any) -> str:
         return f"a list of {len(value)}"
     if isinstance(getattr(value, "name", None), str):
         return value.name
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}:{named.__qualname__}"
+    return name_of_object(value)
 
 
 def training_rows(parts: Any, count: int) -> PromptRows | GivenPrompts:

@@ -34,6 +34,11 @@ class BatchScorer:
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._apply = jax.jit(self._apply_batch, out_shardings=replicated(mesh))
 
+    def place_params(self) -> Params:
+        """The networks' weights on the mesh, from where the rewards hold them: for rewards that are no component."""
+        params = {} if self.networks is None else self.networks.params
+        return jax.device_put(params, weight_shardings(self.mesh, params))
+
     def __call__(
         self,
         params: Params,
@@ -76,22 +81,6 @@ class BatchScorer:
     def _apply_batch(self, params, images, tokens):
         embeds = self.terms.embed(params, images) if self.embeds else None
         return self.terms.apply_networks(params, images, tokens), embeds
-
-
-class Judges(BatchScorer):
-    """The rewards of config.eval.judges. Their weights wait in the host's memory; a call brings them to the devices."""
-
-    def __call__(
-        self,
-        images: np.ndarray,
-        pixels: np.ndarray,
-        prompts: Sequence[str],
-        metadata: Sequence[Mapping[str, Any]],
-    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-        """See `BatchScorer`."""
-        params = {} if self.networks is None else self.networks.params
-        placed = jax.device_put(params, weight_shardings(self.mesh, params))
-        return super().__call__(placed, images, pixels, prompts, metadata)
 
 
 def embed_pixels(pixels: np.ndarray) -> np.ndarray:

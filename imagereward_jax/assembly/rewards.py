@@ -79,27 +79,30 @@ def open_terms(settings: Any, dtype: str, *, needs_gradient: bool, abstract: boo
     Raises:
         ConfigError: it cannot be differentiated and needs to be, or is a network to be planned and not an ImageReward.
     """
-    terms, fields = {}, {}
-    for name, one in settings.terms.items() or [("", settings)]:
-        section = f"config.reward.terms.{name}" if name else "config.reward"
-        reward = _open_one(one, section, dtype, needs_gradient, abstract)
-        scale = {part: one[part] for part in ("weight", "mean", "std", "clip")} if name else {}
-        terms[name], fields[name] = Term(reward, **scale), f"{section}.path={one.path!r}"
-    return Terms(terms, fields)
+    sections = {"config.reward": ("", settings)}
+    if settings.terms:
+        sections = {f"config.reward.terms.{name}": (name, term) for name, term in settings.terms.items()}
+    return _open_sections(sections, dtype, needs_gradient=needs_gradient, abstract=abstract)
 
 
 def open_judges(settings: Any, dtype: str) -> Terms | None:
-    """The rewards of config.eval.judges as terms of equal weight; None without any.
+    """The rewards of config.eval.judges; None without any.
 
     Raises:
         FileNotFoundError, ValueError: see `registry.open_reward`.
     """
+    sections = {f"config.eval.judges.{name}": (name, judge) for name, judge in settings.items()}
+    return _open_sections(sections, dtype, needs_gradient=False, abstract=False) if sections else None
+
+
+def _open_sections(sections, dtype, *, needs_gradient, abstract):
+    """The terms of {section of the config: (name, settings)}."""
     terms, fields = {}, {}
-    for name, one in settings.items():
-        where = f"config.eval.judges.{name}"
-        terms[name] = Term(_open_one(one, where, dtype, needs_gradient=False, abstract=False))
-        fields[name] = f"{where}.path={one.path!r}"
-    return Terms(terms, fields) if terms else None
+    for where, (name, one) in sections.items():
+        reward = _open_one(one, where, dtype, needs_gradient, abstract)
+        scale = {part: one[part] for part in ("weight", "mean", "std", "clip") if part in one}
+        terms[name], fields[name] = Term(reward, **scale), f"{where}.path={one.path!r}"
+    return Terms(terms, fields)
 
 
 def given_terms(reward: Any, *, needs_gradient: bool) -> Terms:
@@ -140,13 +143,12 @@ def _open_one(settings, where, dtype, needs_gradient, abstract):
             _check_gradient(reward, f"{where}.path={path!r}", f"'jax:{path if ':' in path else 'module:function'}'")
         return reward
     if not abstract:
-        return registry.open_reward(settings.path, weights=settings.weights, tokenizer=settings.tokenizer, dtype=dtype)
-    if settings.path in SCORES:
+        return registry.open_reward(path, weights=settings.weights, tokenizer=settings.tokenizer, dtype=dtype)
+    if path in SCORES:
         raise ConfigError(
-            f"{where}.path={settings.path!r} cannot be planned, only ImageReward's network; pass "
-            f"--{where}.path=ImageReward-v1.0"
+            f"{where}.path={path!r} cannot be planned, only ImageReward's network; pass --{where}.path=ImageReward-v1.0"
         )
-    return AbstractImageReward(config_of(settings.path), dtype)
+    return AbstractImageReward(config_of(path), dtype)
 
 
 def open_scorer(config: Any, *, abstract: bool = False) -> TrainedScorer:

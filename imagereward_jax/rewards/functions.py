@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.rewards.errors import RewardError, describe
-from imagereward_jax.rewards.rules import RuleReward, as_uint8
+from imagereward_jax.rewards.rules import RuleReward
+from imagereward_jax.storage.contact_sheet import to_uint8
 
 JAX_PREFIX = "jax:"
 PROMPT_BYTES = 1024  # of a prompt that a jax function sees; CLIP's 77 tokens are some 350
@@ -38,7 +39,7 @@ class PythonReward(RuleReward):
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = _instance(function)
-        self.name = name or _name_of(function)
+        self.name = name or name_of_object(function)
         self._where = f"reward {self.name!r}"
         self._arguments = _count_arguments(function, ("images", "prompts", "metadata"), at_least=2, name=self.name)
 
@@ -57,7 +58,7 @@ class PythonReward(RuleReward):
     ) -> dict[str, np.ndarray]:
         """See `RuleReward.named_scores`."""
         metadata = [{} for _ in prompts] if metadata is None else list(metadata)
-        arguments = (as_uint8(images), list(prompts), metadata)[: self._arguments]
+        arguments = (to_uint8(images), list(prompts), metadata)[: self._arguments]
         try:
             returned = self.function(*arguments)
         except Exception as error:
@@ -88,7 +89,7 @@ class JaxReward(RuleReward):
 
     def __init__(self, function: Any, name: str | None = None) -> None:
         self.function = _instance(function)
-        self.name = name or JAX_PREFIX + _name_of(function)
+        self.name = name or JAX_PREFIX + name_of_object(function)
         self._where = f"reward {self.name!r}"
         self.params, self._takes_prompts = {}, True
         self._tokenize = getattr(function, "tokenize", None)
@@ -248,13 +249,14 @@ def as_reward(reward: Any) -> Any:
 
 def _instance(function):
     if inspect.isclass(function):
-        raise ValueError(f"reward {_name_of(function)!r} is a class; give an instance of it")
+        raise ValueError(f"reward {name_of_object(function)!r} is a class; give an instance of it")
     return function
 
 
-def _name_of(function):
-    function = getattr(function, "func", function)  # of a functools.partial
-    named = function if hasattr(function, "__qualname__") else type(function)
+def name_of_object(value: Any) -> str:
+    """The "module:name" of a function, of what a functools.partial calls, or of an object's class."""
+    value = getattr(value, "func", value)  # of a functools.partial
+    named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}:{named.__qualname__}"
 
 

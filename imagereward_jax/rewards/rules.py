@@ -10,6 +10,7 @@ from PIL import Image
 from imagereward_jax.data.images import open_image
 from imagereward_jax.rewards import preprocess
 from imagereward_jax.rewards.base import pair_prompts, ranks_of
+from imagereward_jax.storage.contact_sheet import to_uint8
 
 
 class RuleReward:
@@ -79,7 +80,7 @@ class JPEGSize(RuleReward):
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> np.ndarray:
         """See `RuleReward.score_arrays`."""
-        return np.array([self.sign * self._kilobytes(image) for image in as_uint8(images)], np.float32)
+        return np.array([self.sign * self._kilobytes(image) for image in to_uint8(images)], np.float32)
 
     def _kilobytes(self, image):
         file = io.BytesIO()
@@ -91,11 +92,3 @@ RULES = {
     "jpeg-compressibility": lambda: JPEGSize(-1),
     "jpeg-incompressibility": lambda: JPEGSize(1),
 }
-
-
-def as_uint8(images: np.ndarray) -> np.ndarray:
-    """Converts images [B, H, W, 3], uint8 or floating point in [0, 1], to uint8."""
-    images = np.asarray(images)
-    if images.dtype == np.uint8:
-        return images
-    return np.round(np.clip(images.astype(np.float32), 0, 1) * 255).astype(np.uint8)

@@ -10,8 +10,11 @@ LINE_HEIGHT = 13
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Rounds float images in [0, 1] to uint8."""
-    return np.clip(np.rint(np.asarray(images, np.float32) * 255), 0, 255).astype(np.uint8)
+    """Rounds floating-point images in [0, 1] to uint8; images that are uint8 stay as they are."""
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    return np.clip(np.rint(images.astype(np.float32) * 255), 0, 255).astype(np.uint8)
 
 
 def contact_sheet(

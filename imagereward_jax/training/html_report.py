@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from imagereward_jax.storage.files import write_text
-from imagereward_jax.training.metric_writers import METRICS, read_rows
+from imagereward_jax.training.metric_writers import METRICS, read_rows, rounded, rows_with
 
 HIDDEN = ("step", "time")
 # In this order in the figure of the watch, the judges after the reward.
-WATCHED = ("eval/reward_mean", "eval/checker_rate", "eval/diversity", "eval/diversity_pixels", "eval/drift")
-WATCHED += ("eval/drift_pixels",)
+WATCHED = (
+    *("eval/reward_mean", "eval/checker_rate"),
+    *("eval/diversity", "eval/diversity_pixels", "eval/drift", "eval/drift_pixels"),
+)
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}.pair{display:flex;gap:1em;flex-wrap:wrap}.pair figure{margin:0;
@@ -54,12 +56,12 @@ def write_report(workdir: str | Path, ending: str = "") -> None:
 
 
 def _evaluations(rows):
-    rows = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    rows = rows_with(rows, "eval/")
     if not rows:
         return "<p>No evaluation yet.</p>"
     first, last = rows[0], rows[-1]
     cells = [
-        f"<tr><td>{html.escape(name)}</td><td>{_number(first.get(name))}</td><td>{_number(last[name])}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td>{rounded(first.get(name))}</td><td>{rounded(last[name])}</td></tr>"
         for name in last
         if name.startswith("eval/")
     ]
@@ -71,19 +73,15 @@ def _evaluations(rows):
 
 def _test(rows):
     """The numbers of the test set, which are computed once."""
-    tested = [row for row in rows if any(name.startswith("test/") for name in row)]
+    tested = rows_with(rows, "test/")
     if not tested:
         return ""
     cells = [
-        f"<tr><td>{html.escape(name)}</td><td>{_number(value)}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td>{rounded(value)}</td></tr>"
         for name, value in tested[-1].items()
         if name.startswith("test/")
     ]
     return f"<h2>Test set, with what was exported</h2><table>{''.join(cells)}</table>"
-
-
-def _number(value):
-    return "" if value is None else f"{value:.4g}"
 
 
 def _samples(paths, config):

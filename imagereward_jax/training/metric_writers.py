@@ -31,14 +31,13 @@ class Meter:
     Its state goes into checkpoints, so that a resumed run logs the same numbers.
     """
 
-    def __init__(self, counters: Iterable[str] = COUNTERS):
-        self.counters = frozenset(counters)
+    def __init__(self):
         self.totals, self.last, self.count = {}, {}, 0
 
     def add(self, metrics: dict[str, Any]) -> None:
         """Adds the metrics of one step: {name: number}."""
         for name, value in metrics.items():
-            if name in self.counters:
+            if name in COUNTERS:
                 self.last[name] = float(value)
             else:
                 self.totals[name] = self.totals.get(name, 0.0) + float(value)
@@ -56,7 +55,7 @@ class Meter:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Resumes from `get_state`; earlier versions kept the counters among the totals and no "last"."""
-        self.totals = {name: total for name, total in state["totals"].items() if name not in self.counters}
+        self.totals = {name: total for name, total in state["totals"].items() if name not in COUNTERS}
         self.last, self.count = dict(state.get("last", {})), state["count"]
 
 
@@ -259,3 +258,13 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def rows_with(rows: Iterable[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
+    """The rows that have a metric whose name begins so ("eval/": the evaluations)."""
+    return [row for row in rows if any(name.startswith(prefix) for name in row)]
+
+
+def rounded(value: float | None) -> str:
+    """Four digits of a metric; "" if it has no finite value."""
+    return "" if value is None else f"{value:.4g}"

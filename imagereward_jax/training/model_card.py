@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from imagereward_jax.methods.base import Export, find_method
-from imagereward_jax.recipes import default_config
-from imagereward_jax.training.workdir import flat_fields
+from imagereward_jax.training.metric_writers import rounded, rows_with
+from imagereward_jax.training.workdir import fields_and_defaults, is_within
 from imagereward_jax.weights import adapters
 from imagereward_jax.weights.diffusers import INDEX
 
@@ -84,14 +84,14 @@ def _facts(config, step, export, license):
 
 def _figures(config, rows, step):
     """The evaluations before training and of the exported step, and what was tested of the export."""
-    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    evaluated = rows_with(rows, "eval/")
     exported = next((row for row in evaluated if row["step"] == step), None)
     tested = {name: value for row in rows for name, value in row.items() if name.startswith("test/")}
     cells = []
     if exported is not None:
         first = evaluated[0]
-        cells = [(n, _number(first.get(n)), _number(exported[n])) for n in exported if n.startswith("eval/")]
-    cells += [(name, "", _number(value)) for name, value in tested.items()]
+        cells = [(n, rounded(first.get(n)), rounded(exported[n])) for n in exported if n.startswith("eval/")]
+    cells += [(name, "", rounded(value)) for name, value in tested.items()]
     if not cells:
         return ""
     start = f"step {evaluated[0]['step']}" if exported is not None else ""
@@ -119,11 +119,11 @@ def _opened(config, marker):
 
 def _settings(config):
     """The fields that differ from the method's defaults."""
-    now, default = (dict(flat_fields(json.loads(c.to_json()))) for c in (config, default_config(config.method.name)))
+    now, default = fields_and_defaults(config)
     lines = [
         f"config.{name} = {_shown(value)!r}"
         for name, value in now.items()
-        if value != default.get(name) and not any(name == left or name.startswith(f"{left}.") for left in _LEFT_OUT)
+        if value != default.get(name) and not is_within(name, _LEFT_OUT)
     ]
     head = f'config = imagereward_jax.recipes.default_config("{config.method.name}")'
     return "## Config\n\n```python\n" + "\n".join([head, *lines]) + "\n```"
@@ -137,10 +137,6 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 def _escaped(value):
     """Text in a cell: no new columns, lines or tags."""
     return re.sub(r"([|<>`\[\]*_\\])", r"\\\1", " ".join(str(value).split()))
-
-
-def _number(value):
-    return "" if value is None else f"{value:.4g}"
 
 
 def _shown(value):

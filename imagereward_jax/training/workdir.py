@@ -1,7 +1,7 @@
 """Ownership of a workdir: a run continues in its own, and in no other's."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,9 @@ def check_workdir(workdir: Path, config: Any) -> None:
         there = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise WorkdirError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
-    now, default = (
-        dict(flat_fields(json.loads(tree.to_json()))) for tree in (config, default_config(config.method.name))
-    )
+    now, default = fields_and_defaults(config)
     there = {name: default[name] for name in now.keys() & default.keys()} | dict(flat_fields(there))
-    names = sorted(name for name in there.keys() | now.keys() if not _may_change(name))
+    names = sorted(name for name in there.keys() | now.keys() if not is_within(name, MAY_CHANGE))
     differ = [name for name in names if there.get(name) != now.get(name)]
     if differ:
         changes = "; ".join(f"config.{n}: {there.get(n)!r} there, {now.get(n)!r} now" for n in differ[:6])
@@ -79,5 +77,11 @@ def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, value
 
 
-def _may_change(name):
-    return any(name == allowed or name.startswith(allowed + ".") for allowed in MAY_CHANGE)
+def fields_and_defaults(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the fields of a config, those of its method's defaults), each {"a.b": value for JSON}."""
+    return tuple(dict(flat_fields(json.loads(tree.to_json()))) for tree in (config, default_config(config.method.name)))
+
+
+def is_within(name: str, sections: Iterable[str]) -> bool:
+    """Whether the field "a.b" is one of `sections`, or inside one."""
+    return any(name == section or name.startswith(f"{section}.") for section in sections)
