@@ -151,10 +151,10 @@ def _check_numbers(args):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed {args.seed} should be from 0 to {2**31 - 1}")
-    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
-        raise ValueError(f"--guidance-scale {args.guidance_scale} should be a number, usually from 1 to 15")
-    if args.lora_scale is not None and not math.isfinite(args.lora_scale):
-        raise ValueError(f"--lora-scale {args.lora_scale} should be a number, usually from 0 to 1")
+    for name, usual in (("guidance_scale", "1 to 15"), ("lora_scale", "0 to 1")):
+        value = getattr(args, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value} should be a number, usually from {usual}")
     if args.lora_scale is not None and not args.lora:
         raise ValueError("--lora-scale has no effect without --lora")
 
@@ -203,7 +203,7 @@ def take_defaults(args: argparse.Namespace, generation: "Generation", adapters: 
         adapters: [(path, weight)] of --lora.
 
     Raises:
-        ValueError: a negative prompt without guidance.
+        ValueError: a negative prompt, or a base model for it, without guidance.
     """
     from imagereward_jax.weights.adapters import read_generation
 
@@ -212,12 +212,9 @@ def take_defaults(args: argparse.Namespace, generation: "Generation", adapters: 
     args.sampler = generation.sampler if args.sampler is None else args.sampler
     args.steps = generation.num_inference_steps if args.steps is None else args.steps
     args.guidance_scale = generation.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    if args.negative_prompt and args.guidance_scale <= 1:
-        raise ValueError(
-            f"--negative-prompt has no effect with --guidance-scale {args.guidance_scale}; raise it above 1"
-        )
-    if args.base_negative and args.guidance_scale <= 1:
-        raise ValueError(f"--base-negative has no effect with --guidance-scale {args.guidance_scale}; raise it above 1")
+    for flag, value in (("--negative-prompt", args.negative_prompt), ("--base-negative", args.base_negative)):
+        if value and args.guidance_scale <= 1:
+            raise ValueError(f"{flag} has no effect with --guidance-scale {args.guidance_scale}; raise it above 1")
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -229,13 +226,7 @@ def parse_lora(text: str) -> tuple[str, float]:
     path, colon, weight = text.rpartition(":")
     if not colon or not path or "/" in weight or "\\" in weight:
         return text, 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"--lora {text}: the weight after the colon, {weight!r}, should be a number, usually 0 to 1")
-    return path, value
+    return path, _numbers(f"--lora {text}: the weight", weight, (1,), "a number, usually 0 to 1")[0]
 
 
 def _check_absent(args, paths):
@@ -260,19 +251,9 @@ def read_prompts(args: argparse.Namespace) -> dict[str, str]:
             raise ValueError(f"--prompt number {empty[0] + 1} is empty")
         return {str(i): prompt for i, prompt in enumerate(args.prompt)}
 
-    from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
-    from imagereward_jax.data.tables import column_values, read_table
-    from imagereward_jax.storage.names import single_name
+    from imagereward_jax.data.prompts import load_named_prompts
 
-    prompts = load_prompts(args.prompts)
-    names = [str(i) for i in range(len(prompts))]
-    table = None if args.prompts.startswith(SHAPES_PREFIX) else read_table(args.prompts)
-    if table is not None and "id" in (table.columns() or ()):
-        names = [str(name) for name in column_values(table, "id")]
-        for i, name in enumerate(names):
-            if single_name(name, f"{table.where(i)}: id") in names[:i]:
-                raise ValueError(f"{table.where(i)}: id {name!r} is not the only one of that name")
-    return dict(zip(names, prompts))
+    return load_named_prompts(args.prompts)
 
 
 def read_noise(path: str | None, shape: tuple[int, ...]) -> "np.ndarray | None":

@@ -9,7 +9,7 @@ from imagereward_jax.data.errors import DataError, missing_file
 from imagereward_jax.data.groups import load_groups
 from imagereward_jax.data.images import find_image, image_suffixes
 from imagereward_jax.data.prompts import SHAPES_PREFIX
-from imagereward_jax.data.tables import Table, check_texts, column_values, read_table
+from imagereward_jax.data.tables import Table, check_texts, column_values, read_table, row_names
 
 SHAPES_GROUPS = 100
 
@@ -72,11 +72,7 @@ def load_evaluation(
             f"with --images DIR); there is {', '.join(columns) or 'plain text'}"
         )
     prompts = check_texts(table, column_values(table, "prompt"), "prompt")[:limit]
-    ids = (
-        [str(value) for value in column_values(table, "id")]
-        if "id" in columns
-        else [str(i) for i in range(len(prompts))]
-    )
+    ids = row_names(table)[:limit]
     if "ranking" in columns:
         return _ranked(table, prompts, ids, Path(images) if images is not None else table.folder)
     if images is None:
@@ -84,7 +80,7 @@ def load_evaluation(
             f"{table.name}: no column 'ranking'; for prompts alone also give --images DIR, with the images in "
             "DIR/MODEL/ID_K.png"
         )
-    return find_generations(table, prompts, ids[: len(prompts)], Path(images))
+    return find_generations(table, prompts, ids, Path(images))
 
 
 def _shapes(source, count, spoilt):

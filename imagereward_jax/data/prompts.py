@@ -6,7 +6,8 @@ from typing import Any
 from imagereward_jax.data.errors import DataError, nearest
 from imagereward_jax.data.shapes.drawing import Caption
 from imagereward_jax.data.shapes.drawing import split as split_shapes
-from imagereward_jax.data.tables import check_texts, column_values, pick_column, read_table
+from imagereward_jax.data.tables import check_texts, column_values, pick_column, read_table, row_names
+from imagereward_jax.storage.names import single_name
 
 PROMPT_COLUMNS = ("text", "prompt", "caption")
 SHAPES_PREFIX = "shapes:"
@@ -29,6 +30,23 @@ def load_prompts(source: str | os.PathLike, *, column: str | None = None, split:
         MissingDataError: there is no such source.
     """
     return load_prompt_rows(source, column=column, split=split).prompts
+
+
+def load_named_prompts(source: str | os.PathLike) -> dict[str, str]:
+    """Loads prompts by names for their files: each row's "id" if the source has them, else its number from 0.
+
+    Raises:
+        StorageError: an id cannot name a file. DataError: two ids are equal; or see `load_prompts`.
+    """
+    prompts = load_prompts(source)
+    if str(source).startswith(SHAPES_PREFIX):
+        return {str(i): prompt for i, prompt in enumerate(prompts)}
+    table, named = read_table(source), {}
+    for i, (name, prompt) in enumerate(zip(row_names(table), prompts)):
+        if single_name(name, f"{table.where(i)}: id") in named:
+            raise DataError(f"{table.where(i)}: id {name!r} is not the only one of that name")
+        named[name] = prompt
+    return named
 
 
 def load_prompt_rows(source: str | os.PathLike, *, column: str | None = None, split: str = "train") -> "PromptRows":

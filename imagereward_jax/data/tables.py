@@ -285,6 +285,13 @@ def pick_column(table: Table, wanted: str | None, usual: Sequence[str], flag: st
     return found[0]
 
 
+def row_names(table: Table) -> list[str]:
+    """The names of the rows: their ids if there is a column "id", else their numbers from 0."""
+    if "id" in (table.columns() or ()):
+        return [str(value) for value in column_values(table, "id")]
+    return [str(i) for i in range(len(table.rows))]
+
+
 def column_values(table: Table, column: str) -> list[Any]:
     """Lists all values of a column.
 

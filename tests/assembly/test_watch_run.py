@@ -11,6 +11,7 @@ for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)
 
 from imagereward_jax import jax_reward
+from imagereward_jax.assembly.given import Given
 from imagereward_jax.assembly.judges import distance_within, embed_pixels, over_prompts
 from imagereward_jax.assembly.run import assemble
 from imagereward_jax.recipes import judge, recipe_beside, validate
@@ -45,7 +46,7 @@ def recipe(reward):
 def run(tmp_path_factory):
     """(workdir, rows of the evaluations)"""
     workdir, config = tmp_path_factory.mktemp("hacking") / "run", recipe("brightness")
-    train(config, functools.partial(assemble, reward=brightness), workdir)
+    train(config, functools.partial(assemble, given=Given(reward=brightness)), workdir)
     return workdir, [row for row in read_rows(workdir / "metrics.jsonl") if "eval/reward_mean" in row]
 
 

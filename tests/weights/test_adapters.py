@@ -337,7 +337,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name(base, folder, exported, tmp
 def test_flags_that_cannot_work_are_one_line(folder, tmp_path, capsys):
     for text, message in {
         f"{tmp_path}/absent.safetensors": "absent.safetensors: no such adapter",
-        f"{tmp_path}:strong": "'strong', should be a number",
+        f"{tmp_path}:strong": "the weight 'strong' should be a number",
         f"{tmp_path}": f"expected {adapters.FILE}, found no .safetensors file",
         f"{folder}/unet": "keys fit no layer",
     }.items():
