@@ -110,7 +110,7 @@ class _Loop:
         self.program = TrainingProgram(config, run, mesh)
         self.fixed = self.program.fixed(run)
         self.state = self.program.initial_state(run.trainable)
-        run.trainable = None  # the state holds it now
+        run.trainable = run.reference_of = None  # the state has a copy; these would keep the first on the devices
         self.watch = Watch(config.stop)
         self.baseline = Baseline(workdir, config, main=self.main)
         dtype = jnp.dtype(config.dtype)

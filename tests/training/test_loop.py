@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -211,6 +214,25 @@ def test_a_hook_is_given_the_samples_of_evaluations_with_and_without_writers(tmp
         (step, one) for one in (["jsonl"], []) for step in (0, 2, 4)
     ]
     assert all(given is samples for given, _, _ in seen)
+
+
+def test_the_first_weights_are_let_go(tmp_path, monkeypatch):
+    """Once the state has its copy of them: a second one would fill the devices."""
+    first, left = [], []
+
+    def assemble(config, mesh):
+        run = assemble_toy(config, mesh)
+        trainable = run.trainable
+        first.extend(map(weakref.ref, jax.tree.leaves(trainable)))
+        return dataclasses.replace(run, reference_of=lambda cast: cast(trainable))
+
+    def look(self):
+        gc.collect()
+        left.extend(reference() for reference in first)
+
+    monkeypatch.setattr(loop._Loop, "run", look)
+    loop.train(toy_config(), assemble, tmp_path / "run")
+    assert left and not any(array is not None for array in left)
 
 
 def test_an_export_has_a_card_and_the_run_leaves_the_files_it_was_assembled_with(tmp_path):
