@@ -1,4 +1,4 @@
-"""Scores and embeddings of evaluated images: of the reward that trains, and of what watches it.
+"""Scores and embeddings of evaluated images, by the reward that trains and by the judges that watch it.
 
 Distances are 1 - cosine of embeddings: those of the first of config.eval.judges that is a network, else of the reward's
 network, else the images' colours at 16 x 16 pixels; names of metrics then end in "_pixels".

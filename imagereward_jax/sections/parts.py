@@ -70,9 +70,8 @@ class Pairs(Section, path="data"):
     random_crop: bool = False
     random_flip: bool = False
     caption_dropout: float = field(0.1, at_least=0.0, at_most=1.0)  # share of pairs trained with the empty prompt
-    caption_noise: float = field(
-        0.0, at_least=0.0, at_most=1.0
-    )  # shapes:train only: share of captions with a wrong word
+    # shapes:train only: share of captions with a wrong word
+    caption_noise: float = field(0.0, at_least=0.0, at_most=1.0)
 
 
 class Cache(Section, path="data"):
@@ -184,9 +183,8 @@ class Scorer(Section, path="reward"):
     unit_gain: bool = False  # random weights only: variance 1 / inputs, for networks far smaller than BLIP
     position_scale: float = 1.0  # random weights only: scale of the vision transformer's initial positions
     head_scale: float = 1.0  # random weights only: scale of the head's initial matrices
-    fix_rate: float = field(
-        0.0, at_least=0.0, at_most=1.0
-    )  # share of both transformers' layers, from the first, frozen
+    # share of both transformers' layers, from the first, frozen
+    fix_rate: float = field(0.0, at_least=0.0, at_most=1.0)
 
     def check(self, config):
         """Training starts from exactly one of path, blip and architecture; config.model has only remat."""
@@ -214,9 +212,8 @@ class Lora(Section, path="lora"):
     rank: int = field(0, at_least=0)  # > 0 trains low-rank parameters alone, over a base held in config.dtype
     alpha: float | None = field(None, above=0.0)  # updates are scaled by alpha / rank; None: the rank
     targets: str = lora.ATTENTION  # regular expression: layers of the denoiser whose names end so
-    init: str = field(
-        "gaussian", choices=lora.INITS
-    )  # of A: gaussian (standard deviation 1 / rank) or kaiming; B is zero
+    # of A: gaussian (standard deviation 1 / rank) or kaiming; B is zero
+    init: str = field("gaussian", choices=lora.INITS)
     dropout: float = field(0.0, at_least=0.0, below=1.0)  # of A's input, in the steps that carry gradient
     dtype: str = field("float32", choices=FILE_DTYPES)  # of the exported file; the weights that train are float32
     path: str = ""  # an adapter to continue from: file, folder or hub name; rank and targets as its own

@@ -1,4 +1,4 @@
-"""What images were before the first step, as embeddings: the evaluations' drift is the distance from them."""
+"""Embeddings of the images evaluated before the first step; drift is the distance of later ones from them."""
 
 import json
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from imagereward_jax.storage.files import save_arrays
 
 FILE = "base_embeddings.npz"
 SETTINGS = "settings"
-# Fields of config.eval that the images do not depend on.
+# Fields of config.eval that do not change the images.
 IGNORED = ("every", "best", "grid", "guidance_scales", "batch_size")
 
 
 class Baseline:
-    """WORKDIR/base_embeddings.npz: unit vectors of the images, and the fields of config.eval that they follow from.
+    """WORKDIR/base_embeddings.npz: unit vectors of the images, and the fields of config.eval that made them.
 
     Args:
         workdir: of the run. config: of the assembled run.
         main: whether this process writes the file; all read it.
 
     Attributes:
-        outdated: whether the file follows from other settings than config.eval's.
+        outdated: whether the file was written with other settings than config.eval's.
     """
 
     def __init__(self, workdir: Path, config: Any, *, main: bool):
@@ -38,13 +38,13 @@ class Baseline:
             self._embeds = None if self.outdated else there
 
     def keep(self, embeds: Mapping[str, np.ndarray]) -> None:
-        """Makes these the embeddings of before, see `methods.base.Evaluation.embeds`."""
+        """Stores the embeddings of the evaluation before the first step; see `methods.base.Evaluation.embeds`."""
         self._embeds, self.outdated = dict(embeds), False
         if self.main and embeds:
             save_arrays(self.path, {SETTINGS: np.array(self._settings), **embeds})
 
     def drift(self, embeds: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Mean distances (1 - cosine, in [0, 2]) from what was kept; of what was not kept, none."""
+        """Mean distances (1 - cosine, in [0, 2]) from the stored embeddings, by name; others are left out."""
         kept = self._embeds or {}
         return {name: _distance(now, kept[name]) for name, now in embeds.items() if name in kept}
 

@@ -24,10 +24,11 @@ _LEFT_OUT = ("log_every", "writers", "compilation_cache", "data.workers", "mesh"
 
 
 def model_card(config: Any, rows: list[dict[str, Any]], step: int, export: Export, license: str | None) -> str:
-    """The card of what a run exports.
+    """Writes the card of a run's export.
 
     Args:
-        config: the run's. rows: of its metrics.jsonl. step: that is exported. export: how.
+        config: the run's. rows: of its metrics.jsonl.
+        step: the exported one. export: how it is written.
         license: of the model that training started from, as the hub calls it; None if it is not known.
 
     Returns:
@@ -83,7 +84,7 @@ def _facts(config, step, export, license):
 
 
 def _figures(config, rows, step):
-    """The evaluations before training and of the exported step, and what was tested of the export."""
+    """Evaluations before training and of the exported step, and test metrics of the export."""
     evaluated = rows_with(rows, "eval/")
     exported = next((row for row in evaluated if row["step"] == step), None)
     tested = {name: value for row in rows for name, value in row.items() if name.startswith("test/")}
@@ -99,7 +100,7 @@ def _figures(config, rows, step):
 
 
 def _conditions(config):
-    """What the evaluations sampled, for methods that sample."""
+    """How evaluations sample, for methods that sample."""
     settings = config.eval
     if not settings.get("sampler"):
         return "On held-out data:"
@@ -140,6 +141,6 @@ def _escaped(value):
 
 
 def _shown(value):
-    """The last part of a path on this machine, which says nothing to others and may say too much; else the value."""
+    """The value; of a path on this machine its last part, as the rest is private and of no use to others."""
     is_path = isinstance(value, str) and (Path(value).expanduser().is_absolute() or value.startswith((".", "~")))
     return Path(value).name if is_path else value

@@ -8,8 +8,8 @@ from imagereward_jax.config import ConfigError, did_you_mean
 from imagereward_jax.training.checkpoints import goodness
 
 REWARD = "eval/reward_mean"
-JUDGES = ("eval/judge_", "eval/checker_rate")  # metrics that are warned of, by how their names begin
-STANDARD_ERRORS = 2.0  # by which a judge has to fall, unless config.stop.min_drop says how far
+JUDGES = ("eval/judge_", "eval/checker_rate")  # prefixes of the metrics that are warned about
+STANDARD_ERRORS = 2.0  # a judge that falls by more has fallen, unless config.stop.min_drop is set
 
 
 class Watch:
