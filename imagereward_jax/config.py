@@ -76,8 +76,12 @@ class Section:
         Raises:
             ConfigError: naming the field, its value and what is expected.
         """
+        types_ = cls.field_types()
         for one in dataclasses.fields(cls):
-            check_value(cls.name_of(one.name), values[one.name], one.metadata)
+            (kind, optional, _), name = types_[one.name], cls.name_of(one.name)
+            if values[one.name] is None and not optional:
+                raise ConfigError(f"{name}=None: expected a value of type {kind.__name__}")
+            check_value(name, values[one.name], one.metadata)
         return cls(**{one.name: values[one.name] for one in dataclasses.fields(cls)})
 
     @classmethod
@@ -104,8 +108,8 @@ def check_value(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     for one in value if isinstance(value, tuple) else (value,):
         if choices is not None and one not in choices:
             raise ConfigError(f"{name}: {one!r} is none of {', '.join(choices)}{did_you_mean(one, choices)}")
-        if isinstance(one, float) and math.isnan(one):
-            raise ConfigError(f"{name}={value}: expected a number")
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ConfigError(f"{name}={value}: expected a {'' if math.isnan(one) else 'finite '}number")
         _check_bounds(name, value, one, bounds)
 
 

@@ -82,7 +82,9 @@ def _check_fields(config: ConfigDict, default: ConfigDict, path: str = "config")
             raise ConfigError(f"{path}.{name} is not a field of this method{did_you_mean(name, default)}")
     for name, value in default.items():
         if name not in config:
-            raise ConfigError(f"{path}.{name} is missing: start the config from default_config")
+            raise ConfigError(
+                f"{path}.{name} is missing: start the config from default_config, and change fields one by one"
+            )
         if isinstance(value, ConfigDict) and len(value):  # empty ones (architecture, terms) hold what a recipe puts in
             if not isinstance(config[name], ConfigDict):
                 raise ConfigError(f"{path}.{name}={config[name]!r}: expected the section that default_config has")

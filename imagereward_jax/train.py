@@ -11,6 +11,7 @@ everything is saved; 130 at once after Ctrl-C before the first step, or a second
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,7 +86,7 @@ def parse_flags(argv, usage=USAGE):
     from ml_collections import config_flags
 
     argv = [DASHES.get(name, name) + equals + value for name, equals, value in (text.partition("=") for text in argv)]
-    _check_config_file(argv, usage)
+    file = _check_config_file(argv, usage)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of the run; default runs/NAME", flag_values=values)
@@ -96,9 +97,15 @@ def parse_flags(argv, usage=USAGE):
     try:
         rest = values(argv)
     except AttributeError as error:  # how ml_collections reports an unknown field
+        if "get_config" in str(error):
+            raise ValueError(f"--config {file}: has no function get_config()") from error
         raise ValueError("unknown config field " + " ".join(str(error.args[0]).split())) from error
     except (flags.Error, KeyError, TypeError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(_one_line(error)) from error
+    except ModuleNotFoundError:
+        raise  # may be a package of an extra
+    except Exception as error:  # of the config file, while it is imported
+        raise ValueError(f"--config {file}: {type(error).__name__}: {_one_line(error)}") from error
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; {usage}")
     config = values.config
@@ -106,6 +113,13 @@ def parse_flags(argv, usage=USAGE):
     processes = (values.coordinator, values.num_processes, values.process_id)
     joins = values.distributed or any(value is not None for value in processes)
     return config, Path(workdir), processes if joins else None
+
+
+def _one_line(error):
+    """The first line of an error of the flags; of one in the config file, whose traceback follows, also the last."""
+    first, *others = str(error).splitlines() or [type(error).__name__]
+    told = [line for line in others if re.match(r"[\w.]+: ", line)]
+    return f"{first} {told[-1]}" if told else first
 
 
 def _check_config_file(argv, usage):
@@ -126,6 +140,7 @@ def _check_config_file(argv, usage):
     if not path.is_file():
         there = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise FileNotFoundError(f"--config {path}: no such file{did_you_mean(path, there)}")
+    return path
 
 
 if __name__ == "__main__":

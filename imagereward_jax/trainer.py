@@ -6,13 +6,17 @@ trainer.save_pretrained("tuned")
 """
 
 import functools
+import inspect
 import shutil
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from imagereward_jax.assembly.given import Given, name_of
 from imagereward_jax.assembly.run import assemble
@@ -73,9 +77,13 @@ class Trainer:
         eval_prompts: str | PathLike | Sequence[Any] | None = None,
         image_samples_hook: loop.SamplesHook | None = None,
     ):
+        if not isinstance(workdir, str | PathLike) or not str(workdir):
+            raise ConfigError(f"workdir={workdir!r:.200}: expected the path of a folder")
         self.workdir = Path(workdir)
-        self.config = _config_of(config, fields or {})
-        self.hook = image_samples_hook
+        self.config = _config_of(config, {} if fields is None else fields)
+        self.hook = _checked_hook(image_samples_hook)
+        for name, value in (("prompts", prompts), ("eval_prompts", eval_prompts)):
+            _check_prompts(name, value)
         self.given = Given(
             params=self._use_pipeline(pipeline),
             reward=self._use("reward", "path", reward),
@@ -140,14 +148,17 @@ class Trainer:
         if isinstance(pipeline, str | PathLike):
             self.config.model.path = str(pipeline)
             return None
-        opened, params = pipeline if isinstance(pipeline, tuple) else (pipeline, None)
+        opened, params = pipeline if isinstance(pipeline, tuple) and len(pipeline) == 2 else (pipeline, None)
         if not isinstance(opened, TextToImage):
+            got = type(opened).__name__ if opened is pipeline else f"({type(opened).__name__}, ...)"
             raise ConfigError(
-                f"pipeline={opened!r:.200}: expected a name or folder, a TextToImage, or what load_pipeline returns"
+                f"pipeline: expected a name or folder, a TextToImage, or what load_pipeline returns; got {got}"
             )
         if opened.source is None or opened.adapted:
             why = "has adapted layers: pass config.lora" if opened.adapted else "was opened from no files: save it"
             raise ConfigError(f"pipeline: this {type(opened).__name__} {why}, and pass the folder of its base model")
+        if params is not None:
+            _check_params(opened, params)
         self.config.model.path = str(opened.source.name_or_path)
         self.config.model.variant = opened.source.variant
         self.config.model.prediction_type = opened.scheduler_config.get("prediction_type")
@@ -170,7 +181,11 @@ class Trainer:
 
 def _config_of(config, fields):
     """A config of one's own, with `fields` changed."""
-    if isinstance(config, ConfigDict):
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"fields={fields!r:.200}: expected a dict, {{'steps': 100}}")
+    if isinstance(config, FrozenConfigDict):
+        config = config.as_configdict()
+    elif isinstance(config, ConfigDict):
         config = config.copy_and_resolve_references()
     elif isinstance(config, base.MethodConfig):
         config = _config_of_method(config)
@@ -182,7 +197,9 @@ def _config_of(config, fields):
 
 
 def _set_field(config, name, value):
-    """Changes the field of a dotted name."""
+    """Changes the field of a dotted name; numbers of NumPy become Python's."""
+    if not isinstance(name, str):
+        raise ConfigError(f"fields: {name!r:.200} should be the name of a field, such as 'optimizer.learning_rate'")
     *path, last = name.split(".")
     section = config
     for step in path:
@@ -190,8 +207,10 @@ def _set_field(config, name, value):
     if not isinstance(section, ConfigDict) or last not in section:
         near = did_you_mean(last, section) if isinstance(section, ConfigDict) else ""
         raise ConfigError(f"fields: config.{name} is not a field of this method{near}")
+    if name == "method.name" and value != section[last]:
+        raise ConfigError(f"fields: the method is {section[last]!r}: for {value!r}, start from that method's Config")
     try:
-        section[last] = value
+        section[last] = value.item() if isinstance(value, np.generic) else value
     except TypeError as error:
         raise ConfigError(f"fields: config.{name}={value!r:.200}: {error}") from error
 
@@ -201,5 +220,41 @@ def _config_of_method(settings):
     module = type(settings).__module__
     config = default_config(module.removeprefix(f"{base.__package__}."))
     for name in type(settings).field_types():
-        config.method[name] = getattr(settings, name)
+        _set_field(config, f"method.{name}", getattr(settings, name))
     return config
+
+
+def _checked_hook(hook):
+    if hook is None:
+        return None
+    try:
+        inspect.signature(hook).bind("samples", "step", "writers")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"image_samples_hook={hook!r:.200}: expected a function of (samples, step, writers): {error}"
+        ) from error
+    return hook
+
+
+def _check_prompts(name, value):
+    """Refuses at once what is neither a name nor a list nor, of training prompts, a function."""
+    draws = name == "prompts" and callable(value)
+    if not (value is None or draws or isinstance(value, str | PathLike | list | tuple | np.ndarray)):
+        also = " or a function that returns one (prompt, metadata)" if name == "prompts" else ""
+        raise ConfigError(f"{name}: expected a file, a name, a list{also}; got {type(value).__name__}")
+
+
+def _check_params(pipeline, params):
+    """Refuses weights that are not the pipeline's, all of them."""
+    expected, found = pipeline.abstract_params(), {}
+    if isinstance(params, Mapping):
+        found = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        where = jax.tree_util.keystr(path)
+        given = found.pop(where, None)
+        shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)
+        if shape != leaf.shape or not jnp.issubdtype(dtype, jnp.floating):
+            got = "nothing" if given is None else f"{type(given).__name__} of shape {shape} and type {dtype}"
+            raise ConfigError(f"pipeline: params{where} should be floating point {list(leaf.shape)}; got {got}")
+    if found:
+        raise ConfigError(f"pipeline: params{next(iter(found))} is no weight of this {type(pipeline).__name__}")

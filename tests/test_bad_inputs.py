@@ -46,6 +46,18 @@ CASES = {
         lambda folder: train.main(["train", f"--config={ROOT / 'configs/refl_tny.py'}"]),
         "no such file .did you mean .*refl_tiny.py",
     ),
+    "config file that raises": (
+        lambda folder: train.main(["train", f"--config={folder}/raises.py"]),
+        "raises.py: Error whilst parsing config file: ZeroDivisionError: division by zero$",
+    ),
+    "config file that is no Python": (
+        lambda folder: train.main(["train", f"--config={folder}/syntax.py"]),
+        r"--config .*syntax.py: SyntaxError: .*line 1",
+    ),
+    "config file without get_config": (
+        lambda folder: train.main(["train", f"--config={folder}/empty.py"]),
+        r"--config .*empty.py: has no function get_config\(\)",
+    ),
     "misspelt field": (training("--config.method.guidnce_scale=2"), 'Did you mean "guidance_scale"'),
     "field of another type": (training("--config.steps=many"), "config.steps=many"),
     "unknown flag": (training("--wrkdir=x"), "wrkdir"),
@@ -94,6 +106,11 @@ CASES = {
         "evil.pt",
     ),
     "workdir of another run": (training("--config.seed=5", "--workdir={folder}/seed0"), "config.seed: 0 there, 5 now"),
+    "workdir in a file": (training("--workdir={folder}/gap.txt/run"), "gap.txt is not a folder: choose another"),
+    "workdir whose name is too long": (
+        training("--workdir={folder}/" + "x" * 300),
+        "too long: choose another --workdir",
+    ),
     "workdir with other things in it": (training("--workdir={folder}"), "not the workdir of a run"),
     "score: picture that is not there": (scoring(*TINY, "{folder}/gone.png"), "gone.png"),
     "score: truncated picture": (scoring(*TINY, "{folder}/cut.png"), "cut.png"),
@@ -148,6 +165,9 @@ def make_bad_files(folder):
     (folder / "broken.json").write_text('[{"prompt": "a cat"},\n{"prompt": }]')
     (folder / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
     (folder / "none.json").write_text("[]")
+    (folder / "raises.py").write_text("def get_config():\n    return 1 / 0\n")
+    (folder / "syntax.py").write_text("def get_config(:\n")
+    (folder / "empty.py").write_text("")
     (folder / "gap.txt").write_text("a cat\n\na dog\n")
     (folder / "number.json").write_text('["a cat", 5]')
     (folder / "empty.txt").write_text("")

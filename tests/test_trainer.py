@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 
+import jax
 import numpy as np
 import pytest
 import tiny_sd1
@@ -14,13 +15,17 @@ from hub_stand_in import serve
 for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)
 
+from ml_collections import FrozenConfigDict
+
 import imagereward_jax as RM
+from imagereward_jax.assembly.run import assemble
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.methods import ddpo, refl
 from imagereward_jax.rewards.registry import open_reward
 from imagereward_jax.training import html_report
 from imagereward_jax.training.interruptions import Interrupted
+from imagereward_jax.training.mesh import make_mesh
 from imagereward_jax.training.metric_writers import read_rows
 from imagereward_jax.training.workdir import WorkdirError
 from imagereward_jax.weights.files import read_tensors
@@ -108,6 +113,15 @@ def test_the_hook_is_given_what_was_trained_on_and_what_was_evaluated(trained):
         np.testing.assert_allclose(logged[step][name], samples.rewards.mean(), rtol=1e-6)
     assert seen[0][0].prompts == ["a red cube", "a red cube", "a blue ball", "a blue ball"]
     assert seen[0][0].prompt_metadata == [{}, {}, {"colour": "blue"}, {"colour": "blue"}]
+
+
+def test_an_evaluation_gives_the_metrics_that_it_announces(trained):
+    """All of them and no others, so that config.stop.judge and config.eval.best can be checked before it."""
+    trainer, _ = trained
+    run = assemble(trainer.config, make_mesh(1, 1, jax.devices()[:1]), given=trainer.given)
+    announced = run.method.evaluate["samples"].measures
+    found = {name for row in numbers(trainer.workdir) for name in row if name.startswith("eval/")}
+    assert found == {name for name in announced if "*" not in name}
 
 
 def test_it_resumes_bit_for_bit_in_a_thread_whatever_the_function_remembers(trained, opened, tmp_path):
@@ -221,8 +235,28 @@ def test_an_opened_reward_tunes_by_its_gradient(opened, tiny_reward, tmp_path):
         ({"fields": {"optimizer.lr": 1}}, ConfigError, r"fields: config\.optimizer\.lr is not a field"),
         ({"fields": {"steps.many": 1}}, ConfigError, r"fields: config\.steps\.many is not a field"),
         ({"fields": {"steps": "many"}}, ConfigError, r"fields: config\.steps='many': .*"),
-        ({"pipeline": 3}, ConfigError, "pipeline=3: expected a name or folder, a TextToImage"),
-        ({"reward": 3}, ValueError, "int"),
+        ({"fields": [("steps", 1)]}, ConfigError, r"fields=.*: expected a dict"),
+        ({"fields": {3: 1}}, ConfigError, "fields: 3 should be the name of a field"),
+        ({"fields": {"steps": None}}, ConfigError, r"config\.steps=None: expected a value of type int"),
+        ({"fields": {"method.name": "refl"}}, ConfigError, "fields: the method is 'ddpo': for 'refl', start from"),
+        ({"config": ddpo.Config(num_steps="two")}, ConfigError, r"config\.method\.num_steps='two'"),
+        ({"workdir": None}, ConfigError, "workdir=None: expected the path of a folder"),
+        (
+            {"image_samples_hook": 3},
+            ConfigError,
+            "image_samples_hook=3: expected a function of .samples, step, writers",
+        ),
+        ({"image_samples_hook": lambda samples: None}, ConfigError, "image_samples_hook=.*too many positional"),
+        ({"pipeline": 3}, ConfigError, "pipeline: expected a name or folder, a TextToImage, .*; got int"),
+        ({"reward": 3}, ConfigError, "reward: expected a function or an opened reward .*, not int"),
+        ({"reward": {"red": "tiny-shapes"}}, ConfigError, r"reward\['red'\]: .*open_reward\(name\)\), not str"),
+        ({"reward": {"mean": redness}}, ConfigError, r"reward\['mean'\]: its curve would be called reward_mean"),
+        ({"reward": {"": redness, "b": redness}}, ConfigError, "the name '' should be of letters"),
+        ({"prompts": {"a": 1}}, ConfigError, "prompts: expected a file, a name, a list or a function .*; got dict"),
+        ({"prompts": (prompt for prompt in "ab")}, ConfigError, "prompts: expected .*; got generator"),
+        ({"eval_prompts": lambda: "a"}, ConfigError, "eval_prompts: expected a file, a name, a list; got function"),
+        ({"fields": {"stop.judge": "eval/diversity"}}, ConfigError, "gives no eval/diversity, but .*/diversity_pixels"),
+        ({"fields": {"eval.best": "eval/checker_rate"}}, ConfigError, "config.eval.best='eval/checker_rate': .* no"),
         ({"prompts": []}, DataError, "prompts: there are no prompts in it"),
         ({"eval_prompts": None}, ConfigError, r"config\.eval\.prompts is empty"),
         ({"prompts": lambda: None}, DataError, "call 1: expected a prompt"),
@@ -233,8 +267,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(opened, tmp_path
     given = {"pipeline": opened[0], "eval_prompts": HELD_OUT} | given
     if isinstance(given["config"], refl.Config):
         given["fields"] = {"method.pretrain": "off", "method.height": 8, "method.width": 8}
+    given = {"workdir": tmp_path / "run"} | given
     with pytest.raises(error, match=message):
-        RM.Trainer(given.pop("config"), workdir=tmp_path / "run", **given).train()
+        RM.Trainer(given.pop("config"), **given).train()
     assert not (tmp_path / "run").exists()
 
 
@@ -245,6 +280,26 @@ def test_pipelines_that_have_no_files_or_are_adapted_are_refused(opened, tmp_pat
         make(tmp_path / "run", fresh)
     with pytest.raises(ConfigError, match=r"has adapted layers: pass config\.lora"):
         make(tmp_path / "run", pipeline.with_lora("unet", pipeline.lora_targets, rank=2, alpha=2.0))
+
+
+def test_weights_that_are_not_the_pipelines_are_refused(opened, tmp_path):
+    pipeline, params = opened
+    for vae, message in (
+        ({}, r"params\['vae'\].* should be floating point \[.*\]; got nothing"),
+        ({**params["vae"], "more": np.zeros(3)}, r"params\['vae'\]\['more'\] is no weight of this StableDiffusion1"),
+        (_plus_one(params["vae"]) | {"quant_conv": {}}, r"params\['vae'\]\['quant_conv'\].*; got nothing"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(tmp_path / "run", (pipeline, {**params, "vae": vae}))
+    with pytest.raises(ConfigError, match="; got tuple"):
+        make(tmp_path / "run", (pipeline, params, 3))
+
+
+def test_numbers_of_numpy_and_frozen_configs_are_taken(opened, tmp_path):
+    config = FrozenConfigDict(make(tmp_path / "run", opened).config)
+    given = {"pipeline": opened, "reward": redness, "prompts": ["a"], "eval_prompts": HELD_OUT}
+    trainer = RM.Trainer(config, fields={"steps": np.int64(7)}, workdir=tmp_path / "run", **given)
+    assert type(trainer.config.steps) is int and trainer.config.steps == 7 and config.steps == 4
 
 
 def test_a_run_that_is_not_complete_has_nothing_to_save(opened, tmp_path):

@@ -20,6 +20,7 @@ from imagereward_jax.methods.base import Evaluation, Export, ImageSamples, Param
 from imagereward_jax.methods.ranking import pair_losses
 from imagereward_jax.pipelines.sample import ImageSampler
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, ImageReward
+from imagereward_jax.rewards.mixed import NO_VERDICT
 from imagereward_jax.storage.contact_sheet import contact_sheet, to_uint8
 from imagereward_jax.storage.files import write_text
 from imagereward_jax.training.mesh import put_replicated_rows, replicated
@@ -65,6 +66,9 @@ class SampleEvaluator:
 
         self.rewards, self.judges = scorer(parts.terms), scorer(parts.judges)
         self.embeds = embedder is not None
+        for terms in (parts.judges, parts.terms):
+            if terms is not None:
+                terms.check_traced(*size)
         rows = held_out_rows(parts)
         chosen = np.repeat(np.arange(len(rows))[: self.settings.num_prompts], self.settings.images_per_prompt)
         self.prompts = [rows[row]["prompt"] for row in chosen]
@@ -86,6 +90,22 @@ class SampleEvaluator:
             width=size[1],
             guidance_scale=generation.guidance_scale,
         )
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of the metrics; with * those that functions name when they are called."""
+        found, ending = [], "" if self.embeds else "_pixels"
+        if self.rewards:
+            terms = self.rewards.terms
+            found += ["eval/reward_mean", "eval/reward_std", *(f"eval/reward_{name}" for name in terms.terms if name)]
+            found += [f"eval/reward_{NO_VERDICT}", "eval/reward_*"] if terms.functions else []
+        found += ["eval/checker_rate"] if self.check else []
+        if self.judges:
+            found += [f"eval/judge_{name}" for name in self.judges.terms.terms]
+            found += [f"eval/judge_{name}.*" for name in self.judges.terms.functions]
+        found += [f"{name}@{scale:g}" for scale in self.settings.guidance_scales for name in COMPARED if name in found]
+        found += [f"eval/diversity{ending}"] if self.settings.images_per_prompt > 1 else []
+        return [*found, f"eval/drift{ending}"]
 
     def __call__(self, components: Params) -> Evaluation:
         """See the class."""
@@ -161,6 +181,8 @@ class ReconstructionEvaluator:
         parts: the run's parts.
     """
 
+    measures = ("eval/psnr",)
+
     def __init__(self, parts: Any):
         self.pipeline, self.mesh = parts.pipeline, parts.mesh
         self.images = self._held_out(parts)
@@ -211,6 +233,7 @@ class RankingEvaluator:
         groups: random access to groups; the first `count` are read at each evaluation, a batch at a time.
     """
 
+    measures = ("eval/accuracy", "eval/loss")
     batch = 64
     shown = 6
     remembered = 2**28  # bytes of images that are kept from one evaluation to the next

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.given_prompts import GivenPrompts, PromptFunction, draw_rows, rows_of_list, rows_of_text
@@ -42,8 +43,8 @@ def name_of(value: Any) -> str:
     """How config fields call an object: its own name, "module:function", "a list of 3", "a mixture of a, b", or the
     name of its class."""
     if isinstance(value, Mapping):
-        return f"a mixture of {', '.join(value)}"
-    if isinstance(value, list | tuple):
+        return f"a mixture of {', '.join(map(str, value))}"
+    if isinstance(value, list | tuple | np.ndarray):
         return f"a list of {len(value)}"
     if isinstance(getattr(value, "name", None), str):
         return value.name

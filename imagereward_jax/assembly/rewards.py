@@ -18,6 +18,7 @@ from imagereward_jax.rewards.imagereward import abstract_module, make_apply
 from imagereward_jax.rewards.mixed import MixedReward, Term, Terms
 from imagereward_jax.rewards.rules import RULES
 from imagereward_jax.rewards.scores import SCORES, imagereward_from_blip
+from imagereward_jax.sections.parts import check_curve
 from imagereward_jax.weights import mapping
 
 
@@ -113,13 +114,20 @@ def given_terms(reward: Any, *, needs_gradient: bool) -> Terms:
             function} for one.
 
     Raises:
-        ConfigError: it cannot be differentiated and needs to be. ValueError: it is none of these.
+        ConfigError: it is none of these, or cannot be differentiated and needs to be.
     """
-    members = reward.members if isinstance(reward, MixedReward) else reward
-    members = members if isinstance(members, Mapping) else {"": members}
-    terms = {name: one if isinstance(one, Term) else Term(one) for name, one in members.items()}
-    if not terms:
-        raise ValueError("reward={}: a mixture needs at least one reward")
+    mixture = isinstance(reward, MixedReward | Mapping)
+    members = reward.members if isinstance(reward, MixedReward) else reward if mixture else {"": reward}
+    if not members:
+        raise ConfigError("reward={}: a mixture needs at least one reward")
+    terms = {}
+    for name, one in members.items():
+        if mixture:
+            check_curve(f"reward[{name!r}]", name)
+        try:
+            terms[name] = one if isinstance(one, Term) else Term(one)
+        except ValueError as error:
+            raise ConfigError(f"{f'reward[{name!r}]' if mixture else 'reward'}: {error}") from error
     found = Terms(terms)
     if needs_gradient:
         for name, term in terms.items():
@@ -136,6 +144,15 @@ def _check_gradient(reward, where, as_jax):
 
 
 def _open_one(settings, where, dtype, needs_gradient, abstract):
+    try:
+        return _opened(settings, where, dtype, needs_gradient, abstract)
+    except ConfigError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{where}.path: {error}") from error
+
+
+def _opened(settings, where, dtype, needs_gradient, abstract):
     path = settings.path
     if path in RULES or is_function_name(path):
         reward = registry.open_reward(path)

@@ -1,8 +1,10 @@
 """Errors in the user's data, and the words that explain them."""
 
 import difflib
+import inspect
 import os
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +41,14 @@ def missing_file(path: str | os.PathLike, what: str = "data file") -> MissingDat
         return MissingDataError(f"{path}: no such {what}; the folder {path.parent} does not exist either")
     hint = nearest(path.name, sorted(other.name for other in path.parent.iterdir()))
     return MissingDataError(f"{path}: no such {what}{hint or f'; nothing in {path.parent} has a name like it'}")
+
+
+def describe(error: Exception, function: Callable[..., Any]) -> str:
+    """Describes an error that a user's function raised: its type, first line and last place in the function's file."""
+    text = str(error).strip()
+    told = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    function = inspect.unwrap(getattr(function, "func", function))  # of a functools.partial, of jax.jit
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    return f"{told} ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else told

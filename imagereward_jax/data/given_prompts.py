@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from imagereward_jax.data.errors import DataError
+from imagereward_jax.data.errors import DataError, describe
 
 PromptFunction = Callable[[], str | tuple[str, dict[str, Any] | None]]
 Row = dict[str, Any]  # {"prompt": str, "metadata": dict}
@@ -57,8 +57,10 @@ def rows_of_list(prompts: Iterable[Any], name: str) -> list[Row]:
         name: what errors call the list.
 
     Raises:
-        DataError: it is empty, or has something else in it.
+        DataError: it is no list, empty, or has something else in it.
     """
+    if not isinstance(prompts, list | tuple | np.ndarray):
+        raise DataError(f"{name}: expected a list of prompts, or of (prompt, metadata); got {type(prompts).__name__}")
     rows = [_row(item, f"{name}[{index}]") for index, item in enumerate(prompts)]
     if not rows:
         raise DataError(f"{name}: there are no prompts in it")
@@ -72,14 +74,19 @@ def draw_rows(function: PromptFunction, first: int, count: int, *, seed: int, na
     remembers nothing, gives row i whatever was drawn before. Their states are restored afterwards.
 
     Raises:
-        DataError: it gave neither a prompt nor (prompt, metadata).
+        DataError: it raised an error, or gave neither a prompt nor (prompt, metadata).
     """
     rows = []
     with _kept_generators():
         for index in range(first, count):
             random.seed(f"{seed} {index}")
             np.random.seed([seed, index])
-            rows.append(_row(function(), f"{name}, call {index + 1}"))
+            where = f"prompts: {name}, call {index + 1}"
+            try:
+                drawn = function()
+            except Exception as error:
+                raise DataError(f"{where}: {describe(error, function)}") from error
+            rows.append(_row(drawn, where))
     return rows
 
 
@@ -99,6 +106,10 @@ def _row(item, where):
     prompt = str(prompt) if isinstance(prompt, np.str_) else prompt  # numpy.random.choice of a list of prompts
     if not isinstance(prompt, str) or not prompt.strip() or not isinstance(metadata, dict | None):
         raise DataError(f"{where}: expected a prompt, or (prompt, dict of metadata); got {item!r:.200}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: the prompt {prompt!r:.200} is not valid Unicode: {error.reason}") from error
     try:
         return json.loads(json.dumps({"prompt": prompt, "metadata": metadata or {}}))
     except (TypeError, ValueError) as error:

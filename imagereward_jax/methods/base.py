@@ -206,7 +206,8 @@ class Evaluation(NamedTuple):
     embeds: Mapping[str, Any] = {}
 
 
-Evaluator = Callable[[Params], Evaluation]  # takes every component, on the mesh, in the compute dtype
+# Takes every component, on the mesh, in the compute dtype. It may list its metrics as `measures`, see `training.watch`.
+Evaluator = Callable[[Params], Evaluation]
 
 
 class Export(NamedTuple):

@@ -57,6 +57,8 @@ def make_blend(
         raise ValueError(
             f"tuned weight {weight[0]:g}:{weight[1]:g}:{power:g} should be two finite numbers and a power above 0"
         )
+    if max(map(abs, weight)) > np.finfo(np.float32).max:
+        raise ValueError(f"tuned weight {weight[0]:g}:{weight[1]:g} is too large for float32: it is usually 0 to 2")
     index = np.arange(num_steps)
     inside = (index >= first * num_steps - 1e-6) & (index < last * num_steps - 1e-6)
     if not inside.any():

@@ -150,6 +150,8 @@ def unknown_model(name: str, known: Sequence[str]) -> hub.ModelNotFound:
     lower = {one.lower(): one for one in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
     hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
+    if ":" in name:
+        hint = " (a function of yours is named module:function, or jax:module:function; it is at its module's top)"
     return hub.ModelNotFound(f"no model {name!r}{hint}; known: {', '.join(known)}, or the path of one")
 
 

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.rewards.errors import RewardError, describe
+from imagereward_jax.data.errors import describe
+from imagereward_jax.rewards.errors import RewardError
 from imagereward_jax.rewards.rules import RuleReward
 from imagereward_jax.storage.contact_sheet import to_uint8
 
@@ -94,8 +97,11 @@ class JaxReward(RuleReward):
         self.params, self._takes_prompts = {}, True
         self._tokenize = getattr(function, "tokenize", None)
         if self._tokenize is not None and hasattr(function, "params") and hasattr(function, "apply"):
-            self.params, self._call = function.params, function.apply
+            self.params, self._call = _arrays(function.params, self.name), function.apply
             return
+        if not callable(function):
+            lacks = [name for name in ("params", "tokenize", "apply") if not hasattr(function, name)]
+            raise ValueError(f"reward {self.name!r} cannot be called, and has no {' and no '.join(lacks)}")
         self._call = lambda params, *arguments: function(*arguments)
         if self._tokenize is not None:
             _count_arguments(function, ("images", "tokens"), at_least=2, name=self.name)
@@ -149,6 +155,11 @@ class JaxReward(RuleReward):
             reason = f"the reward returned {said} for {len(images)} images; expected a floating-point number per image"
             raise RewardError(self._where, reason)
         return scores.astype(jnp.float32)
+
+    def check_traced(self, height: int, width: int) -> None:
+        """Traces it over images of a size, without compiling anything: errors as of `tokenize` and `apply`."""
+        images = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
+        jax.eval_shape(self.apply, self.params, images, self.tokenize([""] * len(images)))
 
     def score_arrays(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -216,15 +227,19 @@ def open_function(name: str) -> Any:
     """Imports "module:function", a Python function, or "jax:module:function"; a reward object is returned as it is.
 
     Raises:
-        ValueError: the module or function does not exist, is not callable or takes other arguments.
+        ValueError: the module or function does not exist, the module cannot be imported, or the function cannot be
+            called or takes other arguments.
     """
     differentiable = name.count(":") == 2
     expected = f"{JAX_PREFIX if differentiable else ''}module:function"
     module, _, attribute = name.removeprefix(JAX_PREFIX if differentiable else "").partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r}: {error}; expected {expected} that Python can import") from error
+    except (Exception, SystemExit) as error:
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if absent or (isinstance(error, AttributeError) and error.name == attribute):
+            raise ValueError(f"reward {name!r}: {error}; expected {expected} that Python can import") from error
+        raise ValueError(f"reward {name!r}: importing {module} failed: {_describe_import(error)}") from error
     if isinstance(found, JaxReward):
         return JaxReward(found.function, name)
     if hasattr(found, "differentiable"):
@@ -243,7 +258,9 @@ def as_reward(reward: Any) -> Any:
     if hasattr(reward, "differentiable"):
         return reward
     if not callable(reward):
-        raise ValueError(f"a reward must be a name, a function or a reward, not {type(reward).__name__}")
+        raise ValueError(
+            f"expected a function or an opened reward (imagereward_jax.open_reward(name)), not {type(reward).__name__}"
+        )
     return PythonReward(reward)
 
 
@@ -251,6 +268,24 @@ def _instance(function):
     if inspect.isclass(function):
         raise ValueError(f"reward {name_of_object(function)!r} is a class; give an instance of it")
     return function
+
+
+def _arrays(params, name):
+    """The parameters of a user's network, which must be arrays."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            where = "params" + jax.tree_util.keystr(path)
+            raise ValueError(f"reward {name!r}: {where} is a {type(leaf).__name__}; expected an array")
+    return params
+
+
+def _describe_import(error):
+    """Describes an error of a module that is imported: its type, first line, and last place that is a file."""
+    text = str(error).strip().splitlines()[:1]
+    told = ": ".join([type(error).__name__, *text])
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<")]
+    last = frames[-1]
+    return told if isinstance(error, SyntaxError) else f"{told} ({os.path.basename(last.filename)}, line {last.lineno})"
 
 
 def name_of_object(value: Any) -> str:
@@ -267,6 +302,9 @@ def _count_arguments(function, expected, *, at_least, name):
     Raises:
         ValueError: it takes fewer, or needs more.
     """
+    called = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.iscoroutinefunction(called) or inspect.isgeneratorfunction(called):
+        raise ValueError(f"reward {name!r} is a coroutine or generator; expected a function that returns its scores")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # built-in functions may have none

@@ -11,7 +11,7 @@ import numpy as np
 
 from imagereward_jax.rewards.base import ranks_of
 from imagereward_jax.rewards.errors import RewardError
-from imagereward_jax.rewards.functions import as_reward
+from imagereward_jax.rewards.functions import JaxReward, as_reward
 
 Scores = jax.Array | np.ndarray
 NO_VERDICT = "no_verdict"  # the curve of images without a finite reward
@@ -208,6 +208,19 @@ class Terms:
                 "to name the same scores every time",
             )
         return {name: np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in names[0]}
+
+    def check_traced(self, height: int, width: int) -> None:
+        """Traces every jax function of a user over images of a size, before anything is compiled.
+
+        Raises:
+            RewardError: it cannot be traced, or does not return floating-point numbers [B].
+        """
+        for name, term in self.terms.items():
+            if isinstance(term.reward, JaxReward):
+                try:
+                    term.reward.check_traced(height, width)
+                except RewardError as error:
+                    raise RewardError(self.fields[name], error.reason) from error
 
     def check_finite(self, scores: Mapping[str, np.ndarray]) -> None:
         """Refuses scores of a term that hold no finite number: RewardError, with its name."""

@@ -15,6 +15,7 @@ from imagereward_jax.models.remat import REMAT_POLICIES
 from imagereward_jax.sections.run import DTYPES
 
 FILE_DTYPES = ("float32", "bfloat16", "float16")
+NAME = re.compile(r"\w[\w-]*")  # of a term or judge: a curve is named after it
 
 
 class Model(Section, path="model"):
@@ -155,22 +156,40 @@ def judge(path: str, *, weights: str = "", tokenizer: str | None = None) -> Conf
     return one
 
 
-def _check_term(where: str, name: str, term: Any) -> None:
+def check_curve(where: str, name: Any) -> None:
+    """Refuses a name of a mixture's term, after which a curve is called, that is taken or not of letters."""
     if name in ("mean", "std", "no_verdict"):
         raise ConfigError(f"{where}: its curve would be called reward_{name}, which is the mixture's: rename it")
-    _check_made_by(reward_term, where, term)
-    check_value(f"{where}.std", term.std, {"above": 0})
-    if not term.clip >= 0:
-        raise ConfigError(f"{where}.clip={term.clip}: expected 0 (no clipping) or more")
+    _check_name(where, name)
 
 
-def _check_made_by(make: Callable[[str], ConfigDict], where: str, term: Any) -> None:
-    """Refuses what does not have the fields that `make` gives, or no path."""
+def _check_name(where, name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ConfigError(f"{where}: the name {name!r} should be of letters, digits, _ and -")
+
+
+def _check_term(where: str, name: str, term: Any) -> None:
+    check_curve(where, name)
+    _check_made_by(reward_term, where, name, term)
+    for part, bounds in (("weight", {}), ("mean", {}), ("std", {"above": 0}), ("clip", {"at_least": 0})):
+        if not isinstance(term[part], int | float):
+            raise ConfigError(f"{where}.{part}={term[part]!r}: expected a number")
+        check_value(f"{where}.{part}", term[part], bounds)
+
+
+def _check_made_by(make: Callable[[str], ConfigDict], where: str, name: Any, term: Any) -> None:
+    """Refuses what does not have the fields that `make` gives, no path, or a name that no curve can have."""
+    _check_name(where, name)
+    if not isinstance(term, ConfigDict):
+        raise ConfigError(f"{where}={term!r:.200}: expected what {make.__name__}(path) makes")
     missing, unknown = sorted(set(make("")) - set(term)), sorted(set(term) - set(make("")))
     if missing or unknown:
         raise ConfigError(f"{where} is not what {make.__name__}() makes: missing {missing}, unknown {unknown}")
     if not term.path:
         raise ConfigError(f"{where}.path is empty: pass --{where}.path=...")
+    for part in ("path", "weights"):
+        if not isinstance(term[part], str):
+            raise ConfigError(f"{where}.{part}={term[part]!r:.200}: expected a text")
 
 
 class Scorer(Section, path="reward"):
@@ -249,7 +268,7 @@ class Samples(Section, path="eval"):
     def check(self, config):
         """Judges are what `judge` makes."""
         for name, one in self.judges.items():
-            _check_made_by(judge, f"config.eval.judges.{name}", one)
+            _check_made_by(judge, f"config.eval.judges.{name}", name, one)
 
 
 class Reconstructions(Section, path="eval"):

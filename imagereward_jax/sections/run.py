@@ -62,6 +62,12 @@ class Checkpoint(Section, path="checkpoint"):
     best_only: bool = False  # save only what evaluates better than all before, and export the best
     export: str = field("last", choices=("last", "best"))  # what is exported and tested; best by config.eval.best
 
+    def check(self, config):
+        """The best is the best by a metric."""
+        if (self.best_only or self.export == "best") and not config.eval.best:
+            chosen = "config.checkpoint.best_only" if self.best_only else "config.checkpoint.export='best'"
+            raise ConfigError(f"config.eval.best is empty, and {chosen} chooses by it: name a metric of the evaluation")
+
 
 class Evaluation(Section, path="eval"):
     """When the run evaluates."""
@@ -83,9 +89,16 @@ class Stop(Section, path="stop"):
 
     def check(self, config):
         """The judge must be a metric of the evaluation."""
-        name = self.judge.removeprefix("-")
-        if not name:
+        if not self.judge:
             return
+        name = self.judge.removeprefix("-")
+        if name == "eval/reward_mean":
+            raise ConfigError(
+                f"config.stop.judge={self.judge!r} is the reward that trains: name a metric that watches it, see "
+                "docs/watch.md"
+            )
+        if self.judge.startswith("eval/drift"):
+            raise ConfigError(f"config.stop.judge={self.judge!r}: less drift is better, so expected '-{self.judge}'")
         if not name.startswith("eval/"):
             raise ConfigError(
                 f"config.stop.judge={self.judge!r}: expected a metric of the evaluation: 'eval/judge_NAME' of one of "

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from imagereward_jax.config import ConfigError, did_you_mean
 from imagereward_jax.methods.base import ImageSamples
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import save_image, write_text
@@ -42,7 +41,7 @@ from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.progress import Progress, listed
 from imagereward_jax.training.state import from_checkpoint, to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
-from imagereward_jax.training.watch import Watch
+from imagereward_jax.training.watch import Watch, check_best, check_measured
 from imagereward_jax.training.workdir import CONFIG, check_workdir, is_complete
 
 SamplesHook = Callable[[ImageSamples, int, dict[str, MetricWriter]], None]
@@ -67,7 +66,8 @@ def train(
         False if the run was complete already.
 
     Raises:
-        WorkdirError: the workdir belongs to another run.
+        WorkdirError: the workdir belongs to another run, or cannot be written.
+        ConfigError: config.stop.judge or config.eval.best is not among the metrics of the evaluation.
         RunError: too many updates in a row were not finite.
         ProcessLost: another process of the run ended.
         Interrupted: after a signal; everything is saved.
@@ -82,6 +82,7 @@ def train(
     check_installed(config.writers)
     wait_for_all("checked the workdir")  # before process 0 writes into it
     run = assemble(config, mesh)  # before anything is written: a bad path leaves no workdir behind
+    check_measured(config, run.method.evaluate.values())
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
@@ -302,12 +303,8 @@ class _Loop:
 
     def _check_best(self, metrics):
         """Refuses to look for the best by a metric that is not there."""
-        settings, name = self.config.checkpoint, self.config.eval.best
-        if (settings.best_only or settings.export == "best") and name.removeprefix("-") not in metrics:
-            raise ConfigError(
-                f"config.eval.best={name!r} chooses what is exported, but this run's evaluation has only "
-                f"{', '.join(sorted(metrics)) or 'nothing'}{did_you_mean(name, metrics)}"
-            )
+        if self.config.checkpoint.best_only or self.config.checkpoint.export == "best":
+            check_best(self.config, metrics)
 
     def _log(self, row):
         if row:

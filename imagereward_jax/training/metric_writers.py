@@ -231,10 +231,16 @@ def check_installed(names: Iterable[str]) -> None:
     """Imports what the writers `names` need that the extra `train` does not install.
 
     Raises:
-        ModuleNotFoundError: it is not installed; commands say with which extra it is.
+        ModuleNotFoundError: it is not installed; says with which extra it is.
     """
     if "wandb" in names:
-        importlib.import_module("wandb")
+        try:
+            importlib.import_module("wandb")
+        except ModuleNotFoundError as error:
+            way_out = "pip install 'imagereward-jax[wandb]', or leave it out"
+            raise ModuleNotFoundError(
+                f"config.writers: 'wandb' needs {error.name}: {way_out}", name=error.name
+            ) from error
 
 
 def make_writers(names: Iterable[str], workdir: str | os.PathLike, *, last_step: int | None) -> dict[str, MetricWriter]:

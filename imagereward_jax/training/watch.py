@@ -1,7 +1,8 @@
 """The watch against reward hacking: a judge that falls while the reward rises."""
 
+import fnmatch
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from imagereward_jax.config import ConfigError, did_you_mean
@@ -87,13 +88,44 @@ class Watch:
         )
 
     def _check(self, metrics):
-        judge = self.settings.judge
-        if not judge:
-            return
-        missing = [name for name in (judge.removeprefix("-"), REWARD) if name not in metrics]
-        if missing:
-            there = ", ".join(sorted(metrics)) or "nothing"
-            raise ConfigError(
-                f"config.stop.judge={judge!r}: this run's evaluation gives no {' and no '.join(missing)}, but {there}"
-                f"{did_you_mean(missing[0], metrics)}"
-            )
+        if self.settings.judge:
+            _check_given("config.stop.judge", self.settings.judge, (REWARD,), metrics)
+
+
+def check_measured(config: Any, evaluators: Iterable[Any]) -> None:
+    """Refuses a config.stop.judge or config.eval.best that no evaluation will measure, before anything is compiled.
+
+    Args:
+        evaluators: the method's. `measures` of one lists its metrics, with * for what a function names when it is
+            called; if one of them has no such list, the first evaluation decides.
+
+    Raises:
+        ConfigError: naming the field and the metrics that there are.
+    """
+    known = [getattr(evaluator, "measures", None) for evaluator in evaluators]
+    if None in known:
+        return
+    names = [name for some in known for name in some]
+    if config.stop.judge:
+        _check_given("config.stop.judge", config.stop.judge, (REWARD,), names)
+    if config.eval.best:
+        check_best(config, names)
+
+
+def check_best(config: Any, metrics: Iterable[str]) -> None:
+    """Refuses to look for the best by a metric that is not there: ConfigError."""
+    _check_given("config.eval.best", config.eval.best, (), metrics)
+
+
+def _check_given(field, metric, others, there):
+    name = metric.removeprefix("-")
+    missing = [one for one in (name, *others) if not any(fnmatch.fnmatchcase(one, given) for given in there)]
+    if not missing:
+        return
+    way_out = did_you_mean(missing[0], there)
+    if name.startswith("eval/diversity") and not any(one.startswith("eval/diversity") for one in there):
+        way_out = "; diversity needs a config.eval.images_per_prompt of at least 2"
+    raise ConfigError(
+        f"{field}={metric!r}: this run's evaluation gives no {' and no '.join(missing)}, but "
+        f"{', '.join(sorted(there)) or 'nothing'}{way_out}"
+    )

@@ -1,6 +1,7 @@
 """Ownership of a workdir: a run continues in its own, and in no other's."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def check_workdir(workdir: Path, config: Any) -> None:
     Raises:
         WorkdirError: naming the fields that differ, or the files of something else.
     """
+    _check_writable(workdir)
     path = workdir / CONFIG
     if not path.exists():
-        if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+        if workdir.is_dir() and any(workdir.iterdir()):
             raise WorkdirError(f"{workdir} exists and is not the workdir of a run: choose another --workdir")
         return
     try:
@@ -66,6 +68,18 @@ def check_workdir(workdir: Path, config: Any) -> None:
         raise WorkdirError(
             f"{workdir} holds another run ({changes}{more}): choose another --workdir, or pass what that run had"
         )
+
+
+def _check_writable(workdir):
+    """Refuses a workdir that is no folder, or that could not be made or written, before weights are read for it."""
+    try:
+        there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long, a folder that must not be read
+        raise WorkdirError(f"{workdir}: {error.strerror}: choose another --workdir") from error
+    if not there.is_dir():
+        raise WorkdirError(f"{workdir}: {there} is not a folder: choose another --workdir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise WorkdirError(f"{workdir}: {there} cannot be written: choose another --workdir")
 
 
 def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

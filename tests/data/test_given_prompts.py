@@ -34,11 +34,11 @@ def test_the_generators_of_the_caller_go_on_as_if_nothing_was_drawn():
 
 
 def test_rows_come_back_from_their_text():
-    rows = rows_of_list(["a\u2028cat, \ud800", ("two\nlines", {"id": 1, "tags": ("x", None)})], "prompts")
+    rows = rows_of_list(["a\u2028cat, \u00e9", ("two\nlines", {"id": 1, "tags": ("x", None)})], "prompts")
     assert rows[1] == {"prompt": "two\nlines", "metadata": {"id": 1, "tags": ["x", None]}}
     table = GivenPrompts(rows)
-    assert rows_of_text(table.to_text()) == rows and table.prompts == ["a\u2028cat, \ud800", "two\nlines"]
-    assert len(table) == 2 and table[0] == {"prompt": "a\u2028cat, \ud800", "metadata": {}}
+    assert rows_of_text(table.to_text()) == rows and table.prompts == ["a\u2028cat, \u00e9", "two\nlines"]
+    assert len(table) == 2 and table[0] == {"prompt": "a\u2028cat, \u00e9", "metadata": {}}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,9 @@ def test_rows_come_back_from_their_text():
         (["a", " "], r"prompts\[1\]: expected a prompt, or \(prompt, dict of metadata\); got ' '"),
         ([("a", "b")], r"prompts\[0\]: expected a prompt"),
         ([3], r"prompts\[0\]: expected a prompt"),
+        ("a cat", "prompts: expected a list of prompts, or of .*; got str"),
+        ({"a": {}}, "prompts: expected a list of prompts, or of .*; got dict"),
+        (["a", "b\ud800"], r"prompts\[1\]: the prompt 'b\\ud800' is not valid Unicode"),
         ([("a", {"array": np.zeros(2)})], r"prompts\[0\]: metadata is kept as JSON, .*ndarray"),
     ],
 )
@@ -60,3 +63,13 @@ def test_a_call_that_gives_no_prompt_is_named():
     answers = iter(["a", None])
     with pytest.raises(DataError, match=r"mine:draw, call 2: expected a prompt"):
         draw_rows(lambda: next(answers), 0, 2, seed=0, name="mine:draw")
+
+
+def test_a_function_that_fails_is_named_with_the_call_and_the_line():
+    def failing():
+        raise KeyError("colour")
+
+    with pytest.raises(
+        DataError, match=r"prompts: mine:draw, call 1: KeyError: 'colour' \(test_given_prompts.py, line \d+\)"
+    ):
+        draw_rows(failing, 0, 2, seed=0, name="mine:draw")

@@ -225,6 +225,7 @@ def test_what_does_not_fit_is_refused(base):
         ({"steps": (0.5, 0.5)}, "0.5:0.5 should be two positions"),
         ({"steps": (0.0, 1.1)}, "0:1.1 should be two positions"),
         ({"steps": (0.3, 0.4)}, "0.3:0.4 hold none of 4 steps"),
+        ({"weight": (0.0, 1e39)}, "0:1e\\+39 is too large for float32"),
         ({"power": 0.0}, "1:1:0 should be two finite numbers and a power above 0"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -14,7 +14,7 @@ import imagereward_jax
 from imagereward_jax import score
 from imagereward_jax.rewards.errors import RewardError
 from imagereward_jax.rewards.functions import PROMPT_BYTES, JaxReward, Prompts, is_function_name, jax_reward
-from imagereward_jax.rewards.mixed import MixedReward, Term
+from imagereward_jax.rewards.mixed import MixedReward, Term, Terms
 from imagereward_jax.rewards.registry import open_reward
 
 MODULE = """
@@ -50,6 +50,23 @@ class Target:
 
 target = Target()
 constant = 3
+
+class NoTokens:
+    params = {}
+
+    def apply(self, params, images):
+        return images.mean((1, 2, 3))
+
+class Texts(NoTokens):
+    params = {"layer": {"w": "text"}}
+
+    def tokenize(self, prompts):
+        return [0.0 for prompt in prompts]
+
+no_tokens, texts = NoTokens(), Texts()
+
+async def later(images, prompts):
+    return [0.0]
 """
 
 
@@ -323,3 +340,50 @@ def test_commands_score_by_functions_and_name_the_one_that_fails(images, module,
     (line,) = capsys.readouterr().err.splitlines()
     expected = "error: reward 'own_functions:fails': the reward failed: LookupError: asleep (own_functions.py, line"
     assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_functions:later", "later' is a coroutine or generator"),
+        ("jax:own_functions:no_tokens", "no_tokens' cannot be called, and has no tokenize"),
+        ("jax:own_functions:texts", r"texts': params\['layer'\]\['w'\] is a str; expected an array"),
+        ("own_functions:Target.tokenize", "a function of yours is named module:function, .* at its module's top"),
+    ],
+)
+def test_what_can_never_score_is_refused_at_once(name, message, module):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise RuntimeError('boom\\nmore')", r"importing broken failed: RuntimeError: boom \(broken.py, line 1\)$"),
+        ("x = (", r"importing broken failed: SyntaxError: .*\(broken.py, line 1\)$"),
+        ("import sys\nsys.exit(3)", r"importing broken failed: SystemExit: 3 \(broken.py, line 2\)$"),
+        ("import nowhere", r"failed: ModuleNotFoundError: No module named 'nowhere' \(broken.py, line 1\)$"),
+    ],
+    ids=["raises", "syntax", "exits", "needs"],
+)
+def test_a_module_that_cannot_be_imported_is_named_with_the_line(text, message, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("broken:f", "jax:broken:f"):
+        with pytest.raises(ValueError, match=message):
+            open_reward(name)
+
+
+def test_a_jax_function_is_traced_before_anything_is_compiled():
+    """The images have the size of the run's."""
+    shapes = []
+
+    def scores(images):
+        shapes.append(images.shape)
+        return images.mean()
+
+    Terms({"": Term(jax_reward(lambda images: images.mean((1, 2, 3))))}).check_traced(16, 24)
+    terms = Terms({"": Term(jax_reward(scores))}, {"": "config.reward.path='jax:mine:scores'"})
+    with pytest.raises(RewardError, match=r"^config.reward.path='jax:mine:scores': the reward returned .*shape \(\)"):
+        terms.check_traced(16, 24)
+    assert shapes == [(2, 16, 24, 3)]

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("ml_collections")
 
 from imagereward_jax.config import ConfigError, did_you_mean
-from imagereward_jax.recipes import default_config, validate
+from imagereward_jax.recipes import default_config, judge, reward_term, validate
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,5 +74,26 @@ def test_a_method_without_data_says_what_to_pass():
 def test_guidance_that_cannot_be_is_refused(section, changes, message):
     config = recipe(ROOT / "configs/refl_tiny.py").get_config()
     config[section].update(changes)
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": None}, "config.steps=None: expected a value of type int"),
+        ({"stop.min_drop": float("inf")}, "config.stop.min_drop=inf: expected a finite number"),
+        ({"eval.judges": {"one": "tiny-shapes"}}, r"judges.one='tiny-shapes': expected what judge\(path\) makes"),
+        ({"eval.judges": {"a b": judge("x")}}, "the name 'a b' should be of letters"),
+        ({"eval.judges": {"one": judge(3)}}, "judges.one.path=3: expected a text"),
+        ({"reward.terms": {"one": reward_term("x", weight="2")}}, "terms.one.weight='2': expected a number"),
+        ({"reward.terms": {"one": reward_term("x", weight=float("nan"))}}, "terms.one.weight=nan: expected a number"),
+        ({"eval.best": "", "checkpoint.export": "best"}, "config.eval.best is empty, and .*export='best' chooses by"),
+    ],
+)
+def test_values_that_cannot_work_name_their_field(fields, message):
+    config = recipe(ROOT / "configs/ddpo_tiny.py").get_config()
+    config.reward.path = "" if "reward.terms" in fields else config.reward.path
+    config.update_from_flattened_dict(fields)
     with pytest.raises(ConfigError, match=message):
         validate(config)

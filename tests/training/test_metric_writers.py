@@ -16,7 +16,14 @@ from PIL import Image
 pytest.importorskip("tensorboard")
 
 from imagereward_jax.training.interruptions import RunError
-from imagereward_jax.training.metric_writers import WANDB_RUN, JsonlWriter, Meter, make_writers, read_rows
+from imagereward_jax.training.metric_writers import (
+    WANDB_RUN,
+    JsonlWriter,
+    Meter,
+    check_installed,
+    make_writers,
+    read_rows,
+)
 
 PROGRAM = """
 import sys
@@ -171,3 +178,12 @@ def test_wandb_that_does_not_start_says_what_to_do(wandb, tmp_path, monkeypatch)
         RunError, match=r"config\.writers: W&B did not start \(No API key configured\.\): run `wandb login`"
     ):
         make_writers(("wandb",), tmp_path, last_step=None)
+
+
+def test_an_absent_wandb_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"config.writers: 'wandb' needs wandb: pip install 'imagereward-jax\[wandb\]'"
+    ):
+        check_installed(("jsonl", "wandb"))
+    check_installed(("jsonl",))

@@ -1,8 +1,10 @@
 """The watch: when it fires, what a stopped run leaves, and that a resumed run decides the same."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from imagereward_jax.methods.base import Evaluation
 from imagereward_jax.recipes import default_config, judge, validate
 from imagereward_jax.training.interruptions import Interrupted
 from imagereward_jax.training.metric_writers import read_rows
-from imagereward_jax.training.watch import Watch
+from imagereward_jax.training.watch import Watch, check_measured
 
 JUDGE = "eval/judge_one"
 EVALUATIONS = [(1.0, 0.5), (1.1, 0.6), (1.2, 0.5), (1.3, 0.4), (1.4, 0.3), (1.5, 0.2)]  # (reward, judge)
@@ -93,6 +95,9 @@ def test_the_line_says_what_happened():
     ("name", "message"),
     [
         ("checker_rate", r"config.stop.judge='checker_rate': expected a metric of the evaluation"),
+        ("-", "config.stop.judge='-': expected a metric of the evaluation"),
+        ("eval/reward_mean", "config.stop.judge='eval/reward_mean' is the reward that trains"),
+        ("eval/drift", "less drift is better, so expected '-eval/drift'"),
         ("eval/judge_tw", r"'eval/judge_tw' is not in config.eval.judges .*did you mean 'eval/judge_two'"),
     ],
 )
@@ -230,3 +235,30 @@ def test_a_watched_run_that_never_falls_is_not_stopped(tmp_path):
     rising = [(1.0 + index, 0.1 * index) for index in range(11)]
     train(stop_config(), toy(rising), tmp_path / "run")
     assert json.loads((tmp_path / "run/done.json").read_text()) == {"step": 20, "exported": 20}
+
+
+@pytest.mark.parametrize(
+    ("judge_", "best", "message"),
+    [
+        ("eval/cheker_rate", "", "config.stop.judge='eval/cheker_rate'.*did you mean 'eval/checker_rate'"),
+        ("-eval/diversity", "", "gives no eval/diversity, .*; diversity needs a config.eval.images_per_prompt of at"),
+        ("", "-eval/los", "config.eval.best='-eval/los': this run's evaluation gives no eval/los, but eval/checker"),
+        ("eval/checker_rate", "eval/reward_light", ""),
+    ],
+)
+def test_what_no_evaluation_will_measure_is_refused_before_it(judge_, best, message):
+    """Names with * are of functions; an evaluator without a list is believed."""
+
+    def evaluate(components):
+        raise AssertionError("evaluated")
+
+    config = stop_config(**{"stop.judge": judge_, "eval.best": best})
+    check_measured(config, [evaluate])
+    evaluate.measures = ["eval/checker_rate", "eval/reward_mean", "eval/reward_*"]
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        check_measured(config, [evaluate])
+
+
+def test_an_evaluation_without_a_reward_has_nothing_to_watch():
+    with pytest.raises(ConfigError, match="gives no eval/reward_mean, but eval/checker_rate"):
+        check_measured(stop_config(), [SimpleNamespace(measures=["eval/checker_rate"])])
