@@ -33,6 +33,7 @@ COMMANDS = {
     "to_diffusers": ("convert", ["a", "b"]),
     "merge_lora": ("merge", ["a", "b", "c"]),
     "tiny_shapes": ("pack", ["a", "b", "c"]),
+    "shapes_groups": ("write", ["out", "tiny-shapes"]),
     "imagereward": ("parse_args", ["a", "b"]),
 }
 

@@ -156,7 +156,7 @@ class Parts:
         data, source = self.config.data, str(self.config.data[name])
         size = self.scorer.image_size
         if source.startswith(SHAPES_PREFIX):
-            shapes = {"images_per_prompt": data.images_per_prompt, "spoilt": data.spoilt}
+            shapes = {"images_per_prompt": data.images_per_prompt, "spoilt": data.spoilt, "unclear": data.unclear}
             shapes |= evaluators.TEST_SHAPES if name == "test_groups" else {}
             return load_groups(source, image_size=size, shapes=shapes)
         return load_groups(

@@ -95,6 +95,7 @@ class Groups(Section, path="data"):
     image_rule: str = field("shown", choices=IMAGE_RULES)  # "original" reads odd images as ImageReward's code does
     images_per_prompt: int = field(4, at_least=2, at_most=9)  # shapes:train and shapes:held_out only
     spoilt: bool = True  # shapes only: two groups in five hold spoilt images too; False: only words differ
+    unclear: float = field(0.0, at_least=0.0, at_most=1.0)  # shapes only: share of groups with images between words
 
     def check(self, config):
         """Training and validation groups must be given."""

@@ -5,6 +5,7 @@ import pytest
 from scipy import ndimage
 
 from imagereward_jax.data import shapes
+from imagereward_jax.data.shapes import drawing
 from imagereward_jax.data.shapes.degrade import DEGRADATIONS
 
 CAPTIONS = shapes.all_captions()
@@ -170,6 +171,35 @@ def test_without_spoilt_pictures_the_rank_is_the_number_of_right_words(images_pe
         right = [sum(shapes.words_right(group["prompt"], image).values()) for image in group["images"]]
         assert len(set(right)) == images_per_prompt
         assert list(np.argsort(group["ranking"])) == list(np.argsort(right)[::-1])
+
+
+def test_unclear_pictures_are_ranked_by_the_checker():
+    """By the number of words that it finds, in every group; more than a third of the images are not fully right."""
+    groups, found = shapes.ShapesGroups(40, images_per_prompt=5, image_size=32, unclear=1.0), []
+    for i in range(40):
+        group = groups[i]
+        wrong = [4 - sum(shapes.words_right(group["prompt"], image).values()) for image in group["images"]]
+        assert list(group["ranking"]) == list(np.unique(wrong, return_inverse=True)[1] + 1)
+        found += wrong
+    assert 0.3 < np.mean(np.array(found) > 0) < 0.9
+    some = shapes.ShapesGroups(100, unclear=0.4, image_size=32)
+    tied = [len(set(some[i]["ranking"])) < 4 for i in range(100)]  # of others none is
+    assert 0.2 < np.mean(tied) < 0.5
+
+
+@pytest.mark.parametrize("way", drawing.WAYS_BETWEEN)
+def test_between_two_captions_lie_both(way):
+    """At share 0 and 1 a blend is the first and the second caption to the checker, halfway it is neither."""
+    first, second = shapes.parse("a large red circle at the top left"), shapes.parse("a large blue cross in the center")
+
+    def share_right(share, caption):
+        images = [drawing.draw_between((first, second), share, way, np.random.default_rng(i)) for i in range(20)]
+        return np.mean([shapes.fully_right(caption.text, image) for image in images])
+
+    if way == "blend":
+        assert share_right(0.0, first) > 0.7 and share_right(1.0, second) > 0.2  # a turned cross soon is unclear
+    assert share_right(0.5, first) == share_right(0.5, second) == 0
+    assert share_right(-3.0, first) == 0  # exaggerated
 
 
 def test_rank_follows_the_checker():

@@ -39,6 +39,8 @@ SQUARE_HALF = 0.9
 TRIANGLE_CIRCUMRADIUS = 1.25
 CROSS_LENGTH, CROSS_WIDTH = 1.1, 0.38
 
+WAYS_BETWEEN = ("blend", "union", "overlap", "halves")  # to make one outline of two: see `draw_between`
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Caption:
@@ -119,10 +121,14 @@ def coverage(shape: str, centre: Sequence[float] | np.ndarray, radius: float, im
         centre: (row, column) of the middle of the bounding box, in pixels.
         radius: in pixels.
     """
+    return _coverage(functools.partial(_distance, shape), centre, radius, image_size)
+
+
+def _coverage(distance, centre, radius, image_size):
     pixels = np.arange(image_size, dtype=np.float32) + np.float32(0.5)
     y, x = (pixels - np.float32(centre[0]))[:, None], (pixels - np.float32(centre[1]))[None, :]
     # Clipping the distance to the outline gives antialiasing: pixels on the outline are half covered.
-    return np.clip(0.5 - _distance(shape, y, x, np.float32(radius)), 0, 1)
+    return np.clip(0.5 - distance(y, x, np.float32(radius)), 0, 1)
 
 
 def _distance(shape, y, x, radius):
@@ -145,12 +151,55 @@ def _distance(shape, y, x, radius):
 
 def draw_float(caption: Caption, rng: np.random.Generator, image_size: int = 64) -> np.ndarray:
     """Draws like `draw`, without rounding: float32 [image_size, image_size, 3] in [0, 1]."""
+    return _paint(_words_as_numbers(caption), functools.partial(_distance, caption.shape), rng, image_size)
+
+
+def draw_between(
+    captions: Sequence[Caption], share: float, way: str, rng: np.random.Generator, image_size: int = 64
+) -> np.ndarray:
+    """Draws an image between two captions, or past the first, somewhat turned and stretched.
+
+    Args:
+        captions: (first, second). share: of the second in place, size and colour; below 0 the first is exaggerated.
+        way: how one outline is made of both: "blend" of their distances, in shares; "union", "overlap"; "halves", cut
+            along a random line.
+
+    Returns:
+        float32 [image_size, image_size, 3] in [0, 1].
+    """
+    numbers = [a + share * (b - a) for a, b in zip(*map(_words_as_numbers, captions), strict=True)]
+    angle, turn = rng.uniform(0, 2 * np.pi), rng.normal(0, 0.15)
+    stretch = np.exp(rng.normal(0, 0.12, 2)).astype(np.float32)
+
+    def distance(y, x, radius):
+        y, x = np.cos(turn) * y - np.sin(turn) * x, np.sin(turn) * y + np.cos(turn) * x
+        y, x = y * stretch[0], x * stretch[1]
+        first, second = (_distance(caption.shape, y, x, radius) for caption in captions)
+        if way == "blend":
+            return (1 - share) * first + share * second
+        if way == "halves":
+            offset = (2 * share - 1) * radius
+            return np.where(np.cos(angle) * y + np.sin(angle) * x > offset, first, second)
+        return {"union": np.minimum, "overlap": np.maximum}[way](first, second)
+
+    return np.clip(_paint(numbers, distance, rng, image_size), 0, 1)
+
+
+def _words_as_numbers(caption):
+    """(centre, radius, colour), lengths in units of the image's side."""
+    centre, colour = np.array(POSITION[caption.place], np.float32), np.array(RGB[caption.colour], np.float32)
+    return centre, RADIUS[caption.size], colour
+
+
+def _paint(numbers, distance, rng, image_size):
+    """Draws a shape, `distance(y, x, radius)` in pixels, with jitter on all that `numbers` say of it."""
+    middle, radius, colour = numbers
     jitter = rng.uniform(-1, 1, 10).astype(np.float32)
-    centre = (np.array(POSITION[caption.place], np.float32) + 0.025 * jitter[0:2]) * image_size
-    radius = RADIUS[caption.size] * (1 + 0.07 * jitter[2]) * image_size
+    centre = (middle + 0.025 * jitter[0:2]) * image_size
+    radius = radius * (1 + 0.07 * jitter[2]) * image_size
     background = BACKGROUND + 0.03 * jitter[3:6]
-    foreground = np.clip(np.array(RGB[caption.colour], np.float32) * (1 + 0.05 * jitter[6]) + 0.03 * jitter[7:10], 0, 1)
-    alpha = coverage(caption.shape, centre, radius, image_size)[..., None]
+    foreground = np.clip(colour * (1 + 0.05 * jitter[6]) + 0.03 * jitter[7:10], 0, 1)
+    alpha = _coverage(distance, centre, radius, image_size)[..., None]
     return background + alpha * (foreground - background)
 
 

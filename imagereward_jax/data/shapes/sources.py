@@ -9,8 +9,19 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from imagereward_jax.data.shapes.checker import words_right
 from imagereward_jax.data.shapes.degrade import degrade
-from imagereward_jax.data.shapes.drawing import WORDS, Caption, all_captions, draw, draw_float, to_float, to_uint8
+from imagereward_jax.data.shapes.drawing import (
+    WAYS_BETWEEN,
+    WORDS,
+    Caption,
+    all_captions,
+    draw,
+    draw_between,
+    draw_float,
+    to_float,
+    to_uint8,
+)
 
 MAX_IMAGES = 9
 MAX_CLEAN_IMAGES = 1 + len(WORDS)  # of one group: no wrong word, or one to four
@@ -83,8 +94,9 @@ class ShapesPairs:
 class ShapesGroups:
     """Ranked groups: item i is {"prompt": str, "images": float32 [K, S, S, 3], "ranking": int32 [K], 1 is best}.
 
-    Images of a group differ in how many words are wrong (0 to 4), in how badly they are spoilt (`degrade`), or
-    in both. There are no ties.
+    Images of a group differ in how many words are wrong (0 to 4), in how badly they are spoilt (`degrade`), or in both,
+    without ties. In a group of unclear ones they lie between words or exaggerate one (`draw_between`), and are ranked
+    by how many words the checker finds, with ties.
 
     Args:
         size: number of groups.
@@ -93,6 +105,7 @@ class ShapesGroups:
         images_per_prompt: K, 2 to 9.
         image_size: side in pixels.
         spoilt: whether two groups in five hold spoilt images too; without them images differ in their words alone.
+        unclear: share of the groups that hold unclear images.
 
     Raises:
         ValueError: an argument is out of range: without spoilt images K is at most 5, as no two have the same rank.
@@ -106,6 +119,7 @@ class ShapesGroups:
         images_per_prompt: int = 4,
         image_size: int = 64,
         spoilt: bool = True,
+        unclear: float = 0.0,
     ):
         self.captions = _check_source(size, captions)
         if not 2 <= images_per_prompt <= MAX_IMAGES:
@@ -115,7 +129,7 @@ class ShapesGroups:
                 f"images_per_prompt must be in 2..{MAX_CLEAN_IMAGES} without spoilt images, one for each number of "
                 f"wrong words; got {images_per_prompt}"
             )
-        self.size, self.seed, self.spoilt = size, seed, spoilt
+        self.size, self.seed, self.spoilt, self.unclear = size, seed, spoilt, unclear
         self.images_per_prompt, self.image_size = images_per_prompt, image_size
         self.largest = images_per_prompt
 
@@ -126,6 +140,11 @@ class ShapesGroups:
         _check_index(index, self.size)
         rng = np.random.default_rng((self.seed, int(index), 1))  # 1: not the images of ShapesPairs
         caption = self.captions[rng.integers(len(self.captions))]
+        if self.unclear and rng.random() < self.unclear:
+            images = np.stack([self._draw_unclear(caption, rng) for _ in range(self.images_per_prompt)])
+            wrong = [len(WORDS) - sum(words_right(caption.text, image).values()) for image in images]
+            ranking = np.unique(wrong, return_inverse=True)[1].astype(np.int32) + 1
+            return {"prompt": caption.text, "images": images, "ranking": ranking}
         plans = self._plan(rng)
         images = np.stack([self._draw(caption, wrong, severity, rng) for wrong, severity in plans])
         order = np.argsort([_cost(*plan) for plan in plans])
@@ -153,6 +172,15 @@ class ShapesGroups:
         if severity:
             image = degrade(image, severity, rng, caption)
         return to_float(to_uint8(image))
+
+    def _draw_unclear(self, caption, rng):
+        """An image between the caption and one with a wrong word or two, or past the caption; half are about shapes."""
+        other = with_wrong_words(caption, int(rng.integers(1, 3)), rng)
+        if rng.random() < 0.5:
+            other = caption.replace(shape=with_wrong_words(caption, len(WORDS), rng).shape)
+        share, way = rng.uniform(-0.7, 1), str(rng.choice(WAYS_BETWEEN))
+        image = draw_between((caption, other), share, "blend" if share < 0 else way, rng, self.image_size)
+        return to_float(to_uint8(_soften(image, rng)))
 
 
 def _soften(image, rng):
