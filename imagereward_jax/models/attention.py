@@ -1,7 +1,7 @@
 """Scaled dot-product attention; the implementation depends on the device and the shapes.
 
-- "cudnn": the fused kernel of NVIDIA GPUs, half precision.
-- "pallas": the flash kernel for TPUs that ships with jax.
+- "cudnn": the fused kernel of NVIDIA GPUs, half precision. Odd lengths are padded, with the true lengths beside them.
+- "pallas": the flash kernel for TPUs that ships with jax. Lengths are padded to its blocks, with segment ids.
 - "blocks": plain XLA, one block of queries (backward: of keys) after the other. The softmax statistics are kept for the
   backward pass, so the [T, S] matrix of a whole image is never stored (FlashAttention, arXiv 2205.14135). On the CPU
   it is fast because a block fits the caches.
@@ -25,9 +25,11 @@ from imagereward_jax.models.sharding import batch_mesh, shard_batch, splitting_m
 PATHS = ("plain", "blocks", "pallas", "cudnn")
 LONG = 256 * 256  # query-key pairs; from here on the whole matrix of logits is not stored
 CPU_BLOCK, BLOCK = 256, 1024  # queries at once
-PALLAS_BLOCK = 512
+PALLAS_BLOCKS = (512, 256)
+PADDING = 0.15  # share of a length by which it may be padded to the blocks of "pallas"; a bound, not a measurement
+PADDED_PAIRS = 1024 * 1024  # query-key pairs from which odd lengths are padded for "cudnn"
 PROMPT = 128  # keys of cross-attention to a prompt: its logits are no larger than the activations around it
-SMALLEST_BLOCK = 64
+BLOCK_MULTIPLE = 8  # of a block whose length is padded
 
 
 def attention(
@@ -63,7 +65,7 @@ def attention(
     if whole:
         raise ValueError(f"attention path {path!r} supports neither mask nor dropout; use 'plain'")
     if path == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        return _cudnn(query, key, value)
     return _on_each_device(_pallas if path == "pallas" else _blocks, query, key, value)
 
 
@@ -75,12 +77,12 @@ def choose_path(
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if masked:
         return "plain"
-    even = queries % 2 == 0 and keys % 2 == 0  # jax (0.10) rejects cuDNN's gradient for odd lengths, such as 77 tokens
-    if platform in ("gpu", "cuda") and half and even and head_dim % 8 == 0 and head_dim <= 128:
+    fits = _is_even(queries, keys) or queries * keys >= PADDED_PAIRS
+    if platform in ("gpu", "cuda") and half and fits and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     if queries * keys < LONG or (keys <= PROMPT and platform != "cpu"):
         return "plain"
-    if platform == "tpu" and queries % PALLAS_BLOCK == 0 and keys % PALLAS_BLOCK == 0 and _can_split(batch):
+    if platform == "tpu" and _pallas_block(queries) and _pallas_block(keys) and _can_split(batch):
         return "pallas"
     return "blocks"
 
@@ -102,18 +104,52 @@ def _plain(query, key, value, mask=None, drop=None):
     return jnp.einsum("bhts,bshd->bthd", weights, value, precision=high)
 
 
+def _is_even(*lengths):
+    """Whether cuDNN takes these lengths as they are: jax (0.10) rejects its gradient for odd ones (77 tokens)."""
+    return not any(length % 2 for length in lengths)
+
+
+def _cudnn(query, key, value):
+    (batch, queries), keys = query.shape[:2], key.shape[1]
+    lengths = {}
+    if not _is_even(queries, keys):
+        lengths = {
+            "query_seq_lengths": jnp.full((batch,), queries, jnp.int32),
+            "key_value_seq_lengths": jnp.full((batch,), keys, jnp.int32),
+        }
+    arrays = (_pad(x, 2) for x in (query, key, value))
+    return jax.nn.dot_product_attention(*arrays, implementation="cudnn", **lengths)[:, :queries]
+
+
+def _pad(x, multiple):
+    """Appends zeros to axis 1 of [B, T, ...] up to a multiple of `multiple`."""
+    missing = -x.shape[1] % multiple
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
+
+
+def _pallas_block(length):
+    """Largest block of the TPU kernel that pads `length` by no more than `PADDING`, or None."""
+    return next((block for block in PALLAS_BLOCKS if -length % block <= PADDING * length), None)
+
+
 def _pallas(query, key, value):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    block = PALLAS_BLOCK
+    (batch, queries), keys = query.shape[:2], key.shape[1]
+    rows, columns = (_pallas_block(length) or PALLAS_BLOCKS[0] for length in (queries, keys))
     sizes = flash.BlockSizes(
-        block_q=block, block_k_major=block, block_k=block, block_b=1,
-        block_q_major_dkv=block, block_k_major_dkv=block, block_k_dkv=block, block_q_dkv=block,
-        block_k_major_dq=block, block_k_dq=block, block_q_dq=block,
+        block_q=rows, block_k_major=columns, block_k=columns, block_b=1,
+        block_q_major_dkv=rows, block_k_major_dkv=columns, block_k_dkv=columns, block_q_dkv=rows,
+        block_k_major_dq=columns, block_k_dq=columns, block_q_dq=rows,
     )  # fmt: skip
-    heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
+    heads_first = [_pad(x, block).swapaxes(1, 2) for x, block in ((query, rows), (key, columns), (value, columns))]
+    segments = None
+    if queries % rows or keys % columns:  # zeros, of which the padding consists, are a segment of their own
+        ones = (jnp.ones((batch, length), jnp.int32) for length in (queries, keys))
+        segments = flash.SegmentIds(*(_pad(x, block) for x, block in zip(ones, (rows, columns))))
     scale = 1 / math.sqrt(query.shape[-1])
-    return flash.flash_attention(*heads_first, sm_scale=scale, block_sizes=sizes).swapaxes(1, 2)
+    mixed = flash.flash_attention(*heads_first, segment_ids=segments, sm_scale=scale, block_sizes=sizes)
+    return mixed.swapaxes(1, 2)[:, :queries]
 
 
 def _on_each_device(function, *arrays):
@@ -126,10 +162,12 @@ def _on_each_device(function, *arrays):
 
 
 def _block_size(length):
-    """Largest divisor of `length` within the platform's block size; `length` itself if that is tiny."""
+    """Largest divisor of `length` within the platform's block size; if that is small, a block that needs padding."""
     limit = CPU_BLOCK if current_platform() == "cpu" else BLOCK
     size = next(size for size in range(min(limit, length), 0, -1) if length % size == 0)
-    return size if size >= SMALLEST_BLOCK else length
+    if 2 * size >= min(limit, length):
+        return size
+    return math.ceil(length / math.ceil(length / limit) / BLOCK_MULTIPLE) * BLOCK_MULTIPLE
 
 
 @jax.custom_vjp
@@ -159,7 +197,8 @@ def _forward_head(query, key, value, *, block):
         )
         return (mixed / total).astype(part.dtype), largest + jnp.log(total)
 
-    return jax.tree.map(_join, jax.lax.map(step, _split(query, block)))
+    join = functools.partial(_join, length=query.shape[1])
+    return jax.tree.map(join, jax.lax.map(step, _split(query, block)))
 
 
 def _blocks_backward(residuals, gradient):
@@ -182,7 +221,8 @@ def _backward_head(query, key, value, gradient, statistics, shift, *, block):
 
     def step(d_query, part):
         key, value = part
-        weights = jnp.exp(product("nsd,ntd->nst", key, query) - statistics)
+        # No weight exceeds 1, but keys of padding would, if all logits are small; times zero, infinity is NaN.
+        weights = jnp.exp(jnp.minimum(product("nsd,ntd->nst", key, query) - statistics, 0))
         d_logits = weights * (product("nsd,ntd->nst", value, gradient) - shift)
         weights, d_logits = weights.astype(query.dtype), d_logits.astype(query.dtype)
         d_key, d_value = product("nst,ntd->nsd", d_logits, query), product("nst,ntd->nsd", weights, gradient)
@@ -190,20 +230,21 @@ def _backward_head(query, key, value, gradient, statistics, shift, *, block):
 
     zeros = jnp.zeros(query.shape, jnp.float32)
     d_query, (d_key, d_value) = jax.lax.scan(step, zeros, (_split(key, block), _split(value, block)))
-    return d_query, _join(d_key), _join(d_value)
+    return d_query, _join(d_key, key.shape[1]), _join(d_value, key.shape[1])
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _split(x, block):
-    """[N, T, D] -> [T / block, N, block, D]."""
+    """[N, T, D] -> [blocks, N, block, D], with zeros after the last row if `block` does not divide T."""
+    x = _pad(x, block)
     return x.reshape(x.shape[0], -1, block, x.shape[-1]).swapaxes(0, 1)
 
 
-def _join(x):
-    """[blocks, N, block, D] -> [N, T, D]."""
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1])
+def _join(x, length):
+    """[blocks, N, block, D] -> [N, length, D], without what `_split` appended."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1])[:, :length]
 
 
 def _over_heads(function, *arrays):

@@ -28,10 +28,13 @@ __all__ = [
     "Keys",
     "LayerNorm",
     "Linear",
+    "RMSNorm",
     "RngsLike",
     "attention",
     "gelu",
+    "gelu_tanh",
     "merge_heads",
+    "normalise",
     "quick_gelu",
     "split_heads",
 ]
@@ -164,6 +167,14 @@ class Embedding(nnx.Module):
         return shard_batch(gather_weight(jnp.asarray(self.embedding[...]))[ids].astype(self.dtype))
 
 
+def normalise(x: jax.Array, eps: float) -> jax.Array:
+    """Shifts and scales vectors over the last axis to mean 0 and variance 1: float32, the shape of `x`."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + eps)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, computed in float32."""
 
@@ -175,11 +186,23 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        mean = x.mean(-1, keepdims=True)
-        variance = jnp.square(x - mean).mean(-1, keepdims=True)
-        x = (x - mean) * jax.lax.rsqrt(variance + self.eps)
+        x = normalise(x, self.eps)
         return (x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Scales vectors over the last axis by their root mean square (arXiv 1910.07467), computed in float32."""
+
+    torch_names = {"scale": ("weight", None)}
+
+    def __init__(self, features: int, *, eps: float, dtype: DTypeLike = jnp.float32) -> None:
+        self.dtype, self.eps = dtype, eps
+        self.scale = nnx.Param(jnp.ones((features,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -212,6 +235,11 @@ class GroupNorm(nnx.Module):
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU."""
     return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU by the tanh formula, "gelu-approximate" and "gelu_new" of PyTorch's models."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

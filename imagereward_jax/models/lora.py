@@ -60,7 +60,7 @@ def slots(network: nnx.Module) -> dict[str, tuple[nnx.Module, int | None]]:
 
     Names are PyTorch's ("down_blocks.0.attentions.0. ... .to_q"); each layer of a stack has its own.
     """
-    stacks, found = scanned_layers.depths(network), {}
+    stacks, found = scanned_layers.stacks_of(network), {}
     for path, module in nnx.iter_modules(network):
         if isinstance(module, LoRASlot):
             found |= {".".join(map(str, key)): (module, index) for key, index in scanned_layers.numbered(path, stacks)}
@@ -112,7 +112,7 @@ def init(network: nnx.Module, key: jax.Array, kind: str = "gaussian") -> dict[st
     """
     params = nnx.to_pure_dict(nnx.state(network, LoRAParam))
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    stacks, values = scanned_layers.depths(network), []
+    stacks, values = scanned_layers.stacks_of(network), []
     for index, (path, leaf) in enumerate(leaves):
         own = jax.random.fold_in(key, index)
         stacked = scanned_layers.numbered([part.key for part in path], stacks)[0][1] is not None

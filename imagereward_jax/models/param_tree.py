@@ -5,17 +5,20 @@ from typing import Any
 
 import jax
 
+BUFFERS = ("position_table",)  # names of parameters that are read and exported like the others, and never train
+
 
 def trainable_mask(params: dict[str, Any], networks: Collection[str], *, lora: bool = False) -> dict[str, Any]:
     """Returns a tree like `params` with True for each trainable parameter, for `optax.masked` and `split`.
 
     Args:
         networks: names of the networks that train.
-        lora: whether only their low-rank parameters train.
+        lora: whether only their low-rank parameters train. `BUFFERS` never do.
     """
 
     def trains(path, _):
-        return path[0].key in networks and (not lora or str(path[-1].key).startswith("lora_"))
+        name = str(path[-1].key)
+        return path[0].key in networks and name not in BUFFERS and (not lora or name.startswith("lora_"))
 
     return jax.tree_util.tree_map_with_path(trains, params)
 

@@ -39,7 +39,7 @@ def quantize(network: nnx.Module, params: dict[str, Any], kind: str, kept: Colle
     Args:
         kind: "int8" or "fp8". kept: names of layers or their parents that are not quantised.
     """
-    stacks, kernels = scanned_layers.depths(network), {}
+    stacks, kernels = scanned_layers.stacks_of(network), {}
     for path, layer in nnx.iter_modules(network):
         if not isinstance(layer, LoRASlot) or set(path) & set(kept):
             continue

@@ -14,6 +14,7 @@ from imagereward_jax.models.layers import (
     RngsLike,
     attention,
     gelu,
+    gelu_tanh,
     merge_heads,
     split_heads,
 )
@@ -67,13 +68,30 @@ class GEGLU(nnx.Module):
         return value * gelu(gate)
 
 
-class FeedForward(nnx.Module):
-    """GEGLU to four times the width, then a linear layer back."""
+class TanhGELU(nnx.Module):
+    """Linear layer and tanh-GELU."""
 
-    def __init__(self, features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
+    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
+        self.proj = Linear(in_features, out_features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return gelu_tanh(shard_batch(self.proj(x)))
+
+
+class FeedForward(nnx.Module):
+    """`activation` (`GEGLU` or `TanhGELU`) to four times the width, then a linear layer back."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        activation: type[GEGLU] | type[TanhGELU] = GEGLU,
+        dtype: DTypeLike = jnp.float32,
+        rngs: RngsLike,
+    ) -> None:
         self.net = nnx.List(
             [
-                GEGLU(features, 4 * features, dtype=dtype, rngs=rngs),
+                activation(features, 4 * features, dtype=dtype, rngs=rngs),
                 Placeholder(),
                 Linear(4 * features, features, dtype=dtype, rngs=rngs),
             ]

@@ -4,7 +4,6 @@ Attributes are named as in the published checkpoints; images are [B, H, W, C].
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
-from imagereward_jax.models.layers import Conv, GroupNorm, Keys, Linear, RngsLike
+from imagereward_jax.models.embeddings import TimestepEmbedding, sinusoidal_embedding
+from imagereward_jax.models.layers import Conv, GroupNorm, Keys, RngsLike
 from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
 from imagereward_jax.models.sharding import shard_batch
@@ -155,28 +155,6 @@ class UNet2DConditionConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of config.json, as diffusers reads it."""
         return {"_class_name": "UNet2DConditionModel", **write_config(self)}
-
-
-def sinusoidal_embedding(
-    positions: jax.Array, features: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
-) -> jax.Array:
-    """Sines and cosines of `positions` [B] at features / 2 frequencies from 1 to 1e-4: float32 [B, features]."""
-    half = features // 2
-    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-    angles = positions.astype(jnp.float32)[:, None] * frequencies
-    parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
-    return jnp.concatenate(parts, axis=-1)
-
-
-class TimestepEmbedding(nnx.Module):
-    """Two linear layers with SiLU between them."""
-
-    def __init__(self, in_features: int, features: int, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
-        self.linear_1 = Linear(in_features, features, dtype=dtype, rngs=rngs)
-        self.linear_2 = Linear(features, features, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagereward_jax.models import clip, unet, vae
+from imagereward_jax.models import clip, mmdit, mmdit_config, unet, vae
 from imagereward_jax.weights import mapping
 
 
@@ -24,6 +24,9 @@ class Component(NamedTuple):
 
 COMPONENTS = {
     "UNet2DConditionModel": Component(unet.UNet2DConditionConfig, unet.UNet2DConditionModel, "diffusers", remat=True),
+    "SD3Transformer2DModel": Component(
+        mmdit_config.SD3Transformer2DConfig, mmdit.SD3Transformer2DModel, "diffusers", remat=True
+    ),
     "AutoencoderKL": Component(vae.AutoencoderKLConfig, vae.AutoencoderKL, "diffusers", remat=True),
     "CLIPTextModel": Component(clip.CLIPTextConfig, clip.CLIPTextModel, "transformers"),
     "CLIPTextModelWithProjection": Component(clip.CLIPTextConfig, clip.CLIPTextModelWithProjection, "transformers"),

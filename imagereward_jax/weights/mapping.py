@@ -57,7 +57,7 @@ def torch_layout(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> di
         kind: the type of variables: `nnx.Param` for the network's own weights, `models.lora.LoRAParam` for an adapter.
     """
     modules = {path: node for path, node in nnx.iter_modules(module)}
-    stacks = scanned_layers.depths(module)
+    stacks = scanned_layers.stacks_of(module)
     layout = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, kind)):
         *parents, name = path

@@ -31,7 +31,7 @@ def gpu():
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
-@pytest.mark.parametrize(("queries", "keys"), [(4096, 4096), (1024, 77), (64, 64)])
+@pytest.mark.parametrize(("queries", "keys"), [(4096, 4096), (1024, 77), (64, 64), (1357, 1357)])
 def test_attention_agrees_with_plain_float32(head_dim, queries, keys):
     """Forward and gradient in bfloat16 within its rounding (2 % of the largest entry) of float32 attention."""
     shapes = [(2, length, 4, head_dim) for length in (queries, keys, keys)]

@@ -1,5 +1,6 @@
 """Every path of attention that runs here agrees with the plain one, forward and gradient; that one with PyTorch."""
 
+import child
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,8 @@ from imagereward_jax.models.attention import attention, choose_path
 from imagereward_jax.models.hardware import target_platform
 
 # (queries, keys, heads, head_dim): SD 1.x at 512 px has 40, 80 and 160 a head, SDXL and ViT-L 64, the VAE one head of
-# 512; 77 are a prompt's tokens, 577 = 1 + 24 * 24 and 257 those of vision transformers
+# 512; 77 are a prompt's tokens, 577 = 1 + 24 * 24 and 257 those of vision transformers, 1357 = 32 * 32 + 77 + 256 those
+# of an image of 512 px and its prompt in Stable Diffusion 3
 SHAPES = [
     (256, 256, 2, 40),
     (1024, 77, 2, 40),
@@ -18,7 +20,7 @@ SHAPES = [
     (384, 384, 2, 64),
     (577, 577, 1, 64),
 ]
-SHAPES += [(257, 257, 2, 80), (256, 256, 1, 512)]
+SHAPES += [(257, 257, 2, 80), (256, 256, 1, 512), (1357, 1357, 1, 16)]
 
 
 def arrays(queries, keys, heads, head_dim, dtype="float32"):
@@ -52,6 +54,41 @@ def test_blocks_agree_with_plain_in_bfloat16():
     for ours, wanted in zip(blocks, exact, strict=True):
         assert ours.dtype == jnp.bfloat16
         assert jnp.abs(ours.astype(jnp.float32) - wanted).max() < 3 * 2**-8 * jnp.abs(wanted).max()
+
+
+FAR = """
+import json, os
+os.environ["XLA_FLAGS"] = ""  # as users compile: with the quick settings of tests, exp(393) is finite
+import jax, jax.numpy as jnp
+from imagereward_jax.models.attention import attention
+
+value, gradient = jax.random.normal(jax.random.key(0), (2, 1, 590, 1, 16))
+query, key = jnp.full_like(value, 20), jnp.full_like(value, -5)
+
+def results(path):
+    return jax.vjp(lambda *x: attention(*x, path=path), query, key, value)[1](gradient)
+
+pairs = zip(results("blocks"), results("plain"))
+print(json.dumps([float(jnp.abs(ours - plain).max()) for ours, plain in pairs]))
+"""
+
+
+def test_padding_of_keys_has_no_part_in_the_gradient_whatever_the_logits():
+    """590 keys are padded to 600. All logits are -400; those of keys of zeros would be 0."""
+    assert max(child.run(FAR)) < 1e-4
+
+
+@pytest.mark.parametrize("lengths", [(500, 500), (512, 230)], ids=str)
+def test_the_tpu_kernel_with_padding_agrees_with_plain(lengths):
+    """Interpreted on the CPU: forward and gradient within 1e-5 of the largest entry."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    inputs = arrays(*lengths, 1, 128)
+    with pltpu.force_tpu_interpret_mode():
+        padded = jax.jit(lambda *x: output_and_gradients("pallas", *x))(*inputs)
+    for ours, plain in zip(padded, output_and_gradients("plain", *inputs), strict=True):
+        assert ours.shape == plain.shape
+        assert jnp.abs(ours - plain).max() < 1e-5 * jnp.abs(plain).max()
 
 
 def test_plain_agrees_with_pytorch():
@@ -88,7 +125,12 @@ def test_blocks_store_no_matrix_of_all_pairs():
         ("cuda", 4096, 4096, 64, "float32", "blocks"),
         ("tpu", 4096, 4096, 64, "bfloat16", "pallas"),
         ("tpu", 4096, 77, 64, "bfloat16", "plain"),
-        ("tpu", 3840, 3840, 64, "bfloat16", "blocks"),
+        # Stable Diffusion 3 at 1024 and 512 px, prompts of 77 + 256 tokens; ViT-L/14 at 336 px
+        ("cpu", 4429, 4429, 64, "bfloat16", "blocks"),
+        ("cuda", 4429, 4429, 64, "bfloat16", "cudnn"),
+        ("tpu", 4429, 4429, 64, "bfloat16", "pallas"),
+        ("tpu", 1357, 1357, 64, "bfloat16", "pallas"),
+        ("tpu", 577, 577, 64, "bfloat16", "blocks"),
     ],
 )
 def test_the_path_follows_device_and_shape(platform, queries, keys, head_dim, dtype, path):

@@ -83,6 +83,37 @@ def test_checkpoint_round_trip_and_its_errors():
         mapping.from_torch(network, tensors)
 
 
+def test_runs_of_equal_layers_are_numbered_as_one_list():
+    class Wide(Layer):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.more = Linear(6, 6, rngs=rngs)
+
+    class Runs(nnx.Module):
+        def __init__(self):
+            kinds, rngs = (Layer, Wide, Wide, Layer), Keys(nnx.Rngs(0))
+            self.blocks = scanned_layers.stack_runs([kind(rngs) for kind in kinds], kinds)
+
+    network = Runs()
+    assert [run.stacked for run in network.blocks] == [1, 2, 1]
+    tensors = mapping.to_torch(network, nnx.to_pure_dict(nnx.state(network)))
+    kernels = {key for key in tensors if key.endswith("weight")}
+    assert kernels == {f"blocks.{index}.linear.weight" for index in range(4)} | {
+        f"blocks.{index}.more.weight" for index in (1, 2)
+    }
+    params = mapping.from_torch(network, tensors)
+    assert set(params["blocks"]) == {0, 1, 2} and params["blocks"][1]["more"]["kernel"].shape == (2, 6, 6)
+    assert list(lora.slots(network))[-1] == "blocks.3.linear"
+
+
+def test_a_scan_hands_each_layer_its_own_values():
+    for depth in (1, 3):
+        values = jnp.arange(1.0, depth + 1)
+        network, x = Network(depth), jnp.ones((2, 6))
+        out = scanned_layers.scan(network.blocks, lambda layer, x, value: 10 * x + value, x, values)
+        np.testing.assert_allclose(out, {1: 11.0, 3: 1123.0}[depth])
+
+
 def test_each_layer_of_a_scan_drops_for_itself():
     class Dropping(nnx.Module):
         def __call__(self, x):

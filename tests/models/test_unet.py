@@ -19,8 +19,9 @@ from agreement import (
 )
 from flax import nnx
 
+from imagereward_jax.models.embeddings import sinusoidal_embedding
 from imagereward_jax.models.remat import REMAT_POLICIES
-from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel, sinusoidal_embedding
+from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from imagereward_jax.weights import mapping
 
 torch = pytest.importorskip("torch")
