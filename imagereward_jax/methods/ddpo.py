@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.config import ConfigError, field
+from imagereward_jax.diffusion.flow import is_flow
 from imagereward_jax.diffusion.rollout import Record, rollout
 from imagereward_jax.diffusion.sampler import Sampler, SamplerState, log_prob
-from imagereward_jax.diffusion.flow import is_flow
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.advantages import PromptAdvantages
 from imagereward_jax.methods.base import STEPS, Loss, Method, MethodConfig, Peak, Phase, require_sampling

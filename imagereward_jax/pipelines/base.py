@@ -78,7 +78,7 @@ class TextToImage:
         self._check_fit(configs)
         self.configs = configs
         self.schedule = read_schedule(scheduler_config)
-        # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x. Flows are never clipped.
+        # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x. It never clips flows.
         clip_sample = None if isinstance(self.schedule, FlowSchedule) else False
         self.scheduler_config = override_scheduler(scheduler_config, clip_sample=clip_sample)
         self.generation = generation or self.default_generation(scheduler_config)

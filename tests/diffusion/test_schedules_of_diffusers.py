@@ -31,7 +31,7 @@ CLASSES = scheduler_classes()
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_schedule_is_that_of_the_class_or_is_refused(name):
-    """Signal variances within 1e-5 of the class's own, or a flow's sigmas; a class that has neither is refused by name."""
+    """Signal variances within 1e-5 of the class's own, or a flow's sigmas; a class without both is refused by name."""
     scheduler = CLASSES[name]()
     config = json.loads(scheduler.to_json_string())  # what diffusers writes to scheduler_config.json
     try:
