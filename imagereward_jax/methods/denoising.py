@@ -30,6 +30,9 @@ class FlowLoss(NamedTuple):
     timestep_shift: str = "schedule"
 
 
+USUAL = FlowLoss()
+
+
 class Config(MethodConfig):
     """config.method of supervised training."""
 
@@ -97,7 +100,7 @@ def draw_timesteps(key: jax.Array, batch: int, num_timesteps: int, power: float 
 
 
 def make_loss(
-    pipeline, weight: float = 1.0, *, timestep_power: float = 1.0, snr_gamma: float = 0.0, flow: FlowLoss = FlowLoss()
+    pipeline, weight: float = 1.0, *, timestep_power: float = 1.0, snr_gamma: float = 0.0, flow: FlowLoss = USUAL
 ) -> Loss:
     """Mean squared error between the network's output and its target at a random timestep.
 
@@ -145,7 +148,7 @@ def _check_settings(of_flow, timestep_power, snr_gamma, flow):
         unset = {"timestep_power": (timestep_power, 1.0), "snr_gamma": (snr_gamma, 0.0)}
         why, way = "a flow, which has no min-SNR weights", "draw and weigh by config.method.weighting"
     else:
-        unset = {name: (value, FlowLoss._field_defaults[name]) for name, value in flow._asdict().items()}
+        unset = {name: (value, getattr(USUAL, name)) for name, value in flow._asdict().items()}
         why, way = "one of betas, and the field is for flows", "take timestep_power or snr_gamma"
     for name, (value, default) in unset.items():
         if value != default:
