@@ -169,7 +169,7 @@ VARIANTS = {
 
 
 def method_config(**changes):
-    options = {"sampler": "euler", "num_steps": STEPS, "guidance_scale": 1.0, "height": 8, "width": 8, "target": 2.0}
+    options = {"sampler": "euler", "num_steps": STEPS, "guidance_scale": 1.0, "height": 8, "width": 8, "target": 100.0}
     return reward_gradient.Config(**{**options, **changes})
 
 
@@ -319,5 +319,5 @@ def test_leaps_of_a_sampler_that_is_no_flow_are_refused():
 
 def test_policy_gradients_of_flows_are_refused():
     parts = types.SimpleNamespace(pipeline=PIPELINE)
-    with pytest.raises(ConfigError, match="'ddpo' needs the log-probabilities .*FlowMatchEulerDiscreteScheduler"):
+    with pytest.raises(ConfigError, match=r"'ddpo' needs the log-probabilities .*FlowMatchEulerDiscreteScheduler"):
         ddpo.make(ddpo.Config(), parts)
