@@ -1,14 +1,18 @@
 """Flow schedules and their samplers against diffusers' schedulers, and refusals of what is not supported."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_sd1
 
 from imagereward_jax.diffusion.flow import FlowSchedule, read_schedule
 from imagereward_jax.diffusion.rollout import Record, rollout
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.diffusion.schedule import NoiseSchedule
+from imagereward_jax.pipelines.base import TextToImage
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
@@ -153,6 +157,17 @@ def test_samplers_converge_to_the_solution_of_the_equation(name, calls, error):
     noise = jax.random.normal(jax.random.key(0), SHAPE)
     latents = rollout(denoise, sampler, noise, None, params={}).state.latents
     np.testing.assert_allclose(latents, mean + deviation * noise, atol=error)
+
+
+def test_a_pipeline_makes_samplers_of_its_flow_for_the_size_of_the_images(tmp_path):
+    """Tokens are the latents' positions, or a network's patches; the scheduler is exported as it was."""
+    pipeline, _ = tiny_sd1.make(tmp_path / "tokenizer", DYNAMIC)
+    assert pipeline.schedule == FlowSchedule.from_config(DYNAMIC)
+    assert "clip_sample" not in pipeline.scheduler_config
+    sampler = pipeline.make_sampler("euler", 4, 0.0, 32, 16)  # latents of 16 x 8
+    np.testing.assert_array_equal(sampler.sigma, make_sampler("euler", DYNAMIC, 4, image_tokens=128).sigma)
+    patches = types.SimpleNamespace(denoiser="net", configs={"net": types.SimpleNamespace(patch_size=2)})
+    assert TextToImage.image_tokens(patches, (16, 8, 4)) == 32
 
 
 # Noising
