@@ -120,15 +120,15 @@ def generate(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     _check_absent(args, [args.out / f"{name}_{k}.png" for name in prompts for k in range(args.num_images)])
 
-    from imagereward_jax.diffusion.samplers import make_sampler
     from imagereward_jax.pipelines import open_pipeline
     from imagereward_jax.pipelines.adapted import load_base, load_params
     from imagereward_jax.pipelines.blend import make_blend
 
     pipeline = open_pipeline(args.model, dtype=args.dtype, variant=args.variant)
     take_defaults(args, pipeline.generation, adapters)
-    shape = pipeline.latent_shape(args.height or pipeline.default_size, args.width or pipeline.default_size)
-    sampler = make_sampler(args.sampler, pipeline.scheduler_config, args.steps, eta=args.eta)
+    size = args.height or pipeline.default_size, args.width or pipeline.default_size
+    shape = pipeline.latent_shape(*size)
+    sampler = pipeline.make_sampler(args.sampler, args.steps, args.eta, *size)
     blend = None if blend_options is None else make_blend(sampler.num_steps, **blend_options)
     requests = plan(args, prompts, read_noise(args.noise, (len(prompts) * args.num_images, *shape)))
     params, base = load_params(pipeline, adapters, args.dtype, keep_base=blend is not None and not args.base)

@@ -15,7 +15,6 @@ from imagereward_jax.assembly.given import held_out_rows
 from imagereward_jax.assembly.judges import BatchScorer, distance_within, embed_pixels, over_prompts
 from imagereward_jax.data.groups import padded
 from imagereward_jax.data.shapes import fully_right
-from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.base import Evaluation, Export, ImageSamples, Params
 from imagereward_jax.methods.ranking import pair_losses
 from imagereward_jax.pipelines.sample import ImageSampler
@@ -75,11 +74,8 @@ class SampleEvaluator:
         self.metadata = [rows[row]["metadata"] for row in chosen]
         self.check = str(self.settings.prompts).startswith("shapes:")
         generation = parts.generation
-        sampler = make_sampler(
-            generation.sampler,
-            self.pipeline.scheduler_config,
-            generation.num_inference_steps,
-            self.settings.eta,
+        sampler = self.pipeline.make_sampler(
+            generation.sampler, generation.num_inference_steps, self.settings.eta, *size
         )
         self.sample = ImageSampler(
             self.pipeline,

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from imagereward_jax.diffusion.rollout_checks import check_arguments
 from imagereward_jax.diffusion.sampler import Sampler, SamplerState, log_prob
+from imagereward_jax.diffusion.schedule import per_sample
 
 Params = dict[str, Any]
 # (params, latents [B, h, w, c], timesteps [B], step [B]) -> model output [B, h, w, c].
@@ -28,6 +30,11 @@ class Gradient(NamedTuple):
         calls: [B, K], may be traced; in place of the above, the steps of each sample, all distinct, that carry
             gradient. Gradient is stopped at their inputs, so that none depends on another (DRTune): they are called
             again after a rollout without gradient, in one batch of B * K rows, K consecutive rows per sample.
+        call_scale: [B], multiplies the gradient of each of a sample's `calls`; None for 1 (FlowBP).
+        leaps: [B, 2], may be traced, rising; in place of the above, of a flow alone: one step of Euler's leads from the
+            latents before the first to those before the second, another one from there to the end. Their values are
+            those of a rollout without gradient, their gradient is that of these two steps (LeapAlign).
+        leap_share: of the gradient that flows through the input of the second leap's call.
         predict: one more call, at the stop, predicts the clean latents. It carries gradient (ReFL); with `calls`, if
             the stop is among them.
     """
@@ -35,6 +42,9 @@ class Gradient(NamedTuple):
     last: int = 0
     steps: jax.Array | None = None
     calls: jax.Array | None = None
+    call_scale: jax.Array | None = None
+    leaps: jax.Array | None = None
+    leap_share: float = 1.0
     predict: bool = False
 
 
@@ -72,12 +82,15 @@ class Rolled(NamedTuple):
         trajectory: the recorded steps, or None.
         deviation: float32 [B], the mean squared difference of a sample's model outputs with gradient to those of the
             `reference`, or None.
+        leap_errors: float32 [B, 2], the mean absolute differences of where `Gradient.leaps` land to the latents of the
+            rollout, or None. They carry no gradient.
     """
 
     state: SamplerState
     predicted: jax.Array | None
     trajectory: Trajectory | None
     deviation: jax.Array | None = None
+    leap_errors: jax.Array | None = None
 
 
 def rollout(
@@ -116,7 +129,7 @@ def rollout(
     Raises:
         ValueError: if arguments do not fit together, or the sampler is stochastic and `keys` is None.
     """
-    _check(sampler, keys, stop, gradient, record)
+    check_arguments(sampler, keys, stop, gradient, record)
     steps = _Steps(
         sampler=sampler,
         keys=keys,
@@ -130,12 +143,15 @@ def rollout(
     if record is not None:
         return _recorded(steps, state, record)
     stop = jnp.full((noise.shape[0],), sampler.num_steps, jnp.int32) if stop is None else stop
-    if gradient.calls is not None:
+    leap_errors = None
+    if gradient.leaps is not None:
+        state, predicted, compared, leap_errors = _with_leaps(steps, state, gradient)
+    elif gradient.calls is not None:
         state, predicted, compared = _with_calls(steps, state, stop, gradient)
     else:
         state, predicted, compared = _in_sequence(steps, state, stop, gradient)
     deviation = None if reference is None else _mean_where(*compared)
-    return Rolled(state, predicted, None, deviation)
+    return Rolled(state, predicted, None, deviation, leap_errors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +283,9 @@ def _with_calls(steps, state, stop, gradient):
 
     latents = chosen(latents, calls).reshape(-1, *state.latents.shape[1:])
     output, difference = steps.output_with_gradient(SamplerState(latents, latents), calls.reshape(-1))
-    gradient_alone = (output - jax.lax.stop_gradient(output)).reshape(*calls.shape, *output.shape[1:])
+    gradient_alone = _gradient_alone(output).reshape(*calls.shape, *output.shape[1:])
+    if gradient.call_scale is not None:
+        gradient_alone *= _per_sample(gradient.call_scale, gradient_alone)
     outputs = add(outputs, calls, gradient_alone)
 
     def second_pass(state, step_and_output):
@@ -278,6 +296,47 @@ def _with_calls(steps, state, stop, gradient):
     compared = difference.reshape(calls.shape).T, (calls < stop[:, None] + gradient.predict).T
     predicted = steps.sampler.pred_original(state, chosen(outputs, stop), stop) if gradient.predict else None
     return state, predicted, compared
+
+
+def _with_leaps(steps, state, gradient):
+    """As `_in_sequence`, for `gradient.leaps`, and the errors of the leaps, [B, 2].
+
+    A rollout without gradient keeps the latents before both steps. What lands beside them is moved onto them by a
+    constant.
+    """
+    sampler, total = steps.sampler, steps.sampler.num_steps
+    first, second = jnp.moveaxis(jnp.asarray(gradient.leaps), 1, 0)
+
+    def walk(step, carry):
+        state, start, middle = carry
+        index = jnp.full(first.shape, step, jnp.int32)
+        start = jnp.where(_per_sample(first == step, start), state.latents, start)
+        middle = jnp.where(_per_sample(second == step, middle), state.latents, middle)
+        return steps.advance(state, steps.output(state, index), index, first >= 0), start, middle
+
+    def leap(latents, model_input, step, sigma):
+        output, difference = steps.output_with_gradient(SamplerState(model_input, model_input), step)
+        distance = per_sample(sampler.sigma, step, latents.ndim) - _per_sample(sigma, latents)
+        return latents - distance * output, difference
+
+    leap = jax.checkpoint(leap, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+    walked = jax.lax.fori_loop(0, total, walk, (state, state.latents, state.latents))
+    state, start, middle = jax.lax.stop_gradient(walked)
+    reached, difference = leap(start, start, first, jnp.asarray(sampler.sigma)[second])
+    pull = _gradient_alone(reached)
+    ended, other = leap(middle + pull, middle + gradient.leap_share * pull, second, jnp.zeros(second.shape))
+    errors = [
+        jnp.abs(landed - latents).mean(tuple(range(1, latents.ndim)))
+        for landed, latents in ((reached, middle), (ended, state.latents))
+    ]
+    state = state._replace(latents=state.latents + _gradient_alone(ended))
+    compared = jnp.stack([difference, other]), jnp.ones((2, *second.shape), bool)
+    return state, None, compared, jax.lax.stop_gradient(jnp.stack(errors, 1))
+
+
+def _gradient_alone(x):
+    """Zeros with the gradient of `x`."""
+    return x - jax.lax.stop_gradient(x)
 
 
 def _mean_where(values, flags):
@@ -314,37 +373,6 @@ def _recorded(steps, state, record):
     state = state._replace(latents=rounded(state.latents))
     state, trajectory = jax.lax.stop_gradient(jax.lax.fori_loop(0, sampler.num_steps, body, (state, trajectory)))
     return Rolled(state, None, trajectory)
-
-
-def _check(sampler, keys, stop, gradient, record):
-    """Raises ValueError for arguments of `rollout` that do not fit together."""
-    total = sampler.num_steps
-    if keys is None and sampler.stochastic:
-        raise ValueError("this sampler is stochastic: pass keys, one per sample")
-    if not 0 <= gradient.last <= total:
-        raise ValueError(f"Gradient.last={gradient.last} should be from 0 to {total}, the number of steps")
-    if not gradient.last and gradient.steps is not None:
-        raise ValueError(
-            f"Gradient.steps chooses among the last steps, of which Gradient.last=0 leaves none; set last={total} to "
-            "choose among all"
-        )
-    if gradient.calls is not None and (gradient.last or np.ndim(gradient.calls) != 2):
-        raise ValueError("Gradient.calls should be [B, K] step indices, in place of Gradient.last and steps")
-    if gradient.steps is not None and np.shape(gradient.steps) != (total,):
-        raise ValueError(f"Gradient.steps has shape {np.shape(gradient.steps)}, {total} steps need ({total},)")
-    if gradient.predict and stop is None:
-        raise ValueError("Gradient.predict needs stop, below num_steps: after the last step nothing is left to predict")
-    if record is None:
-        return
-    if gradient.last or gradient.predict or gradient.calls is not None or stop is not None:
-        raise ValueError(
-            "record is for rollouts to the end without gradient: leave out stop, Gradient.last, calls and predict"
-        )
-    chosen = record.steps
-    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= step < total for step in chosen):
-        raise ValueError(f"Record.steps={chosen} should be distinct indices from 0 to {total - 1}, at least one")
-    if not jnp.issubdtype(record.dtype, jnp.floating) or jnp.finfo(record.dtype).bits > 32:
-        raise ValueError(f"Record.dtype={record.dtype} should be a floating dtype of at most 32 bits")
 
 
 def _per_sample(flags, like):

@@ -80,7 +80,7 @@ class Sampler:
     All fields but `prediction_type` are leaves of a pytree, float32 NumPy arrays or what is traced of them.
 
     Attributes:
-        timesteps: [S], the network's timesteps, falling.
+        timesteps: [S], the network's timesteps, never rising.
         init_noise_sigma: scalar, the standard deviation of the first latents.
         input_scale: [S], the network sees latents * input_scale = alpha * x_0 + sigma * noise.
         alpha, sigma: [S], as above.

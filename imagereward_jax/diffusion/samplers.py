@@ -5,9 +5,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from imagereward_jax.diffusion import solvers
+from imagereward_jax.diffusion import flow, solvers
 from imagereward_jax.diffusion.sampler import Sampler
-from imagereward_jax.diffusion.schedule import PREDICTION_TYPES, SCHEDULE_DEFAULTS, check_has_betas, one_of, stated
+from imagereward_jax.diffusion.schedule import (
+    PREDICTION_TYPES,
+    SCHEDULE_DEFAULTS,
+    check_has_betas,
+    one_of,
+    stated,
+)
 
 _SPACED = SCHEDULE_DEFAULTS | {"steps_offset": 0}
 _SIGMAS = {
@@ -51,6 +57,7 @@ _OF_OTHER_SCHEDULERS = {
     *("skip_prk_steps", "solver_p", "time_shift_type"),
 }
 _KNOWN = (_OF_PIXEL_SPACE | _OF_OTHER_SCHEDULERS).union(*DEFAULTS.values())
+_FLOW_KNOWN = _KNOWN | flow.DEFAULTS.keys() | flow.ALLOWED.keys()
 
 # The only values implemented. The solver types of other multistep schedulers mean midpoint, as in diffusers.
 _ALLOWED = {
@@ -80,36 +87,54 @@ _SOLVERS = {
     "euler_ancestral": solvers.euler_ancestral,
     "dpmpp_2m": solvers.dpmpp_2m,
 }
-SAMPLERS = tuple(_SOLVERS)
+_FLOW_SOLVERS = {"euler": solvers.flow_euler, "heun": solvers.flow_heun, "dpmpp_2m": solvers.flow_dpmpp_2m}
+SAMPLERS = tuple(_SOLVERS | _FLOW_SOLVERS)  # the schedule decides which of the two a name stands for
 
 
 def check_sampler(name: str) -> None:
     """Raises ValueError, with the nearest name there is, unless `name` is a sampler."""
-    if name not in _SOLVERS:
-        close = difflib.get_close_matches(str(name), _SOLVERS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown sampler {name!r}; did you mean {close!r}? There are: {', '.join(_SOLVERS)}")
+    if name not in SAMPLERS:
+        close = difflib.get_close_matches(str(name), SAMPLERS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown sampler {name!r}; did you mean {close!r}? There are: {', '.join(SAMPLERS)}")
 
 
-def make_sampler(name: str, scheduler_config: Mapping, num_steps: int, eta: float = 0.0) -> Sampler:
+def samplers_of(scheduler_config: Mapping) -> tuple[str, ...]:
+    """The samplers that there are for the schedule of a scheduler_config.json."""
+    return tuple(_FLOW_SOLVERS if flow.is_flow(scheduler_config) else _SOLVERS)
+
+
+def make_sampler(
+    name: str, scheduler_config: Mapping, num_steps: int, eta: float = 0.0, image_tokens: int | None = None
+) -> Sampler:
     """A sampler configured from a checkpoint's scheduler, whichever class that names.
 
     Fields that the named diffusers class does not have are ignored, fields that the checkpoint lacks take its defaults
     (`DDIMScheduler.from_config(pndm_config)` does the same).
 
     Args:
-        name: "ddpm", "ddim", "euler", "euler_ancestral" or "dpmpp_2m".
+        name: of a schedule of betas "ddpm", "ddim", "euler", "euler_ancestral" or "dpmpp_2m"; of a flow "euler",
+            "heun" or "dpmpp_2m".
         scheduler_config: the content of scheduler_config.json.
-        num_steps: how many times the network is called.
+        num_steps: how many times the network is called. Heun's method calls it twice per step but the last: 2n - 1
+            for diffusers' n steps.
         eta: for DDIM, from 0 (deterministic) to 1 (as noisy as DDPM).
+        image_tokens: of the image in the network's sequence; needed by flows with use_dynamic_shifting.
 
     Raises:
         ValueError: naming the argument or field, its value and what is supported.
     """
     check_sampler(name)
+    if name not in (fitting := samplers_of(scheduler_config)):
+        kind = "a flow" if flow.is_flow(scheduler_config) else "a schedule of betas"
+        raise ValueError(
+            f"sampler {name!r} does not fit scheduler_config.json ({_class_of(scheduler_config)}), which is {kind}: "
+            f"take {', '.join(fitting)}"
+        )
+    if flow.is_flow(scheduler_config):
+        return _make_flow_sampler(name, scheduler_config, num_steps, eta, image_tokens)
     config = _read_config(name, scheduler_config)
     train_steps = config["num_train_timesteps"]
-    if not 1 <= num_steps <= train_steps:
-        raise ValueError(f"num_steps={num_steps} should be from 1 to {train_steps}, the number of training steps")
+    _check_num_steps(num_steps, train_steps)
     if not 0 <= eta <= (1 if name == "ddim" else 0):
         raise ValueError(f"eta={eta} should be in [0, 1] for ddim and 0 for other samplers (here {name})")
     sampler = _SOLVERS[name](config, num_steps, eta)
@@ -123,12 +148,52 @@ def make_sampler(name: str, scheduler_config: Mapping, num_steps: int, eta: floa
     return sampler
 
 
+def _make_flow_sampler(name, scheduler_config, num_steps, eta, image_tokens):
+    schedule, config = flow.FlowSchedule.from_config(scheduler_config), _read_flow_config(name, scheduler_config)
+    _check_num_steps(num_steps, schedule.num_train_timesteps)
+    if eta:
+        raise ValueError(
+            f"eta={eta} should be 0: {name} follows the flow's ordinary differential equation, whose steps add no noise"
+        )
+    if name == "heun" and num_steps % 2 == 0:
+        raise ValueError(
+            f"num_steps={num_steps} should be odd for heun, which calls the network twice per step but the last: "
+            f"take {num_steps - 1} or {num_steps + 1}"
+        )
+    return _FLOW_SOLVERS[name](schedule, num_steps, image_tokens, config)
+
+
+def _check_num_steps(num_steps, train_steps):
+    if not 1 <= num_steps <= train_steps:
+        raise ValueError(f"num_steps={num_steps} should be from 1 to {train_steps}, the number of training steps")
+
+
+def _class_of(scheduler_config):
+    return scheduler_config.get("_class_name", "no _class_name")
+
+
 def _read_config(name, scheduler_config):
     check_has_betas(scheduler_config)
     given = stated(scheduler_config)
-    if unknown := sorted(given.keys() - _KNOWN):
-        raise ValueError(f"scheduler_config.json: {unknown[0]}={given[unknown[0]]!r} is not a field that is known")
+    _check_known(given, _KNOWN)
     config = {key: given.get(key, default) for key, default in DEFAULTS[name].items()}
     for field in config.keys() & _ALLOWED.keys():
         one_of(field, config[field], _ALLOWED[field])
     return config
+
+
+def _read_flow_config(name, scheduler_config):
+    """The fields that a sampler reads beside those of the flow: DPM-Solver++'s own."""
+    given = stated(scheduler_config)
+    _check_known(given, _FLOW_KNOWN)
+    if name != "dpmpp_2m":
+        return {}
+    config = {key: given.get(key, default) for key, default in DEFAULTS[name].items() if key not in flow.ALLOWED}
+    for field in config.keys() & _ALLOWED.keys():
+        one_of(field, config[field], _ALLOWED[field])
+    return config
+
+
+def _check_known(given, known):
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"scheduler_config.json: {unknown[0]}={given[unknown[0]]!r} is not a field that is known")

@@ -1,7 +1,8 @@
-"""The noise schedule a diffusion model was trained with: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
+"""The noise schedule of betas that a diffusion model was trained with: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
 
-Read from the `scheduler_config.json` of a diffusers checkpoint, and the same as diffusers' schedulers give. Tables are
-computed once, in float64 numpy; what the methods gather from them is float32.
+`flow` has the schedule of flows, and `read_schedule`, which tells the two apart. Read from the `scheduler_config.json`
+of a diffusers checkpoint, and the same as diffusers' schedulers give. Tables are computed once, in float64 numpy; what
+the methods gather from them is float32.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FLOW_PREDICTION = "flow_prediction"  # noise - x_0, where alpha = 1 - sigma (see `flow`)
 
 # diffusers' defaults, which all of its schedulers for Stable Diffusion share.
 SCHEDULE_DEFAULTS = {
@@ -46,8 +48,9 @@ def check_has_betas(config: Mapping) -> None:
     """
     name, given = config.get("_class_name"), stated(config)
     advice = (
-        "only schedules of betas are supported (beta_start, beta_end and beta_schedule, or trained_betas; Stable "
-        "Diffusion 1.x and SDXL have them): open a model that was trained with one"
+        "expected a schedule of betas (beta_start, beta_end and beta_schedule, or trained_betas; Stable Diffusion 1.x "
+        "and SDXL have them) or a flow (FlowMatchEulerDiscreteScheduler, or use_flow_sigmas with "
+        "prediction_type='flow_prediction'): open a model that was trained with one"
     )
     has_betas = any(config.get(field) is not None for field in _BETA_FIELDS)
     if name is not None and name not in _WITH_BETAS and not has_betas:
@@ -154,6 +157,8 @@ def to_original(prediction_type, model_output, sample, alpha, sigma):
         return (sample - sigma * model_output) / alpha
     if prediction_type == "v_prediction":
         return alpha * sample - sigma * model_output
+    if prediction_type == FLOW_PREDICTION:
+        return sample - sigma * model_output
     return model_output
 
 
@@ -163,15 +168,43 @@ def to_noise(prediction_type, model_output, sample, alpha, sigma):
         return model_output
     if prediction_type == "v_prediction":
         return alpha * model_output + sigma * sample
+    if prediction_type == FLOW_PREDICTION:
+        return sample + alpha * model_output
     # At a sigma of 0 there is no noise to predict; the quotient would be NaN, also in a sum that weighs it by 0.
     return (sample - alpha * model_output) / jnp.where(sigma > 0, sigma, 1.0)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """Noising, and what the network should predict.
+class Schedule:
+    """Noising, and what a model output means. A subclass gives `prediction_type` and `coefficients`.
 
-    All methods take arrays [B, ...] and `timesteps`, int, [B] or one for all, in [0, T); they compute in float32.
+    All methods take arrays [B, ...] and `timesteps`, [B] or one for all, and compute in float32.
+    """
+
+    prediction_type: str
+
+    def coefficients(self, timesteps, ndim=4):
+        """(alpha, sigma): the shares of x_0 and of noise in x_t, each a scalar or [B, 1, ...] of `ndim` axes."""
+        raise NotImplementedError
+
+    def add_noise(self, x0, noise, timesteps):
+        """x_t for clean samples and standard normal noise."""
+        alpha, sigma = self.coefficients(timesteps, x0.ndim)
+        return alpha * x0.astype(jnp.float32) + sigma * noise
+
+    def pred_original(self, model_output, sample, timesteps):
+        """The clean sample that `model_output` at x_t = `sample` means."""
+        sample, model_output = sample.astype(jnp.float32), model_output.astype(jnp.float32)
+        return to_original(self.prediction_type, model_output, sample, *self.coefficients(timesteps, sample.ndim))
+
+    def pred_noise(self, model_output, sample, timesteps):
+        """The noise that `model_output` at x_t = `sample` means."""
+        sample, model_output = sample.astype(jnp.float32), model_output.astype(jnp.float32)
+        return to_noise(self.prediction_type, model_output, sample, *self.coefficients(timesteps, sample.ndim))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseSchedule(Schedule):
+    """A schedule of betas; `timesteps` are ints in [0, T).
 
     Attributes:
         alphas_cumprod: numpy [T], the share of signal variance left at each timestep, falling.
@@ -194,15 +227,10 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     def coefficients(self, timesteps, ndim=4):
-        """(alpha, sigma): the shares of x_0 and of noise in x_t, each a scalar or [B, 1, ...] of `ndim` axes."""
+        """See `Schedule`."""
         alpha = per_sample(np.sqrt(self.alphas_cumprod), timesteps, ndim)
         sigma = per_sample(np.sqrt(1 - self.alphas_cumprod), timesteps, ndim)
         return alpha, sigma
-
-    def add_noise(self, x0, noise, timesteps):
-        """x_t for clean samples and standard normal noise."""
-        alpha, sigma = self.coefficients(timesteps, x0.ndim)
-        return alpha * x0.astype(jnp.float32) + sigma * noise
 
     def velocity(self, x0, noise, timesteps):
         """alpha * noise - sigma * x_0, the target of v-prediction."""
@@ -214,16 +242,6 @@ class NoiseSchedule:
         if self.prediction_type == "epsilon":
             return noise
         return self.velocity(x0, noise, timesteps) if self.prediction_type == "v_prediction" else x0
-
-    def pred_original(self, model_output, sample, timesteps):
-        """The clean sample that `model_output` at x_t = `sample` means."""
-        sample, model_output = sample.astype(jnp.float32), model_output.astype(jnp.float32)
-        return to_original(self.prediction_type, model_output, sample, *self.coefficients(timesteps, sample.ndim))
-
-    def pred_noise(self, model_output, sample, timesteps):
-        """The noise that `model_output` at x_t = `sample` means."""
-        sample, model_output = sample.astype(jnp.float32), model_output.astype(jnp.float32)
-        return to_noise(self.prediction_type, model_output, sample, *self.coefficients(timesteps, sample.ndim))
 
     def snr(self, timesteps):
         """Signal-to-noise ratio a_t / (1 - a_t), of the shape of `timesteps`."""

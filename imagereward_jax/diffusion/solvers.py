@@ -1,7 +1,8 @@
 """The tables of DDPM, DDIM, Euler, Euler ancestral and DPM-Solver++ (2M), each as diffusers' scheduler computes them.
 
 A solver takes the fields of scheduler_config.json (all of them stated, see `samplers.DEFAULTS`), the number of steps
-and eta, which DDIM alone reads. Tables are computed in float64 and stored in float32.
+and eta, which DDIM alone reads. One of a flow takes the schedule, the number of steps, the tokens of the image and the
+fields. Tables are computed in float64 and stored in float32.
 """
 
 import numpy as np
@@ -13,7 +14,7 @@ from imagereward_jax.diffusion.schedule import alphas_cumprod_from_config
 SMALLEST_ALPHA_CUMPROD = 2.0**-24
 
 
-def _make(config, weights, *, timesteps, init_noise_sigma, input_scale, alpha, sigma):
+def _make(prediction_type, weights, *, timesteps, init_noise_sigma, input_scale, alpha, sigma):
     """A `Sampler` of float32 tables; terms that `weights` leaves out weigh 0."""
     zeros = {name: np.zeros(len(timesteps)) for name in Weights._fields}
     return Sampler(
@@ -23,7 +24,7 @@ def _make(config, weights, *, timesteps, init_noise_sigma, input_scale, alpha, s
         alpha=np.asarray(alpha, np.float32),
         sigma=np.asarray(sigma, np.float32),
         weights=Weights(**{name: np.asarray(table, np.float32) for name, table in (zeros | weights).items()}),
-        prediction_type=config["prediction_type"],
+        prediction_type=prediction_type,
     )
 
 
@@ -66,7 +67,7 @@ def ddpm(config, num_steps, _):
         "original": np.sqrt(before) * beta / (1 - at),
         "random": np.where(timesteps > 0, np.sqrt(variance), 0.0),
     }
-    return _make(config, weights, **fields)
+    return _make(config["prediction_type"], weights, **fields)
 
 
 def ddim(config, num_steps, eta):
@@ -83,7 +84,7 @@ def ddim(config, num_steps, eta):
         "noise": np.sqrt(np.maximum(1 - before - variance, 0.0)),
         "random": np.sqrt(variance),
     }
-    return _make(config, weights, **fields)
+    return _make(config["prediction_type"], weights, **fields)
 
 
 def _training_sigmas(config):
@@ -120,7 +121,11 @@ def euler(config, num_steps, _):
         timesteps = _timesteps_of(sigmas, training)
     sigmas = _close(sigmas, config, training)
     ratio = sigmas[1:] / sigmas[:-1]
-    return _make(config, {"latents": ratio, "original": 1 - ratio}, **_sigma_fields(config, timesteps, sigmas[:-1]))
+    return _make(
+        config["prediction_type"],
+        {"latents": ratio, "original": 1 - ratio},
+        **_sigma_fields(config, timesteps, sigmas[:-1]),
+    )
 
 
 def euler_ancestral(config, num_steps, _):
@@ -131,7 +136,7 @@ def euler_ancestral(config, num_steps, _):
     here, there = sigmas[:-1], sigmas[1:]
     ratio = there**2 / here**2  # the noise that is left, there**2 / here, over that before
     weights = {"latents": ratio, "original": 1 - ratio, "random": there * np.sqrt(1 - ratio)}
-    return _make(config, weights, **_sigma_fields(config, timesteps, here))
+    return _make(config["prediction_type"], weights, **_sigma_fields(config, timesteps, here))
 
 
 def _euler_timesteps(config, num_steps):
@@ -176,24 +181,26 @@ def dpmpp_2m(config, num_steps, _):
         sigmas = np.interp(timesteps, np.arange(len(training)), training)
     sigmas = _close(sigmas, config, training)
     alpha = 1 / np.sqrt(sigmas**2 + 1)
-    log_ratio = np.append(np.log(sigmas[:-2] / sigmas[1:-1]), np.inf)
-    if sigmas[-1] > 0:
-        log_ratio[-1] = np.log(sigmas[-2] / sigmas[-1])
-    original = alpha[1:] * -np.expm1(-log_ratio)
-    correction = 0.5 * original * _second_order(config, log_ratio, sigmas[-1])
     return _make(
-        config,
-        {
-            "latents": sigmas[1:] * alpha[1:] / (sigmas[:-1] * alpha[:-1]),
-            "original": original + correction,
-            "previous": -correction,
-        },
+        config["prediction_type"],
+        _dpmpp_weights(config, alpha, sigmas * alpha),
         timesteps=timesteps.astype(np.int32),
         init_noise_sigma=1.0,
         input_scale=np.ones(len(timesteps)),
         alpha=alpha[:-1],
         sigma=(sigmas * alpha)[:-1],
     )
+
+
+def _dpmpp_weights(config, alpha, sigma):
+    """Weights of DPM-Solver++'s steps between the latents alpha * x_0 + sigma * noise, float64 [S + 1] each."""
+    ratio = sigma / alpha
+    log_ratio = np.append(np.log(ratio[:-2] / ratio[1:-1]), np.inf)
+    if sigma[-1] > 0:
+        log_ratio[-1] = np.log(ratio[-2] / ratio[-1])
+    original = alpha[1:] * -np.expm1(-log_ratio)
+    correction = 0.5 * original * _second_order(config, log_ratio, sigma[-1])
+    return {"latents": sigma[1:] / sigma[:-1], "original": original + correction, "previous": -correction}
 
 
 def _second_order(config, log_ratio, final_sigma):
@@ -204,3 +211,50 @@ def _second_order(config, log_ratio, final_sigma):
     with np.errstate(divide="ignore", invalid="ignore"):  # steps of no length are refused by `make_sampler`
         weight[1:stop] = log_ratio[1:stop] / log_ratio[: max(stop - 1, 0)]
     return weight
+
+
+def flow_euler(schedule, num_steps, image_tokens, _):
+    """Euler's method along a flow (diffusers' FlowMatchEulerDiscreteScheduler)."""
+    sigmas = np.append(schedule.sampling_sigmas(num_steps, image_tokens), 0.0)
+    weights = {"original": 1 - sigmas[1:], "noise": sigmas[1:]}
+    return _make(schedule.prediction_type, weights, **_flow_fields(schedule, sigmas[:-1]))
+
+
+def flow_heun(schedule, num_steps, image_tokens, _):
+    """Heun's method along a flow (diffusers' FlowMatchHeunDiscreteScheduler), a table row per call of the network.
+
+    Even rows are Euler's steps from one sigma to the next. The row after one corrects it at the sigma that it reached,
+    by half the difference of the two velocities, which is that of the predicted clean latents over that sigma.
+    """
+    steps = np.append(schedule.sampling_sigmas((num_steps + 1) // 2, image_tokens), 0.0)
+    corrected = np.arange(num_steps) % 2 == 1
+    reached = np.repeat(steps[1:], 2)[:num_steps]
+    half = np.repeat(np.diff(steps), 2)[:num_steps] / (2 * np.where(corrected, reached, 1.0))
+    weights = {
+        "latents": np.where(corrected, 1.0, 0.0),
+        "original": np.where(corrected, -half, 1 - reached),
+        "noise": np.where(corrected, 0.0, reached),
+        "previous": np.where(corrected, half, 0.0),
+    }
+    return _make(schedule.prediction_type, weights, **_flow_fields(schedule, np.append(steps[0], reached)[:num_steps]))
+
+
+def flow_dpmpp_2m(schedule, num_steps, image_tokens, config):
+    """DPM-Solver++ along a flow (diffusers' DPMSolverMultistepScheduler with use_flow_sigmas)."""
+    even = 1 - np.linspace(1, 1 / schedule.num_train_timesteps, num_steps + 1)[:0:-1]
+    sigmas = schedule.shift_sigmas(even, image_tokens)
+    timesteps = np.floor(sigmas * schedule.num_train_timesteps)  # diffusers' scheduler tells the network whole ones
+    sigmas = np.append(sigmas.astype(np.float32), 0.0)
+    fields = _flow_fields(schedule, sigmas[:-1]) | {"timesteps": timesteps}
+    return _make(schedule.prediction_type, _dpmpp_weights(config, 1 - sigmas, sigmas), **fields)
+
+
+def _flow_fields(schedule, sigmas):
+    """Fields that samplers of flows share: latents that are (1 - sigma) * x_0 + sigma * noise."""
+    return {
+        "timesteps": np.float32(sigmas) * np.float32(schedule.num_train_timesteps),
+        "init_noise_sigma": 1.0,
+        "input_scale": np.ones(len(sigmas)),
+        "alpha": 1 - sigmas,
+        "sigma": sigmas,
+    }

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.config import ConfigError, field
+from imagereward_jax.diffusion.flow import is_flow
 from imagereward_jax.diffusion.rollout import Record, rollout
 from imagereward_jax.diffusion.sampler import Sampler, SamplerState, log_prob
 from imagereward_jax.diffusion.samplers import make_sampler
@@ -75,6 +76,12 @@ class Config(MethodConfig):
 def make(config: Config, parts) -> Method:
     """One phase, whose batches the present weights make."""
     pipeline = parts.pipeline
+    if is_flow(pipeline.scheduler_config):
+        raise ConfigError(
+            f"config.method.name='ddpo' needs the log-probabilities of DDIM's steps, and {pipeline.family} follows a "
+            f"flow ({pipeline.scheduler_config.get('_class_name')}), whose steps add no noise: tune it by "
+            "'reward_gradient' or 'refl'"
+        )
     sampler = make_sampler("ddim", pipeline.scheduler_config, config.num_steps, config.eta)
     check_noise(sampler, config, pipeline.scheduler_config)
     source = parts.explore(

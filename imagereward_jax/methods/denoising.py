@@ -1,11 +1,36 @@
-"""The ordinary denoising loss on image-text pairs (DDPM, arXiv 2006.11239; latent diffusion, arXiv 2112.10752)."""
+"""The ordinary denoising loss on image-text pairs (DDPM, arXiv 2006.11239; latent diffusion, arXiv 2112.10752).
+
+A model of a flow is trained by flow matching as Stable Diffusion 3 was (arXiv 2403.03206, section 3.1), with the
+weighting schemes of diffusers' training scripts.
+"""
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from imagereward_jax.config import ConfigError, field, require_given
+from imagereward_jax.diffusion.flow import FlowSchedule
 from imagereward_jax.methods.base import Loss, Method, MethodConfig, Phase
 from imagereward_jax.models.lora import dropout_key
+
+WEIGHTINGS = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
+SHIFTS = ("schedule", "none", "resolution")
+
+
+class FlowLoss(NamedTuple):
+    """Settings of flow matching; the fields of `Config` with these names."""
+
+    weighting: str = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    precondition_outputs: bool = True
+    timestep_shift: str = "schedule"
+
+
+USUAL = FlowLoss()
 
 
 class Config(MethodConfig):
@@ -19,6 +44,20 @@ class Config(MethodConfig):
         1.0, above=0.0
     )  # timesteps are T * u^power, u uniform: below 1, noisy ones come more often
     snr_gamma: float = field(0.0, at_least=0.0)  # > 0: min-SNR weights of the loss; 5 is usual
+    # The fields below are for flows alone, which the two above are not for.
+    # "logit_normal", "mode": how noise levels are drawn; the others draw them evenly. "sigma_sqrt", "cosmap": weights
+    weighting: str = field("logit_normal", choices=WEIGHTINGS)
+    logit_mean: float = 0.0  # of "logit_normal": below 0, noisy ones come more often
+    logit_std: float = field(1.0, above=0.0)
+    mode_scale: float = field(1.29, at_least=-1.0, at_most=1.75)  # of "mode": above 0, middle ones come more often
+    precondition_outputs: bool = True  # the error is that of the clean latents, sigma^2 times that of the velocity
+    # Of the noise levels: the schedule's own shift, none, or one that grows with the image as Flux has it
+    timestep_shift: str = field("schedule", choices=SHIFTS)
+
+    @property
+    def flow(self) -> FlowLoss:
+        """The settings of flow matching."""
+        return FlowLoss(*(getattr(self, name) for name in FlowLoss._fields))
 
     def check(self, config):
         """Pairs must be given, and encoded prompts and adapters exclude the text encoder's training."""
@@ -35,9 +74,14 @@ class Config(MethodConfig):
 
 
 def make(config: Config, parts) -> Method:
-    """One phase: the denoising loss on pairs. A reward, if there is one, scores the evaluation's samples."""
+    """One phase: the denoising loss on pairs. A reward, if there is one, scores the evaluation's samples.
+
+    Raises:
+        ConfigError: a field is for other schedules than the model's.
+    """
     pipeline = parts.pipeline
-    loss = make_loss(pipeline, timestep_power=config.timestep_power, snr_gamma=config.snr_gamma)
+    options = {"timestep_power": config.timestep_power, "snr_gamma": config.snr_gamma, "flow": config.flow}
+    loss = make_loss(pipeline, **options)
     encoders = tuple(pipeline.text_encoders) if config.train_text_encoder else ()
     size = parts.config.data.image_size
     return Method(
@@ -55,7 +99,9 @@ def draw_timesteps(key: jax.Array, batch: int, num_timesteps: int, power: float 
     return jnp.minimum(jnp.floor(num_timesteps * share), num_timesteps - 1).astype(jnp.int32)
 
 
-def make_loss(pipeline, weight: float = 1.0, *, timestep_power: float = 1.0, snr_gamma: float = 0.0) -> Loss:
+def make_loss(
+    pipeline, weight: float = 1.0, *, timestep_power: float = 1.0, snr_gamma: float = 0.0, flow: FlowLoss = USUAL
+) -> Loss:
     """Mean squared error between the network's output and its target at a random timestep.
 
     Args:
@@ -63,26 +109,94 @@ def make_loss(pipeline, weight: float = 1.0, *, timestep_power: float = 1.0, snr
         timestep_power: timesteps are T * u^timestep_power with u uniform in [0, 1): 1 is the usual uniform draw, less
             than 1 draws noisy timesteps more often.
         snr_gamma: > 0 weighs each sample by `min_snr_weights`.
+        flow: how a flow draws timesteps and weighs errors; the two above are for schedules of betas alone.
 
     Returns:
         (models, batch, key) -> (loss, metrics). batch: "cond", and "image" [B, H, W, 3] in [0, 1] or its encoding
         "latent_mean" and "latent_logvar" [B, h, w, c]. The metric "mse" is not weighted.
+
+    Raises:
+        ConfigError: a setting is for other schedules than the model's.
     """
     schedule = pipeline.schedule
+    of_flow = isinstance(schedule, FlowSchedule)
+    _check_settings(of_flow, timestep_power, snr_gamma, flow)
 
     def loss(models, batch, key):
         encode_key, noise_key, time_key = jax.random.split(key, 3)
         latents = jax.lax.stop_gradient(_draw_latents(pipeline, models.policy, batch, encode_key))
         noise = jax.random.normal(noise_key, latents.shape)
-        timesteps = draw_timesteps(time_key, latents.shape[0], schedule.num_train_timesteps, timestep_power)
+        if of_flow:
+            share = draw_share(time_key, latents.shape[0], flow)
+            timesteps = flow_timesteps(schedule, share, flow.timestep_shift, pipeline.image_tokens(latents.shape[1:]))
+        else:
+            timesteps = draw_timesteps(time_key, latents.shape[0], schedule.num_train_timesteps, timestep_power)
         noisy = schedule.add_noise(latents, noise, timesteps)
         with dropout_key(jax.random.fold_in(key, 1)):
             output = pipeline.denoise(models.policy, noisy, timesteps, batch["cond"])
         errors = jnp.mean(jnp.square(output - schedule.target(latents, noise, timesteps)), axis=(1, 2, 3))
         weights = min_snr_weights(schedule, timesteps, snr_gamma) if snr_gamma else 1.0
+        weights = flow_weights(schedule.sigmas(timesteps), flow) if of_flow else weights
         return weight * jnp.mean(weights * errors), {"mse": errors.mean()}
 
     return loss
+
+
+def _check_settings(of_flow, timestep_power, snr_gamma, flow):
+    """Raises ConfigError for a setting without effect on the model's kind of schedule."""
+    if of_flow:
+        unset = {"timestep_power": (timestep_power, 1.0), "snr_gamma": (snr_gamma, 0.0)}
+        why, way = "a flow, which has no min-SNR weights", "draw and weigh by config.method.weighting"
+    else:
+        unset = {name: (value, getattr(USUAL, name)) for name, value in flow._asdict().items()}
+        why, way = "one of betas, and the field is for flows", "take timestep_power or snr_gamma"
+    for name, (value, default) in unset.items():
+        if value != default:
+            raise ConfigError(
+                f"config.method.{name}={value}: the model's schedule is {why}; leave it at {default}, and {way}"
+            )
+
+
+def draw_share(key: jax.Array, batch: int, settings: FlowLoss) -> jax.Array:
+    """Draws `share_of_draws`, [batch]."""
+    draw = jax.random.normal if settings.weighting == "logit_normal" else jax.random.uniform
+    return share_of_draws(draw(key, (batch,)), settings)
+
+
+def share_of_draws(draws: jax.Array, settings: FlowLoss) -> jax.Array:
+    """How far along the training sigmas, from noise (0) to image (1), a sample lies, [B].
+
+    Args:
+        draws: [B], standard normal for "logit_normal", uniform in [0, 1) for the others.
+    """
+    if settings.weighting == "logit_normal":
+        return jax.nn.sigmoid(settings.logit_mean + settings.logit_std * draws)
+    if settings.weighting == "mode":
+        return 1 - draws - settings.mode_scale * (jnp.cos(jnp.pi * draws / 2) ** 2 - 1 + draws)
+    return draws
+
+
+def flow_timesteps(schedule: FlowSchedule, share: jax.Array, shift: str, image_tokens: int) -> jax.Array:
+    """Timesteps, float32 [B], of the training sigmas at `share` [B], shifted by `config.timestep_shift`."""
+    total = schedule.num_train_timesteps
+    table = schedule.train_sigmas()
+    if shift != "schedule":
+        table = dataclasses.replace(schedule, shift=1.0).train_sigmas()
+    if shift == "resolution":
+        table = schedule.shift_to_resolution(table, image_tokens)
+    index = jnp.clip(jnp.floor(share * total), 0, total - 1).astype(jnp.int32)
+    return total * jnp.asarray(table)[index]
+
+
+def flow_weights(sigma: jax.Array, settings: FlowLoss) -> jax.Array:
+    """Weights [B] of the squared errors of velocities at `sigma` [B], preconditioning included."""
+    weights = jnp.ones_like(sigma)
+    if settings.weighting == "sigma_sqrt":
+        weights = sigma**-2.0
+    elif settings.weighting == "cosmap":
+        weights = 2 / (jnp.pi * (1 - 2 * sigma + 2 * sigma**2))
+    # Preconditioned, x_t - sigma v is compared with x_0 = x_t - sigma (noise - x_0).
+    return weights * jnp.square(sigma) if settings.precondition_outputs else weights
 
 
 def _draw_latents(pipeline, params, batch, key):

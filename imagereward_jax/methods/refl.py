@@ -65,10 +65,11 @@ def make_loss(config: Config, pipeline, reward) -> Loss:
 
     def loss(models, batch, key):
         stop_key, image_key = jax.random.split(key)
-        stop = draw_stop(stop_key, pipeline.rows(batch["cond"]), config.stop_min, config.stop_max)
+        rows = pipeline.rows(batch["cond"])
+        stop = draw_stop(stop_key, rows, config.stop_min, config.stop_max)
         denoise = denoisers(config, pipeline, batch, jax.random.fold_in(image_key, 1))
         options = {"stop": stop, "gradient": Gradient(predict=True)}
-        rolled = roll(config, pipeline, models, denoise, jax.random.split(image_key), **options)
+        rolled = roll(config, pipeline, models, denoise, jax.random.split(image_key), rows, **options)
         rewards, metrics = score(pipeline, reward, models.policy, rolled.predicted, batch["reward"])
         return hinge(rewards, threshold=config.threshold, scale=config.scale), {**metrics, "stop": stop.mean()}
 

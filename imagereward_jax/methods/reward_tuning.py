@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from imagereward_jax.config import ConfigError, field, require_given
 from imagereward_jax.diffusion.rollout import Denoise, Rolled, rollout
-from imagereward_jax.diffusion.samplers import SAMPLERS, make_sampler
+from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.methods import denoising
 from imagereward_jax.methods.base import (
     Batch,
@@ -81,7 +81,7 @@ def tuning_method(
         name: of the loss's phase. make_loss: (config, pipeline, reward) -> loss. options: further fields of `Method`.
     """
     pipeline = parts.pipeline
-    sampler = make_sampler(config.sampler, pipeline.scheduler_config, config.num_steps, config.eta)
+    sampler = pipeline.make_sampler(config.sampler, config.num_steps, config.eta, config.height, config.width)
     negative = config.negative_prompt if config.guided else None
     tuning = Phase(name, make_loss(config, pipeline, parts.reward), parts.prompts(negative), sampler)
     phases = (tuning,)
@@ -123,14 +123,15 @@ def roll(
     models: Models,
     denoise: tuple[Denoise, Denoise],
     keys: tuple[Key, Key],
+    rows: int,
     **options: Any,
 ) -> Rolled:
-    """A rollout of one image for each sample of `stop`.
+    """A rollout of one image for each of `rows` samples.
 
     Args:
         denoise: from `denoisers`. keys: of the initial noise and of the steps. options: stop and gradient.
     """
-    (plain, with_gradient), (noise_key, sampler_key), rows = denoise, keys, len(options["stop"])
+    (plain, with_gradient), (noise_key, sampler_key) = denoise, keys
     return rollout(
         plain,
         models.tables,

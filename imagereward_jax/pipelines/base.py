@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from imagereward_jax.diffusion.flow import FlowSchedule, read_schedule
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.sampler import Sampler
-from imagereward_jax.diffusion.schedule import NoiseSchedule
+from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.models import lora, quantized
 from imagereward_jax.pipelines import prompt_ids
 from imagereward_jax.pipelines.blend import Blend, blended_denoiser
@@ -29,7 +30,7 @@ class TextToImage(Networks):
 
     Attributes, beside those of `Networks`:
         scheduler_config: the content of scheduler_config.json, from which samplers are made.
-        schedule: the `NoiseSchedule` that the model was trained with.
+        schedule: the `NoiseSchedule` or `FlowSchedule` that the model was trained with.
         tokenizers: the tokenizer of each text encoder, by the encoder's name.
         tokenizer_folders: the folders that the tokenizers were read from, by their names in a diffusers folder.
         generation: sampler, steps and guidance that suit the model.
@@ -62,9 +63,10 @@ class TextToImage(Networks):
     ):
         self._check_fit(configs)
         super().__init__(configs, source=source, dtype=dtype, vae_dtype=vae_dtype, remat=remat)
-        # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x.
-        self.scheduler_config = override_scheduler(scheduler_config, clip_sample=False)
-        self.schedule = NoiseSchedule.from_config(scheduler_config)
+        self.schedule = read_schedule(scheduler_config)
+        # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x. It never clips flows.
+        clip_sample = None if isinstance(self.schedule, FlowSchedule) else False
+        self.scheduler_config = override_scheduler(scheduler_config, clip_sample=clip_sample)
         self.generation = generation or self.default_generation(scheduler_config)
         self.default_size = configs[self.denoiser].sample_size * configs["vae"].downsampling
         self.tokenizer_folders = {name: Path(given) for name, given in tokenizers.items() if prompt_ids.is_path(given)}
@@ -235,6 +237,16 @@ class TextToImage(Networks):
         """Scales latents of the VAE to those that the denoiser reads."""
         config = self.configs["vae"]
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def make_sampler(self, name: str, num_steps: int, eta: float, height: int, width: int) -> Sampler:
+        """`diffusion.samplers.make_sampler` of the model's schedule, for images of this size in pixels."""
+        tokens = self.image_tokens(self.latent_shape(height, width))
+        return make_sampler(name, self.scheduler_config, num_steps, eta, image_tokens=tokens)
+
+    def image_tokens(self, latent_shape: tuple[int, int, int]) -> int:
+        """Tokens of latents [h, w, c] in the denoiser's sequence: its patches, or every position if it has none."""
+        patch = getattr(self.configs[self.denoiser], "patch_size", 1)
+        return (latent_shape[0] // patch) * (latent_shape[1] // patch)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of this size; ValueError if the size is not divisible."""

@@ -11,7 +11,7 @@ import tiny_sd1
 
 from imagereward_jax.diffusion.rollout import Gradient, Record, rollout
 from imagereward_jax.diffusion.sampler import Transition, log_prob
-from imagereward_jax.diffusion.samplers import SAMPLERS, make_sampler
+from imagereward_jax.diffusion.samplers import make_sampler, samplers_of
 
 STEPS = 5
 SHAPE = (2, 2, 2, 4)
@@ -149,7 +149,7 @@ def test_one_program_serves_every_sampler_and_every_stop():
     def run(sampler, stop):
         return rollout(denoise, sampler, noise, keys, params=WEIGHT, stop=stop).state.latents
 
-    for name in SAMPLERS:
+    for name in samplers_of(tiny_sd1.SCHEDULER):
         sampler = make_sampler(name, tiny_sd1.SCHEDULER, 10, eta=0.5 if name == "ddim" else 0.0)
         stops = [0, 3, 10] if name == "ddpm" else [5, 5, 1]
         got = run(sampler, jnp.array(stops))

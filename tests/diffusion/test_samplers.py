@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagereward_jax.diffusion.samplers import SAMPLERS, make_sampler
+from imagereward_jax.diffusion.samplers import make_sampler, samplers_of
 from imagereward_jax.diffusion.schedule import NoiseSchedule
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
@@ -26,6 +26,7 @@ SD1 = {
     "trained_betas": None,
     "clip_sample": False,
 }
+SAMPLERS = samplers_of(SD1)
 CLASSES = {
     "ddpm": diffusers.DDPMScheduler,
     "ddim": diffusers.DDIMScheduler,
