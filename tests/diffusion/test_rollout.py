@@ -347,7 +347,7 @@ def test_recorded_steps_are_scored_as_stored(dtype):
     sampler = make_sampler("ddim", tiny_sd1.SCHEDULER, STEPS, eta=1.0)
     noise, keys = start((2, 8, 8, 4))
     record = Record(steps=(4, 1, 2), dtype=jnp.dtype(dtype))
-    state, predicted, trajectory, _ = jax.jit(
+    state, predicted, trajectory, *_ = jax.jit(
         lambda sampler: rollout(denoise, sampler, noise, keys, params=WEIGHT, record=record)
     )(sampler)
     assert predicted is None and trajectory.log_probs.shape == (3, 2)
@@ -391,7 +391,7 @@ def test_a_record_in_float32_changes_nothing():
         (0.0, False, {"gradient": Gradient(last=6)}, "Gradient.last=6"),
         (0.0, False, {"gradient": Gradient(steps=np.ones(5, bool))}, "set last=5"),
         (0.0, False, {"gradient": Gradient(calls=np.arange(2))}, r"\[B, K\] step indices"),
-        (1.0, True, {"gradient": Gradient(calls=CALLS), "record": Record((1,))}, "calls and predict"),
+        (1.0, True, {"gradient": Gradient(calls=CALLS), "record": Record((1,))}, "calls, leaps and predict"),
         (0.0, False, {"gradient": Gradient(last=5, steps=np.ones(4, bool))}, r"5 steps need \(5,\)"),
         (0.0, False, {"gradient": Gradient(predict=True)}, "predict needs stop"),
         (1.0, True, {"gradient": Gradient(last=1), "record": Record((1,))}, "without gradient"),

@@ -317,6 +317,21 @@ def test_leaps_of_a_sampler_that_is_no_flow_are_refused():
         )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient": Gradient(leaps=np.arange(2))}, r"leaps has shape \(2,\): expected \[B, 2\]"),
+        ({"gradient": Gradient(leaps=np.zeros((1, 3), int))}, r"leaps has shape \(1, 3\)"),
+        ({"gradient": Gradient(leaps=np.array([[0, 1]]), last=1)}, r"leaps go to the end: leave out stop, .*last"),
+        ({"gradient": Gradient(leaps=np.array([[0, 1]])), "stop": jnp.array([2])}, "leaps go to the end"),
+    ],
+)
+def test_leaps_that_cannot_be_are_refused(options, message):
+    sampler = make_sampler("euler", SD3, STEPS)
+    with pytest.raises(ValueError, match=message):
+        rollout(PIPELINE.denoiser_for(BATCH["cond"]), sampler, jnp.zeros((1, *SHAPE)), None, params={}, **options)
+
+
 def test_policy_gradients_of_flows_are_refused():
     parts = types.SimpleNamespace(pipeline=PIPELINE)
     with pytest.raises(ConfigError, match=r"'ddpo' needs the log-probabilities .*FlowMatchEulerDiscreteScheduler"):
