@@ -222,7 +222,7 @@ def test_another_evaluation_measures_drift_from_the_first_weights_again(tmp_path
         ),
         (
             {"eval.best": "eval/checker_rat", "checkpoint.export": "best"},
-            r"config.eval.best='eval/checker_rat' chooses.*did you mean 'eval/checker_rate'",
+            r"config.eval.best='eval/checker_rat': this run.*did you mean 'eval/checker_rate'",
         ),
     ],
 )
