@@ -165,7 +165,7 @@ def test_names_of_functions_that_cannot_be_used_are_refused(module):
     ):
         with pytest.raises(ValueError, match=message):
             open_reward(name)
-    with pytest.raises(ValueError, match="a function or an opened reward .*, not int"):
+    with pytest.raises(ValueError, match=r"a function or an opened reward .*, not int"):
         open_reward(3)
     assert is_function_name("package.module:function") and is_function_name("jax:package.module:function")
     assert not any(map(is_function_name, ("ImageReward-v1.0", "tiny-shapes", "./a:b/c", "jax:a:b:c")))
