@@ -111,10 +111,12 @@ class Trainer:
             overwrite: replaces a folder that such a card is in.
 
         Raises:
-            ValueError: the run is not complete.
+            ValueError: the run is not complete, or `folder` is in its own export.
             FileExistsError, StorageError: see `storage.folders.new_folder`.
         """
         export = self._exported()
+        if Path(folder).absolute().is_relative_to(export.absolute()):
+            raise ValueError(f"{folder} is in what it would be copied from, {export}: choose another folder")
         with new_folder(folder, overwrite=overwrite, marker=CARD) as target:
             shutil.copytree(export, target, dirs_exist_ok=True)
 
@@ -139,7 +141,10 @@ class Trainer:
     def _exported(self):
         if not is_complete(self.workdir, self.config):
             raise ValueError(f"{self.workdir} has no {DONE} of step {self.config.steps}: call train() first")
-        return self.workdir / "export"
+        export = self.workdir / "export"
+        if not (export / CARD).is_file():
+            raise ValueError(f"{export} is gone: remove {self.workdir / DONE}, and train() writes it again")
+        return export
 
     def _use_pipeline(self, pipeline):
         """Names the model in the config; returns weights that are in memory, or None."""

@@ -209,6 +209,20 @@ def test_what_was_tuned_is_saved_and_uploaded_with_its_card(trained, tmp_path, m
     assert files["README.md"].decode() == card and "model_index.json" in files and WEIGHTS in files
 
 
+def test_an_export_is_not_copied_into_itself_and_one_that_is_gone_is_named(trained):
+    trainer, _ = trained
+    export = trainer.workdir / "export"
+    for folder in (export, export / "copy"):
+        with pytest.raises(ValueError, match="is in what it would be copied from"):
+            trainer.save_pretrained(folder, overwrite=True)
+    export.rename(trainer.workdir / "moved")
+    try:
+        with pytest.raises(ValueError, match=r"export is gone: remove .*done.json, and train\(\) writes it again"):
+            trainer.push_to_hub("someone/tuned")
+    finally:
+        (trainer.workdir / "moved").rename(export)
+
+
 def test_an_opened_reward_tunes_by_its_gradient(opened, tiny_reward, tmp_path):
     """ReFL of a `ConfigDict`, which stays as it was; and the command's `config.json` says what the reward is."""
     from imagereward_jax.recipes import default_config
