@@ -28,6 +28,7 @@ __all__ = [
     "Keys",
     "LayerNorm",
     "Linear",
+    "RMSNorm",
     "RngsLike",
     "attention",
     "gelu",
@@ -180,6 +181,21 @@ class LayerNorm(nnx.Module):
         variance = jnp.square(x - mean).mean(-1, keepdims=True)
         x = (x - mean) * jax.lax.rsqrt(variance + self.eps)
         return (x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the last axis, computed in float32; no mean, no bias (arXiv 1910.07467)."""
+
+    torch_names = {"scale": ("weight", None)}
+
+    def __init__(self, features: int, *, eps: float = 1e-6, dtype: DTypeLike = jnp.float32) -> None:
+        self.dtype, self.eps = dtype, eps
+        self.scale = nnx.Param(jnp.ones((features,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
 
 
 class GroupNorm(nnx.Module):
