@@ -32,6 +32,7 @@ __all__ = [
     "RngsLike",
     "attention",
     "gelu",
+    "gelu_tanh",
     "merge_heads",
     "quick_gelu",
     "split_heads",
@@ -184,11 +185,11 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Division by the root mean square over the last axis, computed in float32; no mean, no bias (arXiv 1910.07467)."""
+    """Scales vectors over the last axis by their root mean square (arXiv 1910.07467), computed in float32."""
 
     torch_names = {"scale": ("weight", None)}
 
-    def __init__(self, features: int, *, eps: float = 1e-6, dtype: DTypeLike = jnp.float32) -> None:
+    def __init__(self, features: int, *, eps: float, dtype: DTypeLike = jnp.float32) -> None:
         self.dtype, self.eps = dtype, eps
         self.scale = nnx.Param(jnp.ones((features,)))
 
@@ -228,6 +229,11 @@ class GroupNorm(nnx.Module):
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU."""
     return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU by the tanh formula, "gelu-approximate" and "gelu_new" of PyTorch's models."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ from imagereward_jax.models.layers import (
     RMSNorm,
     RngsLike,
     attention,
+    gelu_tanh,
     merge_heads,
     split_heads,
 )
@@ -163,7 +164,7 @@ class T5DenseGatedActDense(nnx.Module):
         self.wo = _linear(inner, width, inner**-0.5, dtype=wide, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
+        return self.wo(gelu_tanh(self.wi_0(x)) * self.wi_1(x))
 
 
 class T5LayerFF(nnx.Module):
