@@ -18,7 +18,7 @@ def is_path(given: Any) -> bool:
     return isinstance(given, str | Path)
 
 
-def open_tokenizer(given: Any, encoder: str, vocab_size: int, class_name: str = "CLIPTextModel") -> Any:
+def open_tokenizer(given: Any, encoder: str, vocab_size: int, class_name: str) -> Any:
     """Returns a given tokenizer, or loads it from a given folder; checks it against its text encoder.
 
     Args:
