@@ -5,7 +5,7 @@
 - "blocks": plain XLA, one block of queries (backward: of keys) after the other. The softmax statistics are kept for the
   backward pass, so the [T, S] matrix of a whole image is never stored (FlashAttention, arXiv 2205.14135). On the CPU
   it is fast because a block fits the caches.
-- "plain": everything at once; used for short sequences and masks.
+- "plain": everything at once; used for short sequences, masks and biases.
 
 All compute the softmax in float32 and agree within the rounding of the dtype.
 """
@@ -39,6 +39,8 @@ def attention(
     *,
     mask: jax.Array | None = None,
     drop: Callable[[jax.Array], jax.Array] | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
     path: str | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with a float32 softmax.
@@ -47,23 +49,25 @@ def attention(
         query: [B, T, heads, head_dim]; key, value: [B, S, heads, head_dim].
         mask: boolean, broadcastable to [B, heads, T, S]; True is attended to.
         drop: applied to the weights [B, heads, T, S] before they are used, e.g. dropout; None for nothing.
+        bias: added to the scaled logits, broadcastable to [B, heads, T, S]; None for nothing.
+        scale: factor on the logits; 1 / sqrt(head_dim) if None.
         path: one of `PATHS`; by default `choose_path` decides.
 
     Returns:
         [B, T, heads, head_dim] in the dtype of `query`.
 
     Raises:
-        ValueError: the path is unknown, or does not support a mask.
+        ValueError: the path is unknown, or supports no mask, dropout, bias or scale.
     """
     query, key, value = (shard_batch(x) for x in (query, key, value))
-    whole = mask is not None or drop is not None
+    whole = any(option is not None for option in (mask, drop, bias, scale))
     path = path or choose_path(current_platform(), query.shape, key.shape, query.dtype, masked=whole)
     if path not in PATHS:
         raise ValueError(f"attention path {path!r}: expected one of {', '.join(PATHS)}")
     if path == "plain":
-        return _plain(query, key, value, mask, drop)
+        return _plain(query, key, value, mask, drop, bias, scale)
     if whole:
-        raise ValueError(f"attention path {path!r} supports neither mask nor dropout; use 'plain'")
+        raise ValueError(f"attention path {path!r} supports no mask, dropout, bias or scale; use 'plain'")
     if path == "cudnn":
         return _cudnn(query, key, value)
     return _on_each_device(_pallas if path == "pallas" else _blocks, query, key, value)
@@ -93,10 +97,12 @@ def _can_split(batch):
     return jax.device_count() == 1 if mesh is None else batch % mesh.size == 0
 
 
-def _plain(query, key, value, mask=None, drop=None):
+def _plain(query, key, value, mask=None, drop=None, bias=None, scale=None):
     high = precision(query.dtype)
     logits = jnp.einsum("bthd,bshd->bhts", query, key, precision=high, preferred_element_type=jnp.float32)
-    logits = logits / math.sqrt(query.shape[-1])
+    logits = logits / math.sqrt(query.shape[-1]) if scale is None else logits * scale
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)

@@ -9,7 +9,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from imagereward_jax.models import scanned_layers
-from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
+from imagereward_jax.models.config import (
+    TRANSFORMERS_FIELDS,
+    check_choice,
+    check_positive,
+    read_config,
+    write_config,
+)
 from imagereward_jax.models.layers import (
     Embedding,
     Keys,
@@ -27,25 +33,11 @@ from imagereward_jax.models.sharding import shard_batch
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 _ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _FIXED = {"attention_dropout": (0.0,), "dropout": (0.0,), "model_type": ("clip_text_model",)}
-# Fields that transformers writes into every config.json or uses only for initialisation.
-_IGNORED = (
-    "chunk_size_feed_forward",
-    "dtype",
-    "id2label",
-    "initializer_factor",
-    "initializer_range",
-    "is_encoder_decoder",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-)
 
-# config.json of the encoders of Stable Diffusion 1.x and XL (the second one), without default values.
+# config.json of published encoders, without default values: of Stable Diffusion 1.x; the first of SD 3, whose
+# projection is the identity, stored as a matrix; the second of SDXL and SD 3.
 VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+VIT_L_PROJECTED = VIT_L | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 768}
 VIT_BIG_G = {
     "architectures": ["CLIPTextModelWithProjection"],
     "hidden_size": 1280,
@@ -94,7 +86,7 @@ class CLIPTextConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CLIPTextConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
-        return read_config(cls, values, fixed=_FIXED, ignored=_IGNORED)
+        return read_config(cls, values, fixed=_FIXED, ignored=TRANSFORMERS_FIELDS)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of config.json, as transformers reads it."""
@@ -105,7 +97,7 @@ class CLIPTextOutput(NamedTuple):
     """Outputs of the text encoder for input_ids [B, T].
 
     last_hidden_state: [B, T, hidden_size], after the final norm (Stable Diffusion 1.x).
-    penultimate_hidden_state: [B, T, hidden_size], the input of the last layer, without the final norm (SDXL).
+    penultimate_hidden_state: [B, T, hidden_size], the input of the last layer, without the final norm (SDXL, SD 3).
     pooled: [B, hidden_size], `last_hidden_state` at the end-of-text token; [B, projection_dim] with a projection.
     """
 
@@ -238,7 +230,7 @@ class CLIPTextModel(nnx.Module):
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
-    """CLIP's text encoder with a linear projection of the pooled output: the second text encoder of SDXL."""
+    """CLIP's text encoder with a linear projection of the pooled output: the second of SDXL, the first two of SD 3."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike = jnp.float32, rngs: RngsLike) -> None:
         super().__init__(config, dtype=dtype, rngs=rngs)

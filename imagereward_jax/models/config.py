@@ -6,6 +6,23 @@ from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
+# Fields that transformers writes into every config.json or uses only for initialisation.
+TRANSFORMERS_FIELDS = (
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+)
+
 
 def read_config(
     cls: type[Config], values: dict[str, Any], *, fixed: Mapping[str, Sequence[Any]], ignored: Sequence[str] = ()

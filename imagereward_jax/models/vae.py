@@ -20,11 +20,9 @@ _FIXED = {
     "latents_mean": (None,),
     "latents_std": (None,),
     "mid_block_add_attention": (True,),
-    "use_post_quant_conv": (True,),
-    "use_quant_conv": (True,),
 }
 
-# config.json of Stable Diffusion 1.x and XL, without default values.
+# config.json of Stable Diffusion 1.x, XL and 3, without default values.
 SD1 = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -33,6 +31,13 @@ SD1 = {
     "sample_size": 1024,
 }
 SDXL = SD1 | {"scaling_factor": 0.13025}
+SD3 = SD1 | {
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,7 @@ class AutoencoderKLConfig:
     """config.json of a VAE; the defaults are diffusers', as old files omit them.
 
     The diffusion model works on `(latents - shift_factor) * scaling_factor`; shift_factor None means 0.
+    `use_quant_conv` and `use_post_quant_conv`: whether a 1x1 convolution follows the encoder and precedes the decoder.
     `force_upcast` marks weights that overflow in float16; callers should compute in float32 or bfloat16.
     """
 
@@ -55,6 +61,8 @@ class AutoencoderKLConfig:
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
 
     def __post_init__(self):
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
@@ -68,6 +76,8 @@ class AutoencoderKLConfig:
                 )
         check_positive(self, "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
         check_all_positive(self, "block_out_channels")
+        for name in ("use_quant_conv", "use_post_quant_conv"):
+            check_choice(type(self), name, getattr(self, name), (True, False))
 
     @property
     def downsampling(self) -> int:
@@ -240,8 +250,9 @@ class AutoencoderKL(nnx.Module):
         self.encoder = Encoder(config, remat=remat, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, remat=remat, dtype=dtype, rngs=rngs)
         latent = config.latent_channels
-        self.quant_conv = Conv(2 * latent, 2 * latent, 1, dtype=dtype, rngs=rngs)
-        self.post_quant_conv = Conv(latent, latent, 1, dtype=dtype, rngs=rngs)
+        options = {"dtype": dtype, "rngs": rngs}
+        self.quant_conv = Conv(2 * latent, 2 * latent, 1, **options) if config.use_quant_conv else None
+        self.post_quant_conv = Conv(latent, latent, 1, **options) if config.use_post_quant_conv else None
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Computes mean and log variance of the latents, not yet scaled.
@@ -254,8 +265,10 @@ class AutoencoderKL(nnx.Module):
             logvar in [-30, 20].
         """
         _check_channels("images", images, self.config.in_channels)
-        moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
+        moments = self.encoder(images)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: jax.Array) -> jax.Array:
@@ -268,7 +281,9 @@ class AutoencoderKL(nnx.Module):
             float32 [B, h * d, w * d, out_channels], roughly in [-1, 1], not clipped; d = config.downsampling.
         """
         _check_channels("latents", latents, self.config.latent_channels)
-        return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents).astype(jnp.float32)
 
 
 def _check_channels(name, array, channels):

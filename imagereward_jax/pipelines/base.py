@@ -71,7 +71,9 @@ class TextToImage(Networks):
         self.default_size = configs[self.denoiser].sample_size * configs["vae"].downsampling
         self.tokenizer_folders = {name: Path(given) for name, given in tokenizers.items() if prompt_ids.is_path(given)}
         self.tokenizers = {
-            encoder: prompt_ids.open_tokenizer(tokenizers[name], encoder, configs[encoder].vocab_size)
+            encoder: prompt_ids.open_tokenizer(
+                tokenizers[name], encoder, configs[encoder].vocab_size, self.components[encoder]
+            )
             for encoder, name in self.text_encoders.items()
         }
         self.max_tokens = prompt_ids.common_length(
@@ -134,9 +136,7 @@ class TextToImage(Networks):
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that `tokenize` cuts off because the prompt is too long; "" if it fits."""
-        tokenizer = next(iter(self.tokenizers.values()))
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        return tokenizer.decode(ids[self.max_tokens - 2 :]).strip()
+        return prompt_ids.cut_off(next(iter(self.tokenizers.values())), prompt, self.max_tokens)
 
     def denoise(
         self,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagereward_jax.models import clip, mmdit, mmdit_config, unet, vae
+from imagereward_jax.models import clip, mmdit, mmdit_config, t5, unet, vae
 from imagereward_jax.weights import mapping
 
 
@@ -30,6 +30,7 @@ COMPONENTS = {
     "AutoencoderKL": Component(vae.AutoencoderKLConfig, vae.AutoencoderKL, "diffusers", remat=True),
     "CLIPTextModel": Component(clip.CLIPTextConfig, clip.CLIPTextModel, "transformers"),
     "CLIPTextModelWithProjection": Component(clip.CLIPTextConfig, clip.CLIPTextModelWithProjection, "transformers"),
+    "T5EncoderModel": Component(t5.T5Config, t5.T5EncoderModel, "transformers"),
 }
 
 

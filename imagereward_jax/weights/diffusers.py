@@ -19,20 +19,21 @@ from imagereward_jax.storage.names import resolve_inside, single_name
 from imagereward_jax.weights import components, hub
 from imagereward_jax.weights.files import WeightsError, read_json, read_tensors, write_safetensors
 from imagereward_jax.weights.generation import Generation, write_generation
+from imagereward_jax.weights.tokenizer_files import SPIECE, tokenizer_class
 
 INDEX = "model_index.json"
-_TOKENIZER = ("transformers", "CLIPTokenizer")
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 # What tokenizers of transformers are saved as; nothing else in a tokenizer's folder is copied.
 TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.txt", "spiece.model"),
+    *("added_tokens.json", "vocab.txt", SPIECE),
 )
 # Settings of a pipeline's class beside its parts: defaults to write, and names to read.
 _NO_SAFETY_CHECKER = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
 _WRITTEN_FIELDS = {"StableDiffusionPipeline": {"requires_safety_checker": False} | _NO_SAFETY_CHECKER}
 _READ_FIELDS = ("force_zeros_for_empty_prompt",)
 # Files of a hub repository that opening a pipeline needs.
-_STRUCTURE = [INDEX, "generation_config.json", "*/config.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
+_STRUCTURE = [INDEX, "generation_config.json", "*/config.json", "scheduler/*", *(f"{name}/*" for name in _TOKENIZERS)]
 # Settings that only diffusers' Flax models have; none changes what a network computes.
 _FLAX_ONLY = ("dtype", "use_memory_efficient_attention", "split_head_dim")
 
@@ -140,7 +141,7 @@ def load_component(
 
     Args:
         folder: the pipeline's folder.
-        name: the component: "unet", "vae", "text_encoder" or "text_encoder_2".
+        name: the component: "unet", "vae", "text_encoder", "text_encoder_2", ...
         variant: which set of files, e.g. "fp16" for `diffusion_pytorch_model.fp16.safetensors`; None takes the plain
             ones. Of several formats the first of safetensors, .bin and msgpack is read.
         read: function that reads a file of tensors: `files.read_tensors`, or `files.open_tensors` to read each tensor
@@ -148,7 +149,7 @@ def load_component(
 
     Returns:
         (config, tensors): the content of config.json, and numpy arrays by the key of today's PyTorch checkpoints
-        (text encoders with their `text_model.` prefix), in the file's dtype.
+        (CLIP's text encoders with their `text_model.` prefix), in the file's dtype.
 
     Raises:
         FileNotFoundError: the folder, component or file is absent; the message says what is there.
@@ -166,7 +167,7 @@ def load_component(
 
 def tokenizers_of(folder: str | Path) -> dict[str, Path]:
     """Lists the tokenizers' folders in a diffusers folder, by name."""
-    return {name: Path(folder) / name for name in ("tokenizer", "tokenizer_2") if (Path(folder) / name).is_dir()}
+    return {name: Path(folder) / name for name in _TOKENIZERS if (Path(folder) / name).is_dir()}
 
 
 def load_scheduler_config(folder: str | Path) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def save_pipeline(
             raise ValueError("scheduler config: no _class_name; diffusers needs one, e.g. 'DDIMScheduler'")
         for name, source in tokenizers.items():
             copy_tokenizer(Path(source), partial / name)
-            parts[name] = _TOKENIZER
+            parts[name] = ("transformers", tokenizer_class(partial / name))
         (partial / "scheduler").mkdir()
         _write_json(partial / "scheduler" / "scheduler_config.json", scheduler_config)
         parts["scheduler"] = ("diffusers", scheduler_config["_class_name"])
@@ -261,6 +262,8 @@ def flax_to_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def modern_names(name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Brings a PyTorch checkpoint's tensors of component `name` to today's keys and shapes; drops position_ids."""
+    if any(key.startswith("encoder.block.") for key in tensors):
+        return _untied(name, tensors)
     is_text = name.startswith("text_encoder")
     renamed = {}
     for key, array in tensors.items():
@@ -271,6 +274,19 @@ def modern_names(name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
         else:
             key, array = _modern_attention(key, array)
         renamed[key] = array
+    return renamed
+
+
+def _untied(name, tensors):
+    """T5's tensors with the embedding once, as "shared.weight"; files hold it under either name or both."""
+    own, other = "shared.weight", "encoder.embed_tokens.weight"
+    renamed = {key: array for key, array in tensors.items() if key != other}
+    if other in tensors:
+        same = renamed.setdefault(own, tensors[other])
+        if same is not tensors[other] and not np.array_equal(np.asarray(same), np.asarray(tensors[other])):
+            raise WeightsError(
+                f"{name}: {own} and {other} differ; they are one embedding, keep the one that was trained"
+            )
     return renamed
 
 

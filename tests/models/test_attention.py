@@ -100,6 +100,21 @@ def test_plain_agrees_with_pytorch():
     np.testing.assert_allclose(attention(query, key, value, path="plain"), theirs.transpose(1, 2), atol=1e-6)
 
 
+def test_bias_scale_and_mask_agree_with_pytorch():
+    """As T5's encoder uses them: scores that are not scaled, and a bias by distance."""
+    torch = pytest.importorskip("torch")
+    query, key, value, _ = arrays(12, 12, 2, 8)
+    rng = np.random.default_rng(1)
+    bias, mask = rng.normal(size=(1, 2, 12, 12)).astype(np.float32), rng.random((2, 1, 1, 12)) < 0.7
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.tensor(np.asarray(x)).transpose(1, 2) for x in (query, key, value)),
+        attn_mask=torch.tensor(np.where(mask, bias, np.float32(-1e30))),
+        scale=0.7,
+    )
+    ours = attention(query, key, value, mask=mask, bias=bias, scale=0.7)
+    np.testing.assert_allclose(ours, theirs.transpose(1, 2), atol=1e-6)
+
+
 def test_blocks_store_no_matrix_of_all_pairs():
     query, key, value, gradient = arrays(2048, 2048, 2, 8)
 
@@ -143,5 +158,6 @@ def test_unknown_paths_and_masks_that_a_path_cannot_take_are_refused():
     query, key, value, _ = arrays(8, 8, 1, 8)
     with pytest.raises(ValueError, match="expected one of plain, blocks, pallas, cudnn"):
         attention(query, key, value, path="flash")
-    with pytest.raises(ValueError, match="'blocks' supports neither mask"):
-        attention(query, key, value, path="blocks", mask=jnp.ones((8, 8), bool))
+    for option in ({"mask": jnp.ones((8, 8), bool)}, {"bias": jnp.zeros((8, 8))}, {"scale": 1.0}):
+        with pytest.raises(ValueError, match="'blocks' supports no mask, dropout, bias or scale"):
+            attention(query, key, value, path="blocks", **option)

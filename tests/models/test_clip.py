@@ -1,5 +1,6 @@
 """CLIP's text encoder against PyTorch transformers on the same random weights, float32 unless said otherwise."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,13 @@ import pytest
 from agreement import assert_same_layout, functional, randomise, relative_error, tensors_of
 from flax import nnx
 
-from imagereward_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from imagereward_jax.models.clip import (
+    VIT_BIG_G,
+    VIT_L_PROJECTED,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 from imagereward_jax.weights import mapping
 
 torch = pytest.importorskip("torch")
@@ -49,11 +56,14 @@ BIGG = {
     "num_hidden_layers": 32,
     "projection_dim": 1280,
 }
+# The first encoder of Stable Diffusion 3; the second is BIGG.
+SD3 = {**SD1, "architectures": ["CLIPTextModelWithProjection"], "projection_dim": 768}
 TINY = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
 SMALL = {
     "legacy": {**SD1, **TINY},
     "today": {**SD1, **TINY, "eos_token_id": 58, "bos_token_id": 57, "layer_norm_eps": 1e-3},
     "projected": {**BIGG, **TINY, "projection_dim": 20},
+    "sd3": {**SD3, **TINY, "projection_dim": 32},
 }
 CLASSES = {
     "CLIPTextModel": CLIPTextModel,
@@ -103,7 +113,7 @@ def test_outputs_agree_with_transformers(name):
         expected = reference(name)(input_ids=torch.from_numpy(prompts()).long(), output_hidden_states=True)
     graphdef, params = network(name)
     actual = jax.jit(lambda p: nnx.merge(graphdef, p)(prompts()))(params)
-    pooled = expected.text_embeds if name == "projected" else expected.pooler_output
+    pooled = expected.text_embeds if "text_embeds" in expected else expected.pooler_output
     assert actual.pooled.shape == ((2, 20) if name == "projected" else (2, 32))
     assert relative_error(actual.last_hidden_state, expected.last_hidden_state) < 1e-5
     assert relative_error(actual.penultimate_hidden_state, expected.hidden_states[-2]) < 1e-5
@@ -128,6 +138,16 @@ def test_later_tokens_do_not_change_earlier_ones():
     assert relative_error(before[:, 5:], after[:, 5:]) > 1e-2
 
 
+def test_an_identity_projection_leaves_the_pooled_state():
+    """As Stable Diffusion 3 stores it for its first encoder: OpenAI's own projection is not part of that model."""
+    tensors = published_tensors("sd3")
+    projected = functional(build(SMALL["sd3"]), {**tensors, "text_projection.weight": np.eye(32, dtype=np.float32)})
+    plain = functional(build(SMALL["legacy"]), {key: tensors[key] for key in published_tensors("legacy")})
+    with_identity, without, with_matrix = (nnx.merge(*one)(prompts()) for one in (projected, plain, network("sd3")))
+    np.testing.assert_array_equal(with_identity.pooled, without.pooled)
+    assert relative_error(with_matrix.pooled, without.pooled) > 0.1
+
+
 def test_bfloat16_is_close_to_float32():
     outputs = [nnx.merge(*network("projected", dtype))(prompts()) for dtype in (jnp.float32, jnp.bfloat16)]
     for exact, rounded in zip(*outputs):
@@ -143,14 +163,16 @@ def test_weights_survive_the_round_trip_to_the_bit(name):
     assert all(back[key].tobytes() == tensors[key].tobytes() for key in tensors)
 
 
-@pytest.mark.parametrize(("config", "count"), [(SD1, 123_060_480), (BIGG, 694_659_840)], ids=["sd1", "bigg"])
+@pytest.mark.parametrize(
+    ("config", "count"), [(SD1, 123_060_480), (SD3, 123_650_304), (BIGG, 694_659_840)], ids=["sd1", "sd3", "bigg"]
+)
 def test_full_size_keys_and_shapes_are_transformers(config, count):
     with torch.device("meta"):
         expected = torch_model(config)
     assert assert_same_layout(build(config), expected, published) == count
 
 
-@pytest.mark.parametrize("config", [SD1, BIGG, *SMALL.values()])
+@pytest.mark.parametrize("config", [SD1, BIGG, SD3, *SMALL.values()])
 def test_config_goes_to_transformers_and_back(config, tmp_path):
     parsed = CLIPTextConfig.from_dict(config)
     saved = transformers.CLIPTextConfig.from_dict(parsed.to_dict())
@@ -158,6 +180,12 @@ def test_config_goes_to_transformers_and_back(config, tmp_path):
     assert CLIPTextConfig.from_dict(parsed.to_dict()) == parsed
     for name in ("hidden_size", "projection_dim", "eos_token_id", "hidden_act", "layer_norm_eps"):
         assert getattr(saved, name) == getattr(parsed, name)
+
+
+def test_sizes_of_sd3_are_the_published_ones():
+    for sizes, published in ((VIT_L_PROJECTED, SD3), (VIT_BIG_G, BIGG)):
+        ours, theirs = (CLIPTextConfig.from_dict(config) for config in (sizes, published))
+        assert dataclasses.replace(ours, bos_token_id=0, eos_token_id=2) == theirs
 
 
 def test_config_that_transformers_saves_today_is_read(tmp_path):

@@ -1,6 +1,8 @@
 """The VAE against PyTorch diffusers on the same random weights, float32 unless said otherwise."""
 
 import functools
+import json
+from pathlib import Path
 
 import agreement
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from imagereward_jax.models import vae
 from imagereward_jax.models.remat import REMAT_POLICIES
 from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from imagereward_jax.weights import mapping
@@ -43,21 +46,31 @@ SDXL = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
+SD3 = {
+    **SDXL,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
 SMALL = {**SD1, "block_out_channels": [8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
 SMALL |= {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+SMALL_SD3 = {**SD3, **{name: SMALL[name] for name in SMALL if SMALL[name] != SD1.get(name)}}
+MANIFEST = Path(__file__).parents[3] / "shared/manifests/sd3_vae.json"
 
 
 @functools.cache
-def reference():
+def reference(sd3=False):
     torch.manual_seed(0)
-    return agreement.randomise(diffusers.AutoencoderKL.from_config(SMALL))
+    return agreement.randomise(diffusers.AutoencoderKL.from_config(SMALL_SD3 if sd3 else SMALL))
 
 
 @functools.cache
-def network(remat="none", dtype=jnp.float32):
-    config = AutoencoderKLConfig.from_dict(SMALL)
+def network(remat="none", dtype=jnp.float32, sd3=False):
+    config = AutoencoderKLConfig.from_dict(SMALL_SD3 if sd3 else SMALL)
     module = mapping.abstract(lambda: AutoencoderKL(config, remat=remat, dtype=dtype, rngs=nnx.Rngs(0)))
-    return agreement.functional(module, agreement.tensors_of(reference()))
+    return agreement.functional(module, agreement.tensors_of(reference(sd3)))
 
 
 def images(height=20, width=12):
@@ -68,21 +81,22 @@ def loss_function(graphdef):
     """A scalar of encoder and decoder whose gradient reaches every parameter."""
 
     def loss(params, pixels):
-        vae = nnx.merge(graphdef, params)
-        mean, logvar = vae.encode(pixels)
-        decoded = vae.decode(mean)
+        network = nnx.merge(graphdef, params)
+        mean, logvar = network.encode(pixels)
+        decoded = network.decode(mean)
         return jnp.sin(decoded).sum() + jnp.sin(logvar).sum(), (mean, logvar, decoded)
 
     return loss
 
 
-def test_outputs_and_gradients_agree_with_diffusers():
-    module, pixels = reference(), agreement.to_torch_image(images()).requires_grad_()
+@pytest.mark.parametrize("sd3", [False, True], ids=["four channels", "sixteen channels of SD 3"])
+def test_outputs_and_gradients_agree_with_diffusers(sd3):
+    module, pixels = reference(sd3), agreement.to_torch_image(images()).requires_grad_()
     moments = module.encode(pixels).latent_dist
     decoded = module.decode(moments.mean).sample
     module.zero_grad()
     (decoded.sin().sum() + moments.logvar.sin().sum()).backward()
-    graphdef, params = network()
+    graphdef, params = network(sd3=sd3)
     (_, outputs), (of_params, of_images) = jax.jit(jax.value_and_grad(loss_function(graphdef), (0, 1), has_aux=True))(
         params, images()
     )
@@ -155,21 +169,37 @@ def test_bfloat16_is_close_to_float32():
     assert 1e-5 < agreement.relative_error(decoded[1], decoded[0]) < 0.05
 
 
-def test_weights_survive_the_round_trip_to_the_bit():
-    tensors, module = agreement.tensors_of(reference()), nnx.merge(*network())
+@pytest.mark.parametrize("sd3", [False, True])
+def test_weights_survive_the_round_trip_to_the_bit(sd3):
+    tensors, module = agreement.tensors_of(reference(sd3)), nnx.merge(*network(sd3=sd3))
+    assert sd3 != ("quant_conv.weight" in tensors)
     back = mapping.to_torch(module, mapping.from_torch(module, tensors))
     assert back.keys() == tensors.keys()
     assert all(back[key].tobytes() == tensors[key].tobytes() for key in tensors)
 
 
-def test_full_size_keys_and_shapes_are_diffusers():
+def abstract(config):
+    return mapping.abstract(lambda: AutoencoderKL(AutoencoderKLConfig.from_dict(config), rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(("config", "count"), [(SD1, 83_653_863), (SD3, 83_819_683)], ids=["sd1", "sd3"])
+def test_full_size_keys_and_shapes_are_diffusers(config, count):
     with torch.device("meta"):
-        expected = diffusers.AutoencoderKL.from_config(SD1)
-    module = mapping.abstract(lambda: AutoencoderKL(AutoencoderKLConfig.from_dict(SD1), rngs=nnx.Rngs(0)))
-    assert agreement.assert_same_layout(module, expected) == 83_653_863
+        expected = diffusers.AutoencoderKL.from_config(config)
+    assert agreement.assert_same_layout(abstract(config), expected) == count
 
 
-@pytest.mark.parametrize("config", [SD1, SDXL, SMALL], ids=["sd1", "sdxl", "small"])
+@pytest.mark.skipif(not MANIFEST.is_file(), reason="the published keys are not beside the repository")
+def test_full_size_keys_and_shapes_of_sd3_are_the_published_ones():
+    published = {key: tuple(shape) for key, shape in json.loads(MANIFEST.read_text()).items()}
+    assert {key: leaf.torch_shape for key, leaf in mapping.torch_layout(abstract(vae.SD3)).items()} == published
+
+
+def test_sizes_of_sd3_are_the_published_ones():
+    assert AutoencoderKLConfig.from_dict(vae.SD3) == AutoencoderKLConfig.from_dict(SD3)
+
+
+@pytest.mark.parametrize("config", [SD1, SDXL, SD3, SMALL], ids=["sd1", "sdxl", "sd3", "small"])
 def test_config_goes_to_diffusers_and_back(config):
     with torch.device("meta"):
         saved = diffusers.AutoencoderKL.from_config(config).config
@@ -186,7 +216,7 @@ def test_config_goes_to_diffusers_and_back(config):
     [
         {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]},
         {"up_block_types": ["UpDecoderBlock2D"] * 3},
-        {"use_quant_conv": False},
+        {"use_quant_conv": 1},
         {"mid_block_add_attention": False},
         {"latents_mean": [0.0, 0.0, 0.0, 0.0]},
         {"act_fn": "relu"},
@@ -203,8 +233,8 @@ def test_config_refuses_what_is_not_implemented(changes):
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    vae = nnx.merge(*network())
+    model = nnx.merge(*network())
     with pytest.raises(ValueError, match="images should be"):
-        vae.encode(np.zeros((2, 16, 16, 4), np.float32))
+        model.encode(np.zeros((2, 16, 16, 4), np.float32))
     with pytest.raises(ValueError, match="latents should be"):
-        vae.decode(np.zeros((2, 4, 4, 3), np.float32))
+        model.decode(np.zeros((2, 4, 4, 3), np.float32))

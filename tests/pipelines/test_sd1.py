@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import tiny_sd1
 
+from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer
 from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.models import vae
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
+from imagereward_jax.weights import mapping
 from imagereward_jax.weights.mapping import CheckpointMismatch
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
@@ -143,6 +146,29 @@ def test_tokens_are_those_of_diffusers(made, reference):
     ids = made[0].tokenize(prompts)
     assert ids.keys() == {"text_encoder"} and ids["text_encoder"].dtype == np.int32
     np.testing.assert_array_equal(ids["text_encoder"], expected)
+
+
+def test_a_vae_with_a_shift_and_sixteen_channels_agrees_with_diffusers(tmp_path):
+    """As Stable Diffusion 3 has it: latents are (sample - 0.0609) * 1.5305, and no 1x1 convolutions. Within 1e-4."""
+    parts = tiny_sd1.configs(write_clip_tokenizer(tmp_path))
+    sizes = {name: tiny_sd1.VAE[name] for name in ("block_out_channels", "down_block_types", "up_block_types")}
+    parts["vae"] = tiny_sd1.VAE | vae.SD3 | sizes | {"layers_per_block": 1}
+    parts["unet"] = tiny_sd1.UNET | {"in_channels": 16, "out_channels": 16}
+    pipeline = StableDiffusion1.from_configs(parts, tiny_sd1.SCHEDULER, tmp_path)
+    params = tiny_sd1.random_params(pipeline)
+    theirs = diffusers.AutoencoderKL.from_config(pipeline.component_config("vae"))
+    tensors = mapping.to_torch(pipeline.networks["vae"], params["vae"])
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
+    images = np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
+    mean, _ = jax.jit(pipeline.encode_moments)(params, images)
+    latents = pipeline.scale_latents(mean)
+    decoded = jax.jit(pipeline.decode)(params, latents)
+    with torch.no_grad():
+        scaled = (theirs.encode(nchw(images) * 2 - 1).latent_dist.mean - 0.0609) * 1.5305
+        expected = theirs.decode(scaled / 1.5305 + 0.0609).sample / 2 + 0.5
+    assert latents.shape == (2, *pipeline.latent_shape(16, 16)) == (2, 8, 8, 16)
+    np.testing.assert_allclose(nchw(latents), scaled, atol=1e-4 * float(scaled.abs().max()))
+    np.testing.assert_allclose(nchw(decoded), expected, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_what_is_cut_off_is_told(made):

@@ -1,0 +1,99 @@
+"""Files of tokenizers: which tokenizer a folder holds, and SentencePiece's vocabulary, read without its library."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from imagereward_jax.weights.files import WeightsError, read_json
+
+SPIECE = "spiece.model"
+# Numbers of protocol-buffer fields in sentencepiece_model.proto.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECE, _SCORE = 1, 2
+_MODEL_TYPE, _UNIGRAM = 3, 1
+_CHARSMAP = 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+
+
+class SentencePieceModel(NamedTuple):
+    """A Unigram vocabulary.
+
+    pieces: (piece, log probability) by id. charsmap: the compiled rules of the normaliser; None if it has none.
+    """
+
+    pieces: list[tuple[str, float]]
+    charsmap: bytes | None
+
+
+def tokenizer_class(folder: str | Path) -> str:
+    """The class in transformers of the tokenizer in `folder`: "T5TokenizerFast" (Unigram) or "CLIPTokenizer"."""
+    folder = Path(folder)
+    if (folder / SPIECE).is_file():
+        return "T5TokenizerFast"
+    file = folder / "tokenizer.json"
+    unigram = file.is_file() and read_json(file).get("model", {}).get("type") == "Unigram"
+    return "T5TokenizerFast" if unigram else "CLIPTokenizer"
+
+
+def read_sentencepiece(path: str | Path) -> SentencePieceModel:
+    """Reads a `.model` file of SentencePiece.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: it is empty or broken, or its model is not Unigram.
+    """
+    path = Path(path)
+    try:
+        model = _parse(path.read_bytes())
+    except (ValueError, IndexError, struct.error) as error:
+        raise WeightsError(f"{path}: not a complete SentencePiece model ({error}); fetch it again") from error
+    if not model.pieces:
+        raise WeightsError(f"{path}: a SentencePiece model without pieces; fetch it again")
+    return model
+
+
+def _parse(data):
+    pieces, charsmap = [], None
+    for number, value in _fields(data):
+        if number == _PIECES:
+            piece = dict(_fields(value))
+            pieces.append((piece[_PIECE].decode("utf-8"), struct.unpack("<f", piece.get(_SCORE, bytes(4)))[0]))
+        elif number == _TRAINER and dict(_fields(value)).get(_MODEL_TYPE, _UNIGRAM) != _UNIGRAM:
+            raise ValueError("its model is not Unigram, T5's kind")
+        elif number == _NORMALIZER:
+            charsmap = dict(_fields(value)).get(_CHARSMAP) or None
+    return SentencePieceModel(pieces, charsmap)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yields (number, value) of each field of a protocol-buffer message; numbers with a fixed size as bytes."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        kind = tag & 7
+        if kind == _VARINT:
+            value, position = _varint(data, position)
+            yield tag >> 3, value
+            continue
+        if kind == _BYTES:
+            size, position = _varint(data, position)
+        elif kind in (_FIXED32, _FIXED64):
+            size = 4 if kind == _FIXED32 else 8
+        else:
+            raise ValueError(f"field of wire type {kind} at byte {position}")
+        if position + size > len(data):
+            raise ValueError(f"it ends after {len(data)} bytes, within a field")
+        yield tag >> 3, data[position : position + size]
+        position += size
+
+
+def _varint(data, position):
+    """Reads a number of seven bits per byte; returns it and the position after it."""
+    number = shift = 0
+    while True:
+        byte = data[position]
+        number |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return number, position
