@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def generating(*arguments):
     return lambda folder: generate.main([argument.format(folder=folder) for argument in arguments])
 
 
+def without_get_config(folder):
+    sys.modules.pop("config_config", None)  # ml_collections reads every config file into one module
+    return train.main(["train", f"--config={folder}/empty.py"])
+
+
 TINY = ("--model", "tiny-shapes", "--prompt", "a large red circle at the top left")
 CASES = {
     "no --config": (lambda folder: train.main(["train"]), "--config is missing; usage"),
@@ -48,14 +54,18 @@ CASES = {
     ),
     "config file that raises": (
         lambda folder: train.main(["train", f"--config={folder}/raises.py"]),
-        "raises.py: Error whilst parsing config file: ZeroDivisionError: division by zero$",
+        r"--config .*raises.py: ZeroDivisionError: division by zero$",
+    ),
+    "config file with a value of another type": (
+        lambda folder: train.main(["train", f"--config={folder}/list.py"]),
+        r"list.py: Error whilst parsing config file: TypeError: Could not override field 'judges'[^\n]*$",
     ),
     "config file that is no Python": (
         lambda folder: train.main(["train", f"--config={folder}/syntax.py"]),
         r"--config .*syntax.py: SyntaxError: .*line 1",
     ),
     "config file without get_config": (
-        lambda folder: train.main(["train", f"--config={folder}/empty.py"]),
+        without_get_config,
         r"--config .*empty.py: has no function get_config\(\)",
     ),
     "misspelt field": (training("--config.method.guidnce_scale=2"), 'Did you mean "guidance_scale"'),
@@ -167,6 +177,8 @@ def make_bad_files(folder):
     (folder / "none.json").write_text("[]")
     (folder / "raises.py").write_text("def get_config():\n    return 1 / 0\n")
     (folder / "syntax.py").write_text("def get_config(:\n")
+    recipe = Path(REFL).read_text().replace("return config", "config.eval.judges = ['tiny-shapes']\n    return config")
+    (folder / "list.py").write_text(recipe)
     (folder / "empty.py").write_text("")
     (folder / "gap.txt").write_text("a cat\n\na dog\n")
     (folder / "number.json").write_text('["a cat", 5]')
