@@ -5,6 +5,9 @@
 At the top of the repository, where Python finds the reward in this file. White images please it most, so the shapes
 fade: the reward rises, the checker and the tiny reward, which only judges here, fall, and the run ends before its last
 step and exports the best checkpoint by the checker. See docs/watch.md.
+
+Hardware: 2 CPU cores, some five minutes. Result to expect: stopped at step 20, the model of before the first step
+exported.
 """
 
 from imagereward_jax.recipes import judge, recipe_beside
