@@ -207,15 +207,12 @@ def run_ours(arguments):
     return figures
 
 
-def run_torch(arguments):
-    """Times the same step in PyTorch with diffusers' networks and SDPA attention."""
+def torch_networks(arguments, device, dtype):
+    """(UNet of random weights that train, or whose adapter does; frozen VAE), recomputing what the preset says."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    preset, batch, steps = PRESETS[arguments.preset], arguments.batch[0], arguments.sampler_steps
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    before, half, dtype = resident(), arguments.dtype == "bfloat16", getattr(torch, arguments.dtype)
-    torch.manual_seed(0)
+    preset = PRESETS[arguments.preset]
     unet = UNet2DConditionModel(**preset["unet"]).to(device).train()
     vae = AutoencoderKL(**preset["vae"]).to(device, dtype).requires_grad_(False)
     if arguments.lora:
@@ -230,6 +227,19 @@ def run_torch(arguments):
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
         vae.train()  # diffusers checkpoints in training mode alone; this VAE has neither dropout nor running statistics
+    return unet, vae
+
+
+def run_torch(arguments):
+    """Times the same step in PyTorch with diffusers' networks and SDPA attention."""
+    import torch
+    from diffusers import DDIMScheduler
+
+    preset, batch, steps = PRESETS[arguments.preset], arguments.batch[0], arguments.sampler_steps
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before, half, dtype = resident(), arguments.dtype == "bfloat16", getattr(torch, arguments.dtype)
+    torch.manual_seed(0)
+    unet, vae = torch_networks(arguments, device, dtype)
     decode = vae.decode
     if arguments.side == "compile":
         unet.compile()

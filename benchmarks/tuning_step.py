@@ -30,7 +30,17 @@ from common import (
     resident,
     versions,
 )
-from refl_step import ATTENTION, PACKAGES, PIXELS, TRAIN_STEPS, GivenSource, LinearReward, open_pipeline, summary
+from refl_step import (
+    ATTENTION,
+    PACKAGES,
+    PIXELS,
+    TRAIN_STEPS,
+    GivenSource,
+    LinearReward,
+    open_pipeline,
+    summary,
+    torch_networks,
+)
 
 LEARNING_RATE, CLIP_RANGE = 1e-5, 1e-4
 
@@ -232,26 +242,13 @@ def model_flops(arguments):
 def run_torch(arguments):
     """Times the same step in PyTorch with diffusers' networks and SDPA attention."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler
 
     preset, batch = PRESETS[arguments.preset], arguments.batch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before, half, dtype = resident(), arguments.dtype == "bfloat16", getattr(torch, arguments.dtype)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**preset["unet"]).to(device).train()
-    vae = AutoencoderKL(**preset["vae"]).to(device, dtype).requires_grad_(False)
-    if arguments.lora:
-        from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
-
-        unet.requires_grad_(False).to(dtype)
-        options = {"r": arguments.lora, "lora_alpha": arguments.lora, "init_lora_weights": "gaussian"}
-        unet.add_adapter(LoraConfig(**options, target_modules=list(ATTENTION)))
-        cast_training_params(unet, dtype=torch.float32)
-    if preset["remat"] != "none":
-        unet.enable_gradient_checkpointing()
-        vae.enable_gradient_checkpointing()
-        vae.train()  # diffusers checkpoints in training mode alone; this VAE has neither dropout nor running statistics
+    unet, vae = torch_networks(arguments, device, dtype)
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-2)
     scheduler = DDIMScheduler(num_train_timesteps=TRAIN_STEPS, **SCHEDULER)
