@@ -93,20 +93,25 @@ def test_machines_with_other_cpus_have_other_folders(tmp_path, monkeypatch):
         (score, "score_files", ["--prompt", "a cat", "1.png"], "--no-compilation-cache"),
         (generate, "generate", ["--model", "tiny-shapes", "--prompt", "a", "--out", "x"], "--no-compilation-cache"),
         (evaluate, "evaluate", ["--model", "random", "--data", "shapes:held_out"], "--no-compilation-cache"),
-        (train, "run", ["", "--config=configs/refl_tiny.py"], "--config.compilation_cache=False"),
+        (
+            train,
+            "imagereward_jax.training.loop.train",
+            ["", "--config=configs/refl_tiny.py"],
+            "--config.compilation_cache=False",
+        ),
     ],
 )
 def test_commands_turn_it_on_unless_told_not_to(tmp_path, monkeypatch, command, work, argv, off, flag):
     """The cache's folder, while a command is at work."""
     seen = []
 
-    def stop(*_):
+    def stop(*_, **__):
         seen.append(jax.config.jax_compilation_cache_dir)
         raise ValueError("enough")
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("IMAGEREWARD_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(command, work, stop)
+    monkeypatch.setattr(work if "." in work else f"{command.__name__}.{work}", stop)
     before = jax.config.jax_compilation_cache_dir
     assert before is None
     try:

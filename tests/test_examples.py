@@ -25,8 +25,8 @@ def check(folder, printed):
     """Two steps, of which the hook was told, and a model that opens."""
     lines = [line for line in printed.splitlines() if line.startswith("step ")]
     assert [line.partition(",")[0] for line in lines] == [
-        "step 0: 2 held-out images", "step 1: 16 training images", "step 2: 16 training images",
-        "step 2: 2 held-out images",
+        "step 0: 4 held-out images", "step 1: 16 training images", "step 2: 16 training images",
+        "step 2: 4 held-out images",
     ]  # fmt: skip
     assert [row["step"] for row in read_rows(folder / "runs/redness/metrics.jsonl")] == [0, 1, 2]
     RM.load_pipeline(folder / "runs/redness_model")

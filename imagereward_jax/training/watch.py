@@ -108,7 +108,8 @@ def check_measured(config: Any, evaluators: Iterable[Any]) -> None:
     names = [name for some in known for name in some]
     if config.stop.judge:
         _check_given("config.stop.judge", config.stop.judge, (REWARD,), names)
-    if config.eval.best:
+    decides = config.checkpoint.best_only or config.checkpoint.export == "best"
+    if config.eval.best and (names or decides):  # a method without evaluators keeps its default
         check_best(config, names)
 
 
