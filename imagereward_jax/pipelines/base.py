@@ -372,8 +372,8 @@ class TextToImage(Networks):
         for name in ("in_channels", "out_channels"):
             if getattr(denoiser, name) != vae.latent_channels:
                 raise ValueError(
-                    f"{cls.denoiser}: {name}={getattr(denoiser, name)} is not the VAE's latent_channels={vae.latent_channels}; "
-                    "models for inpainting or of other families do not fit here"
+                    f"{cls.denoiser}: {name}={getattr(denoiser, name)} is not the VAE's latent_channels="
+                    f"{vae.latent_channels}; models for inpainting or of other families do not fit here"
                 )
 
 

@@ -67,7 +67,7 @@ class StableDiffusion3(TextToImage):
 
     @classmethod
     def default_generation(cls, scheduler_config: dict) -> Generation:
-        """Steps and guidance of diffusers' pipeline. Large-turbo, of 4 steps without guidance, has no mark of its own."""
+        """Steps and guidance of diffusers' pipeline. No file tells large-turbo (4 steps, unguided) apart."""
         return Generation("euler", 28, 7.0)
 
     def encode_prompts(self, params: Params, ids: dict[str, jax.Array]) -> Batch:

@@ -4,14 +4,12 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_sd3
 
 from imagereward_jax.pipelines import load_pipeline, open_pipeline
 from imagereward_jax.pipelines.sd3 import StableDiffusion3
-from imagereward_jax.weights.files import read_tensors
 from imagereward_jax.weights.generation import Generation
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
@@ -86,11 +84,10 @@ def test_encoded_prompts_are_those_of_diffusers(cond, reference, with_t5):
     assert np.any(cond["prompt_embeds"][:, 16:]) == with_t5
 
 
-@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
-def test_the_velocity_is_that_of_diffusers(opened, reference, cond, size):
-    """At a timestep that is no whole number; within 1e-4 of the largest value."""
+def test_the_velocity_is_that_of_diffusers(opened, reference, cond):
+    """Of latents that are not square, at a timestep that is no whole number; within 1e-4 of the largest value."""
     pipeline, params = opened
-    latents = jax.random.normal(jax.random.key(3), (4, *pipeline.latent_shape(*size)))
+    latents = jax.random.normal(jax.random.key(3), (4, *pipeline.latent_shape(16, 24)))
     actual = jax.jit(pipeline.denoise)(params, latents, 668.33, cond)
     embeds, pooled = (torch.tensor(np.asarray(cond[name])) for name in ("prompt_embeds", "pooled_prompt_embeds"))
     with torch.no_grad():
