@@ -203,3 +203,18 @@ def test_a_t5_of_another_width_is_refused(copied, with_t5):
     change(copied / "text_encoder_3" / "config.json", d_model=64)
     with pytest.raises(ValueError, match="joint_attention_dim=72 is not text_encoder_3's d_model=64"):
         open_pipeline(copied)
+
+
+# `target_modules` of diffusers' train_dreambooth_lora_sd3.py, endings of names.
+TRAINED = [f"attn.{name}" for name in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")]
+TRAINED += [f"attn.{name}" for name in ("to_k", "to_out.0", "to_q", "to_v")]
+
+
+def test_adapters_are_of_the_layers_that_diffusers_adapts(opened, reference):
+    """The second attention has none, and the last layer no to_add_out; layers are named as in diffusers."""
+    pipeline = opened[0]
+    adapted = pipeline.with_lora("transformer", pipeline.lora_targets, rank=2, alpha=2.0).adapted["transformer"]
+    names = [name for name, _ in reference.transformer.named_modules()]
+    expected = {name for name in names if any(name.endswith(f".{target}") for target in TRAINED)}
+    assert len(expected) == 8 + 8 + 7
+    assert set(adapted) == expected
