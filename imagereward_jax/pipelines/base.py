@@ -35,7 +35,8 @@ class TextToImage(Networks):
         tokenizer_folders: the folders that the tokenizers were read from, by their names in a diffusers folder.
         generation: sampler, steps and guidance that suit the model.
         default_size: side in pixels of the square images that it was trained on.
-        max_tokens: length that prompts are padded and cut to.
+        prompt_lengths: length that prompts are padded and cut to, by text encoder.
+        components, text_encoders: the family's without those of `optional` that the model lacks.
     """
 
     family: str
@@ -43,6 +44,8 @@ class TextToImage(Networks):
     denoiser = "unet"
     # Text encoder to the folder of its tokenizer.
     text_encoders: Mapping[str, str]
+    # Components that a model of the family may lack.
+    optional: frozenset[str] = frozenset()
     # Whether the denoiser is conditioned on original size and crop (`sdxl.make_time_ids`).
     micro_conditioned = False
     lora_targets = lora.ATTENTION
@@ -62,6 +65,8 @@ class TextToImage(Networks):
         remat: str = "none",
     ):
         self._check_fit(configs)
+        self.components = {name: kind for name, kind in self.components.items() if name in configs}
+        self.text_encoders = {name: folder for name, folder in self.text_encoders.items() if name in configs}
         super().__init__(configs, source=source, dtype=dtype, vae_dtype=vae_dtype, remat=remat)
         self.schedule = read_schedule(scheduler_config)
         # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x. It never clips flows.
@@ -69,19 +74,16 @@ class TextToImage(Networks):
         self.scheduler_config = override_scheduler(scheduler_config, clip_sample=clip_sample)
         self.generation = generation or self.default_generation(scheduler_config)
         self.default_size = configs[self.denoiser].sample_size * configs["vae"].downsampling
-        self.tokenizer_folders = {name: Path(given) for name, given in tokenizers.items() if prompt_ids.is_path(given)}
+        self.tokenizer_folders = {
+            name: Path(tokenizers[name]) for name in self.text_encoders.values() if prompt_ids.is_path(tokenizers[name])
+        }
         self.tokenizers = {
             encoder: prompt_ids.open_tokenizer(
                 tokenizers[name], encoder, configs[encoder].vocab_size, self.components[encoder]
             )
             for encoder, name in self.text_encoders.items()
         }
-        self.max_tokens = prompt_ids.common_length(
-            {
-                self.text_encoders[encoder]: min(tokenizer.model_max_length, configs[encoder].max_position_embeddings)
-                for encoder, tokenizer in self.tokenizers.items()
-            }
-        )
+        self.prompt_lengths = self._find_prompt_lengths()
 
     @classmethod
     def from_configs(
@@ -106,6 +108,21 @@ class TextToImage(Networks):
             tokenizers = dict.fromkeys(cls.text_encoders.values(), tokenizers)
         return cls(settings, scheduler, tokenizers, **options)
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest of `prompt_lengths`; no encoder reads tokens beyond it."""
+        return max(self.prompt_lengths.values())
+
+    def _find_prompt_lengths(self) -> dict[str, int]:
+        """`prompt_lengths` of encoders with a table of positions; ValueError if they differ."""
+        lengths = {
+            encoder: min(tokenizer.model_max_length, self.configs[encoder].max_position_embeddings)
+            for encoder, tokenizer in self.tokenizers.items()
+            if hasattr(self.configs[encoder], "max_position_embeddings")
+        }
+        length = prompt_ids.common_length({self.text_encoders[name]: length for name, length in lengths.items()})
+        return dict.fromkeys(lengths, length)
+
     @classmethod
     def default_generation(cls, scheduler_config: dict) -> Generation:
         """Sampler, steps and guidance of a model whose files state none."""
@@ -116,9 +133,9 @@ class TextToImage(Networks):
         return {}
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Token ids of prompts by text encoder, each int32 [B, L], padded and cut to `max_tokens`."""
+        """Token ids of prompts by text encoder, each int32 [B, L], padded and cut to `prompt_lengths`."""
         return {
-            encoder: prompt_ids.encode(tokenizer, prompts, self.max_tokens)
+            encoder: prompt_ids.encode(tokenizer, prompts, self.prompt_lengths[encoder])
             for encoder, tokenizer in self.tokenizers.items()
         }
 
@@ -135,8 +152,9 @@ class TextToImage(Networks):
         return jax.tree.leaves(cond)[0].shape[0]
 
     def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that `tokenize` cuts off because the prompt is too long; "" if it fits."""
-        return prompt_ids.cut_off(next(iter(self.tokenizers.values())), prompt, self.max_tokens)
+        """The end of a prompt that `tokenize` cuts off for every text encoder as too long; "" if it fits."""
+        encoder = max(self.prompt_lengths, key=self.prompt_lengths.get)
+        return prompt_ids.cut_off(self.tokenizers[encoder], prompt, self.prompt_lengths[encoder])
 
     def denoise(
         self,
@@ -245,17 +263,22 @@ class TextToImage(Networks):
 
     def image_tokens(self, latent_shape: tuple[int, int, int]) -> int:
         """Tokens of latents [h, w, c] in the denoiser's sequence: its patches, or every position if it has none."""
-        patch = getattr(self.configs[self.denoiser], "patch_size", 1)
-        return (latent_shape[0] // patch) * (latent_shape[1] // patch)
+        return (latent_shape[0] // self._patch) * (latent_shape[1] // self._patch)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of this size; ValueError if the size is not divisible."""
-        step = self.configs["vae"].downsampling
+        scale = self.configs["vae"].downsampling
+        step = scale * self._patch
         for name, pixels in (("height", height), ("width", width)):
             if pixels < step or pixels % step:
                 near = max(step, round(pixels / step) * step)
                 raise ValueError(f"{name}={pixels} should be a positive multiple of {step}, for example {near}")
-        return height // step, width // step, self.configs["vae"].latent_channels
+        return height // scale, width // scale, self.configs["vae"].latent_channels
+
+    @property
+    def _patch(self):
+        """Side of the denoiser's patches in latents; 1 if it has none."""
+        return getattr(self.configs[self.denoiser], "patch_size", 1)
 
     def sample(
         self,
@@ -341,14 +364,16 @@ class TextToImage(Networks):
     @classmethod
     def _check_fit(cls, configs):
         """Refuses networks that cannot be put together, or belong to another family."""
-        unet, vae = configs[cls.denoiser], configs["vae"]
-        if not isinstance(unet.sample_size, int):
-            raise ValueError(f"unet: sample_size={unet.sample_size!r} should be one number, the side of the latents")
+        denoiser, vae = configs[cls.denoiser], configs["vae"]
+        if not isinstance(denoiser.sample_size, int):
+            raise ValueError(
+                f"{cls.denoiser}: sample_size={denoiser.sample_size!r} should be one number, the side of the latents"
+            )
         for name in ("in_channels", "out_channels"):
-            if getattr(unet, name) != vae.latent_channels:
+            if getattr(denoiser, name) != vae.latent_channels:
                 raise ValueError(
-                    f"unet: {name}={getattr(unet, name)} is not the VAE's latent_channels={vae.latent_channels}; "
-                    "models for inpainting or of other families do not fit here"
+                    f"{cls.denoiser}: {name}={getattr(denoiser, name)} is not the VAE's latent_channels="
+                    f"{vae.latent_channels}; models for inpainting or of other families do not fit here"
                 )
 
 

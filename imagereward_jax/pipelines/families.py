@@ -10,12 +10,13 @@ import numpy as np
 from imagereward_jax.models import clip, unet, vae
 from imagereward_jax.pipelines.base import TextToImage, override_scheduler
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
+from imagereward_jax.pipelines.sd3 import StableDiffusion3
 from imagereward_jax.pipelines.sdxl import TURBO, StableDiffusionXL
 from imagereward_jax.weights import components, diffusers, hub, orbax
 from imagereward_jax.weights.generation import read_generation
 from imagereward_jax.weights.sources import DiffusersSource, OrbaxSource
 
-FAMILIES = {family.pipeline_class: family for family in (StableDiffusion1, StableDiffusionXL)}
+FAMILIES = {family.pipeline_class: family for family in (StableDiffusion1, StableDiffusionXL, StableDiffusion3)}
 
 # config.json of the published networks by component.
 SD1 = {"unet": unet.SD1, "vae": vae.SD1, "text_encoder": clip.VIT_L}
@@ -148,8 +149,9 @@ def from_architecture(architecture: dict[str, Any], tokenizer: Any, **options: A
     """Makes a pipeline to train from nothing; `TextToImage.init` draws its weights.
 
     Args:
-        architecture: config.json by component, and "scheduler". Two text encoders make an SDXL.
-        tokenizer: serves every text encoder; a tokenizer or its folder.
+        architecture: config.json by component, and "scheduler". Two text encoders and a UNet make an SDXL.
+        tokenizer: serves every text encoder, a tokenizer or its folder; or a dict of them, as for
+            `TextToImage.from_configs`.
         options: dtype, vae_dtype and remat.
 
     Raises:
@@ -157,25 +159,30 @@ def from_architecture(architecture: dict[str, Any], tokenizer: Any, **options: A
     """
     parts = {name: config for name, config in architecture.items() if name != "scheduler"}
     for family in FAMILIES.values():
-        if set(family.components) == set(parts):
+        if set(family.components) - family.optional <= set(parts) <= set(family.components):
             return family.from_configs(parts, architecture["scheduler"], tokenizer, **options)
     known = "; ".join(f"{name}: {', '.join(family.components)}" for name, family in FAMILIES.items())
     raise ValueError(f"an architecture of {', '.join(sorted(parts))} is of no family that is implemented: {known}")
 
 
 def checked_components(family: type[TextToImage], index: diffusers.Index, folder: Path) -> dict[str, str]:
-    """Checks a model's components against its family; returns the family's {component: class}.
+    """Checks a model's components against its family.
+
+    Returns:
+        The family's {component: class}, without the optional ones that the model states to be absent.
 
     Raises:
         ValueError: model_index.json names another class for one of them, or none.
     """
-    for name, class_name in family.components.items():
+    absent = family.optional & index.absent
+    found = {name: class_name for name, class_name in family.components.items() if name not in absent}
+    for name, class_name in found.items():
         if index.classes.get(name) != class_name:
             raise ValueError(
                 f"{folder / diffusers.INDEX}: {name} is {index.classes.get(name, 'of no class that is implemented')}; "
                 f"{family.pipeline_class} has {class_name}"
             )
-    return family.components
+    return found
 
 
 def _from_checkpoint(folder, options):
@@ -183,7 +190,8 @@ def _from_checkpoint(folder, options):
     family = family_of(manifest["pipeline_class"], str(folder / orbax.MANIFEST))
     configs = manifest["components"]
     stated = {name: components.class_of(config, str(folder)) for name, config in configs.items()}
-    checked_components(family, diffusers.Index(family.pipeline_class, stated, {}), folder)
+    absent = frozenset(family.components) - stated.keys()
+    checked_components(family, diffusers.Index(family.pipeline_class, stated, {}, absent), folder)
     source = OrbaxSource(folder)
     return _assemble(family, configs, manifest["scheduler"], folder, **manifest["fields"], **options, source=source)
 

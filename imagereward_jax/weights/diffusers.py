@@ -30,7 +30,11 @@ TOKENIZER_FILES = (
 )
 # Settings of a pipeline's class beside its parts: defaults to write, and names to read.
 _NO_SAFETY_CHECKER = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
-_WRITTEN_FIELDS = {"StableDiffusionPipeline": {"requires_safety_checker": False} | _NO_SAFETY_CHECKER}
+_WRITTEN_FIELDS = {
+    "StableDiffusionPipeline": {"requires_safety_checker": False} | _NO_SAFETY_CHECKER,
+    # Unless T5 is among the parts.
+    "StableDiffusion3Pipeline": dict.fromkeys(("text_encoder_3", "tokenizer_3"), (None, None)),
+}
 _READ_FIELDS = ("force_zeros_for_empty_prompt",)
 # Files of a hub repository that opening a pipeline needs.
 _STRUCTURE = [INDEX, "generation_config.json", "*/config.json", "scheduler/*", *(f"{name}/*" for name in _TOKENIZERS)]
@@ -45,11 +49,13 @@ class Index(NamedTuple):
         pipeline_class: the class of the pipeline, or None.
         classes: the class of each network that this package reads, by component, under PyTorch's name.
         fields: settings of the pipeline beside its parts.
+        absent: names of the parts that the model is stated to lack.
     """
 
     pipeline_class: str | None
     classes: dict[str, str]
     fields: dict[str, Any]
+    absent: frozenset[str] = frozenset()
 
 
 def read_index(folder: str | Path) -> Index:
@@ -69,7 +75,8 @@ def read_index(folder: str | Path) -> Index:
         name: components.torch_class(kind, str(path)) for name, kind in parts.items() if components.is_component(kind)
     }
     fields = {name: index[name] for name in _READ_FIELDS if name in index}
-    return Index(index.get("_class_name"), classes, fields)
+    absent = frozenset(name for name, kind in parts.items() if kind is None)
+    return Index(index.get("_class_name"), classes, fields, absent)
 
 
 def resolve_structure(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path:
