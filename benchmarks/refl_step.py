@@ -26,6 +26,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import math
 import statistics
 import sys
 import time
@@ -44,7 +45,7 @@ from common import (
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "peft")
-TRAIN_STEPS, THRESHOLD, SCALE = 1000, 2.0, 1e-3
+TRAIN_STEPS, THRESHOLD, SCALE, LEARNING_RATE = 1000, 2.0, 1e-3, 1e-5
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what --lora adapts
 PIXELS = 224  # of the reward
 
@@ -173,7 +174,7 @@ def run_ours(arguments):
     initial, loss, sampler = our_problem(arguments, PRESETS[arguments.preset]["remat"])
     trainable, frozen, inputs = jax.jit(initial)()
     program = jax.make_jaxpr(jax.grad(loss_function(arguments, "none")))(*loss_inputs(initial))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=1e-2))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=1e-2))
     state = init_state(trainable, optimizer, seed=0, ema=False)
     step = make_train_step((Phase("refl", loss, GivenSource()),), optimizer, dtype=jnp.dtype(arguments.dtype))
     fixed, batches = Fixed(frozen, tables={"refl": sampler}), {"refl": inputs}
@@ -230,6 +231,46 @@ def torch_networks(arguments, device, dtype):
     return unet, vae
 
 
+def torch_reward(vae, decode, dtype, device):
+    """latents -> `LinearReward`'s scores [B] of what `decode` makes of them."""
+    import torch
+
+    weight = torch.full((PIXELS * PIXELS * 3,), 1e-4, device=device)
+    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=device).view(1, 3, 1, 1)
+    std = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=device).view(1, 3, 1, 1)
+
+    def rewards_of(latents):
+        images = (decode(latents.to(dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
+        images = torch.nn.functional.interpolate(images, (PIXELS, PIXELS), mode="bicubic", antialias=True)
+        return ((images - mean) / std).permute(0, 2, 3, 1).flatten(1).float() @ weight
+
+    return rewards_of
+
+
+def time_torch(backward, unet, arguments, device, before):
+    """Times updates of a UNet by the gradients that `backward()` leaves, which returns the loss; the figures."""
+    import torch
+
+    weights = [weight for weight in unet.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-2)
+    times = []
+    for _ in range(arguments.iterations + 1):
+        start = time.perf_counter()
+        loss = backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert math.isfinite(loss.item()), "the loss is not finite"
+        times.append(time.perf_counter() - start)
+    return {
+        "times": times[1:],
+        "compile_seconds": max(0.0, times[0] - statistics.median(times[1:])),
+        "peak_bytes": peak_of_torch(before),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "trained_parameters": sum(weight.numel() for weight in weights),
+    }
+
+
 def run_torch(arguments):
     """Times the same step in PyTorch with diffusers' networks and SDPA attention."""
     import torch
@@ -244,8 +285,6 @@ def run_torch(arguments):
     if arguments.side == "compile":
         unet.compile()
         decode = torch.compile(decode)
-    weights = [weight for weight in unet.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-5, weight_decay=1e-2)
     scheduler = DDIMScheduler(num_train_timesteps=TRAIN_STEPS, **SCHEDULER)
     scheduler.set_timesteps(steps + 1)
     size, pooled = preset["unet"]["sample_size"], pooled_features(preset["unet"])
@@ -254,14 +293,12 @@ def run_torch(arguments):
     if pooled:
         time_ids = torch.tensor([[8 * size, 8 * size, 0, 0, 8 * size, 8 * size]] * batch, device=device)
         added = {"text_embeds": torch.randn(batch, pooled, device=device), "time_ids": time_ids}
-    weight = torch.full((PIXELS * PIXELS * 3,), 1e-4, device=device)
-    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=device).view(1, 3, 1, 1)
-    std = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=device).view(1, 3, 1, 1)
+    rewards_of = torch_reward(vae, decode, dtype, device)
 
     def denoise(latents, timestep):
         return unet(latents, timestep, context, added_cond_kwargs=added).sample.float()
 
-    def step():
+    def backward():
         with torch.autocast(device, torch.bfloat16, enabled=half):
             latents = torch.randn(batch, 4, size, size, device=device)
             with torch.no_grad():
@@ -269,28 +306,11 @@ def run_torch(arguments):
                     latents = scheduler.step(denoise(latents, timestep), timestep, latents).prev_sample
             timestep = scheduler.timesteps[-1]
             clean = scheduler.step(denoise(latents, timestep), timestep, latents).pred_original_sample
-            images = (decode(clean.to(dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
-            images = torch.nn.functional.interpolate(images, (PIXELS, PIXELS), mode="bicubic", antialias=True)
-            rewards = ((images - mean) / std).permute(0, 2, 3, 1).flatten(1).float() @ weight
-            loss = torch.relu(THRESHOLD - rewards).mean() * SCALE
+            loss = torch.relu(THRESHOLD - rewards_of(clean)).mean() * SCALE
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss
 
-    times = []
-    for _ in range(arguments.iterations + 1):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return {
-        "times": times[1:],
-        "compile_seconds": max(0.0, times[0] - statistics.median(times[1:])),
-        "peak_bytes": peak_of_torch(before),
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "trained_parameters": sum(weight.numel() for weight in weights),
-    }
+    return time_torch(backward, unet, arguments, device, before)
 
 
 def summary(runs, batch, model_flops, peak):
@@ -333,6 +353,22 @@ def compare(arguments, batch, sides, options):
     return result
 
 
+def sides_of(torch_sides, lora):
+    """["ours", *torch_sides]; ours alone, with a note, if PyTorch's packages are not installed."""
+    needed = ("torch", "diffusers", *(("peft",) if lora else ()))
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    if absent and torch_sides:
+        print(f"note: {', '.join(absent)} not installed: PyTorch's side is left out", file=sys.stderr)
+    return ["ours"] if absent else ["ours", *torch_sides]
+
+
+def print_report(arguments, results):
+    """Prints date, versions, settings and results as JSON."""
+    settings = {name: value for name, value in vars(arguments).items() if name != "side"}
+    report = {"date": str(datetime.date.today()), "versions": versions(*PACKAGES), "settings": settings}
+    print(json.dumps({**report, **results}, indent=2))
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
@@ -368,18 +404,11 @@ def main():
     if arguments.side:
         print(json.dumps((run_ours if arguments.side == "ours" else run_torch)(arguments)))
         return
-    sides = ["ours", *arguments.torch]
-    needed = ("torch", "diffusers", *(("peft",) if arguments.lora else ()))
-    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
-        if arguments.torch:
-            print(f"note: {', '.join(absent)} not installed: PyTorch's side is left out", file=sys.stderr)
-        sides = ["ours"]
+    sides = sides_of(arguments.torch, arguments.lora)
     names = ("preset", "lora", "dtype", "sampler_steps", "quantization", "iterations")
     options = {name: getattr(arguments, name) for name in names}
     results = [compare(arguments, batch, sides, options) for batch in arguments.batch]
-    settings = {name: value for name, value in vars(arguments).items() if name != "side"}
-    report = {"date": str(datetime.date.today()), "versions": versions(*PACKAGES), "settings": settings}
-    print(json.dumps({**report, "results": results}, indent=2))
+    print_report(arguments, {"results": results})
 
 
 if __name__ == "__main__":

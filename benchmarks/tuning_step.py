@@ -11,12 +11,9 @@ recomputing, reward and figures are as in refl_step.py, whose docstring explains
 """
 
 import argparse
-import datetime
-import importlib.util
 import json
 import math
 import statistics
-import sys
 import time
 
 from common import (
@@ -26,23 +23,25 @@ from common import (
     in_process,
     matrix_products_a_second,
     peak_of_jax,
-    peak_of_torch,
     resident,
-    versions,
 )
 from refl_step import (
     ATTENTION,
-    PACKAGES,
+    LEARNING_RATE,
     PIXELS,
     TRAIN_STEPS,
     GivenSource,
     LinearReward,
     open_pipeline,
+    print_report,
+    sides_of,
     summary,
+    time_torch,
     torch_networks,
+    torch_reward,
 )
 
-LEARNING_RATE, CLIP_RANGE = 1e-5, 1e-4
+CLIP_RANGE = 1e-4
 
 
 def given(arguments, batch, remat):
@@ -249,15 +248,11 @@ def run_torch(arguments):
     before, half, dtype = resident(), arguments.dtype == "bfloat16", getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     unet, vae = torch_networks(arguments, device, dtype)
-    weights = [weight for weight in unet.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-2)
     scheduler = DDIMScheduler(num_train_timesteps=TRAIN_STEPS, **SCHEDULER)
     scheduler.set_timesteps(arguments.steps)
     size = preset["unet"]["sample_size"]
     context = torch.randn(2 * batch, TOKENS, preset["unet"]["cross_attention_dim"], device=device, dtype=dtype)
-    weight = torch.full((PIXELS * PIXELS * 3,), 1e-4, device=device)
-    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=device).view(1, 3, 1, 1)
-    std = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=device).view(1, 3, 1, 1)
+    rewards_of = torch_reward(vae, vae.decode, dtype, device)
     alphas = scheduler.alphas_cumprod.to(device)
     timesteps = scheduler.timesteps.tolist()
 
@@ -278,11 +273,6 @@ def run_torch(arguments):
     def log_prob(latents, mean, deviation):
         value = -((latents - mean) ** 2) / (2 * deviation**2) - deviation.log() - 0.5 * math.log(2 * math.pi)
         return value.mean(dim=(1, 2, 3))
-
-    def rewards_of(latents):
-        images = (vae.decode(latents.to(dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
-        images = torch.nn.functional.interpolate(images, (PIXELS, PIXELS), mode="bicubic", antialias=True)
-        return ((images - mean) / std).permute(0, 2, 3, 1).flatten(1).float() @ weight
 
     def alignprop():
         with torch.autocast(device, torch.bfloat16, enabled=half):
@@ -313,25 +303,8 @@ def run_torch(arguments):
             loss.backward()
         return loss
 
-    def step():
-        loss = {"alignprop": alignprop, "ddpo": ddpo}[arguments.method]()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    times = []
-    for _ in range(arguments.iterations + 1):
-        start = time.perf_counter()
-        assert math.isfinite(step()), "the loss is not finite"
-        times.append(time.perf_counter() - start)
-    return {
-        "times": times[1:],
-        "compile_seconds": max(0.0, times[0] - statistics.median(times[1:])),
-        "peak_bytes": peak_of_torch(before),
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "trained_parameters": sum(weight.numel() for weight in weights),
-    }
+    backward = {"alignprop": alignprop, "ddpo": ddpo}[arguments.method]
+    return time_torch(backward, unet, arguments, device, before)
 
 
 def parse_args(argv=None):
@@ -365,12 +338,8 @@ def main():
         ours = {"alignprop": run_alignprop, "ddpo": run_ddpo}[arguments.method]
         print(json.dumps((ours if arguments.side == "ours" else run_torch)(arguments)))
         return
-    needed = ("torch", "diffusers", *(("peft",) if arguments.lora else ()))
-    sides = ["ours", "eager"]
-    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
-        print(f"note: {', '.join(absent)} not installed: PyTorch's side is left out", file=sys.stderr)
-        sides = ["ours"]
     settings = {name: value for name, value in vars(arguments).items() if name != "side"}
+    sides = sides_of(["eager"], arguments.lora)
     peak = in_process(__file__, "product", dtype=arguments.dtype)["products_a_second"]
     runs = {side: in_process(__file__, side, **settings) for side in sides}
     ours = runs["ours"]
@@ -383,8 +352,7 @@ def main():
     if "eager" in runs:
         result["ratio"] = round(result["ours"]["images_per_second"] / result["eager"]["images_per_second"], 3)
         result["memory_ratio"] = round(result["ours"]["peak_mib"] / max(1, result["eager"]["peak_mib"]), 3)
-    report = {"date": str(datetime.date.today()), "versions": versions(*PACKAGES), "settings": settings}
-    print(json.dumps({**report, **result}, indent=2))
+    print_report(arguments, result)
 
 
 if __name__ == "__main__":
