@@ -26,6 +26,11 @@ def goodness(metrics: Mapping[str, float], best: str) -> float:
     return -math.inf if math.isnan(value) else value
 
 
+def exports_best(config: Any) -> bool:
+    """Whether the best checkpoint by config.eval.best is exported, not the last."""
+    return config.checkpoint.best_only or config.checkpoint.export == "best"
+
+
 class Checkpoints:
     """The folder WORKDIR/checkpoints.
 

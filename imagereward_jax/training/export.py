@@ -9,6 +9,7 @@ import jax
 from imagereward_jax.methods.base import Params
 from imagereward_jax.storage.files import write_text
 from imagereward_jax.storage.folders import new_folder
+from imagereward_jax.training.checkpoints import exports_best
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.mesh import host_copy
 from imagereward_jax.training.metric_writers import METRICS, read_rows
@@ -26,7 +27,7 @@ def chosen_by(config: Any, stopped: str) -> str:
     """
     if stopped:
         return config.stop.judge
-    return config.eval.best if config.checkpoint.export == "best" or config.checkpoint.best_only else ""
+    return config.eval.best if exports_best(config) else ""
 
 
 def write_export(workdir: Path, config: Any, run: AssembledRun, weights: Params, step: int) -> None:

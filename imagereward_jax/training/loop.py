@@ -17,7 +17,7 @@ from imagereward_jax.methods.base import ImageSamples
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.training.baseline import Baseline
-from imagereward_jax.training.checkpoints import Checkpoints, abstract, goodness
+from imagereward_jax.training.checkpoints import Checkpoints, abstract, exports_best, goodness
 from imagereward_jax.training.export import chosen_by, write_ending, write_export
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import (
@@ -292,7 +292,8 @@ class _Loop:
             write_report(self.workdir)
         if metrics:
             self.progress.say(f"step {self.step}: {listed(metrics)}")
-        self._check_best(metrics)
+        if exports_best(self.config):
+            check_best(self.config, metrics)
         for line in self.watch.update(self.step, metrics, errors):
             self.progress.say(f"warning: {line}: images may please the reward alone, see docs/watch.md")
         return metrics
@@ -300,11 +301,6 @@ class _Loop:
     def _show_samples(self, samples):
         if self.main and self.hook is not None and samples is not None:
             self.hook(samples, self.step, self.writers)
-
-    def _check_best(self, metrics):
-        """Refuses to look for the best by a metric that is not there."""
-        if self.config.checkpoint.best_only or self.config.checkpoint.export == "best":
-            check_best(self.config, metrics)
 
     def _log(self, row):
         if row:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from imagereward_jax.config import ConfigError, did_you_mean
-from imagereward_jax.training.checkpoints import goodness
+from imagereward_jax.training.checkpoints import exports_best, goodness
 
 REWARD = "eval/reward_mean"
 JUDGES = ("eval/judge_", "eval/checker_rate")  # prefixes of the metrics that are warned about
@@ -108,8 +108,7 @@ def check_measured(config: Any, evaluators: Iterable[Any]) -> None:
     names = [name for some in known for name in some]
     if config.stop.judge:
         _check_given("config.stop.judge", config.stop.judge, (REWARD,), names)
-    decides = config.checkpoint.best_only or config.checkpoint.export == "best"
-    if config.eval.best and (names or decides):  # a method without evaluators keeps its default
+    if config.eval.best and (names or exports_best(config)):  # a method without evaluators keeps its default
         check_best(config, names)
 
 
