@@ -59,13 +59,12 @@ def sampled_groups(args, number, pipeline):
 
     from imagereward_jax.data.prompts import load_prompts
     from imagereward_jax.data.shapes import words_right
-    from imagereward_jax.diffusion.samplers import make_sampler
     from imagereward_jax.pipelines.sample import ImageSampler
     from imagereward_jax.storage.contact_sheet import to_uint8
     from imagereward_jax.training.mesh import make_mesh
 
     params, side = jax.tree.map(jnp.asarray, pipeline.load_params()), pipeline.default_size
-    sampler = make_sampler("ddim", pipeline.scheduler_config, args.steps)
+    sampler = pipeline.make_sampler("ddim", args.steps, 0.0, side, side)
     chosen = list(load_prompts("shapes:train"))[: args.prompts]
     prompts = [prompt for prompt in chosen for _ in range(args.images)]
     batch = min(64, len(prompts))

@@ -71,7 +71,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance-scale", type=float, help="default: the model's; 1 or less: no guidance, half the work"
     )
-    parser.add_argument("--sampler", help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m (default: the model's)")
+    parser.add_argument(
+        "--sampler",
+        help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m; of a flow euler, heun or dpmpp_2m (default: the model's)",
+    )
     parser.add_argument("--steps", type=int, help="default: the model's")
     parser.add_argument("--eta", type=float, default=0.0, help="noise in ddim's steps, from 0 to 1")
     parser.add_argument("--height", type=int, help="pixels; default: those the model was trained on")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.diffusion.schedule import FLOW_PREDICTION, NoiseSchedule, Schedule, one_of, stated
+from imagereward_jax.diffusion.schedule import FLOW_PREDICTION, NoiseSchedule, Schedule, along_rows, one_of, stated
 
 CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 # Schedulers of betas that follow a flow with use_flow_sigmas.
@@ -21,17 +21,6 @@ _WITH_FLOW_SIGMAS = frozenset(
     f"{name}Scheduler"
     for name in ("DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "SASolver", "UniPCMultistep")
 )
-# The fields that are read, with the defaults of diffusers' class.
-DEFAULTS = {
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "use_dynamic_shifting": False,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "exponential",
-}
 # The only values implemented, of fields that would change the sigmas or the step.
 ALLOWED = {
     "prediction_type": (FLOW_PREDICTION,),
@@ -68,7 +57,7 @@ def read_schedule(config: Mapping[str, Any]) -> "NoiseSchedule | FlowSchedule":
 class FlowSchedule(Schedule):
     """Noising of a flow; `timesteps` are T * sigma, floats in [0, T], as the network is told them.
 
-    Attributes:
+    Attributes, the fields of scheduler_config.json with the defaults of diffusers' class:
         num_train_timesteps: T, how many sigmas training chooses from.
         shift: factor on sigma / (1 - sigma), the odds of noise; above 1 gives more of the steps to noisy latents.
         use_dynamic_shifting: shift by the size of the image instead, by `dynamic_shift`.
@@ -102,13 +91,13 @@ class FlowSchedule(Schedule):
             given = {"prediction_type": "epsilon", "shift": given.get("flow_shift", 1.0)} | given
         for field in given.keys() & ALLOWED.keys():
             one_of(field, given[field], ALLOWED[field])
-        values = {field: given.get(field, default) for field, default in DEFAULTS.items()}
-        steps, shift = values["num_train_timesteps"], values["shift"]
+        schedule = cls(**{field: given[field] for field in FIELDS if field in given})
+        steps, shift = schedule.num_train_timesteps, schedule.shift
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"scheduler_config.json: num_train_timesteps={steps!r} should be a positive integer")
         if not (isinstance(shift, int | float) and shift > 0):
             raise ValueError(f"scheduler_config.json: shift={shift!r} should be a positive number")
-        return cls(**values)
+        return schedule
 
     def train_sigmas(self) -> np.ndarray:
         """The sigmas that training chooses from, falling, float32 [T]; the fixed shift is in them."""
@@ -161,13 +150,15 @@ class FlowSchedule(Schedule):
 
     def coefficients(self, timesteps: jax.Array, ndim: int = 4) -> tuple[jax.Array, jax.Array]:
         """See `Schedule`."""
-        sigma = self.sigmas(timesteps)
-        sigma = sigma.reshape(sigma.shape + (1,) * (ndim - sigma.ndim)) if sigma.ndim else sigma
+        sigma = along_rows(self.sigmas(timesteps), ndim)
         return 1 - sigma, sigma
 
     def target(self, x0: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
         """The output that the network should have for x_t: noise - x_0 at every timestep."""
         return noise - x0.astype(jnp.float32)
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(FlowSchedule))
 
 
 def _shifted(sigmas, shift):

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from imagereward_jax.diffusion.rollout_checks import check_arguments
 from imagereward_jax.diffusion.sampler import Sampler, SamplerState, log_prob
-from imagereward_jax.diffusion.schedule import per_sample
+from imagereward_jax.diffusion.schedule import along_rows, per_sample
 
 Params = dict[str, Any]
 # (params, latents [B, h, w, c], timesteps [B], step [B]) -> model output [B, h, w, c].
@@ -190,7 +190,7 @@ class _Steps:
 
         def with_gradient(state):
             output, difference = self.output_with_gradient(state, step)
-            return jnp.where(_per_sample(carries, output), output, jax.lax.stop_gradient(output)), difference
+            return jnp.where(along_rows(carries, output.ndim), output, jax.lax.stop_gradient(output)), difference
 
         def without(state):
             return self.output(state, step), jnp.zeros(step.shape)
@@ -210,7 +210,7 @@ class _Steps:
     def advance(self, state, output, step, active):
         """The state after `step` of samples that are `active` [B]; others keep theirs."""
         new = self.sampler.step(state, output, step, self.random(step, state.latents.shape))
-        return jax.tree.map(lambda n, o: jnp.where(_per_sample(active, n), n, o), new, state)
+        return jax.tree.map(lambda n, o: jnp.where(along_rows(active, n.ndim), n, o), new, state)
 
 
 def _without_gradient(steps, state, stop):
@@ -285,7 +285,7 @@ def _with_calls(steps, state, stop, gradient):
     output, difference = steps.output_with_gradient(SamplerState(latents, latents), calls.reshape(-1))
     gradient_alone = _gradient_alone(output).reshape(*calls.shape, *output.shape[1:])
     if gradient.call_scale is not None:
-        gradient_alone *= _per_sample(gradient.call_scale, gradient_alone)
+        gradient_alone *= along_rows(gradient.call_scale, gradient_alone.ndim)
     outputs = add(outputs, calls, gradient_alone)
 
     def second_pass(state, step_and_output):
@@ -310,13 +310,13 @@ def _with_leaps(steps, state, gradient):
     def walk(step, carry):
         state, start, middle = carry
         index = jnp.full(first.shape, step, jnp.int32)
-        start = jnp.where(_per_sample(first == step, start), state.latents, start)
-        middle = jnp.where(_per_sample(second == step, middle), state.latents, middle)
+        start = jnp.where(along_rows(first == step, start.ndim), state.latents, start)
+        middle = jnp.where(along_rows(second == step, middle.ndim), state.latents, middle)
         return steps.advance(state, steps.output(state, index), index, first >= 0), start, middle
 
     def leap(latents, model_input, step, sigma):
         output, difference = steps.output_with_gradient(SamplerState(model_input, model_input), step)
-        distance = per_sample(sampler.sigma, step, latents.ndim) - _per_sample(sigma, latents)
+        distance = per_sample(sampler.sigma, step, latents.ndim) - along_rows(sigma, latents.ndim)
         return latents - distance * output, difference
 
     leap = jax.checkpoint(leap, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
@@ -373,8 +373,3 @@ def _recorded(steps, state, record):
     state = state._replace(latents=rounded(state.latents))
     state, trajectory = jax.lax.stop_gradient(jax.lax.fori_loop(0, sampler.num_steps, body, (state, trajectory)))
     return Rolled(state, None, trajectory)
-
-
-def _per_sample(flags, like):
-    """[B] flags shaped to broadcast against `like` [B, ...]."""
-    return flags.reshape(flags.shape + (1,) * (like.ndim - flags.ndim))

@@ -57,7 +57,7 @@ _OF_OTHER_SCHEDULERS = {
     *("skip_prk_steps", "solver_p", "time_shift_type"),
 }
 _KNOWN = (_OF_PIXEL_SPACE | _OF_OTHER_SCHEDULERS).union(*DEFAULTS.values())
-_FLOW_KNOWN = _KNOWN | flow.DEFAULTS.keys() | flow.ALLOWED.keys()
+_FLOW_KNOWN = _KNOWN.union(flow.FIELDS, flow.ALLOWED)
 
 # The only values implemented. The solver types of other multistep schedulers mean midpoint, as in diffusers.
 _ALLOWED = {

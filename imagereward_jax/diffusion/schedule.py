@@ -147,7 +147,11 @@ def _rescale_to_zero_terminal_snr(alphas_cumprod):
 
 def per_sample(table, index, ndim):
     """Float32 entries of a table at `index` (scalar or [B]), shaped to multiply an array of `ndim` axes."""
-    values = jnp.asarray(table, jnp.float32)[jnp.asarray(index)]
+    return along_rows(jnp.asarray(table, jnp.float32)[jnp.asarray(index)], ndim)
+
+
+def along_rows(values, ndim):
+    """Values [B], shaped to broadcast against an array [B, ...] of `ndim` axes; a scalar stays one."""
     return values if values.ndim == 0 else values.reshape(values.shape + (1,) * (ndim - values.ndim))
 
 

@@ -20,7 +20,7 @@ SHIFTS = ("schedule", "none", "resolution")
 
 
 class FlowLoss(NamedTuple):
-    """Settings of flow matching; the fields of `Config` with these names."""
+    """Settings of flow matching, and their defaults; the fields of `Config` with these names."""
 
     weighting: str = "logit_normal"
     logit_mean: float = 0.0
@@ -46,13 +46,15 @@ class Config(MethodConfig):
     snr_gamma: float = field(0.0, at_least=0.0)  # > 0: min-SNR weights of the loss; 5 is usual
     # The fields below are for flows alone, which the two above are not for.
     # "logit_normal", "mode": how noise levels are drawn; the others draw them evenly. "sigma_sqrt", "cosmap": weights
-    weighting: str = field("logit_normal", choices=WEIGHTINGS)
-    logit_mean: float = 0.0  # of "logit_normal": below 0, noisy ones come more often
-    logit_std: float = field(1.0, above=0.0)
-    mode_scale: float = field(1.29, at_least=-1.0, at_most=1.75)  # of "mode": above 0, middle ones come more often
-    precondition_outputs: bool = True  # the error is that of the clean latents, sigma^2 times that of the velocity
+    weighting: str = field(USUAL.weighting, choices=WEIGHTINGS)
+    logit_mean: float = USUAL.logit_mean  # of "logit_normal": below 0, noisy ones come more often
+    logit_std: float = field(USUAL.logit_std, above=0.0)
+    # of "mode": above 0, middle ones come more often
+    mode_scale: float = field(USUAL.mode_scale, at_least=-1.0, at_most=1.75)
+    # the error is that of the clean latents, sigma^2 times that of the velocity
+    precondition_outputs: bool = USUAL.precondition_outputs
     # Of the noise levels: the schedule's own shift, none, or one that grows with the image as Flux has it
-    timestep_shift: str = field("schedule", choices=SHIFTS)
+    timestep_shift: str = field(USUAL.timestep_shift, choices=SHIFTS)
 
     @property
     def flow(self) -> FlowLoss:
