@@ -77,6 +77,13 @@ def make_one_level(folder):
     return pipeline, random_params(pipeline)
 
 
+def save_one_level(folder):
+    """Saves a `make_one_level` in `folder`; returns the model's folder."""
+    pipeline, params = make_one_level(folder / "tokenizer")
+    pipeline.save(folder / "model", params)
+    return folder / "model"
+
+
 def random_params(pipeline):
     """Weights of unit gain for any pipeline; norms and biases are random too."""
     rng = np.random.default_rng(0)

@@ -28,10 +28,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "refl_tiny_lora.py"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    pipeline, params = tiny_sd1.make_one_level(tmp_path_factory.mktemp("tokenizer"))
-    path = tmp_path_factory.mktemp("saved") / "tiny"
-    pipeline.save(path, params)
-    return path
+    return tiny_sd1.save_one_level(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture(scope="module")

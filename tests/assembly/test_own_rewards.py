@@ -63,8 +63,7 @@ def empty(images):
 def project(tmp_path_factory, tiny_reward_folder):
     """A folder as a user has it: a model, a network reward, rewards of their own, prompts with metadata, recipes."""
     folder = tmp_path_factory.mktemp("project")
-    pipeline, params = tiny_sd1.make_one_level(folder / "tokenizer")
-    pipeline.save(folder / "model", params)
+    tiny_sd1.save_one_level(folder)
     (folder / "reward").symlink_to(tiny_reward_folder)
     (folder / "my_rewards.py").write_text((EXAMPLES / "my_rewards.py").read_text() + BROKEN)
     rows = [

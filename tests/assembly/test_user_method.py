@@ -89,8 +89,7 @@ main(sys.argv)
 def project(tmp_path_factory):
     """A folder as a user has it: a package with the method, a recipe and a model."""
     folder = tmp_path_factory.mktemp("project")
-    pipeline, params = tiny_sd1.make_one_level(folder / "tokenizer")
-    pipeline.save(folder / "model", params)
+    tiny_sd1.save_one_level(folder)
     (folder / "my_package").mkdir()
     (folder / "my_package/__init__.py").touch()
     (folder / "my_package/sharp.py").write_text(METHOD)

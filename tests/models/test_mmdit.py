@@ -20,6 +20,7 @@ from agreement import (
     to_torch_image,
     worst_gradient_error,
 )
+from collectives import CODE
 from flax import nnx
 
 from imagereward_jax.models import lora, param_tree
@@ -320,44 +321,21 @@ def test_inputs_that_do_not_fit_are_refused():
             jax.eval_shape(lambda given=given, options=options: module(*given, **options))
 
 
-SHARDED = """
-import json, re
-import jax, jax.numpy as jnp
-from flax import nnx
+SHARDED = (
+    CODE
+    + """
 from imagereward_jax.models.mmdit import SD3Transformer2DModel
 from imagereward_jax.models.mmdit_config import SD3Transformer2DConfig
-from imagereward_jax.models.sharding import batch_over
-from imagereward_jax.training.mesh import batch_sharding, make_mesh, weight_shardings
 
 config = SD3Transformer2DConfig(
     sample_size=40, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=32, num_attention_heads=4,
     joint_attention_dim=192, caption_projection_dim=128, pooled_projection_dim=224, pos_embed_max_size=24,
     dual_attention_layers=(0, 1), qk_norm="rms_norm")
-mesh = make_mesh(2, 4)
-layout, state = nnx.split(nnx.eval_shape(lambda: SD3Transformer2DModel(config, remat="blocks", rngs=nnx.Rngs(0))))
-params = nnx.to_pure_dict(state)
-
-def loss(params, *inputs):
-    with batch_over(mesh):
-        return jnp.square(nnx.merge(layout, params)(*inputs)).mean()
-
-def put(leaf, sharding):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-shardings = weight_shardings(mesh, params)
-inputs = [put(jax.ShapeDtypeStruct((8, *shape), jnp.float32), batch_sharding(mesh))
-          for shape in ((40, 40, 4), (), (77, 192), (224,))]
-compiled = jax.jit(jax.grad(loss), out_shardings=shardings).lower(
-    jax.tree.map(put, params, shardings), *inputs).compile()
-moved = {}
-kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\\(", compiled.as_text()):
-    shapes = [[int(size) for size in shape.split(",") if size] for shape in re.findall(r"\\[([\\d,]*)\\]", result)]
-    moved.setdefault(kind, []).extend(shapes)
-weights = [list(leaf.shape) for leaf in jax.tree.leaves(params)]
-print(json.dumps({"moved": moved, "weights": weights,
-                  "table": str(shardings["pos_embed"]["position_table"].spec)}))
+found, shardings = moved_by(
+    lambda: SD3Transformer2DModel(config, remat="blocks", rngs=nnx.Rngs(0)), (40, 40, 4), (), (77, 192), (224,))
+print(json.dumps({**found, "table": str(shardings["pos_embed"]["position_table"].spec)}))
 """
+)
 
 
 def test_weights_are_gathered_and_of_the_position_table_what_is_used_and_nothing_else_moves():

@@ -28,10 +28,7 @@ NOISE = np.random.default_rng(5).standard_normal((1, 8, 8, 4)).astype(np.float32
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The folder of a model."""
-    pipeline, params = tiny_sd1.make_one_level(tmp_path_factory.mktemp("tokenizer"))
-    path = tmp_path_factory.mktemp("saved") / "base"
-    pipeline.save(path, params)
-    return path
+    return tiny_sd1.save_one_level(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,7 @@ PROMPT = "a small blue cross in the center"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The tiny model as `save` writes it."""
-    pipeline, params = tiny_sd1.make_one_level(tmp_path_factory.mktemp("tokenizer"))
-    path = tmp_path_factory.mktemp("saved") / "tiny"
-    pipeline.save(path, params)
-    return path
+    return tiny_sd1.save_one_level(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture(scope="module")
