@@ -171,7 +171,13 @@ def parse_args(argv=None):
     parser.add_argument(
         "--set",
         nargs="*",
-        default=["eval.guidance_scale=3.0", "eval.guidance_scales=()"],
+        default=[
+            "eval.guidance_scale=3.0",
+            "eval.guidance_scales=()",
+            "eval.num_steps=20",
+            "eval.eta=0.0",
+            "eval.every=20",
+        ],
         metavar="FIELD=VALUE",
         help="of every run's config",
     )
