@@ -71,6 +71,28 @@ class DataSource(Source):
         self._batches.set_state(state[self.name])
 
 
+class GroupedSource(DataSource):
+    """As `DataSource`, each row `group` times in succession, the batch in `parts` parts; a group may lie in several."""
+
+    def __init__(self, *arguments: Any, group: int, parts: int, **options: Any):
+        super().__init__(*arguments, **options)
+        self.group, self.parts = group, parts
+
+    def batches(self, models: Models | None, key: Key) -> Iterator[Batch]:
+        """See `methods.base.Source`."""
+        for batch in super().batches(models, key):
+            rows = np.repeat(np.arange(len(batch[HOST]["prompt"])), self.group)
+            for part in np.split(rows, self.parts):
+                yield _rows_of(batch, part)
+
+
+def _rows_of(value, rows):
+    """The rows of a batch: of nested dicts of arrays and lists."""
+    if isinstance(value, dict):
+        return {name: _rows_of(part, rows) for name, part in value.items()}
+    return [value[row] for row in rows] if isinstance(value, list) else value[rows]
+
+
 def with_conditions(pipeline: Any, models: Models, batch: Batch) -> Batch:
     """The batch with "cond" and "negative_cond" instead of the ids that they are encoded from, and the sizes of the
     images among the conditions."""
@@ -83,8 +105,13 @@ def with_conditions(pipeline: Any, models: Models, batch: Batch) -> Batch:
     return batch
 
 
-def prompt_source(parts: Any, negative_prompt: str | None, size: int, *, rounds: int = 1) -> DataSource:
-    """See `Parts.prompts`; size: prompts of a global batch; rounds: batches that a step takes."""
+def prompt_source(parts: Any, negative_prompt: str | None, size: int, *, rounds: int = 1, group: int = 1) -> DataSource:
+    """See `Parts.prompts`.
+
+    Args:
+        size: rows of a global batch. rounds: batches that a step takes.
+        group: rows that share a prompt, in succession, over the batches of a step.
+    """
     config, pipeline, reward = parts.config, parts.pipeline, parts.reward
 
     def tokens(prompts):
@@ -105,10 +132,14 @@ def prompt_source(parts: Any, negative_prompt: str | None, size: int, *, rounds:
         given = {"cond": cond} if cond else {"ids": rows_spec(pipeline.tokenize([""]), size)}
         spec = {**given, **rows_spec(tokens([""]), size)}
         return DataSource("prompts", None, transform, spec, images=size, prepare=prepare)
-    rows = training_rows(parts, config.steps * rounds * size)
+    prompts = rounds * size // group  # of a step
+    rows = training_rows(parts, config.steps * prompts)
     rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows.prompts)) if config.data.get("cache") else rows
     spec = rows_spec({"ids": pipeline.tokenize([""]), **tokens([""])}, size)
-    return DataSource("prompts", iterate(config, rows, size=size), transform, spec, images=size, prepare=prepare)
+    if group == 1:
+        return DataSource("prompts", iterate(config, rows, size=size), transform, spec, images=size, prepare=prepare)
+    options = {"images": size, "prepare": prepare, "group": group, "parts": rounds}
+    return GroupedSource("prompts", iterate(config, rows, size=prompts), transform, spec, **options)
 
 
 def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, **options: Any) -> Explore:
@@ -119,11 +150,18 @@ def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, *
             f"config.method.round_size={round_size} is not divisible by {devices} device(s); the next size that is: "
             f"{-(-round_size // devices) * devices}"
         )
+    rounds, group = options.get("rounds", 1), options.get("group", 1)
+    if not parts.abstract and rounds * round_size % (group * jax.process_count()):
+        raise ConfigError(
+            f"config.method.group_size={group}: the {rounds * round_size} samples of a step (rounds x round_size) are "
+            f"not whole groups for each of {jax.process_count()} process(es); take a multiple of "
+            f"{group * jax.process_count()}"
+        )
     shapes = parts.pipeline.abstract_params()
     if parts.reward is not None:
         shapes["reward"] = jax.eval_shape(lambda tree: tree, parts.reward.params)
     source = Explore(
-        prompt_source(parts, negative_prompt, round_size, rounds=options.get("rounds", 1)),
+        prompt_source(parts, negative_prompt, round_size, rounds=rounds, group=group),
         parts.terms,
         mesh=parts.mesh,
         shapes=shapes,
@@ -135,7 +173,7 @@ def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, *
     if parts.abstract:
         parts.assumptions.append(
             f"the figures are those of one update, of which a step makes {source.updates}; the program that samples "
-            f"({options['rounds']} round(s) of {round_size} per step) and the rewards are not counted"
+            f"({rounds} round(s) of {round_size} per step) and the rewards are not counted"
         )
     return source
 

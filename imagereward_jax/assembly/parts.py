@@ -132,10 +132,12 @@ class Parts:
         Args:
             negative_prompt: see `prompts`, whose batches `sample` is given.
             round_size: samples of one round over all devices; None for config.batch_size.
-            options: sample, assign, choose, tables, rounds and epochs of `training.explore.Explore`.
+            options: sample, assign, choose, tables, copies, group, select, selected, rounds and epochs of
+                `training.explore.Explore`.
 
         Raises:
-            ConfigError: the devices do not divide a round, of which it names config.method.round_size.
+            ConfigError: the devices do not divide a round, of which it names config.method.round_size, or the processes
+                the groups of a step (config.method.group_size).
         """
         return conditions.on_policy_source(self, negative_prompt, round_size or self.config.batch_size, **options)
 

@@ -68,6 +68,12 @@ def log_prob(transition: Transition, latents: jax.Array) -> jax.Array:
     return jnp.where(std.reshape(-1) > 0, density, 0.0)
 
 
+def negative_distance(transition: Transition, latents: jax.Array) -> jax.Array:
+    """-mean((latents - mean)^2), float32 [B]: CPS's log-density, without constants and 1 / (2 std^2)."""
+    deviation = latents.astype(jnp.float32) - transition.mean
+    return -jnp.square(deviation).mean(tuple(range(1, deviation.ndim)))
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["timesteps", "init_noise_sigma", "input_scale", "alpha", "sigma", "weights"],
@@ -175,6 +181,12 @@ class Sampler:
             raise ValueError("this sampler is stochastic: pass standard normal noise of the shape of the latents")
         mean, std, original = self.transition(state, model_output, step)
         return SamplerState(mean if noise is None else mean + std * noise, original)
+
+    def steps_where(self, mask: jax.Array, other: "Sampler") -> "Sampler":
+        """The sampler with this one's steps where `mask` [S], may be traced, and elsewhere those of `other`, which has
+        the same timesteps."""
+        weights = jax.tree.map(lambda own, others: jnp.where(mask, own, others), self.weights, other.weights)
+        return dataclasses.replace(self, weights=weights)
 
     def _prediction(self, state, model_output, step):
         alpha = per_sample(self.alpha, step, model_output.ndim)
