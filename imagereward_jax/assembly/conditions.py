@@ -5,6 +5,7 @@ both inside the compiled step, so that no loss sees token ids.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from imagereward_jax.config import ConfigError
 from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.groups import Pairs, padded
 from imagereward_jax.data.pairs import load_pairs
+from imagereward_jax.data.preferences import load_preferences
 from imagereward_jax.data.prompts import SHAPES_PREFIX
 from imagereward_jax.methods.base import HOST, Batch, Key, Models, Source
+from imagereward_jax.terminal import say
 from imagereward_jax.training.explore import Explore
 from imagereward_jax.training.step import compile_options
 
@@ -183,15 +186,52 @@ def pair_source(parts: Any) -> DataSource:
     config, pipeline = parts.config, parts.pipeline
     prepare = functools.partial(with_conditions, pipeline)
     spec = pair_spec(config, pipeline)
+    options = {"images": config.batch_size, "prepare": prepare}
     if parts.abstract:
-        return DataSource("pairs", None, dict, spec, images=config.batch_size, prepare=prepare)
-    if not config.data.get("cache"):
-        batches = iterate(config, load_pairs_of(config), functools.partial(drop_caption, config.data.caption_dropout))
-        transform = functools.partial(pair_batch, pipeline)
-        return DataSource("pairs", batches, transform, spec, images=config.batch_size, prepare=prepare)
-    cache = encoded.pair_cache(parts, load_pairs_of(config))
-    batches = iterate(config, cache, encoded.DropPrompt(config.data.caption_dropout, cache.empty()))
-    return DataSource("pairs", batches, encoded.cached_batch, spec, images=config.batch_size, prepare=prepare)
+        return DataSource("pairs", None, dict, spec, **options)
+    rows = load_pairs_of(config)
+    cache = encoded.pair_cache(parts, rows) if config.data.get("cache") else None
+    return DataSource("pairs", *_pair_batches(parts, rows, cache), spec, **options)
+
+
+def _pair_batches(parts, rows, cache):
+    """(batches of pairs, or of a cache of them, with dropped captions; the transform of a batch)."""
+    config, share = parts.config, parts.config.data.caption_dropout
+    if cache is None:
+        batches = iterate(config, rows, functools.partial(drop_caption, share))
+        return batches, functools.partial(pair_batch, parts.pipeline)
+    return iterate(config, cache, encoded.DropPrompt(share, cache.empty())), encoded.cached_batch
+
+
+def preference_source(parts: Any) -> DataSource:
+    """See `Parts.preferences`. Of the captions config.data.caption_dropout are empty."""
+    config, pipeline = parts.config, parts.pipeline
+    data = config.data
+    spec = jax.tree_util.tree_map_with_path(_of_two, pair_spec(config, pipeline))
+    spec.pop("time_ids", None)  # both images are told to be whole ones of the size that is made
+    options = {"images": 2 * config.batch_size, "prepare": functools.partial(with_conditions, pipeline)}
+    if parts.abstract:
+        return DataSource("preferences", None, dict, spec, **options)
+    shapes = {"size": data.preferences_size, "images_per_prompt": data.images_per_prompt}
+    rows = load_preferences(
+        data.preferences,
+        image_size=data.image_size,
+        split=data.preferences_split,
+        images=data.images_folder or None,
+        crop="random" if data.random_crop else "center",
+        flip=data.random_flip,
+        shapes=shapes if str(data.preferences).startswith(SHAPES_PREFIX) else None,
+    )
+    if rows.ties and jax.process_index() == 0:
+        say(f"config.data.preferences: {len(rows)} pairs; {rows.ties} of equal rank are left out", sys.stderr)
+    cache = encoded.pair_cache(parts, rows, encoded.PREFERENCE_FIELDS) if data.cache else None
+    return DataSource("preferences", *_pair_batches(parts, rows, cache), spec, **options)
+
+
+def _of_two(path, shape):
+    """The shape of what a row has twice if it is an image or its encoding."""
+    twice = path[0].key in ("image", "latent_mean", "latent_logvar")
+    return jax.ShapeDtypeStruct((shape.shape[0], 2, *shape.shape[1:]), shape.dtype) if twice else shape
 
 
 def drop_caption(share: float, item: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

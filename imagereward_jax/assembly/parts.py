@@ -145,6 +145,11 @@ class Parts:
         """Batches of image-text pairs: "cond" and "image", or latents from config.data.cache."""
         return conditions.pair_source(self)
 
+    def preferences(self) -> Source:
+        """Batches of pairs of images of one prompt, the preferred first: "cond" and "image" [B, 2, H, W, 3], or latents
+        from config.data.cache."""
+        return conditions.preference_source(self)
+
     def images(self) -> Source:
         """Batches of the images of pairs alone: "image"."""
         return conditions.image_source(self)

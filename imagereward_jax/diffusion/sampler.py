@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.diffusion.schedule import per_sample, to_noise, to_original
+from imagereward_jax.diffusion.schedule import per_sample, to_noise, to_original, to_target
 
 
 class SamplerState(NamedTuple):
@@ -135,6 +135,11 @@ class Sampler:
     def pred_original(self, state: SamplerState, model_output: jax.Array, step: jax.Array) -> jax.Array:
         """The clean latents that `model_output` at `step` means, float32 [B, h, w, c]."""
         return to_original(*self._prediction(state, model_output, step))
+
+    def target(self, clean: jax.Array, noise: jax.Array, step: jax.Array) -> jax.Array:
+        """The output that the network should have at `step` for clean latents and noise [B, h, w, c]."""
+        alpha, sigma = (per_sample(table, step, clean.ndim) for table in (self.alpha, self.sigma))
+        return to_target(self.prediction_type, clean, noise, alpha, sigma)
 
     def transition(
         self,
