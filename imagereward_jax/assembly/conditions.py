@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.assembly import encoded
+from imagereward_jax.assembly import encoded, trainable
 from imagereward_jax.assembly.given import training_rows
 from imagereward_jax.assembly.rows import nested_cond, pair_batch, repeated_ids, rows_spec
 from imagereward_jax.config import ConfigError
@@ -24,6 +24,7 @@ from imagereward_jax.data.pairs import load_pairs
 from imagereward_jax.data.preferences import load_preferences
 from imagereward_jax.data.prompts import SHAPES_PREFIX
 from imagereward_jax.methods.base import HOST, Batch, Key, Models, Source
+from imagereward_jax.models.param_tree import join
 from imagereward_jax.terminal import say
 from imagereward_jax.training.explore import Explore
 from imagereward_jax.training.step import compile_options
@@ -161,6 +162,8 @@ def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, *
             f"{group * jax.process_count()}"
         )
     shapes = parts.pipeline.abstract_params()
+    if parts.abstract and parts.adapts:
+        shapes = join(shapes, trainable.initial_adapter(parts))
     if parts.reward is not None:
         shapes["reward"] = jax.eval_shape(lambda tree: tree, parts.reward.params)
     source = Explore(

@@ -139,7 +139,8 @@ def _pick_a_pic(table):
     """Reads rows of Pick-a-Pic v2: label_0 is 1 if jpg_0 was preferred, 0 if jpg_1 was, 0.5 if neither."""
     prompts = check_texts(table, column_values(table, "caption"), "caption")
     columns = ("jpg_0", "jpg_1")
-    pick_column(table, columns[1], (), "")
+    for name in ("jpg_1", "label_0", "label_1"):
+        pick_column(table, name, (), "")
     labels = [column_values(table, f"label_{k}") for k in range(2)]
     ranks = {(1, 0): (1, 2), (0, 1): (2, 1), (0.5, 0.5): (1, 1)}
     groups = []
