@@ -15,9 +15,9 @@ import numpy as np
 from common import versions
 
 from imagereward_jax.data.prompts import load_prompts
-from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.methods.base import STEPS, Models
-from imagereward_jax.methods.ddpo import Config, make_loss, make_sample
+from imagereward_jax.methods.ddpo import Config
+from imagereward_jax.methods.policy_gradient import make_loss, make_sample, make_tables
 from imagereward_jax.pipelines.families import open_pipeline
 from imagereward_jax.training.step import cast, compile_options
 
@@ -36,17 +36,17 @@ def ratio_errors(args, dtype, options):
     params = jax.device_put(cast(jax.tree.map(jnp.asarray, pipeline.load_params()), jnp.dtype(dtype)))
     side = pipeline.default_size
     config = Config(num_steps=args.steps, guidance_scale=3.0, height=side, width=side)
-    sampler = make_sampler("ddim", pipeline.scheduler_config, args.steps, config.eta)
+    tables = make_tables(config, pipeline)
     prompts = list(load_prompts("shapes:held_out"))[: args.samples]
     encode = jax.jit(pipeline.encode_prompts)
     texts = {"cond": prompts, "negative_cond": [""] * len(prompts)}
     batch = {name: encode(params, pipeline.tokenize(some)) for name, some in texts.items()}
     sample = jax.jit(make_sample(config, pipeline), compiler_options=options)
-    _, rows = sample(Models(params, tables=sampler), batch, jax.random.key(0))
+    _, rows = sample(Models(params, tables=tables), batch, jax.random.key(0))
     loss = make_loss(config, pipeline)
 
     def of_unet(unet, batch):
-        return loss(Models({**params, "unet": unet}, tables=sampler), batch, None)
+        return loss(Models({**params, "unet": unet}, tables=tables.noisy), batch, None)
 
     gradient = jax.jit(jax.value_and_grad(of_unet, has_aux=True), compiler_options=options)
     ones, found = np.ones(len(prompts), np.float32), []

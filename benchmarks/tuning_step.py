@@ -140,8 +140,7 @@ def run_ddpo(arguments):
     import jax
     import numpy as np
 
-    from imagereward_jax.diffusion.samplers import make_sampler
-    from imagereward_jax.methods import ddpo
+    from imagereward_jax.methods import ddpo, policy_gradient
     from imagereward_jax.methods.base import Models
     from imagereward_jax.models.param_tree import join
     from imagereward_jax.training.step import cast, compile_options
@@ -150,17 +149,18 @@ def run_ddpo(arguments):
     pipeline, initial = given(arguments, arguments.batch, PRESETS[arguments.preset]["remat"])
     size = pipeline.default_size
     config = ddpo.Config(num_steps=arguments.steps, guidance_scale=arguments.guidance, height=size, width=size)
-    sampler = make_sampler("ddim", pipeline.scheduler_config, config.num_steps, config.eta)
+    tables = policy_gradient.make_tables(config, pipeline)
     trainable, frozen, conditions = filled(initial)
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    make, reward = ddpo.make_sample(config, pipeline), LinearReward()
+    make, reward = policy_gradient.make_sample(config, pipeline), LinearReward()
 
     def sample(params, frozen, conditions, key):
-        models = Models(join(frozen, cast(params, arguments.dtype)), tables=sampler)
+        models = Models(join(frozen, cast(params, arguments.dtype)), tables=tables)
         images, rows = make(models, conditions, key)
         return reward.apply(models.policy["reward"], images, {}), rows
 
-    options, choose = compile_options(None, on_policy=True), ddpo.make_choose(config.trained_steps)
+    options = compile_options(None, on_policy=True)
+    choose = policy_gradient.make_choose(config.num_steps, config.trained_steps)
     start = time.perf_counter()
     sampled = jax.jit(sample).lower(trainable, frozen, conditions, jax.random.key(0)).compile(compiler_options=options)
     seconds = time.perf_counter() - start
@@ -172,8 +172,8 @@ def run_ddpo(arguments):
         return jax.device_put({**rows, "update": np.zeros(len(scores), np.int32)})
 
     batch = minibatch(*sampled(trainable, frozen, conditions, jax.random.key(0)))
-    loss = ddpo.make_loss(config, pipeline)
-    step, state, more = step_of("ddpo", loss, arguments, trainable, frozen, sampler, batch, True)
+    loss = policy_gradient.make_loss(config, pipeline)
+    step, state, more = step_of("ddpo", loss, arguments, trainable, frozen, tables.noisy, batch, True)
     del trainable, batch
     times, errors, sampling = [], [], []
     for index in range(arguments.iterations + 1):

@@ -5,6 +5,7 @@ both inside the compiled step, so that no loss sees token ids.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.assembly import encoded
+from imagereward_jax.assembly import encoded, trainable
 from imagereward_jax.assembly.given import training_rows
 from imagereward_jax.assembly.rows import nested_cond, pair_batch, repeated_ids, rows_spec
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.groups import Pairs, padded
 from imagereward_jax.data.pairs import load_pairs
+from imagereward_jax.data.preferences import load_preferences
 from imagereward_jax.data.prompts import SHAPES_PREFIX
 from imagereward_jax.methods.base import HOST, Batch, Key, Models, Source
+from imagereward_jax.models.param_tree import join
+from imagereward_jax.terminal import say
 from imagereward_jax.training.explore import Explore
 from imagereward_jax.training.step import compile_options
 
@@ -71,6 +75,28 @@ class DataSource(Source):
         self._batches.set_state(state[self.name])
 
 
+class GroupedSource(DataSource):
+    """As `DataSource`, each row `group` times in succession, the batch in `parts` parts; a group may lie in several."""
+
+    def __init__(self, *arguments: Any, group: int, parts: int, **options: Any):
+        super().__init__(*arguments, **options)
+        self.group, self.parts = group, parts
+
+    def batches(self, models: Models | None, key: Key) -> Iterator[Batch]:
+        """See `methods.base.Source`."""
+        for batch in super().batches(models, key):
+            rows = np.repeat(np.arange(len(batch[HOST]["prompt"])), self.group)
+            for part in np.split(rows, self.parts):
+                yield _rows_of(batch, part)
+
+
+def _rows_of(value, rows):
+    """The rows of a batch: of nested dicts of arrays and lists."""
+    if isinstance(value, dict):
+        return {name: _rows_of(part, rows) for name, part in value.items()}
+    return [value[row] for row in rows] if isinstance(value, list) else value[rows]
+
+
 def with_conditions(pipeline: Any, models: Models, batch: Batch) -> Batch:
     """The batch with "cond" and "negative_cond" instead of the ids that they are encoded from, and the sizes of the
     images among the conditions."""
@@ -83,8 +109,13 @@ def with_conditions(pipeline: Any, models: Models, batch: Batch) -> Batch:
     return batch
 
 
-def prompt_source(parts: Any, negative_prompt: str | None, size: int, *, rounds: int = 1) -> DataSource:
-    """See `Parts.prompts`; size: prompts of a global batch; rounds: batches that a step takes."""
+def prompt_source(parts: Any, negative_prompt: str | None, size: int, *, rounds: int = 1, group: int = 1) -> DataSource:
+    """See `Parts.prompts`.
+
+    Args:
+        size: rows of a global batch. rounds: batches that a step takes.
+        group: rows that share a prompt, in succession, over the batches of a step.
+    """
     config, pipeline, reward = parts.config, parts.pipeline, parts.reward
 
     def tokens(prompts):
@@ -105,10 +136,14 @@ def prompt_source(parts: Any, negative_prompt: str | None, size: int, *, rounds:
         given = {"cond": cond} if cond else {"ids": rows_spec(pipeline.tokenize([""]), size)}
         spec = {**given, **rows_spec(tokens([""]), size)}
         return DataSource("prompts", None, transform, spec, images=size, prepare=prepare)
-    rows = training_rows(parts, config.steps * rounds * size)
+    prompts = rounds * size // group  # of a step
+    rows = training_rows(parts, config.steps * prompts)
     rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows.prompts)) if config.data.get("cache") else rows
     spec = rows_spec({"ids": pipeline.tokenize([""]), **tokens([""])}, size)
-    return DataSource("prompts", iterate(config, rows, size=size), transform, spec, images=size, prepare=prepare)
+    if group == 1:
+        return DataSource("prompts", iterate(config, rows, size=size), transform, spec, images=size, prepare=prepare)
+    options = {"images": size, "prepare": prepare, "group": group, "parts": rounds}
+    return GroupedSource("prompts", iterate(config, rows, size=prompts), transform, spec, **options)
 
 
 def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, **options: Any) -> Explore:
@@ -119,11 +154,20 @@ def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, *
             f"config.method.round_size={round_size} is not divisible by {devices} device(s); the next size that is: "
             f"{-(-round_size // devices) * devices}"
         )
+    rounds, group = options.get("rounds", 1), options.get("group", 1)
+    if not parts.abstract and rounds * round_size % (group * jax.process_count()):
+        raise ConfigError(
+            f"config.method.group_size={group}: the {rounds * round_size} samples of a step (rounds x round_size) are "
+            f"not whole groups for each of {jax.process_count()} process(es); take a multiple of "
+            f"{group * jax.process_count()}"
+        )
     shapes = parts.pipeline.abstract_params()
+    if parts.abstract and parts.adapts:
+        shapes = join(shapes, trainable.initial_adapter(parts))
     if parts.reward is not None:
         shapes["reward"] = jax.eval_shape(lambda tree: tree, parts.reward.params)
     source = Explore(
-        prompt_source(parts, negative_prompt, round_size, rounds=options.get("rounds", 1)),
+        prompt_source(parts, negative_prompt, round_size, rounds=rounds, group=group),
         parts.terms,
         mesh=parts.mesh,
         shapes=shapes,
@@ -135,7 +179,7 @@ def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, *
     if parts.abstract:
         parts.assumptions.append(
             f"the figures are those of one update, of which a step makes {source.updates}; the program that samples "
-            f"({options['rounds']} round(s) of {round_size} per step) and the rewards are not counted"
+            f"({rounds} round(s) of {round_size} per step) and the rewards are not counted"
         )
     return source
 
@@ -145,15 +189,52 @@ def pair_source(parts: Any) -> DataSource:
     config, pipeline = parts.config, parts.pipeline
     prepare = functools.partial(with_conditions, pipeline)
     spec = pair_spec(config, pipeline)
+    options = {"images": config.batch_size, "prepare": prepare}
     if parts.abstract:
-        return DataSource("pairs", None, dict, spec, images=config.batch_size, prepare=prepare)
-    if not config.data.get("cache"):
-        batches = iterate(config, load_pairs_of(config), functools.partial(drop_caption, config.data.caption_dropout))
-        transform = functools.partial(pair_batch, pipeline)
-        return DataSource("pairs", batches, transform, spec, images=config.batch_size, prepare=prepare)
-    cache = encoded.pair_cache(parts, load_pairs_of(config))
-    batches = iterate(config, cache, encoded.DropPrompt(config.data.caption_dropout, cache.empty()))
-    return DataSource("pairs", batches, encoded.cached_batch, spec, images=config.batch_size, prepare=prepare)
+        return DataSource("pairs", None, dict, spec, **options)
+    rows = load_pairs_of(config)
+    cache = encoded.pair_cache(parts, rows) if config.data.get("cache") else None
+    return DataSource("pairs", *_pair_batches(parts, rows, cache), spec, **options)
+
+
+def _pair_batches(parts, rows, cache):
+    """(batches of pairs, or of a cache of them, with dropped captions; the transform of a batch)."""
+    config, share = parts.config, parts.config.data.caption_dropout
+    if cache is None:
+        batches = iterate(config, rows, functools.partial(drop_caption, share))
+        return batches, functools.partial(pair_batch, parts.pipeline)
+    return iterate(config, cache, encoded.DropPrompt(share, cache.empty())), encoded.cached_batch
+
+
+def preference_source(parts: Any) -> DataSource:
+    """See `Parts.preferences`. Of the captions config.data.caption_dropout are empty."""
+    config, pipeline = parts.config, parts.pipeline
+    data = config.data
+    spec = jax.tree_util.tree_map_with_path(_of_two, pair_spec(config, pipeline))
+    spec.pop("time_ids", None)  # both images are told to be whole ones of the size that is made
+    options = {"images": 2 * config.batch_size, "prepare": functools.partial(with_conditions, pipeline)}
+    if parts.abstract:
+        return DataSource("preferences", None, dict, spec, **options)
+    shapes = {"size": data.preferences_size, "images_per_prompt": data.images_per_prompt}
+    rows = load_preferences(
+        data.preferences,
+        image_size=data.image_size,
+        split=data.preferences_split,
+        images=data.images_folder or None,
+        crop="random" if data.random_crop else "center",
+        flip=data.random_flip,
+        shapes=shapes if str(data.preferences).startswith(SHAPES_PREFIX) else None,
+    )
+    if rows.ties and jax.process_index() == 0:
+        say(f"config.data.preferences: {len(rows)} pairs; {rows.ties} of equal rank are left out", sys.stderr)
+    cache = encoded.pair_cache(parts, rows, encoded.PREFERENCE_FIELDS) if data.cache else None
+    return DataSource("preferences", *_pair_batches(parts, rows, cache), spec, **options)
+
+
+def _of_two(path, shape):
+    """The shape of what a row has twice if it is an image or its encoding."""
+    twice = path[0].key in ("image", "latent_mean", "latent_logvar")
+    return jax.ShapeDtypeStruct((shape.shape[0], 2, *shape.shape[1:]), shape.dtype) if twice else shape
 
 
 def drop_caption(share: float, item: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

@@ -15,6 +15,11 @@ from imagereward_jax.methods.base import Batch
 from imagereward_jax.training.interruptions import wait_for_all
 
 ENCODED_AT_ONCE = 8
+PAIR_FIELDS = ("pairs", "pairs_image_column", "pairs_text_column", "image_size", "random_crop", "random_flip")
+PREFERENCE_FIELDS = (
+    *("preferences", "preferences_split", "images_folder", *PAIR_FIELDS[-3:]),
+    *("preferences_size", "images_per_prompt"),
+)
 PROMPTS = "prompts"  # the folder of the encoded prompts, inside config.data.cache
 
 
@@ -52,8 +57,10 @@ class EncodedPrompts:
         return {**self.rows[index], **self.cache[index]}
 
 
-def pair_cache(parts: Any, pairs: Any) -> Cache:
+def pair_cache(parts: Any, pairs: Any, fields: tuple[str, ...] = (*PAIR_FIELDS, "caption_noise")) -> Cache:
     """The cache of a config's pairs, with every missing shard computed; each process computes its share.
+
+    A row may be of several images, [K, S, S, 3]; fields: of config.data, that the rows follow from.
 
     The crop and the mirroring of an image are drawn once, by `config.seed`; latents are drawn anew each epoch from the
     stored mean and variance.
@@ -63,7 +70,7 @@ def pair_cache(parts: Any, pairs: Any) -> Cache:
     """
     pipeline, seed = parts.base_pipeline, parts.config.seed
     encoders = ("vae", *pipeline.text_encoders)
-    cache = open_cache(parts.config.data.cache, _fingerprint(parts, pairs, encoders), len(pairs))
+    cache = open_cache(parts.config.data.cache, _fingerprint(parts, pairs, fields, encoders), len(pairs))
     encoder = _Encoder(parts, encoders)
 
     def encode(rows: Iterable[int]) -> dict[str, np.ndarray]:
@@ -108,7 +115,8 @@ class _Encoder:
         self._encode_prompts = jax.jit(self._prompts)
 
     def _pairs(self, params, images, ids):
-        mean, logvar = self.pipeline.encode_moments(params, images)
+        moments = self.pipeline.encode_moments(params, images.reshape(-1, *images.shape[-3:]))
+        mean, logvar = (part.reshape(*images.shape[:-3], *part.shape[1:]) for part in moments)
         return {"latent_mean": mean, "latent_logvar": logvar, **self._prompts(params, ids)}
 
     def _prompts(self, params, ids):
@@ -150,11 +158,12 @@ def _in_chunks(rows, encode):
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
-def _fingerprint(parts, pairs, encoders):
+def _fingerprint(parts, pairs, names, encoders):
     """What the rows of a cache of pairs follow from: settings by config field, checksums of weights and captions."""
     data, pipeline = parts.config.data, parts.base_pipeline
-    names = ["pairs", "pairs_image_column", "pairs_text_column", "image_size", "random_crop", "random_flip"]
-    fields = {f"config.data.{name}": data[name] for name in [*names, "caption_noise"]}
+    fields = {f"config.data.{name}": data[name] for name in names}
+    if hasattr(pairs, "rankings"):
+        fields["rankings"] = zlib.crc32(str(pairs.rankings).encode())
     prompts = getattr(pairs, "prompts", None)  # those of the shapes world follow from the fields
     return {
         **fields,

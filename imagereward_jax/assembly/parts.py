@@ -132,16 +132,23 @@ class Parts:
         Args:
             negative_prompt: see `prompts`, whose batches `sample` is given.
             round_size: samples of one round over all devices; None for config.batch_size.
-            options: sample, assign, choose, tables, rounds and epochs of `training.explore.Explore`.
+            options: sample, assign, choose, tables, copies, group, select, selected, rounds and epochs of
+                `training.explore.Explore`.
 
         Raises:
-            ConfigError: the devices do not divide a round, of which it names config.method.round_size.
+            ConfigError: the devices do not divide a round, of which it names config.method.round_size, or the processes
+                the groups of a step (config.method.group_size).
         """
         return conditions.on_policy_source(self, negative_prompt, round_size or self.config.batch_size, **options)
 
     def pairs(self) -> Source:
         """Batches of image-text pairs: "cond" and "image", or latents from config.data.cache."""
         return conditions.pair_source(self)
+
+    def preferences(self) -> Source:
+        """Batches of pairs of images of one prompt, the preferred first: "cond" and "image" [B, 2, H, W, 3], or latents
+        from config.data.cache."""
+        return conditions.preference_source(self)
 
     def images(self) -> Source:
         """Batches of the images of pairs alone: "image"."""

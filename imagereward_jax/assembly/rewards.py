@@ -138,8 +138,9 @@ def given_terms(reward: Any, *, needs_gradient: bool) -> Terms:
 def _check_gradient(reward, where, as_jax):
     if not reward.differentiable:
         raise ConfigError(
-            f"{where} has no gradient: it is for policy-gradient methods (ddpo). Take a reward that is a network, e.g. "
-            f"'ImageReward-v1.0' or 'PickScore', or, if it is a function of yours written in jax, pass {as_jax}"
+            f"{where} has no gradient: it is for policy-gradient methods and others that need none (ddpo, flow_grpo, "
+            "nft, awm, dpo_online). Take a reward that is a network, e.g. 'ImageReward-v1.0' or 'PickScore', or, if it "
+            f"is a function of yours written in jax, pass {as_jax}"
         )
 
 

@@ -21,9 +21,9 @@ def repeated_ids(pipeline: Any, prompt: str, rows: int) -> Batch:
 
 
 def pair_batch(pipeline: Any, batch: Batch) -> Batch:
-    """A stacked batch of pairs with token ids, and for SDXL the sizes of the images."""
+    """A stacked batch of pairs with token ids, and for SDXL the sizes of the images if they are known."""
     inputs = {"image": batch["image"], "ids": pipeline.tokenize(batch["prompt"]), HOST: {"prompt": batch["prompt"]}}
-    if pipeline.micro_conditioned:
+    if pipeline.micro_conditioned and "original_size" in batch:
         size = np.full_like(batch["original_size"], batch["image"].shape[1])
         inputs["time_ids"] = make_time_ids(batch["original_size"], batch["crop_top_left"], size)
     return inputs

@@ -16,7 +16,7 @@ from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError, missing_file
 from imagereward_jax.data.prompts import SHAPES_PREFIX, shapes_captions
 from imagereward_jax.data.shapes.sources import ShapesGroups
-from imagereward_jax.data.tables import check_texts, column_values, pick_column, read_table
+from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column, read_table
 
 SHAPES_SIZE = 20_000
 
@@ -67,7 +67,8 @@ def load_groups(
             its training code reads;
             ImageRewardDB, one image a row: {"prompt_id", "prompt", "image" or "image_path", "rank"};
             the same, a prompt a row: lists in "image" and "rank";
-            pairs: {"prompt", "img_better", "img_worse"}.
+            pairs: {"prompt", "img_better", "img_worse"};
+            Pick-a-Pic: {"caption", "jpg_0", "jpg_1", "label_0", "label_1"}, the labels 1 and 0, or 0.5 for a tie.
         image_size: S; images are preprocessed as for scoring, see `images.open_square`.
         shapes: for shapes sources, options of `ShapesGroups`: size (default 20,000), seed, images_per_prompt.
         split: of a source that has splits.
@@ -88,16 +89,28 @@ def load_groups(
         raise missing_file(images, "folder of images")
     table = read_table(source, split)
     folder = table.folder if images is None else Path(images)
+    groups = read_groups(table, folder)
+    return Groups(groups, table.where, image_size, folder=folder, cache=cache, image_rule=image_rule)
+
+
+def read_groups(table: Table, folder: Path | None) -> list[Group]:
+    """Reads the groups of a table in one of the forms that `load_groups` names; folder: what paths are relative to.
+
+    Raises:
+        DataError, MissingDataError: as `load_groups`.
+    """
     groups = _read_groups(table, folder)
     if not groups:
         raise DataError(f"{table.name}: no prompt has two images or more: there is nothing to compare")
-    return Groups(groups, table.where, image_size, folder=folder, cache=cache, image_rule=image_rule)
+    return groups
 
 
 def _read_groups(table, folder):
     columns = table.columns() or []
     if "img_better" in columns:
         return _pair_groups(table)
+    if "jpg_0" in columns:
+        return _pick_a_pic(table)
     if "generations" not in columns and ("rank" in columns or "image" in columns):
         return _imagereward_db(table, folder)
     prompts = check_texts(table, column_values(table, "prompt"), "prompt")
@@ -120,6 +133,26 @@ def _pair_groups(table):
         Group(str(i), prompt, tuple(RowImage(table.rows, i, column) for column in columns), (1, 2), i)
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _pick_a_pic(table):
+    """Reads rows of Pick-a-Pic v2: label_0 is 1 if jpg_0 was preferred, 0 if jpg_1 was, 0.5 if neither."""
+    prompts = check_texts(table, column_values(table, "caption"), "caption")
+    columns = ("jpg_0", "jpg_1")
+    for name in ("jpg_1", "label_0", "label_1"):
+        pick_column(table, name, (), "")
+    labels = [column_values(table, f"label_{k}") for k in range(2)]
+    ranks = {(1, 0): (1, 2), (0, 1): (2, 1), (0.5, 0.5): (1, 1)}
+    groups = []
+    for i, prompt in enumerate(prompts):
+        found = labels[0][i], labels[1][i]
+        if found not in ranks:
+            raise DataError(
+                f"{table.where(i)}: label_0={found[0]!r} and label_1={found[1]!r}: expected 1 and 0, 0 and 1, or 0.5 "
+                "twice for a tie"
+            )
+        groups.append(Group(str(i), prompt, tuple(RowImage(table.rows, i, name) for name in columns), ranks[found], i))
+    return groups
 
 
 def _imagereward_db(table, folder):
@@ -184,12 +217,7 @@ class Groups:
 
     def pairs(self) -> list[tuple[int, int, int]]:
         """Lists all pairs of different rank as (group, first, second)."""
-        return [
-            (index, *pair)
-            for index, group in enumerate(self.groups)
-            for pair in itertools.combinations(range(len(group.paths)), 2)
-            if group.ranking[pair[0]] != group.ranking[pair[1]]
-        ]
+        return ranked_pairs([group.ranking for group in self.groups])
 
     def _image(self, path, where):
         """Reads uint8 [S, S, 3], from the cache if it is there."""
@@ -204,6 +232,16 @@ class Groups:
             np.save(partial, pixels)
             os.replace(partial, kept)
         return pixels
+
+
+def ranked_pairs(rankings: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """Lists all pairs of different rank as (group, first, second), first < second."""
+    return [
+        (index, *pair)
+        for index, ranking in enumerate(rankings)
+        for pair in itertools.combinations(range(len(ranking)), 2)
+        if ranking[pair[0]] != ranking[pair[1]]
+    ]
 
 
 def _cache_file(folder, image, size, rule):

@@ -153,10 +153,6 @@ class FlowSchedule(Schedule):
         sigma = along_rows(self.sigmas(timesteps), ndim)
         return 1 - sigma, sigma
 
-    def target(self, x0: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
-        """The output that the network should have for x_t: noise - x_0 at every timestep."""
-        return noise - x0.astype(jnp.float32)
-
 
 FIELDS = tuple(field.name for field in dataclasses.fields(FlowSchedule))
 

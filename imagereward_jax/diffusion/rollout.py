@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from imagereward_jax.diffusion.rollout_checks import check_arguments
-from imagereward_jax.diffusion.sampler import Sampler, SamplerState, log_prob
+from imagereward_jax.diffusion.sampler import Sampler, SamplerState, Transition, log_prob
 from imagereward_jax.diffusion.schedule import along_rows, per_sample
 
 Params = dict[str, Any]
@@ -53,10 +53,18 @@ KEPT = "model_output"  # kept for the backward pass, where it would cost a call 
 
 
 class Record(NamedTuple):
-    """Which steps to record, by index, and the dtype that states are rounded to before they are scored."""
+    """Which steps to record.
+
+    Attributes:
+        steps: their indices. dtype: that states are rounded to before they are scored.
+        log_prob: (transition, following latents) -> [B].
+        means: whether the means of the transitions are recorded too.
+    """
 
     steps: tuple[int, ...]
     dtype: Any = jnp.float32
+    log_prob: Callable[[Transition, jax.Array], jax.Array] = log_prob
+    means: bool = False
 
 
 class Trajectory(NamedTuple):
@@ -66,11 +74,13 @@ class Trajectory(NamedTuple):
         latents: before each step, [K, B, h, w, c] of the record's dtype.
         following: the latents after it, alike.
         log_probs: of `following` given `latents`, float32 [K, B].
+        means: of the Gaussians that `following` was drawn from, float32 [K, B, h, w, c], or None.
     """
 
     latents: jax.Array
     following: jax.Array
     log_probs: jax.Array
+    means: jax.Array | None = None
 
 
 class Rolled(NamedTuple):
@@ -361,7 +371,8 @@ def _recorded(steps, state, record):
         transition = sampler.transition(state, steps.output(state, index), index)
         random = steps.random(index, shape)
         following = rounded(transition.mean if random is None else transition.mean + transition.std * random)
-        found = Trajectory(state.latents, following, log_prob(transition, following))
+        means = transition.mean if record.means else None
+        found = Trajectory(state.latents, following, record.log_prob(transition, following), means)
         slot = jnp.asarray(slots)[step]
         trajectory = jax.tree.map(
             lambda kept, new: kept.at[slot].set(new.astype(kept.dtype), mode="drop"), trajectory, found
@@ -369,7 +380,8 @@ def _recorded(steps, state, record):
         return SamplerState(following, transition.original), trajectory
 
     empty = jnp.zeros((count, *shape), record.dtype)
-    trajectory = Trajectory(empty, empty, jnp.zeros((count, shape[0]), jnp.float32))
+    means = jnp.zeros(empty.shape, jnp.float32) if record.means else None
+    trajectory = Trajectory(empty, empty, jnp.zeros((count, shape[0]), jnp.float32), means)
     state = state._replace(latents=rounded(state.latents))
     state, trajectory = jax.lax.stop_gradient(jax.lax.fori_loop(0, sampler.num_steps, body, (state, trajectory)))
     return Rolled(state, None, trajectory)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.diffusion.schedule import per_sample, to_noise, to_original
+from imagereward_jax.diffusion.schedule import per_sample, to_noise, to_original, to_target
 
 
 class SamplerState(NamedTuple):
@@ -66,6 +66,12 @@ def log_prob(transition: Transition, latents: jax.Array) -> jax.Array:
     # The constants are added after the mean, whose rounding would grow with them and differ between two programs.
     density = -0.5 * squares - (jnp.log(safe) + 0.5 * math.log(2 * math.pi)).reshape(-1)
     return jnp.where(std.reshape(-1) > 0, density, 0.0)
+
+
+def negative_distance(transition: Transition, latents: jax.Array) -> jax.Array:
+    """-mean((latents - mean)^2), float32 [B]: CPS's log-density, without constants and 1 / (2 std^2)."""
+    deviation = latents.astype(jnp.float32) - transition.mean
+    return -jnp.square(deviation).mean(tuple(range(1, deviation.ndim)))
 
 
 @functools.partial(
@@ -130,6 +136,11 @@ class Sampler:
         """The clean latents that `model_output` at `step` means, float32 [B, h, w, c]."""
         return to_original(*self._prediction(state, model_output, step))
 
+    def target(self, clean: jax.Array, noise: jax.Array, step: jax.Array) -> jax.Array:
+        """The output that the network should have at `step` for clean latents and noise [B, h, w, c]."""
+        alpha, sigma = (per_sample(table, step, clean.ndim) for table in (self.alpha, self.sigma))
+        return to_target(self.prediction_type, clean, noise, alpha, sigma)
+
     def transition(
         self,
         state: SamplerState,
@@ -175,6 +186,12 @@ class Sampler:
             raise ValueError("this sampler is stochastic: pass standard normal noise of the shape of the latents")
         mean, std, original = self.transition(state, model_output, step)
         return SamplerState(mean if noise is None else mean + std * noise, original)
+
+    def steps_where(self, mask: jax.Array, other: "Sampler") -> "Sampler":
+        """The sampler with this one's steps where `mask` [S], may be traced, and elsewhere those of `other`, which has
+        the same timesteps."""
+        weights = jax.tree.map(lambda own, others: jnp.where(mask, own, others), self.weights, other.weights)
+        return dataclasses.replace(self, weights=weights)
 
     def _prediction(self, state, model_output, step):
         alpha = per_sample(self.alpha, step, model_output.ndim)

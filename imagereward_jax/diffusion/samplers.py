@@ -87,7 +87,16 @@ _SOLVERS = {
     "euler_ancestral": solvers.euler_ancestral,
     "dpmpp_2m": solvers.dpmpp_2m,
 }
-_FLOW_SOLVERS = {"euler": solvers.flow_euler, "heun": solvers.flow_heun, "dpmpp_2m": solvers.flow_dpmpp_2m}
+# Those of flows with fresh noise, and the largest eta that they take.
+NOISY_FLOWS = {"flow_sde": np.inf, "dance_sde": np.inf, "cps": 1.0}
+_FLOW_SOLVERS = {
+    "euler": solvers.flow_euler,
+    "heun": solvers.flow_heun,
+    "dpmpp_2m": solvers.flow_dpmpp_2m,
+    "flow_sde": solvers.flow_sde,
+    "dance_sde": solvers.flow_dance,
+    "cps": solvers.flow_cps,
+}
 SAMPLERS = tuple(_SOLVERS | _FLOW_SOLVERS)  # the schedule decides which of the two a name stands for
 
 
@@ -113,11 +122,12 @@ def make_sampler(
 
     Args:
         name: of a schedule of betas "ddpm", "ddim", "euler", "euler_ancestral" or "dpmpp_2m"; of a flow "euler",
-            "heun" or "dpmpp_2m".
+            "heun" or "dpmpp_2m", and with fresh noise "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO) or "cps".
         scheduler_config: the content of scheduler_config.json.
         num_steps: how many times the network is called. Heun's method calls it twice per step but the last: 2n - 1
             for diffusers' n steps.
-        eta: for DDIM, from 0 (deterministic) to 1 (as noisy as DDPM).
+        eta: for DDIM, from 0 (deterministic) to 1 (as noisy as DDPM); for "cps" from 0 to 1, for "flow_sde" and
+            "dance_sde" from 0: each is euler at 0.
         image_tokens: of the image in the network's sequence; needed by flows with use_dynamic_shifting.
 
     Raises:
@@ -151,16 +161,19 @@ def make_sampler(
 def _make_flow_sampler(name, scheduler_config, num_steps, eta, image_tokens):
     schedule, config = flow.FlowSchedule.from_config(scheduler_config), _read_flow_config(name, scheduler_config)
     _check_num_steps(num_steps, schedule.num_train_timesteps)
-    if eta:
+    if not 0 <= eta <= NOISY_FLOWS.get(name, np.inf):
+        raise ValueError(f"eta={eta} should be {'at least 0' if eta < 0 else 'in [0, 1]'} for {name}")
+    if eta and name not in NOISY_FLOWS:
         raise ValueError(
-            f"eta={eta} should be 0: {name} follows the flow's ordinary differential equation, whose steps add no noise"
+            f"eta={eta} should be 0: {name} follows the flow's ordinary differential equation, whose steps add no "
+            f"noise; those of {', '.join(NOISY_FLOWS)} do"
         )
     if name == "heun" and num_steps % 2 == 0:
         raise ValueError(
             f"num_steps={num_steps} should be odd for heun, which calls the network twice per step but the last: "
             f"take {num_steps - 1} or {num_steps + 1}"
         )
-    return _FLOW_SOLVERS[name](schedule, num_steps, image_tokens, config)
+    return _FLOW_SOLVERS[name](schedule, num_steps, image_tokens, config, eta)
 
 
 def _check_num_steps(num_steps, train_steps):

@@ -178,6 +178,15 @@ def to_noise(prediction_type, model_output, sample, alpha, sigma):
     return (sample - alpha * model_output) / jnp.where(sigma > 0, sigma, 1.0)
 
 
+def to_target(prediction_type, x0, noise, alpha, sigma):
+    """The output that a model should have for alpha * x0 + sigma * noise."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return alpha * noise - sigma * x0
+    return noise - x0 if prediction_type == FLOW_PREDICTION else x0
+
+
 class Schedule:
     """Noising, and what a model output means. A subclass gives `prediction_type` and `coefficients`.
 
@@ -194,6 +203,10 @@ class Schedule:
         """x_t for clean samples and standard normal noise."""
         alpha, sigma = self.coefficients(timesteps, x0.ndim)
         return alpha * x0.astype(jnp.float32) + sigma * noise
+
+    def target(self, x0, noise, timesteps):
+        """The output that the network should have for x_t."""
+        return to_target(self.prediction_type, x0.astype(jnp.float32), noise, *self.coefficients(timesteps, x0.ndim))
 
     def pred_original(self, model_output, sample, timesteps):
         """The clean sample that `model_output` at x_t = `sample` means."""
@@ -238,14 +251,7 @@ class NoiseSchedule(Schedule):
 
     def velocity(self, x0, noise, timesteps):
         """alpha * noise - sigma * x_0, the target of v-prediction."""
-        alpha, sigma = self.coefficients(timesteps, x0.ndim)
-        return alpha * noise - sigma * x0.astype(jnp.float32)
-
-    def target(self, x0, noise, timesteps):
-        """The output that the network should have for x_t."""
-        if self.prediction_type == "epsilon":
-            return noise
-        return self.velocity(x0, noise, timesteps) if self.prediction_type == "v_prediction" else x0
+        return to_target("v_prediction", x0.astype(jnp.float32), noise, *self.coefficients(timesteps, x0.ndim))
 
     def snr(self, timesteps):
         """Signal-to-noise ratio a_t / (1 - a_t), of the shape of `timesteps`."""

@@ -1,8 +1,8 @@
 """The tables of DDPM, DDIM, Euler, Euler ancestral and DPM-Solver++ (2M), each as diffusers' scheduler computes them.
 
 A solver takes the fields of scheduler_config.json (all of them stated, see `samplers.DEFAULTS`), the number of steps
-and eta, which DDIM alone reads. One of a flow takes the schedule, the number of steps, the tokens of the image and the
-fields. Tables are computed in float64 and stored in float32.
+and eta, which DDIM alone reads. One of a flow takes the schedule, the number of steps, the tokens of the image, the
+fields and eta, which the noisy ones read. Tables are computed in float64 and stored in float32.
 """
 
 import numpy as np
@@ -213,14 +213,14 @@ def _second_order(config, log_ratio, final_sigma):
     return weight
 
 
-def flow_euler(schedule, num_steps, image_tokens, _):
+def flow_euler(schedule, num_steps, image_tokens, *_):
     """Euler's method along a flow (diffusers' FlowMatchEulerDiscreteScheduler)."""
     sigmas = np.append(schedule.sampling_sigmas(num_steps, image_tokens), 0.0)
     weights = {"original": 1 - sigmas[1:], "noise": sigmas[1:]}
     return _make(schedule.prediction_type, weights, **_flow_fields(schedule, sigmas[:-1]))
 
 
-def flow_heun(schedule, num_steps, image_tokens, _):
+def flow_heun(schedule, num_steps, image_tokens, *_):
     """Heun's method along a flow (diffusers' FlowMatchHeunDiscreteScheduler), a table row per call of the network.
 
     Even rows are Euler's steps from one sigma to the next. The row after one corrects it at the sigma that it reached,
@@ -239,7 +239,7 @@ def flow_heun(schedule, num_steps, image_tokens, _):
     return _make(schedule.prediction_type, weights, **_flow_fields(schedule, np.append(steps[0], reached)[:num_steps]))
 
 
-def flow_dpmpp_2m(schedule, num_steps, image_tokens, config):
+def flow_dpmpp_2m(schedule, num_steps, image_tokens, config, _):
     """DPM-Solver++ along a flow (diffusers' DPMSolverMultistepScheduler with use_flow_sigmas)."""
     even = 1 - np.linspace(1, 1 / schedule.num_train_timesteps, num_steps + 1)[:0:-1]
     sigmas = schedule.shift_sigmas(even, image_tokens)
@@ -247,6 +247,46 @@ def flow_dpmpp_2m(schedule, num_steps, image_tokens, config):
     sigmas = np.append(sigmas.astype(np.float32), 0.0)
     fields = _flow_fields(schedule, sigmas[:-1]) | {"timesteps": timesteps}
     return _make(schedule.prediction_type, _dpmpp_weights(config, 1 - sigmas, sigmas), **fields)
+
+
+def flow_sde(schedule, num_steps, image_tokens, _, eta):
+    """The stochastic steps of Flow-GRPO (arXiv 2505.05470, equation 9; yifan123/flow_grpo): more noise, earlier.
+
+    Its noise level eta sqrt(s / (1 - s)) has no value at s = 1, where the next sigma stands for s below.
+    """
+
+    def spread(here, there):
+        return eta * np.sqrt(here / (1 - np.where(here == 1, there, here)))
+
+    return _flow_noisy(schedule, num_steps, image_tokens, spread)
+
+
+def flow_dance(schedule, num_steps, image_tokens, _, eta):
+    """The stochastic steps of DanceGRPO (arXiv 2505.07818; XueZeyue/DanceGRPO): one noise level eta."""
+    return _flow_noisy(schedule, num_steps, image_tokens, lambda here, there: np.full_like(here, eta))
+
+
+def _flow_noisy(schedule, num_steps, image_tokens, spread):
+    """Euler-Maruyama steps of dx = (v + g^2 / (2 s) x_1) ds + g dw, whose marginals are the flow's at every g.
+
+    spread: (sigmas, sigmas after the steps) -> g. x_1 is the predicted noise.
+    """
+    sigmas = np.append(schedule.sampling_sigmas(num_steps, image_tokens), 0.0)
+    here, there = sigmas[:-1], sigmas[1:]
+    variance = spread(here, there) ** 2 * (here - there)
+    weights = {"original": 1 - there, "noise": there - variance / (2 * here), "random": np.sqrt(variance)}
+    return _make(schedule.prediction_type, weights, **_flow_fields(schedule, here))
+
+
+def flow_cps(schedule, num_steps, image_tokens, _, eta):
+    """Coefficients-preserving sampling (arXiv 2509.05952): sin(eta pi / 2) of a step's noise is fresh.
+
+    As in DDIM, images are as clean as without: the last step adds no noise.
+    """
+    sigmas = np.append(schedule.sampling_sigmas(num_steps, image_tokens), 0.0)
+    there, angle = sigmas[1:], eta * np.pi / 2
+    weights = {"original": 1 - there, "noise": there * np.cos(angle), "random": there * np.sin(angle)}
+    return _make(schedule.prediction_type, weights, **_flow_fields(schedule, sigmas[:-1]))
 
 
 def _flow_fields(schedule, sigmas):

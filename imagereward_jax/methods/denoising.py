@@ -126,7 +126,7 @@ def make_loss(
 
     def loss(models, batch, key):
         encode_key, noise_key, time_key = jax.random.split(key, 3)
-        latents = jax.lax.stop_gradient(_draw_latents(pipeline, models.policy, batch, encode_key))
+        latents = jax.lax.stop_gradient(draw_latents(pipeline, models.policy, batch, encode_key))
         noise = jax.random.normal(noise_key, latents.shape)
         if of_flow:
             share = draw_share(time_key, latents.shape[0], flow)
@@ -201,7 +201,8 @@ def flow_weights(sigma: jax.Array, settings: FlowLoss) -> jax.Array:
     return weights * jnp.square(sigma) if settings.precondition_outputs else weights
 
 
-def _draw_latents(pipeline, params, batch, key):
+def draw_latents(pipeline, params, batch, key: jax.Array) -> jax.Array:
+    """Draws latents [B, h, w, c] of the images "image" or of their encoding, see `make_loss`."""
     if "latent_mean" in batch:
         return pipeline.draw_latents(batch["latent_mean"], batch["latent_logvar"], key)
     return pipeline.encode(params, batch["image"], key)

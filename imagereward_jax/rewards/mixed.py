@@ -235,10 +235,14 @@ class Terms:
             RewardError: the scores of a term, or the rewards, hold no finite number.
         """
         self.check_finite(scores)
-        rewards = sum(term.contribution(scores[name], np) for name, term in self.terms.items())
+        rewards = sum(values for _, values in self.contributions(scores).values())
         if not np.isfinite(rewards).any():
             raise RewardError(", ".join(self.fields.values()), "no image has a finite score of every reward")
         return rewards
+
+    def contributions(self, scores: Mapping[str, np.ndarray]) -> dict[str, tuple[float, np.ndarray]]:
+        """(weight, contribution [N]) of each term to the rewards that `total` computes."""
+        return {name: (term.weight, term.contribution(scores[name], np)) for name, term in self.terms.items()}
 
     def metrics(self, scores: Mapping[str, np.ndarray], rewards: np.ndarray) -> dict[str, float]:
         """Means of named scores, "reward_NAME", over the images with a verdict; of functions also the number of images

@@ -75,6 +75,22 @@ class Pairs(Section, path="data"):
     caption_noise: float = field(0.0, at_least=0.0, at_most=1.0)
 
 
+class Preferences(Section, path="data"):
+    """Pairs of images of which people prefer one."""
+
+    # Parquet, JSON, `datasets` name or folder of pairs or ranked groups (see data/groups.py); a folder of chosen/ and
+    # rejected/; or shapes:train
+    preferences: str = ""
+    preferences_split: str = "train"  # of sources that have splits
+    images_folder: str = ""  # what paths are relative to; "" for the folder of the file
+    image_size: int = field(512, at_least=1)
+    random_crop: bool = False
+    random_flip: bool = False  # each image by itself
+    caption_dropout: float = field(0.2, at_least=0.0, at_most=1.0)  # share of pairs trained with the empty prompt
+    preferences_size: int = field(20_000, at_least=1)  # shapes:train only: groups, of which each gives a pair
+    images_per_prompt: int = field(2, at_least=2, at_most=9)  # shapes:train only: images of a group, the best and worst
+
+
 class Cache(Section, path="data"):
     """Encoded data on disk."""
 
@@ -292,6 +308,7 @@ PARTS = {
     "workers": Workers,
     "prompts": Prompts,
     "pairs": Pairs,
+    "preferences": Preferences,
     "cache": Cache,
     "groups": Groups,
     "reward": Reward,

@@ -12,9 +12,17 @@ import tiny_sd1
 
 from imagereward_jax.config import ConfigError
 from imagereward_jax.diffusion.samplers import make_sampler
-from imagereward_jax.methods.advantages import PromptAdvantages
+from imagereward_jax.methods.advantages import PromptAdvantages, Scored
 from imagereward_jax.methods.base import STEPS, Models, Phase
-from imagereward_jax.methods.ddpo import Config, check_noise, clipped_loss, make_choose, make_loss, make_sample
+from imagereward_jax.methods.ddpo import Config
+from imagereward_jax.methods.policy_gradient import (
+    check_noise,
+    clipped_loss,
+    make_choose,
+    make_loss,
+    make_sample,
+    make_tables,
+)
 from imagereward_jax.recipes import default_config, validate
 from imagereward_jax.training.state import init_state
 from imagereward_jax.training.step import Fixed, make_train_step, over_updates
@@ -60,8 +68,8 @@ def sampled(made):
     conds = rng.standard_normal((2, SAMPLES, 16, 24)).astype(np.float32)
     batch = {"cond": {"prompt_embeds": conds[0]}, "negative_cond": {"prompt_embeds": conds[1]}}
     config, key = settings(), jax.random.key(3)
-    sampler = make_sampler("ddim", pipeline.scheduler_config, config.num_steps, config.eta)
-    images, rows = jax.jit(make_sample(config, pipeline))(Models(params, tables=sampler), batch, key)
+    tables = make_tables(config, pipeline)
+    images, rows = jax.jit(make_sample(config, pipeline))(Models(params, tables=tables), batch, key)
     assert images.shape == (SAMPLES, 8, 8, 3)
     noise_key, step_key = jax.random.split(key)
     shape = pipeline.latent_shape(config.height, config.width)
@@ -79,7 +87,7 @@ def trained(made, sampled):
     pipeline, params, *_ = made
     config, optimizer = settings(timestep_fraction=0.5), optax.chain(optax.trace(0.0), optax.sgd(RATE))
     sampler = make_sampler("ddim", pipeline.scheduler_config, config.num_steps, config.eta)
-    batch = make_choose(config.trained_steps)(sampled[0], np.random.default_rng(1))
+    batch = make_choose(config.num_steps, config.trained_steps)(sampled[0], np.random.default_rng(1))
     phase = Phase("ddpo", make_loss(config, pipeline), Source(), sampler)
     step = jax.jit(make_train_step((phase,), optimizer))
     state, found = init_state({"unet": params["unet"]}, optimizer, seed=0, ema=False), []
@@ -242,8 +250,8 @@ def test_advantages_are_those_of_ddpo_pytorchs_tracker():
         rewards = rng.normal(size=12).astype(np.float32)
         again = PromptAdvantages(buffer=6, min_count=5, clip=100.0)
         again.set_state(json.loads(json.dumps(assign.get_state())))
-        found = assign(prompts, rewards)
-        np.testing.assert_array_equal(again(prompts, rewards), found)
+        found = assign(Scored(prompts, rewards))
+        np.testing.assert_array_equal(again(Scored(prompts, rewards)), found)
         expected = reference_advantages(buffers, prompts, rewards.astype(np.float64), 6, 5)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     assert {prompt: len(buffer) for prompt, buffer in buffers.items()} == {"a": 6, "b": 6, "c": 5}
@@ -254,15 +262,16 @@ def test_advantages_without_buffers_and_both_clips():
     assign = PromptAdvantages(buffer=0, min_count=1, clip=1.0)
     rewards = np.array([0.0, 1.0, 2.0, 7.0], np.float32)
     expected = np.clip((rewards - 2.5) / (np.std(rewards) + 1e-8), -1, 1)
-    np.testing.assert_allclose(assign(list("aabb"), rewards), expected, rtol=1e-6)
+    np.testing.assert_allclose(assign(Scored(list("aabb"), rewards)), expected, rtol=1e-6)
     assert expected.max() == 1 and assign.get_state() == {}
-    assert PromptAdvantages(buffer=0, min_count=1, clip=1.0)(list("aa"), np.full(2, 3.0)).tolist() == [0, 0]
+    assert PromptAdvantages(buffer=0, min_count=1, clip=1.0)(Scored(list("aa"), np.full(2, 3.0))).tolist() == [0, 0]
 
 
 def test_every_sample_trains_on_steps_of_its_own():
     """Half of 10 steps: distinct, drawn for each sample, and what was recorded at them."""
     steps = {"log_prob": np.arange(60.0).reshape(6, 10), "latents": np.arange(60).reshape(6, 10, 1, 1, 1)}
-    batch = make_choose(5)({"advantage": np.arange(6), STEPS: steps}, np.random.default_rng(0))
+    rows = {"advantage": np.arange(6), "start": np.zeros(6, np.int32), STEPS: steps}
+    batch = make_choose(10, 5)(rows, np.random.default_rng(0))
     order = batch[STEPS]["step"]
     assert order.shape == (6, 5) and len({tuple(row) for row in order.tolist()}) == 6
     assert all(len(set(row)) == 5 for row in order.tolist())
@@ -275,7 +284,7 @@ def test_every_sample_trains_on_steps_of_its_own():
     [
         ({"steps_offset": 0}, 1.0, r"step 50 of 50 \(timestep 0\) of ddim with eta=1 .*PNDMScheduler', steps_offset=0"),
         ({"set_alpha_to_one": True}, 1.0, r"step 50 of 50 \(timestep 1\).*set_alpha_to_one=True"),
-        ({}, 0.0, r"step 50 of 50 \(timestep 1\) of ddim with eta=0 .*needs eta above 0"),
+        ({}, 0.0, r"step 50 of 50 \(timestep 1\) of ddim with eta=0 .*need eta above 0"),
     ],
 )
 def test_schedules_with_a_step_without_noise_are_refused(changes, eta, said):
@@ -292,7 +301,7 @@ def test_schedules_with_a_step_without_noise_are_refused(changes, eta, said):
             {"method.rounds": 3, "method.round_size": 4},
             "rounds=3 of round_size=4 give 12 samples .* config.batch_size=8",
         ),
-        ({"method.timestep_fraction": 0.01}, "timestep_fraction=0.01 leaves none of num_steps=50"),
+        ({"method.timestep_fraction": 0.01}, "timestep_fraction=0.01 leaves none of 50 steps"),
         ({"method.prompt_min_count": 17}, "prompt_min_count=17 is never reached with prompt_buffer=16"),
         ({"lora.dropout": 0.1}, "pass --config.lora.dropout=0"),
         ({"reward.path": ""}, "config.reward.path is empty"),

@@ -332,7 +332,7 @@ def test_leaps_that_cannot_be_are_refused(options, message):
         rollout(PIPELINE.denoiser_for(BATCH["cond"]), sampler, jnp.zeros((1, *SHAPE)), None, params={}, **options)
 
 
-def test_policy_gradients_of_flows_are_refused():
+def test_ddim_is_refused_for_policy_gradients_of_flows():
     parts = types.SimpleNamespace(pipeline=PIPELINE)
-    with pytest.raises(ConfigError, match=r"'ddpo' needs the log-probabilities .*FlowMatchEulerDiscreteScheduler"):
+    with pytest.raises(ConfigError, match=r"'ddim' does not fit .*FlowMatchEulerDiscreteScheduler.*take flow_sde"):
         ddpo.make(ddpo.Config(), parts)

@@ -73,7 +73,7 @@ def test_a_step_follows_from_its_key_and_state_alone():
     first, second = (make_explore(one_device(), one_term(Brightness())) for _ in range(2))
     a_step(first)
     state = json.loads(json.dumps(first.get_state()))
-    assert set(state) == {"prompts", "advantages"} and set(state["advantages"]) == set(PROMPTS)
+    assert set(state) == {"prompts", "advantages", "explored"} and set(state["advantages"]) == set(PROMPTS)
     expected = a_step(first, seed=1)
     second.set_state(state)
     jax.tree.map(np.testing.assert_array_equal, a_step(second, seed=1), expected)

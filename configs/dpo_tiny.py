@@ -1,0 +1,31 @@
+"""DPO on the built-in tiny model, on 2,000 pairs of images of the shapes world; on a CPU.
+
+    python -m imagereward_jax.train --config configs/dpo_tiny.py
+
+The preferred image of a pair has fewer wrong words or is less spoilt. The tiny reward trains nothing: it scores the
+evaluation. Hardware: 2 CPU cores. Result to expect: not measured yet.
+"""
+
+from imagereward_jax.recipes import default_config
+
+
+def get_config():
+    """The recipe."""
+    config = default_config("dpo")
+    config.steps = 400
+    config.batch_size = 32
+    config.model.path = "tiny-shapes"
+    config.model.remat = "none"
+    config.reward.path = "tiny-shapes"
+    config.data.preferences = "shapes:train"
+    config.data.preferences_size = 2000
+    config.data.image_size = 32
+    config.optimizer.learning_rate = 1e-5
+    config.eval.prompts = "shapes:held_out"
+    config.eval.num_prompts = 64
+    config.eval.images_per_prompt = 4
+    config.eval.batch_size = 64
+    config.eval.best = "eval/checker_rate"
+    config.eval.every = 100
+    config.writers = ("jsonl", "tensorboard")
+    return config
