@@ -36,6 +36,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-body", type=int, default=64, metavar="MB", help="largest request, in MiB")
     parser.add_argument("--max-pixels", type=int, default=4096 * 4096, help="largest image, width x height")
     parser.add_argument("--max-queue", type=int, default=1024, help="images that may wait; then clients come again")
+    parser.add_argument(
+        "--stop-with-parent", action="store_true", help="stop when standard input closes, as when a parent process ends"
+    )
     add_scorer_flags(parser)
     add_flag(parser)
     args = parser.parse_args(argv)
@@ -72,6 +75,8 @@ def serve(args: argparse.Namespace) -> str:
             say(f"{args.reward} on {about['device']} at http://{host}:{server.server_port} ({guard})")
             if token is None and args.host not in LOOPBACK:
                 say(f"warning: anyone who reaches this port may use it: set {TOKEN_VARIABLE}", file=sys.stderr)
+            if args.stop_with_parent:
+                threading.Thread(target=lambda: (sys.stdin.read(), stopped.set()), daemon=True).start()
             stopped.wait()
             left = server.stop(GRACE_SECONDS)
             batcher.close()

@@ -106,7 +106,7 @@ class Script(scripts.Script):
         _keep(processed, kept)
         if len(kept) < len(scores):
             low = f"{len(scores) - len(kept)} of {len(scores)} images scored below {limit:g}"
-            processed.comments = f"{processed.comments}{low} (the best {max(scores):.4f})\n"
+            processed.comments = f"{processed.comments}{low} (the best {scores[chosen(scores, None, True)[0]]:.4f})\n"
         _save(p, processed)
         _add_grid(p, processed)
         processed.images += extras

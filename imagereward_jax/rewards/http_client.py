@@ -340,6 +340,7 @@ class LocalServer:
         atexit.unregister(self.stop)
         process, self.process = self.process, None
         process.terminate()
+        process.stdin.close()
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
@@ -363,11 +364,16 @@ class LocalServer:
         if device == "cpu":
             environment["JAX_PLATFORMS"] = "cpu"
         arguments = [python, "-m", "imagereward_jax.serve", "--reward", reward]
-        arguments += ["--host", client.host, "--port", str(client.port or 80)]
+        arguments += ["--host", client.host, "--port", str(client.port or 80), "--stop-with-parent"]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the server runs
         try:
             self.process = subprocess.Popen(
-                arguments, env=environment, cwd=os.path.expanduser("~"), stdout=self._log, stderr=self._log
+                arguments,
+                env=environment,
+                cwd=os.path.expanduser("~"),
+                stdin=subprocess.PIPE,  # closes when this program ends, however it ends
+                stdout=self._log,
+                stderr=self._log,
             )
         except OSError as error:
             self._log.close()

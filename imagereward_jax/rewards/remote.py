@@ -71,7 +71,7 @@ class RemoteReward(RuleReward):
         """Asks for the health page, so that a run without its server ends before anything is compiled.
 
         Raises:
-            ValueError: the server does not answer, or refuses the token. A server without the page passes.
+            ValueError: the server does not answer, or refuses the token. One without such a page passes.
         """
         try:
             self._client.health()
@@ -79,7 +79,7 @@ class RemoteReward(RuleReward):
             hint = "start it (python -m imagereward_jax.serve --reward NAME), or mend the address"
             raise ValueError(f"{error}; {hint}") from error
         except ServerError as error:
-            if error.status != 404:
+            if error.status in (401, 403):
                 raise ValueError(str(error)) from error
 
     def score_arrays(

@@ -211,6 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """Answers what is not HTTP as this server answers: in JSON."""
+        self.request_version = self.protocol_version  # else what looks like HTTP/0.9 gets no status
         self._answer(code, {"error": message or self.responses.get(code, ("error",))[0]})
 
     def log_message(self, format, *args):

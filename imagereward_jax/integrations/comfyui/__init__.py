@@ -102,7 +102,7 @@ class ImageRewardFilter:
         scores = score_images(images, prompt, server)
         kept = [row for row in best_first(scores) if scores[row] >= limit][: count or None]
         if not kept:
-            print(f"ImageReward: no image of {len(scores)} scores {limit:g} or more (the best {max(scores):.4f})")
+            print(f"ImageReward: no image of {len(scores)} scores {limit:g} or more (the best {scores[best_first(scores)[0]]:.4f})")
             return ExecutionBlocker(None), [ExecutionBlocker(None)]
         return images[kept], [scores[row] for row in kept]
 
