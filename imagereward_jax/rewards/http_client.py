@@ -138,6 +138,8 @@ class ScoreClient:
         def ask(rows):
             return self._ask(images[rows], prompts[rows], metadata and metadata[rows], started)
 
+        if len(chunks) == 1:
+            return ask(chunks[0])
         with concurrent.futures.ThreadPoolExecutor(self.connections) as pool:
             return _join(list(pool.map(ask, chunks)))
 

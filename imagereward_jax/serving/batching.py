@@ -44,7 +44,7 @@ class Batcher:
         return len(self._waiting)
 
     def submit(self, items: Sequence[Item]) -> list[Future[Result]]:
-        """Queues the items of a request, next to each other.
+        """Queues the items of a request, next to each other; a future that is cancelled in time costs nothing.
 
         Raises:
             QueueFull: with them more than `max_queue` would wait.
@@ -91,10 +91,14 @@ class Batcher:
                 if not self._waiting:
                     return []
                 self._wait_to_fill()
-                size = min(self.scorer.batch_size, len(self._waiting))
-                if size:  # else the other thread was quicker
+                batch = []
+                while self._waiting and len(batch) < self.scorer.batch_size:
+                    item, future = self._waiting.popleft()
+                    if future.set_running_or_notify_cancel():
+                        batch.append((item, future))
+                if batch:  # else the other thread was quicker, or the clients are gone
                     self._in_hand += 1
-                    return [self._waiting.popleft() for _ in range(size)]
+                    return batch
 
     def _wait_to_fill(self):
         """Waits until a batch is full, or the scorer has been idle for `max_wait`."""

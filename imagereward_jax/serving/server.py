@@ -1,5 +1,6 @@
 """The HTTP server: POST /score and GET /health, with limits on what a client may send."""
 
+import concurrent.futures
 import contextlib
 import hmac
 import json
@@ -129,12 +130,33 @@ class _Handler(BaseHTTPRequestHandler):
             items = read_request(self._body(length))
             if len(items) > self.server.limits.images:
                 raise BadRequest(f"{len(items)} images in one request; at most {self.server.limits.images}", 413)
-            futures = self.server.batcher.submit(items)
-            self._answer(200, answer([future.result() for future in futures]))
+            self._answer(200, answer(self._results(self.server.batcher.submit(items))))
         except BadRequest as error:
             self._refuse(error.status, str(error))
         except QueueFull:
             self._answer(503, {"error": "the queue is full"})
+
+    def _results(self, futures):
+        """Waits for results as long as the client does: one that gave up and comes again is not scored twice.
+
+        Raises:
+            ConnectionAbortedError: the client has closed the connection.
+        """
+        while waiting := concurrent.futures.wait(futures, timeout=1.0).not_done:
+            if self._client_is_gone():
+                for future in waiting:
+                    future.cancel()
+                raise ConnectionAbortedError
+        return [future.result() for future in futures]
+
+    def _client_is_gone(self):
+        self.connection.setblocking(False)
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        finally:
+            self.connection.settimeout(self.timeout)
 
     def handle_expect_100(self):
         """Refuses a body before it is sent, for clients that ask (curl, for more than a megabyte)."""

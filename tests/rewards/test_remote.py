@@ -1,9 +1,12 @@
 """Rewards on a server: scores as here, servers of others, servers that fail or restart, and a run's config."""
 
+import http.server
 import json
+import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,3 +219,19 @@ def test_a_run_without_its_server_ends_before_anything_is_compiled_and_a_plan_ne
     assert open_terms(config.reward, "float32", needs_gradient=False, abstract=True).functions
     with pytest.raises(ConfigError, match="has no gradient"):
         open_terms(config.reward, "float32", needs_gradient=True)
+
+
+def test_the_server_of_the_docs_works():
+    """The example of docs/serve.md, as it stands there."""
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    scope = {"__name__": "example"}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)
+    scope["Handler"].log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), scope["Handler"])
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        found = open_reward(f"http://127.0.0.1:{server.server_port}").score_arrays(IMAGES, PROMPTS)
+    finally:
+        server.shutdown()
+        server.server_close()
+    np.testing.assert_allclose(found, np.arange(40) / 255, atol=1e-6)

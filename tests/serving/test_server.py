@@ -225,6 +225,17 @@ def test_a_full_queue_makes_clients_come_again_and_loses_nothing():
             assert list(pool.map(client, range(8))) == [[n, n + 1, n + 2, n + 3] for n in range(8)]
 
 
+def test_what_nobody_waits_for_any_more_is_not_scored():
+    """30 images of a client that gives up after 0.3 s; batches of 16 take 2 s: the second is never scored."""
+    recorder = Recorder(seconds=2.0)
+    with serving(PythonReward(recorder)) as server:
+        client = ScoreClient(server.url, timeout=0.3, batch_size=30)
+        assert "timed out" in client.score([grey(i) for i in range(30)], ["a"] * 30).errors[29]
+        time.sleep(2.5)
+        assert ScoreClient(server.url).score([grey(7)], ["a"]).scores == [7]
+    assert recorder.batches == [16, 1]
+
+
 def test_a_server_that_stops_answers_what_it_accepted():
     with serving(PythonReward(Recorder(seconds=0.5))) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(ScoreClient(server.url).score, [grey(i)], ["a"]) for i in range(4)]

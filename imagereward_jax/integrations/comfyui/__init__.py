@@ -100,9 +100,11 @@ class ImageRewardFilter:
 
     def keep(self, images, prompt, server, limit, count):
         scores = score_images(images, prompt, server)
-        kept = [row for row in best_first(scores) if scores[row] >= limit][: count or None]
+        order = best_first(scores)
+        kept = [row for row in order if scores[row] >= limit][: count or None]
         if not kept:
-            print(f"ImageReward: no image of {len(scores)} scores {limit:g} or more (the best {scores[best_first(scores)[0]]:.4f})")
+            best = scores[order[0]]
+            print(f"ImageReward: no image of {len(scores)} scores {limit:g} or more (the best {best:.4f})")
             return ExecutionBlocker(None), [ExecutionBlocker(None)]
         return images[kept], [scores[row] for row in kept]
 
