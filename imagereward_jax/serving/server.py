@@ -18,7 +18,7 @@ from imagereward_jax.terminal import say
 
 READ_SECONDS = 60.0  # for a whole body
 SOCKET_SECONDS = 30.0  # for a piece of a request or answer
-LINGER_SECONDS = 2.0  # in which a body that was refused is thrown away, so that its client reads why
+LINGER_SECONDS = 10.0  # in which a body that was refused is thrown away, so that its client reads why
 MAX_CONNECTIONS = 256
 
 

@@ -1,8 +1,6 @@
 """The client that other programs carry: alone with the standard library, and a server that it starts and stops."""
 
 import os
-import socket
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +13,6 @@ from imagereward_jax.integrations.__main__ import PROGRAMS, install, main
 from imagereward_jax.rewards import http_client
 from imagereward_jax.rewards.http_client import LocalServer, ServerError
 
-ROOT = Path(__file__).parents[2]
 ALONE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -24,21 +21,6 @@ scored = client.ScoreClient(sys.argv[2]).score([open(path, "rb").read() for path
 assert not {"numpy", "PIL", "jax"} & set(sys.modules)
 print(scored.scores, client.installed_python())
 """
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """A Python with an environment of its own: this one, with this package."""
-    path = tmp_path_factory.mktemp("environment") / "python"
-    path.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"\n')
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
-
-
-@pytest.fixture
-def url():
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        return f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -12,11 +12,13 @@ import urllib.request
 
 import numpy as np
 import pytest
+from PIL import Image
 from score_server import serving
 
 from imagereward_jax.bulk_scoring.scorers import open_scorer
 from imagereward_jax.integrations.__main__ import install
 from imagereward_jax.rewards.functions import PythonReward
+from imagereward_jax.rewards.http_client import ScoreClient, ServerUnavailable
 
 torch = pytest.importorskip("torch", reason="ComfyUI's images are tensors")
 
@@ -89,9 +91,7 @@ def test_nothing_above_the_limit_blocks_what_follows(pack, capsys):
     assert isinstance(images, ExecutionBlocker), "no verdict is never kept"
 
 
-def test_no_server_is_an_error_that_says_what_to_do(pack):
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+def test_no_server_is_an_error_that_says_what_to_do(pack, url):
     (settings,) = pack.ImageRewardServer().settings("PickScore", url, "", "default")
     with pytest.raises(RuntimeError, match=r"start one there .python -m imagereward_jax.serve --reward PickScore"):
         pack.ImageRewardScore().score(IMAGES, "a cat", settings)
@@ -130,9 +130,9 @@ def workflow(server, limit):
 
 
 @pytest.mark.skipif(not (COMFYUI and COMFYUI_PYTHON), reason="COMFYUI and COMFYUI_PYTHON name no ComfyUI")
-def test_in_a_real_comfyui(tmp_path):
+def test_in_a_real_comfyui(tmp_path, python, url):
     """Its own executor runs the workflow: texts, order and saved images are those of the scorer; a limit that nothing
-    reaches saves nothing, and is no error."""
+    reaches saves nothing, and is no error. The server that it started ends when it is killed."""
     (tmp_path / "custom_nodes").mkdir()
     (tmp_path / "extra.yaml").write_text(f"tested:\n  base_path: {tmp_path}\n  custom_nodes: custom_nodes\n")
     install("comfyui", tmp_path)
@@ -143,23 +143,33 @@ def test_in_a_real_comfyui(tmp_path):
     scorer = open_scorer("tiny-shapes")
     pixels = [np.array([c >> 16, c >> 8 & 255, c & 255], np.uint8) * np.ones((64, 64, 1), np.uint8) for c in COLOURS]
     expected = scorer.score("a large red circle at the top left", pixels)
-    with serving(scorer) as server, open(tmp_path / "log", "w") as log:
+    with open(tmp_path / "log", "w") as log:
         comfyui = subprocess.Popen(command, cwd=COMFYUI, stdout=log, stderr=log)
         try:
-            settings = {"reward": "", "url": server.url, "python": "", "device": "default"}
+            settings = {"reward": "tiny-shapes", "url": url, "python": python, "device": "cpu"}
             outputs = run_workflow(port, workflow(settings, limit=min(expected) - 1))
             blocked = run_workflow(port, workflow(settings, limit=1e6))
+            assert ScoreClient(url).health()["served"] > 0
         finally:
             comfyui.kill()
             comfyui.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and answers(url):
+        time.sleep(0.2)
+    assert not answers(url)
     text = outputs["text"]["text"][0]
     np.testing.assert_allclose([float(line) for line in text.split()], expected, atol=1e-4)
-    from PIL import Image
-
     saved = [np.asarray(Image.open(tmp_path / "out" / image["filename"])) for image in outputs["save"]["images"]]
     best = np.argsort(expected)[::-1][:2]
     assert len(saved) == 2 and all(np.array_equal(image, pixels[row]) for image, row in zip(saved, best))
     assert "save" not in blocked
+
+
+def answers(url):
+    try:
+        return ScoreClient(url).health()
+    except ServerUnavailable:
+        return None
 
 
 def run_workflow(port, nodes):
