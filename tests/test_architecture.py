@@ -10,8 +10,8 @@ ROOMS = (
     *("config", "storage", "terminal", "command", "compilation_cache", "distributed"),
     *("models", "diffusion", "weights", "data", "rewards", "pipelines"),
     *("methods", "sections", "recipes", "training", "assembly", "planning", "trainer"),
-    *("bulk_scoring", "agreement", "integrations"),
-    *("train", "plan", "generate", "score", "evaluate"),
+    *("bulk_scoring", "agreement", "serving", "integrations"),
+    *("train", "plan", "generate", "score", "evaluate", "serve"),
 )
 
 

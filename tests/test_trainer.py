@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_sd1
 from hub_stand_in import serve
+from score_server import serving
 
 for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
     pytest.importorskip(package)
@@ -22,6 +23,7 @@ from imagereward_jax.assembly.run import assemble
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.methods import ddpo, refl
+from imagereward_jax.rewards.functions import PythonReward
 from imagereward_jax.rewards.registry import open_reward
 from imagereward_jax.training import html_report
 from imagereward_jax.training.interruptions import Interrupted
@@ -147,6 +149,36 @@ def test_it_resumes_bit_for_bit_in_a_thread_whatever_the_function_remembers(trai
     one, other = (read_tensors(folder / "export" / WEIGHTS) for folder in (tmp_path / "run", trained[0].workdir))
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_run_goes_on_when_its_reward_server_restarts_and_gives_the_same_numbers(trained, opened, tmp_path):
+    """The server goes away after its second batch and comes back on its port: every metric is that of `trained`, whose
+    reward is the same function in this process."""
+    batches, gone, back = itertools.count(1), threading.Event(), threading.Event()
+
+    def served(images, prompts):
+        if next(batches) == 2:
+            gone.set()
+        return redness(images, prompts)
+
+    def restart(first):
+        gone.wait(60)
+        first.__exit__(None, None, None)
+        back.wait(0.5)
+        second = serving(PythonReward(served), port=port)
+        second.__enter__()
+        running.append(second)
+
+    first = serving(PythonReward(served))
+    server, running = first.__enter__(), []
+    port = server.server_port
+    thread = threading.Thread(target=restart, args=(first,))
+    thread.start()
+    trainer = make(tmp_path / "run", opened, reward=server.url, fields={"reward.remote.patience": 60.0})
+    assert trainer.train()
+    thread.join()
+    running[0].__exit__(None, None, None)
+    assert next(batches) > 4 and numbers(tmp_path / "run") == numbers(trained[0].workdir)
 
 
 def test_a_longer_run_draws_further_prompts_and_a_list_is_the_one_it_began_with(opened, tmp_path):

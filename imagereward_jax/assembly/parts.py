@@ -108,7 +108,7 @@ class Parts:
         Raises:
             FileNotFoundError, ValueError: see `registry.open_reward`.
         """
-        return rewards.open_judges(self.config.eval.judges, self.config.dtype)
+        return rewards.open_judges(self.config.eval.judges, self.config.reward.remote, self.config.dtype)
 
     @functools.cached_property
     def scorer(self) -> rewards.TrainedScorer:

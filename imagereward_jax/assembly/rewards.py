@@ -16,6 +16,7 @@ from imagereward_jax.rewards.checkpoint import config_of, load
 from imagereward_jax.rewards.functions import is_function_name
 from imagereward_jax.rewards.imagereward import abstract_module, make_apply
 from imagereward_jax.rewards.mixed import MixedReward, Term, Terms
+from imagereward_jax.rewards.remote import RemoteReward, is_url
 from imagereward_jax.rewards.rules import RULES
 from imagereward_jax.rewards.scores import SCORES, imagereward_from_blip
 from imagereward_jax.sections.parts import check_curve
@@ -83,24 +84,27 @@ def open_terms(settings: Any, dtype: str, *, needs_gradient: bool, abstract: boo
     sections = {"config.reward": ("", settings)}
     if settings.terms:
         sections = {f"config.reward.terms.{name}": (name, term) for name, term in settings.terms.items()}
-    return _open_sections(sections, dtype, needs_gradient=needs_gradient, abstract=abstract)
+    return _open_sections(sections, settings.remote, dtype, needs_gradient=needs_gradient, abstract=abstract)
 
 
-def open_judges(settings: Any, dtype: str) -> Terms | None:
+def open_judges(settings: Any, remote: Any, dtype: str) -> Terms | None:
     """The rewards of config.eval.judges; None without any.
+
+    Args:
+        settings: config.eval.judges. remote: config.reward.remote, for judges on servers.
 
     Raises:
         FileNotFoundError, ValueError: see `registry.open_reward`.
     """
     sections = {f"config.eval.judges.{name}": (name, judge) for name, judge in settings.items()}
-    return _open_sections(sections, dtype, needs_gradient=False, abstract=False) if sections else None
+    return _open_sections(sections, remote, dtype, needs_gradient=False, abstract=False) if sections else None
 
 
-def _open_sections(sections, dtype, *, needs_gradient, abstract):
+def _open_sections(sections, remote, dtype, *, needs_gradient, abstract):
     """The terms of {section of the config: (name, settings)}."""
     terms, fields = {}, {}
     for where, (name, one) in sections.items():
-        reward = _open_one(one, where, dtype, needs_gradient, abstract)
+        reward = _open_one(one, where, remote, dtype, needs_gradient, abstract)
         scale = {part: one[part] for part in ("weight", "mean", "std", "clip") if part in one}
         terms[name], fields[name] = Term(reward, **scale), f"{where}.path={one.path!r}"
     return Terms(terms, fields)
@@ -144,21 +148,24 @@ def _check_gradient(reward, where, as_jax):
         )
 
 
-def _open_one(settings, where, dtype, needs_gradient, abstract):
+def _open_one(settings, where, remote, dtype, needs_gradient, abstract):
     try:
-        return _opened(settings, where, dtype, needs_gradient, abstract)
+        return _opened(settings, where, remote, dtype, needs_gradient, abstract)
     except ConfigError:
         raise
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{where}.path: {error}") from error
 
 
-def _opened(settings, where, dtype, needs_gradient, abstract):
+def _opened(settings, where, remote, dtype, needs_gradient, abstract):
     path = settings.path
-    if path in RULES or is_function_name(path):
-        reward = registry.open_reward(path)
+    if path in RULES or is_function_name(path) or is_url(path):
+        reward = RemoteReward(path, **remote) if is_url(path) else registry.open_reward(path)
         if needs_gradient:
-            _check_gradient(reward, f"{where}.path={path!r}", f"'jax:{path if ':' in path else 'module:function'}'")
+            function = path if is_function_name(path) else "module:function"
+            _check_gradient(reward, f"{where}.path={path!r}", f"'jax:{function}'")
+        if is_url(path) and not abstract:
+            reward.check()
         return reward
     if not abstract:
         return registry.open_reward(path, weights=settings.weights, tokenizer=settings.tokenizer, dtype=dtype)

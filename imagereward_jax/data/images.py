@@ -113,6 +113,18 @@ def open_image(image: Any, where: str = "", rule: str = "shown") -> Image.Image:
         return _read(image, rule).convert("RGB")
 
 
+def open_bounded(encoded: bytes, max_pixels: int, where: str = "") -> Image.Image:
+    """Opens an encoded image and checks its size without decoding it, which `open_image` and `open_square` do then.
+
+    Raises:
+        ImageError: as `open_image`, with `max_pixels` as the bound.
+    """
+    with _naming(encoded, where, "shown"):
+        image = Image.open(io.BytesIO(encoded), formats=readable_formats())
+        _check_size(image, max_pixels)
+        return image
+
+
 def open_square(image: Any, size: int, where: str = "", rule: str = "shown", *, rgb_first: bool = False) -> np.ndarray:
     """Reads an image and crops it as reward models see it: `crop_square`.
 
@@ -153,14 +165,18 @@ def _read(image, rule):
         image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=readable_formats())
     elif not isinstance(image, Image.Image):
         image = Image.fromarray(_as_uint8(as_array(image)))
-    if min(image.size) < 1:
-        raise ImageError(f"the image is empty ({image.width} x {image.height} pixels)")
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{image.width} x {image.height} pixels are too many (at most {MAX_PIXELS:,}); scale it down")
+    _check_size(image, MAX_PIXELS)
     image.load()
     if image.mode == "F":
         _check_finite(np.asarray(image))
     return _as_shown(image) if rule == "shown" else image
+
+
+def _check_size(image, max_pixels):
+    if min(image.size) < 1:
+        raise ImageError(f"the image is empty ({image.width} x {image.height} pixels)")
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"{image.width} x {image.height} pixels are too many (at most {max_pixels:,}); scale it down")
 
 
 def _as_shown(image):

@@ -1,54 +1,31 @@
-"""Script for the Stable Diffusion web UI (AUTOMATIC1111): scores, filters and sorts generated images.
+"""Script for the Stable Diffusion web UI (AUTOMATIC1111, Forge, SD.Next): scores, filters and sorts generated images.
 
-Install this package into the web UI's environment, copy this file into its `scripts` folder, restart it, and choose
-"ImageReward scores" under Script. Images are saved after they are scored, with the score in their
+    python -m imagereward_jax.integrations webui PATH_OF_THE_WEB_UI
+
+copies it with its client into the web UI's `extensions`; restart the web UI, and choose "ImageReward scores" under
+Script. Nothing is installed into the web UI's environment: a server scores (docs/serve.md), which this script starts
+from the environment of imagereward-jax if none runs. Images are saved after they are scored, with the score in their
 parameters; those below the limit are neither shown nor saved.
 """
 
-import gc
+from __future__ import annotations
+
 import math
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
+from imagereward_client import DEFAULT_URL, LocalServer, installed_python
 from modules import images, prompt_parser, scripts
 from modules.processing import process_images
 from modules.shared import opts
-
-# The web UI's own model is on the same device, so XLA allocates only the memory that it needs and frees it.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
 
 LABEL = "ImageReward score"
 MODEL = "ImageReward-v1.0"
 DEVICES = ("default", "cpu")
 ROW_FIELDS = ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds")
-loaded = {}  # {(model, device): scorer}, at most one; both tabs of the web UI share it
-
-
-def load_model(name: str, device: str) -> Any:
-    """Returns the scorer; loads it at the first use and unloads any other."""
-    key = (name.strip() or MODEL, device)
-    if key not in loaded:
-        import imagereward_jax
-
-        unload_model()
-        loaded[key] = imagereward_jax.load(key[0], device=None if device == "default" else device)
-    return loaded[key]
-
-
-def unload_model() -> str:
-    """Frees the scorer's memory; returns a message for the user."""
-    if not loaded:
-        return "No model is loaded."
-    import jax
-
-    loaded.clear()
-    jax.clear_caches()
-    gc.collect()
-    return "The model is unloaded."
+server = LocalServer()  # both tabs of the web UI share it
 
 
 def plain_prompt(prompt: str) -> str:
@@ -64,9 +41,9 @@ def with_score(infotext: str, score: float) -> str:
 
 
 def chosen(scores: Sequence[float], limit: float | None, sort: bool) -> list[int]:
-    """Selects the indices of images to show: those not below `limit` (None: all), best first if `sort`."""
+    """Selects the indices of images to show: those of at least `limit` (None: all), best first if `sort`."""
     kept = [i for i, score in enumerate(scores) if limit is None or score >= limit]
-    return sorted(kept, key=lambda i: -scores[i]) if sort else kept
+    return sorted(kept, key=lambda i: math.inf if math.isnan(scores[i]) else -scores[i]) if sort else kept
 
 
 class Script(scripts.Script):
@@ -87,36 +64,49 @@ class Script(scripts.Script):
             limit = gr.Number(value=0.0, label="Limit (a score of 0 is average, 1 is good)")
             sort = gr.Checkbox(value=True, label="Best first")
         with gr.Row():
-            model = gr.Textbox(value=MODEL, label="Model: a name, ImageReward.pt, or a folder")
-            device = gr.Dropdown(choices=list(DEVICES), value=DEVICES[0], label="Device")
+            reward = gr.Textbox(value=MODEL, label="Reward: a name, ImageReward.pt, or a folder")
+            url = gr.Textbox(value=DEFAULT_URL, label="Server")
         with gr.Row():
-            unload = gr.Button(value="Unload the model from memory")
+            python = gr.Textbox(value=installed_python(), label="Python of imagereward-jax, to start the server")
+            device = gr.Dropdown(choices=list(DEVICES), value=DEVICES[0], label="Device of a server that is started")
+        with gr.Row():
+            stop = gr.Button(value="Stop the server, which frees its memory")
             status = gr.HTML(value="")
-        unload.click(fn=unload_model, inputs=[], outputs=[status])
-        return [filter_low, limit, sort, model, device]
+        stop.click(fn=server.stop, inputs=[], outputs=[status])
+        return [filter_low, limit, sort, reward, url, python, device]
 
-    def run(self, p: Any, filter_low: bool, limit: float | None, sort: bool, model: str, device: str) -> Any:
+    def run(
+        self,
+        p: Any,
+        filter_low: bool,
+        limit: float | None,
+        sort: bool,
+        reward: str,
+        url: str,
+        python: str,
+        device: str,
+    ) -> Any:
         """Generates, scores and filters images.
 
         Args:
             p: `StableDiffusionProcessing`.
-            filter_low, limit, sort, model, device: values of the components of `ui`.
+            filter_low, limit, sort, reward, url, python, device: values of the components of `ui`.
 
         Returns:
             The `Processed` of the generation, with images and their parameters filtered and sorted.
         """
         limit = self._limit(filter_low, limit)
-        scorer = load_model(model, device)
+        client = server.connect(url, reward, python=python, device=device)
         processed = _generate_unsaved(p)
         extras = _take_extras(processed)
         prompts = [plain_prompt(prompt) for prompt in processed.all_prompts[: len(processed.images)]]
-        scores = scorer.score(prompts, processed.images) if prompts else []
+        scores = client.score_images(processed.images, prompts)
         _add_scores(processed, scores)
         kept = chosen(scores, limit, sort)
         _keep(processed, kept)
         if len(kept) < len(scores):
             low = f"{len(scores) - len(kept)} of {len(scores)} images scored below {limit:g}"
-            processed.comments = f"{processed.comments}{low} (the best {max(scores):.4f})\n"
+            processed.comments = f"{processed.comments}{low} (the best {scores[chosen(scores, None, True)[0]]:.4f})\n"
         _save(p, processed)
         _add_grid(p, processed)
         processed.images += extras

@@ -22,7 +22,7 @@ from imagereward_jax.storage.contact_sheet import to_uint8
 JAX_PREFIX = "jax:"
 PROMPT_BYTES = 1024  # of a prompt that a jax function sees; CLIP's 77 tokens are some 350
 _NAME = re.compile(r"(jax:)?[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_PART = re.compile(r"\w[\w-]*")
+SCORE_NAME = re.compile(r"\w[\w-]*")
 
 
 class PythonReward(RuleReward):
@@ -334,7 +334,7 @@ def _read_scores(returned, prompts, where):
         returned = returned[0]
     if not isinstance(returned, dict):
         return {"": _read_array(returned, prompts, where, "scores")}
-    if not returned or not all(isinstance(name, str) and _PART.fullmatch(name) for name in returned):
+    if not returned or not all(isinstance(name, str) and SCORE_NAME.fullmatch(name) for name in returned):
         names = ", ".join(map(repr, returned)) or "no names"
         reason = f"the reward returned a dict with {names}; expected names of letters, digits, _ and -"
         raise RewardError(where, reason)

@@ -8,12 +8,13 @@ from typing import Any
 from imagereward_jax.rewards.base import Reward
 from imagereward_jax.rewards.checkpoint import available_models, load, unknown_model
 from imagereward_jax.rewards.functions import as_reward, is_function_name, open_function
+from imagereward_jax.rewards.remote import RemoteReward, is_url
 from imagereward_jax.rewards.rules import RULES, RuleReward
 from imagereward_jax.rewards.scores import SCORES, load_score
 
 
 def available_rewards() -> list[str]:
-    """Returns the names that `open_reward` knows, beside paths, module:function and jax:module:function."""
+    """Returns the names that `open_reward` knows, beside paths, URLs, module:function and jax:module:function."""
     return [*available_models(), *SCORES, *RULES]
 
 
@@ -27,7 +28,7 @@ def check_name(name: str, also: Sequence[str] = ()) -> None:
         FileNotFoundError: not a known name, rule or path (`hub.ModelNotFound`); the message suggests the nearest name.
     """
     known = [*available_rewards(), *also]
-    if not (name in known or is_function_name(name) or Path(name).expanduser().exists()):
+    if not (name in known or is_function_name(name) or is_url(name) or Path(name).expanduser().exists()):
         raise unknown_model(str(name), known)
 
 
@@ -43,8 +44,8 @@ def open_reward(
     Args:
         reward: a name as for `load`; one of `available_scores()`; "jpeg-compressibility" or "jpeg-incompressibility";
             "module:function", a Python function; "jax:module:function", a jax function that can be differentiated
-            (`functions.PythonReward` and `JaxReward` say which arguments they take); or a Python function itself. A
-            reward is returned as it is.
+            (`functions.PythonReward` and `JaxReward` say which arguments they take); "http://host:port", a server
+            (`remote.RemoteReward`); or a Python function itself. A reward is returned as it is.
         weights: path of the weights of one of `available_scores()`.
         tokenizer: path of the vocabulary; by default the one beside the weights.
         **options: device, dtype, batch_size, image_rule, as for `load`.
@@ -63,9 +64,19 @@ def open_reward(
         return load_score(name, path=weights or None, tokenizer=tokenizer, **options)
     if weights:
         raise ValueError(f"weights={str(weights)!r} applies only to {', '.join(SCORES)}; the reward is {name!r}")
-    if name in RULES or is_function_name(name):
-        rule = RULES[name]() if name in RULES else open_function(str(name))
+    if name in RULES or is_function_name(name) or is_url(name):
+        rule = _open_rule(str(name), options.get("batch_size", RuleReward.batch_size))
         if "image_rule" in options:
             rule.image_rule = options["image_rule"]
         return rule
     return load(name, tokenizer=tokenizer, **options)
+
+
+def _open_rule(name, batch_size):
+    if name in RULES:
+        return RULES[name]()
+    if not is_url(name):
+        return open_function(name)
+    reward = RemoteReward(name, batch_size=batch_size)
+    reward.check()
+    return reward

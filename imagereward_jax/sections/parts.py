@@ -12,6 +12,8 @@ from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.diffusion.schedule import PREDICTION_TYPES
 from imagereward_jax.models import lora
 from imagereward_jax.models.remat import REMAT_POLICIES
+from imagereward_jax.rewards.http_client import TOKEN_VARIABLE
+from imagereward_jax.rewards.remote import ON_ERROR
 from imagereward_jax.sections.run import DTYPES
 
 FILE_DTYPES = ("float32", "bfloat16", "float16")
@@ -119,18 +121,36 @@ class Groups(Section, path="data"):
         require_given(config, "data.held_out_groups")
 
 
+class Remote(Section, path="reward.remote"):
+    """How servers are asked whose URLs are rewards or judges of the run."""
+
+    token: str = TOKEN_VARIABLE  # environment variable with the servers' token
+    # of an image that a server has no score for: "error" ends the run, "nan" counts it as no verdict
+    on_error: str = field("error", choices=ON_ERROR)
+    timeout: float = field(60.0, above=0.0)  # seconds that a server may take for a batch
+    patience: float = field(300.0, at_least=0.0)  # seconds that a server may be away, as when it restarts
+    batch_size: int = field(16, at_least=1)  # images per request
+
+    @classmethod
+    def defaults(cls) -> ConfigDict:
+        """The section in `recipes.default_config`."""
+        return ConfigDict({name: default for name, (_, _, default) in cls.field_types().items()})
+
+
 class Reward(Section, path="reward"):
     """The reward: one network, or a mixture."""
 
     # a name, ImageReward.pt, a converted folder, a score ("PickScore", ...), "tiny-shapes", module:function (a Python
-    # function) or jax:module:function (one that can be differentiated)
+    # function), jax:module:function (one that can be differentiated) or http://host:port (a server: docs/serve.md)
     path: str = ""
     weights: str = ""  # path of the weights of a score, if not downloaded
     tokenizer: str | None = None  # path of the vocabulary, if not the reward's own
     terms: ConfigDict = field(default_factory=ConfigDict)  # instead of path: a mixture, {name: reward_term(...)}
+    remote: ConfigDict = field(default_factory=Remote.defaults)  # of paths that are URLs, here, in terms and in judges
 
     def check(self, config):
         """A mixture excludes a path, and its terms are what `reward_term` makes."""
+        Remote.read(self.remote)
         if self.terms and self.path:
             raise ConfigError(
                 f"config.reward.path={self.path!r} and config.reward.terms ({', '.join(self.terms)}) are both given: "

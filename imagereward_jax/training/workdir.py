@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "optimization_level",
     "compile_effort",  # its name in runs from before
     "model.remat",
+    "reward.remote",
 )
 
 

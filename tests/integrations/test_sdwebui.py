@@ -1,19 +1,17 @@
 """The web UI script on stand-ins of the web UI's modules: what is shown, what is saved, what is freed."""
 
-import gc
 import importlib.util
 import re
 import sys
-import weakref
-from pathlib import Path
 
 import pytest
 import webui_stand_in as webui
 from PIL import Image
+from score_server import serving
 
-import imagereward_jax
+from imagereward_jax.integrations.__main__ import install
+from imagereward_jax.rewards.functions import PythonReward
 
-SCRIPT = Path(imagereward_jax.__file__).parent / "integrations" / "sdwebui.py"
 PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # how the web UI reads the last line
 
 
@@ -23,17 +21,20 @@ def opts():
 
 
 @pytest.fixture
-def module(opts, monkeypatch):
-    """The script, loaded from its file as the web UI does."""
+def module(opts, monkeypatch, tmp_path_factory):
+    """The script, loaded from where the command puts it as the web UI does: its extension's folder on the path."""
     for name, stand_in in webui.make_modules(opts).items():
         monkeypatch.setitem(sys.modules, name, stand_in)
-    for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR"):
-        monkeypatch.setenv(name, "as it was")  # so that what the script sets is taken back
-        monkeypatch.delenv(name)
-    spec = importlib.util.spec_from_file_location("imagereward_script", SCRIPT)
+    folder = tmp_path_factory.mktemp("webui")
+    (folder / "extensions").mkdir()
+    extension = install("webui", folder, python="/env/bin/python")
+    monkeypatch.syspath_prepend(extension)
+    monkeypatch.delitem(sys.modules, "imagereward_client", raising=False)
+    spec = importlib.util.spec_from_file_location("imagereward_script", extension / "scripts" / "imagereward_scores.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    return script
+    yield script
+    sys.modules.pop("imagereward_client", None)
 
 
 @pytest.fixture
@@ -49,13 +50,14 @@ def request_of(opts, tmp_path):
 
 @pytest.fixture
 def ready(module, tiny_reward):
-    """The script with the tests' own scorer loaded."""
-    module.loaded[module.MODEL, "default"] = tiny_reward
-    return module
+    """The script, with a server of the tests' own scorer at its `url`."""
+    with serving(tiny_reward, module.MODEL) as server:
+        module.url = server.url
+        yield module
 
 
-def run(module, p, *, filter_low=False, limit=0.0, sort=True):
-    return module.Script().run(p, filter_low, limit, sort, module.MODEL, "default")
+def run(module, p, *, filter_low=False, limit=0.0, sort=True, reward=None):
+    return module.Script().run(p, filter_low, limit, sort, reward or module.MODEL, module.url, "", "default")
 
 
 def expected_scores(tiny_reward, prompt="a cat"):
@@ -149,36 +151,47 @@ def test_what_other_scripts_add_is_left_alone(ready, request_of, monkeypatch):
     assert len(processed.images) == 6 and processed.images[-1] is extra and len(processed.infotexts) == 5
 
 
-def test_the_button_unloads_the_model(module, tiny_reward_folder, monkeypatch):
-    """Loaded once for the same name, dropped by the button: nothing holds it any more."""
-    components = module.Script().ui(is_img2img=False)
-    assert [component.value for component in components] == [False, 0.0, True, "ImageReward-v1.0", "default"]
-    model = module.load_model(str(tiny_reward_folder), "cpu")
-    assert module.load_model(f" {tiny_reward_folder} ", "cpu") is model
-    alive, cleared = weakref.ref(model), []
-    monkeypatch.setattr("jax.clear_caches", lambda: cleared.append(True))  # other tests need theirs
-    del model
-    assert module.unload_model() == "The model is unloaded." and module.loaded == {}
-    gc.collect()
-    assert alive() is None and cleared
-    assert module.unload_model() == "No model is loaded."
+def test_an_image_without_a_verdict_comes_last_and_is_never_above_a_limit(module, request_of):
+    """The first of four images has none."""
+
+    def odd(images, prompts):
+        first = webui.make_image(100)
+        return [float("nan") if image.tobytes() == first.tobytes() else float(image.mean()) for image in images]
+
+    with serving(PythonReward(odd), module.MODEL) as server:
+        module.url = server.url
+        processed = run(module, request_of())
+        assert processed.all_seeds[-1] == 100 and len(processed.all_seeds) == 4
+        assert 100 not in run(module, request_of(), filter_low=True, limit=-1e6).all_seeds
 
 
-def test_the_button_is_wired(module, monkeypatch):
+def test_the_components_are_the_arguments_of_a_run(module, monkeypatch):
+    """In this order, the Python as the command wrote it; the button stops the server."""
     made = []
     monkeypatch.setattr(module.gr, "Button", lambda **options: made.append(webui.Component(**options)) or made[-1])
-    module.Script().ui(is_img2img=True)
+    components = module.Script().ui(is_img2img=True)
+    url = "http://127.0.0.1:8765"
+    defaults = [False, 0.0, True, "ImageReward-v1.0", url, "/env/bin/python", "default"]
+    assert [component.value for component in components] == defaults
     function, inputs, outputs = made[0].clicked
-    assert function is module.unload_model and inputs == [] and len(outputs) == 1
+    assert function == module.server.stop and inputs == [] and len(outputs) == 1
+    assert function() == "No server was started here."
 
 
-def test_a_model_that_is_not_there_is_named_before_anything_is_generated(module, request_of, monkeypatch):
-    monkeypatch.setattr(module, "process_images", None)
-    with pytest.raises(FileNotFoundError, match=r"did you mean 'ImageReward-v1.0'\?"):
-        module.Script().run(request_of(), False, 0.0, True, "ImageRewrad-v1.0", "cpu")
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [("PickScore", "serves ImageReward-v1.0, not PickScore"), ("", "no server at .*start one there")],
+)
+def test_what_cannot_score_is_named_before_anything_is_generated(ready, request_of, monkeypatch, reward, message):
+    monkeypatch.setattr(ready, "process_images", None)
+    if not reward:
+        ready.url = "http://127.0.0.1:9"
+    with pytest.raises(RuntimeError, match=message):
+        run(ready, request_of(), reward=reward)
 
 
 @pytest.mark.parametrize("limit", [None, float("nan")])
 def test_a_limit_that_is_no_number_is_refused(module, request_of, limit):
+    module.url = ""
     with pytest.raises(ValueError, match="the limit must be a number"):
         run(module, request_of(), filter_low=True, limit=limit)

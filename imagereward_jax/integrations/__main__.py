@@ -1,0 +1,69 @@
+"""Copies the scripts of other programs into them: `python -m imagereward_jax.integrations comfyui PATH`.
+
+They carry their client and the path of this Python, from whose environment they start a server. The same command
+again replaces what it copied.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from imagereward_jax.command import command
+from imagereward_jax.rewards.http_client import PYTHON_FILE
+from imagereward_jax.storage.folders import new_folder
+from imagereward_jax.terminal import Parser, say
+
+HERE = Path(__file__).parent
+CLIENT, CLIENT_COPY = HERE.parent / "rewards" / "http_client.py", "imagereward_client.py"
+# {program: (folder that it has for such things, file here, its place in the copy)}
+PROGRAMS = {
+    "comfyui": ("custom_nodes", HERE / "comfyui" / "__init__.py", "__init__.py"),
+    "webui": ("extensions", HERE / "sdwebui.py", "scripts/imagereward_scores.py"),
+}
+
+
+def install(program: str, folder: Path, python: str = sys.executable) -> Path:
+    """Copies the script of a program into its folder; returns the new folder.
+
+    Args:
+        program: "comfyui", or "webui" (AUTOMATIC1111, Forge, SD.Next).
+        python: what the script starts a server with.
+
+    Raises:
+        FileNotFoundError: `folder` is not such a program's. FileExistsError, StorageError: see `new_folder`.
+    """
+    place, script, name = PROGRAMS[program]
+    if not (folder / place).is_dir():
+        raise FileNotFoundError(f"{folder} has no folder {place}: expected the folder of {program}")
+    target = folder / place / "imagereward"
+    with new_folder(target, overwrite=True, marker=CLIENT_COPY) as new:
+        (new / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(script, new / name)
+        shutil.copyfile(CLIENT, new / CLIENT_COPY)
+        (new / PYTHON_FILE).write_text(python + "\n", encoding="utf-8")
+    return target
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m imagereward_jax.integrations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("program", choices=PROGRAMS)
+    parser.add_argument("folder", type=Path, help="where the program is")
+    args = parser.parse_args(argv)
+    try:
+        target = install(args.program, args.folder)
+    except (OSError, ValueError) as error:
+        say(f"error: {error}", file=sys.stderr)
+        return 2
+    say(f"{target}: restart {args.program}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
