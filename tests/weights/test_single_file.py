@@ -109,7 +109,7 @@ def test_there_and_back_is_exact(model, tmp_path):
 @pytest.mark.parametrize("model", ["sd1"], indirect=True)
 def test_a_pickle_and_averaged_weights(model, tmp_path, monkeypatch):
     """A .ckpt of PyTorch Lightning, whose callbacks name a class; variant="ema" reads LitEma's names."""
-    kind, pipeline, _, path, options = model
+    _, pipeline, _, path, options = model
     tensors = {key: torch.from_numpy(np.array(array)) for key, array in read_tensors(path).items()}
     own = [key for key in tensors if key.startswith("model.diffusion_model.")]
     for key in own:
@@ -117,7 +117,8 @@ def test_a_pickle_and_averaged_weights(model, tmp_path, monkeypatch):
     tensors["model_ema.decay"] = torch.tensor(0.5)
     lightning = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": lightning.__name__})
-    monkeypatch.setitem(sys.modules, lightning.__name__, lightning)
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", lightning.__name__):
+        monkeypatch.setitem(sys.modules, name, lightning)
     checkpoint = {"state_dict": tensors, "global_step": 7, "callbacks": {lightning.ModelCheckpoint: {"best": None}}}
     torch.save(checkpoint, tmp_path / "model.ckpt")
     monkeypatch.undo()
@@ -135,7 +136,7 @@ def test_a_pickle_and_averaged_weights(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ["sd1", "sdxl", "sd3"], indirect=True)
 def test_parts_from_elsewhere(model, tmp_path):
     """A VAE apart, in Stability's and in diffusers' names, for a file without one and for a folder."""
-    kind, pipeline, folder, path, options = model
+    _, pipeline, folder, path, options = model
     tensors = read_tensors(path)
     own = {key: array for key, array in tensors.items() if key.startswith("first_stage_model.")}
     write_safetensors(tmp_path / "bare.safetensors", {key: a for key, a in tensors.items() if key not in own})
@@ -243,7 +244,7 @@ def test_what_a_file_does_not_show_has_to_be_said(model):
 @pytest.mark.parametrize("model", ["sd3"], indirect=True)
 def test_fp8_is_read_as_the_numbers_it_holds(model, tmp_path):
     """e4m3 without scales (T5 in files of SD 3.5): exact in bfloat16."""
-    kind, _, _, path, options = model
+    _, _, _, path, options = model
     tensors = {key: np.asarray(array) for key, array in read_tensors(path).items()}
     key = "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
     tensors[key] = tensors[key].astype(ml_dtypes.float8_e4m3fn)
