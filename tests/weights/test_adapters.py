@@ -318,7 +318,7 @@ BROKEN = {
     "alpha": r"attn2\.to_k has an alpha of \[3\], should be one number",
     "family": r"attn2\.to_k is adapted from \[2048\] .* but has \[24\].*Stable Diffusion XL",
     "shape": r"attn2\.to_k is adapted from \[24\] to 5 features, but has",
-    "dora": "a DoRA adapter, which is not implemented",
+    "dora": r"attn2\.to_k: DoRA's lengths are \[4\], its weight",
     "none": "holds no adapter",
 }
 
