@@ -86,6 +86,8 @@ def open_pipeline(
     """
     replaced = parse_parts(parts)
     name = str(name_or_path).partition("@")[0]
+    if Path(name).suffix in single_file.SUFFIXES and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"{name}: no such file")
     if single_file.is_single_file(name_or_path):
         files = _single_file(Path(name_or_path).expanduser(), variant)
     elif not download and not Path(name).expanduser().is_dir() and name not in hub.builtin_models():

@@ -54,6 +54,8 @@ class ModelFiles:
             if name not in family.components:
                 self.tokenizers[name] = path
                 continue
+            if path.is_dir():
+                raise ValueError(f"parts: {name}={path} is a folder; expected the file of its weights")
             place = single_file.recognise_part(path, name, family.pipeline_class)
             replaced[name] = SingleFileSource(path, {name: place})
             own = self.configs.get(name, {})

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from imagereward_jax.models import vae
-from imagereward_jax.rewards.tokens import CLIP_BPE, read_clip_bpe
 from imagereward_jax.weights import hub
+from imagereward_jax.weights.tokenizer_files import CLIP_BPE, read_clip_bpe
 
 BETAS = {
     "beta_schedule": "scaled_linear",

@@ -235,7 +235,14 @@ def test_what_a_file_does_not_show_has_to_be_said(model):
             open_pipeline(path, parts=options["parts"])
     with pytest.raises(ValueError, match=r"not CLIP's 49408: give its folder as a part of the model, tokenizer="):
         open_pipeline(path, prediction_type=options.get("prediction_type"))
-    wrong = {"vea=x": "no such file", "vae": "expected NAME=PATH", f"vea={path}": "'vea' is no part"}
+    with pytest.raises(FileNotFoundError, match=r"absent\.ckpt: no such file"):
+        open_pipeline(path.with_name("absent.ckpt"))
+    wrong = {
+        "vea=x": "no such file",
+        "vae=.": "is a folder",
+        "vae": "expected NAME=PATH",
+        f"vea={path}": "'vea' is no part",
+    }
     for parts, message in wrong.items():
         with pytest.raises((ValueError, OSError), match=message):
             open_pipeline(path, parts=parts)
