@@ -68,7 +68,8 @@ class LinearReward:
 
 def open_pipeline(preset, **options):
     """Opens a pipeline of a preset's UNet and VAE. Its text encoders, of one layer, only fit them and never run."""
-    from imagereward_jax.pipelines.families import StandInTokenizer, from_architecture
+    from imagereward_jax.pipelines.families import from_architecture
+    from imagereward_jax.pipelines.published_settings import StandInTokenizer
 
     pooled, width = pooled_features(preset["unet"]), preset["unet"]["cross_attention_dim"]
     widths = [width] if pooled is None else [width // 2, width - width // 2]

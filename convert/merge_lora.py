@@ -2,8 +2,8 @@
 
     python convert/merge_lora.py SRC LORA OUT [--weight 0.8]
 
-SRC is a diffusers folder, a built-in model or a name on the hub; LORA an adapter of diffusers, PEFT, kohya's sd-scripts
-or a training run of this package. OUT is a diffusers folder of float32 weights, which PyTorch opens as well.
+SRC is any model that the commands take; LORA an adapter of diffusers, PEFT, kohya's sd-scripts, LyCORIS, ComfyUI,
+OneTrainer or a training run of this package. OUT is a diffusers folder of float32 weights, which PyTorch opens as well.
 """
 
 import argparse
@@ -18,11 +18,12 @@ from imagereward_jax.terminal import Parser, say
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("src", help="model: diffusers folder, built-in model or name on the hub")
+    parser.add_argument("src", help="model: diffusers folder, single file, built-in model or name on the hub")
     parser.add_argument("lora", help="adapter: .safetensors file, its folder, or name on the hub")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--weight", type=float, default=1.0, help="factor on the adapter (default: %(default)s)")
-    parser.add_argument("--variant", help='which weight files of the model to read, e.g. "fp16"')
+    parser.add_argument("--variant", help='which weights of the model to read: "fp16", of a single file "ema"')
+    parser.add_argument("--parts", default="", metavar="NAME=PATH,...", help="networks and tokenizers from elsewhere")
     parser.add_argument("--overwrite", action="store_true", help="replace an OUT that is a diffusers folder")
     return parser.parse_args(argv)
 
@@ -36,7 +37,7 @@ def merge(args):
     if not math.isfinite(args.weight):
         raise ValueError(f"--weight {args.weight} should be a number, usually from 0 to 1")
     refuse_existing(args.out, overwrite=args.overwrite, marker=diffusers.INDEX)
-    pipeline, params = load_pipeline(args.src, variant=args.variant)
+    pipeline, params = load_pipeline(args.src, variant=args.variant, parts=args.parts)
     adapter = adapters.read_adapter(args.lora, pipeline.networks)
     params = adapters.merge(pipeline.networks, params, adapter, args.weight)
     pipeline.save(args.out, params, overwrite=args.overwrite)

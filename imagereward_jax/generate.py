@@ -49,7 +49,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         required=True,
-        help="a diffusers folder, a folder of convert/from_diffusers.py, a built-in model, or a name on the hub",
+        help="a diffusers folder, a single file (.safetensors, .ckpt), a folder of convert/from_diffusers.py, "
+        "a built-in model, or a name on the hub",
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="text to draw; may be given several times")
@@ -83,7 +84,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--noise", metavar="FILE.npy", help="initial noise [images, h, w, c]; default: from the seed")
     parser.add_argument("--batch-size", type=int, default=4, help="images at a time on each device")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--variant", help='which weight files of the model to read, e.g. "fp16"')
+    parser.add_argument(
+        "--variant", help='which weights of the model to read: "fp16" of a folder, "ema" (averaged) of a single file'
+    )
+    parser.add_argument(
+        "--parts",
+        default="",
+        metavar="NAME=PATH,...",
+        help="networks (files) and tokenizers (folders) to take from elsewhere: vae=FILE,tokenizer_3=FOLDER",
+    )
+    parser.add_argument("--prediction-type", help="epsilon or v_prediction, if the model's files do not state it")
     parser.add_argument("--overwrite", action="store_true", help="replace existing images")
     parser.add_argument("--grid", action="store_true", help="also save one sheet of all images, DIR/grid.png")
     add_flag(parser)
@@ -127,7 +137,8 @@ def generate(args: argparse.Namespace) -> int:
     from imagereward_jax.pipelines.adapted import load_base, load_params
     from imagereward_jax.pipelines.blend import make_blend
 
-    pipeline = open_pipeline(args.model, dtype=args.dtype, variant=args.variant)
+    options = {"dtype": args.dtype, "variant": args.variant, "prediction_type": args.prediction_type}
+    pipeline = open_pipeline(args.model, parts=args.parts, **options)
     take_defaults(args, pipeline.generation, adapters)
     size = args.height or pipeline.default_size, args.width or pipeline.default_size
     shape = pipeline.latent_shape(*size)
@@ -136,7 +147,7 @@ def generate(args: argparse.Namespace) -> int:
     requests = plan(args, prompts, read_noise(args.noise, (len(prompts) * args.num_images, *shape)))
     params, base = load_params(pipeline, adapters, args.dtype, keep_base=blend is not None and not args.base)
     if args.base:
-        opened = open_pipeline(args.base, dtype=args.dtype, variant=args.variant)
+        opened = open_pipeline(args.base, **options)
         base = load_base(pipeline, opened, params, args.dtype, f"--base {args.base}")
     for prompt in [*prompts.values(), args.negative_prompt]:
         if rest := pipeline.cut_off(prompt):

@@ -166,6 +166,7 @@ class Trainer:
             _check_params(opened, params)
         self.config.model.path = str(opened.source.name_or_path)
         self.config.model.variant = opened.source.variant
+        self.config.model.parts = opened.source.parts
         self.config.model.prediction_type = opened.scheduler_config.get("prediction_type")
         return params
 

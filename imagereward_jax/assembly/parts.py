@@ -52,6 +52,7 @@ class Parts:
             return families.open_pipeline(
                 model.path,
                 variant=model.variant,
+                parts=model.parts,
                 prediction_type=model.prediction_type,
                 download=not self.abstract,
                 **options,

@@ -22,6 +22,10 @@ TRANSFORMERS_FIELDS = (
     "torch_dtype",
     "transformers_version",
 )
+# What diffusers' EMAModel writes beside a network's settings: numbers of the average.
+EMA_FIELDS = (
+    *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
+)
 
 
 def read_config(

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
+from imagereward_jax.models.config import (
+    EMA_FIELDS,
+    check_all_positive,
+    check_choice,
+    check_positive,
+    read_config,
+    write_config,
+)
 from imagereward_jax.models.embeddings import TimestepEmbedding, sinusoidal_embedding
 from imagereward_jax.models.layers import Conv, GroupNorm, Keys, RngsLike
 from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
@@ -150,7 +157,7 @@ class UNet2DConditionConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "UNet2DConditionConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
-        return read_config(cls, values, fixed=_FIXED)
+        return read_config(cls, values, fixed=_FIXED, ignored=EMA_FIELDS)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of config.json, as diffusers reads it."""

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagereward_jax.models.config import check_all_positive, check_choice, check_positive, read_config, write_config
+from imagereward_jax.models.config import (
+    EMA_FIELDS,
+    check_all_positive,
+    check_choice,
+    check_positive,
+    read_config,
+    write_config,
+)
 from imagereward_jax.models.layers import Conv, GroupNorm, Keys, RngsLike
 from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
@@ -87,7 +94,7 @@ class AutoencoderKLConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AutoencoderKLConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
-        return read_config(cls, values, fixed=_FIXED)
+        return read_config(cls, values, fixed=_FIXED, ignored=EMA_FIELDS)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of config.json, as diffusers reads it."""

@@ -20,7 +20,7 @@ from imagereward_jax.pipelines.networks import Networks, Params
 from imagereward_jax.storage.folders import refuse_existing
 from imagereward_jax.weights import components, diffusers, mapping
 from imagereward_jax.weights.generation import Generation
-from imagereward_jax.weights.sources import DiffusersSource, OrbaxSource
+from imagereward_jax.weights.sources import Source
 
 Batch = dict[str, Any]
 
@@ -59,7 +59,7 @@ class TextToImage(Networks):
         tokenizers: Mapping[str, Any],
         *,
         generation: Generation | None = None,
-        source: DiffusersSource | OrbaxSource | None = None,
+        source: Source | None = None,
         dtype: DTypeLike = jnp.float32,
         vae_dtype: DTypeLike | None = None,
         remat: str = "none",

@@ -5,16 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from imagereward_jax.models import clip, unet, vae
 from imagereward_jax.pipelines.base import TextToImage, override_scheduler
+from imagereward_jax.pipelines.model_files import ModelFiles, config_of
+from imagereward_jax.pipelines.published_settings import SCHEDULERS, StandInTokenizer
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
 from imagereward_jax.pipelines.sd3 import StableDiffusion3
 from imagereward_jax.pipelines.sdxl import TURBO, StableDiffusionXL
-from imagereward_jax.weights import components, diffusers, hub, orbax
+from imagereward_jax.weights import components, diffusers, hub, orbax, single_file
 from imagereward_jax.weights.generation import read_generation
-from imagereward_jax.weights.sources import DiffusersSource, OrbaxSource
+from imagereward_jax.weights.sources import DiffusersSource, OrbaxSource, SingleFileSource
 
 FAMILIES = {family.pipeline_class: family for family in (StableDiffusion1, StableDiffusionXL, StableDiffusion3)}
 
@@ -29,7 +29,6 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", SDXL, None),
     "stabilityai/sdxl-turbo": ("StableDiffusionXLPipeline", SDXL, TURBO),
 }
-PUBLISHED_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 # Their licenses, by the names that the hub has for them.
 LICENSES = {
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
@@ -37,23 +36,10 @@ LICENSES = {
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
 }
-PROMPT_TOKENS = 77  # of CLIP's published tokenizers
 
 
 class UnknownModel(ValueError):
     """A name that is neither a folder, nor built in, nor a published model whose sizes are known; lists the names."""
-
-
-class StandInTokenizer:
-    """Stands in for CLIP's tokenizer if only the shape of its ids matters: every id is 0."""
-
-    model_max_length = PROMPT_TOKENS
-
-    def __len__(self):
-        return 0
-
-    def __call__(self, prompts: list[str], *, max_length: int, **_) -> dict[str, np.ndarray]:
-        return {"input_ids": np.zeros((len(prompts), max_length), np.int32)}
 
 
 def family_of(pipeline_class: str | None, where: str) -> type[TextToImage]:
@@ -75,6 +61,7 @@ def open_pipeline(
     name_or_path: str | Path,
     *,
     variant: str | None = None,
+    parts: str = "",
     prediction_type: str | None = None,
     download: bool = True,
     **options: Any,
@@ -82,10 +69,12 @@ def open_pipeline(
     """Opens the structure of a text-to-image model: settings and tokenizers, no weights (`TextToImage.load_params`).
 
     Args:
-        name_or_path: a diffusers folder, a folder that convert/from_diffusers.py wrote, a built-in model, or a name on
-            the hub.
-        variant: which weight files to read, e.g. "fp16".
-        prediction_type: the network's output, if the folder's scheduler states it wrongly.
+        name_or_path: a diffusers folder, a checkpoint of one file in Stability's layout (`weights.single_file`), a
+            folder that convert/from_diffusers.py wrote, a built-in model, or a name on the hub.
+        variant: which weight files to read, e.g. "fp16"; of a single file "ema" reads the averaged weights.
+        parts: what to take from elsewhere, "NAME=PATH,...": for a network ("vae", "text_encoder", ...) a file of its
+            weights, for a tokenizer ("tokenizer", "tokenizer_2", ...) its folder.
+        prediction_type: the network's output, if the files state it wrongly or, as those of Stable Diffusion 2, not.
         download: False asks the hub for nothing. Published models then have the sizes of the table here, a
             `StandInTokenizer` and no weights.
         options: dtype, vae_dtype and remat, see `TextToImage`.
@@ -95,24 +84,41 @@ def open_pipeline(
         UnknownModel: download is False and `name_or_path` is neither here nor in the table.
         ValueError: the family, or a setting of it, is not implemented.
     """
-    options["prediction_type"] = prediction_type
+    replaced = parse_parts(parts)
     name = str(name_or_path).partition("@")[0]
-    if not download and not Path(name).expanduser().is_dir() and name not in hub.builtin_models():
-        return _published(name, options)
-    folder = diffusers.resolve_structure(name_or_path if download else name)
-    if (folder / orbax.MANIFEST).is_file():
-        return _from_checkpoint(folder, options)
-    index = diffusers.read_index(folder)
-    family = family_of(index.pipeline_class, str(folder / diffusers.INDEX))
-    return _assemble(
-        family,
-        {part: diffusers.load_config(folder, part) for part in checked_components(family, index, folder)},
-        diffusers.load_scheduler_config(folder),
-        folder,
-        **index.fields,
-        **options,
-        source=DiffusersSource(name_or_path if download else folder, variant),
+    if Path(name).suffix in single_file.SUFFIXES and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"{name}: no such file")
+    if single_file.is_single_file(name_or_path):
+        files = _single_file(Path(name_or_path).expanduser(), variant)
+    elif not download and not Path(name).expanduser().is_dir() and name not in hub.builtin_models():
+        files = _published(name)
+    else:
+        folder = diffusers.resolve_structure(name_or_path if download else name)
+        source = DiffusersSource(name_or_path if download else folder, variant)
+        files = _checkpoint(folder) if (folder / orbax.MANIFEST).is_file() else _folder(folder, source)
+    files.replace_parts(replaced)
+    files.complete(prediction_type, download=download)
+    scheduler = override_scheduler(files.scheduler, prediction_type=prediction_type)
+    return files.family.from_configs(
+        files.configs, scheduler, files.tokenizers, source=files.source, **files.options, **options
     )
+
+
+def parse_parts(text: str) -> dict[str, Path]:
+    """Parses "NAME=PATH,..." to {name: path}.
+
+    Raises:
+        ValueError: it has another form, or a name twice. FileNotFoundError: there is nothing at a path.
+    """
+    parts = {}
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        name, equals, path = item.partition("=")
+        if not equals or not path or name in parts:
+            raise ValueError(f"parts={text!r}: expected NAME=PATH, separated by commas, each name once; got {item!r}")
+        parts[name] = Path(path).expanduser()
+        if not parts[name].exists():
+            raise FileNotFoundError(f"parts: {name}={path}: no such file or folder")
+    return parts
 
 
 def license_of(name_or_path: str | Path) -> str | None:
@@ -185,30 +191,45 @@ def checked_components(family: type[TextToImage], index: diffusers.Index, folder
     return found
 
 
-def _from_checkpoint(folder, options):
+def _folder(folder, source):
+    """The files of a diffusers folder."""
+    index = diffusers.read_index(folder)
+    family = family_of(index.pipeline_class, str(folder / diffusers.INDEX))
+    configs = {part: diffusers.load_config(folder, part) for part in checked_components(family, index, folder)}
+    scheduler = diffusers.load_scheduler_config(folder)
+    return ModelFiles(family, configs, scheduler, *_beside(family, folder, source, index.fields))
+
+
+def _checkpoint(folder):
+    """The files of a folder that convert/from_diffusers.py wrote."""
     manifest = orbax.read_manifest(folder)
     family = family_of(manifest["pipeline_class"], str(folder / orbax.MANIFEST))
     configs = manifest["components"]
     stated = {name: components.class_of(config, str(folder)) for name, config in configs.items()}
     absent = frozenset(family.components) - stated.keys()
     checked_components(family, diffusers.Index(family.pipeline_class, stated, {}, absent), folder)
-    source = OrbaxSource(folder)
-    return _assemble(family, configs, manifest["scheduler"], folder, **manifest["fields"], **options, source=source)
+    beside = _beside(family, folder, OrbaxSource(folder), manifest["fields"])
+    return ModelFiles(family, dict(configs), manifest["scheduler"], *beside)
 
 
-def _assemble(family, configs, scheduler, folder, *, prediction_type, **options):
-    """Makes the pipeline of a folder's configs, with its tokenizers and generation settings."""
-    return family.from_configs(
-        configs,
-        override_scheduler(scheduler, prediction_type=prediction_type),
-        {name: folder / name for name in family.text_encoders.values()},
-        generation=read_generation(folder),
-        **options,
-    )
+def _beside(family, folder, source, fields):
+    """(tokenizers, source, options) of a folder."""
+    tokenizers = {name: folder / name for name in family.text_encoders.values()}
+    return tokenizers, source, {"generation": read_generation(folder), **fields}
 
 
-def _published(name, options):
-    """Makes a published model's pipeline from its sizes alone."""
+def _single_file(path, variant):
+    """The file of a checkpoint in Stability's layout."""
+    if variant not in single_file.VARIANTS:
+        raise ValueError(f"{path}: variant={variant!r}; of a single file only 'ema' is read, its averaged weights")
+    checkpoint = single_file.recognise(path)
+    family = FAMILIES[checkpoint.pipeline_class]
+    configs = {name: config_of(family, name, place) for name, place in checkpoint.places.items()}
+    return ModelFiles(family, configs, checkpoint.scheduler, {}, SingleFileSource(path, checkpoint.places, variant))
+
+
+def _published(name):
+    """A published model's sizes alone, with no files."""
     if name not in PUBLISHED:
         close = difflib.get_close_matches(name, PUBLISHED, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -218,6 +239,6 @@ def _published(name, options):
         )
     pipeline_class, sizes, generation = PUBLISHED[name]
     family = FAMILIES[pipeline_class]
-    scheduler = override_scheduler(PUBLISHED_SCHEDULER, prediction_type=options.pop("prediction_type"))
     tokenizers = dict.fromkeys(family.text_encoders.values(), StandInTokenizer())
-    return family.from_configs(sizes, scheduler, tokenizers, generation=generation, **options)
+    scheduler = SCHEDULERS[pipeline_class]
+    return ModelFiles(family, dict(sizes), scheduler, tokenizers, None, {"generation": generation})

@@ -16,13 +16,13 @@ from jax.typing import DTypeLike
 
 from imagereward_jax.models import lora
 from imagereward_jax.weights import components, mapping
-from imagereward_jax.weights.sources import DiffusersSource, OrbaxSource
+from imagereward_jax.weights.sources import Source
 
 Params = dict[str, Any]
 
 
 class Networks:
-    """Networks of a diffusers folder; a subclass says which they are.
+    """Networks of a model; a subclass says which they are.
 
     Attributes:
         networks: maps each of `components` to an abstract module (structure and shapes only).
@@ -39,7 +39,7 @@ class Networks:
         self,
         configs: Mapping[str, Any],
         *,
-        source: DiffusersSource | OrbaxSource | None,
+        source: Source | None,
         dtype: DTypeLike,
         vae_dtype: DTypeLike | None,
         remat: str,

@@ -31,8 +31,9 @@ from imagereward_jax.rewards.clip import (
 )
 from imagereward_jax.rewards.clip_checkpoint import Base, read_clip
 from imagereward_jax.rewards.imagereward import ImageReward
-from imagereward_jax.rewards.tokens import CLIP_BPE, CLIP_FILES, CLIPPromptTokenizer, NoTokens, PromptTokenizer
+from imagereward_jax.rewards.tokens import CLIP_FILES, CLIPPromptTokenizer, NoTokens, PromptTokenizer
 from imagereward_jax.weights import clip_layouts, hub, mapping
+from imagereward_jax.weights.tokenizer_files import CLIP_BPE
 
 BLIP_LARGE = BlipScoreConfig()
 BLIP_URL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large.pth"

@@ -1,12 +1,13 @@
 """Tokenizers of prompts: BERT's lower-case WordPiece with BLIP's two added tokens, and CLIP's byte pairs."""
 
-import gzip
 import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from imagereward_jax.weights.tokenizer_files import CLIP_BPE, read_clip_bpe
 
 ADDED_TOKENS = ("[DEC]", "[ENC]")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -101,10 +102,7 @@ class PromptTokenizer:
         }
 
 
-# OpenAI's vocabulary file lists more merges than CLIP's tokenizer uses.
-CLIP_MERGES = 49152 - 256 - 2
 CLIP_FILES = ("vocab.json", "merges.txt")
-CLIP_BPE = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def find_clip_vocab(path: str | os.PathLike) -> Path:
@@ -180,22 +178,6 @@ def clean_as_openai(prompt: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return " ".join(text.split()).lower()
-
-
-def read_clip_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Reads (vocab, merges) of OpenAI's `bpe_simple_vocab_16e6.txt.gz`: token -> id, and pairs of tokens in order."""
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: not a complete gzipped vocabulary ({error})") from error
-    merges = [tuple(line.split()) for line in lines[1 : CLIP_MERGES + 1]]  # the first line is a version
-    merges = [pair for pair in merges if len(pair) == 2]
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = 256 - len(printable)
-    characters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(others)]
-    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return {token: index for index, token in enumerate(tokens)}, merges
 
 
 class NoTokens:

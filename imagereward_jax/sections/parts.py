@@ -23,8 +23,9 @@ NAME = re.compile(r"\w[\w-]*")  # of a term or judge: a curve is named after it
 class Model(Section, path="model"):
     """The text-to-image model."""
 
-    path: str = ""  # diffusers folder, folder of convert/from_diffusers.py, hub name, or "tiny-shapes"
-    variant: str | None = None  # "fp16" reads *.fp16.safetensors
+    path: str = ""  # diffusers folder, single file, folder of convert/from_diffusers.py, hub name, or "tiny-shapes"
+    variant: str | None = None  # "fp16" reads *.fp16.safetensors; of a single file "ema" the averaged weights
+    parts: str = ""  # networks and tokenizers from elsewhere: "vae=FILE,text_encoder_3=FILE,tokenizer_3=FOLDER"
     vae_dtype: str | None = field(None, choices=(None, *DTYPES))  # None: config.dtype; never "float16"
     prediction_type: str | None = field(None, choices=(None, *PREDICTION_TYPES))  # instead of the scheduler's
     # recomputed in the backward pass: none, blocks, attention, full; offload: as blocks, but what is kept waits in the

@@ -16,7 +16,6 @@ _HEADER = "lora_adapter_metadata"
 # Field: (values that are read as PEFT reads them, why others are refused).
 _CHOICES = {
     "peft_type": ((None, "LORA"), "only LoRA is implemented"),
-    "use_dora": ((None, False), "DoRA is not implemented"),
     "init_lora_weights": (
         (None, True, False, "gaussian", "eva", "orthogonal"),
         "it changes the base model too, which an adapter does not show",

@@ -1,41 +1,23 @@
-"""Adapter files (LoRA): read in the layouts that people have, written in the one that diffusers loads, merged.
+"""Adapter files (LoRA, LyCORIS): read in the layouts that people have, written in the one that diffusers loads, merged.
 
-An adapter is {network: {layer: LowRank}}, its arrays laid out as in PyTorch.
+An adapter is {network: {layer: LowRank or Factors}}, its arrays laid out as in PyTorch.
 """
 
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from imagereward_jax.models.lora import LoRAParam
 from imagereward_jax.weights import files, hub, mapping
 from imagereward_jax.weights import generation as generation_file
-from imagereward_jax.weights.adapter_names import layer_aliases, parse_key
+from imagereward_jax.weights.adapter_names import layer_aliases, parse_key, unread_format
 from imagereward_jax.weights.adapter_settings import read_settings
+from imagereward_jax.weights.adapter_updates import Factors, LowRank, change, lycoris_rank
 from imagereward_jax.weights.files import WeightsError
 
 FILE = "pytorch_lora_weights.safetensors"
-
-
-class LowRank(NamedTuple):
-    """The update of one layer: `scale * up @ down`. down: [rank, in, ...]; up: [out, rank, ...]."""
-
-    down: np.ndarray
-    up: np.ndarray
-    scale: float
-
-    @property
-    def rank(self):
-        return self.down.shape[0]
-
-    def delta(self):
-        """The update of the layer's PyTorch weight, float32 [out, in, ...]."""
-        down, up = (np.asarray(array, np.float32) for array in (self.down, self.up))
-        product = up.reshape(up.shape[0], self.rank) @ down.reshape(self.rank, -1)
-        return np.float32(self.scale) * product.reshape(up.shape[0], *down.shape[1:])
 
 
 def find_adapter(name_or_path):
@@ -62,55 +44,110 @@ def find_adapter(name_or_path):
 
 
 def read_adapter(name_or_path, networks):
-    """Reads an adapter for a model.
+    """Reads an adapter for a model, in any of the layouts of `adapter_names` and formats of `adapter_updates`.
 
     Args:
         name_or_path: see `find_adapter`. networks: the model's, by name (`pipeline.networks`).
 
     Returns:
-        {network: {layer: LowRank}} of the networks that the file adapts.
+        {network: {layer: LowRank or Factors}} of the networks that the file adapts.
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: naming keys that fit no layer, halves that are absent, shapes that are wrong, settings that are
+        WeightsError: naming keys that fit no layer, parts that are absent, shapes that are wrong, settings that are
             malformed or not implemented.
     """
     path = find_adapter(name_or_path)
     tensors = files.read_tensors(path)
-    parts = _gather(path, tensors, layer_aliases(networks))
-    layouts = {network: mapping.torch_layout(networks[network]) for network in {name for name, _ in parts}}
+    aliases = layer_aliases(networks)
+    layers = _gather(path, tensors, aliases)
+    targets = [(name, target) for name in sorted(layers) for target in aliases[name]]
+    layouts = {target.network: None for _, target in targets}
+    layouts = {network: mapping.torch_layout(networks[network]) for network in layouts}
     settings = read_settings(path, tensors, layouts)
     adapter = defaultdict(dict)
-    for (network, name), tensors in sorted(parts.items()):
-        absent = [half for half in ("down", "up") if half not in tensors]
-        if absent:
-            raise WeightsError(f"{path}: layer {network}.{name} has no {absent[0]} weight (lora_A is down, lora_B up)")
-        down, up = tensors["down"], tensors["up"]
-        _check_shapes(path, f"{network}.{name}", down, up, layouts[network][f"{name}.weight"].torch_shape)
-        scale = _scale(path, (network, name), settings.get(network), down.shape[0], tensors.get("alpha"))
-        adapter[network][name] = LowRank(down, up, scale)
-    return dict(adapter)
+    for name, target in targets:
+        kernel = layouts[target.network][f"{target.layer}.weight"].torch_shape
+        update = _read_update(path, target, layers[name], kernel, settings.get(target.network))
+        adapter[target.network][target.layer] = update
+    _repair_split(adapter, targets, layers)
+    return {network: dict(sorted(updates.items())) for network, updates in sorted(adapter.items())}
 
 
 def _gather(path, tensors, aliases):
-    """{(network, layer): {"down", "up" and perhaps "alpha": array}} of a file."""
-    parts, unknown = defaultdict(dict), []
+    """{the file's name of a layer: {role of a tensor: array}} of a file."""
+    layers, unknown = defaultdict(dict), []
     for key, array in tensors.items():
         parsed = parse_key(key)
-        layer = aliases.get(parsed[0]) if parsed else None
-        if layer is None:
+        if parsed is None or parsed[0] not in aliases:
             unknown.append(key)
         else:
-            parts[layer][parsed[1]] = array
+            layers[parsed[0]][parsed[1]] = array
     if unknown:
-        kinds = {"dora_scale": "DoRA", "lora_magnitude": "DoRA", "hada_": "LoHa", "lokr_": "LoKr"}
-        kind = next((kinds[mark] for mark in kinds if any(mark in key for key in unknown)), None)
-        why = f"a {kind} adapter, which is not implemented" if kind else "made for another model or family?"
         shown = ", ".join(sorted(unknown)[:3]) + (", ..." if len(unknown) > 3 else "")
+        why = unread_format(unknown)
         raise WeightsError(f"{path}: {len(unknown)} of {len(tensors)} keys fit no layer of this model ({why}): {shown}")
-    if not parts:
+    if not layers:
         raise WeightsError(f"{path}: holds no adapter")
-    return parts
+    return layers
+
+
+def _read_update(path, target, tensors, kernel, settings):
+    """The update of one layer of the model with weights of the shape `kernel`, from a layer of the file."""
+    layer, origin = f"{target.network}.{target.layer}", target.origin
+    stored = (kernel[0] * (1 if origin is None or origin.third is None else 3), *kernel[1:])
+    magnitude = _magnitude(path, layer, tensors, origin, stored)
+    if settings and settings.values.get("use_dora") and magnitude is None:
+        raise WeightsError(f"{settings.where}: use_dora=True, but layer {layer} has no lora_magnitude_vector")
+    factors = {role: array for role, array in tensors.items() if role.startswith(("hada_", "lokr_", "diff"))}
+    alpha = tensors.get("alpha")
+    if factors:
+        kind = {"h": "LoHa", "l": "LoKr", "d": "full difference"}[next(iter(factors))[0]]
+        rank = lycoris_rank(factors)
+        scale = 1.0 if rank is None else _scale(path, layer, target, settings, rank, alpha)
+        update = Factors(kind, factors, scale, stored, origin, magnitude)
+        _check_product(path, layer, update)
+        return update
+    absent = [half for half in ("down", "up") if half not in tensors]
+    if absent:
+        raise WeightsError(f"{path}: layer {layer} has no {absent[0]} weight (lora_A is down, lora_B up)")
+    down, up, core = tensors["down"], tensors["up"], tensors.get("core")
+    shape = stored if core is None else (*stored[:2], *[1] * (len(stored) - 2))
+    down, up = (_with_axes(array, len(kernel)) for array in (down, up))
+    _check_shapes(path, layer, down, up, shape)
+    if core is not None and tuple(core.shape) != (down.shape[0], down.shape[0], *stored[2:]):
+        raise WeightsError(f"{path}: layer {layer} has a middle weight (lora_mid) of {list(core.shape)}")
+    scale = _scale(path, layer, target, settings, down.shape[0], alpha)
+    return LowRank(down, up if origin is None else origin.rows(up), scale, core, magnitude)
+
+
+def _with_axes(array, ndim):
+    """A factor as the layer has its weight: a matrix, or a 1x1 convolution."""
+    if ndim == 2 and array.ndim == 4 and array.shape[2:] == (1, 1):
+        return array.reshape(array.shape[:2])
+    return array.reshape(*array.shape, 1, 1) if ndim == 4 and array.ndim == 2 else array
+
+
+def _magnitude(path, layer, tensors, origin, stored):
+    """DoRA's lengths of the layer: [out], or [1, in, ...] of columns; None if it is no DoRA."""
+    vector = tensors.get("magnitude.rows", tensors.get("magnitude"))
+    if vector is None:
+        return None
+    by_row = "magnitude.rows" in tensors or vector.ndim == 1 or vector.shape[0] == stored[0] != 1
+    if vector.size != stored[0 if by_row else 1]:
+        raise WeightsError(f"{path}: layer {layer}: DoRA's lengths are {list(vector.shape)}, its weight {list(stored)}")
+    if by_row:
+        return vector.reshape(-1) if origin is None else origin.rows(vector.reshape(-1))
+    if origin is not None and origin.third is not None:
+        raise WeightsError(f"{path}: layer {layer}: DoRA over the columns of query, key and value is not implemented")
+    return vector
+
+
+def _check_product(path, layer, update):
+    try:
+        update.delta()
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"{path}: layer {layer}: not a whole {update.kind} of this layer ({error})") from error
 
 
 def _check_shapes(path, layer, down, up, kernel):
@@ -131,13 +168,39 @@ def _check_shapes(path, layer, down, up, kernel):
     )
 
 
-def _scale(path, layer, settings, rank, alpha):
+def _scale(path, layer, target, settings, rank, alpha):
     """The factor of a layer's update: alpha is beside the weights (kohya), in PEFT's settings, or else the rank."""
     if alpha is None:
-        return settings.scale(layer[1], rank) if settings else 1.0
+        return settings.scale(target.layer, rank) if settings else 1.0
     if alpha.size != 1:
-        raise WeightsError(f"{path}: layer {'.'.join(layer)} has an alpha of {list(alpha.shape)}, should be one number")
+        raise WeightsError(f"{path}: layer {layer} has an alpha of {list(alpha.shape)}, should be one number")
     return float(alpha.item()) / rank
+
+
+def _repair_split(adapter, targets, layers):
+    """Gives files of kohya's `split_qkv` their strength.
+
+    It trains query, key and value apart with rank r, and saves them as one layer of rank 3r, block by block, with the
+    alpha of rank r: as written, its strength would be a third. Such a layer is told by its blocks, and by the file's
+    other layers, which have its alpha at a third of its rank.
+    """
+    single = {
+        (low_rank.rank, float(layers[name]["alpha"]))
+        for name, target in targets
+        if (target.origin is None or target.origin.third is None) and "alpha" in layers[name]
+        and isinstance(low_rank := adapter[target.network][target.layer], LowRank)
+    }  # fmt: skip
+    for name, target in targets:
+        third = target.origin.third if target.origin else None
+        update = adapter[target.network][target.layer]
+        if third is None or not isinstance(update, LowRank) or "alpha" not in layers[name] or update.rank % 3:
+            continue
+        rank = update.rank // 3
+        own = slice(third * rank, (third + 1) * rank)
+        apart = not np.delete(np.asarray(update.up), np.arange(update.rank)[own], axis=1).any()
+        if apart and (rank, float(layers[name]["alpha"])) in single:
+            parts = {"down": update.down[own], "up": update.up[:, own], "scale": update.scale * 3}
+            adapter[target.network][target.layer] = update._replace(**parts)
 
 
 def merge(networks, params, adapter, weight=1.0):
@@ -150,20 +213,20 @@ def merge(networks, params, adapter, weight=1.0):
     merged = dict(params)
     for network, layers in adapter.items():
         layout, by_path = mapping.torch_layout(networks[network]), defaultdict(list)
-        for name, low_rank in layers.items():
+        for name, update in layers.items():
             leaf = layout[f"{name}.weight"]
-            by_path[leaf.path].append((leaf, low_rank))
+            by_path[leaf.path].append((leaf, update))
         for path, updates in by_path.items():
             merged = _replace(merged, (network, *path), lambda kernel, updates=updates: _add(kernel, updates, weight))
     return merged
 
 
 def _add(kernel, updates, weight):
-    """A copy of a kernel, or of a stack of them, with `weight` times each of `updates` [(leaf, LowRank)] added."""
+    """A copy of a kernel, or of a stack of them, with `weight` times each of `updates` [(leaf, update)] added."""
     kernel = np.array(kernel)
-    for leaf, low_rank in updates:
-        layer = kernel if leaf.index is None else kernel[leaf.index]
-        layer += np.float32(weight) * low_rank.delta().transpose(np.argsort(leaf.to_torch))
+    for leaf, update in updates:
+        layer, axes = kernel if leaf.index is None else kernel[leaf.index], leaf.to_torch
+        layer += np.float32(weight) * change(update, layer.transpose(axes)).transpose(np.argsort(axes))
     return kernel
 
 
@@ -187,6 +250,11 @@ def low_rank_params(network, layers, *, rank, alpha, what):
     """
     tensors = {}
     for name, low_rank in layers.items():
+        if not isinstance(low_rank, LowRank) or low_rank.core is not None or low_rank.magnitude is not None:
+            raise WeightsError(
+                f"{what}: layer {name} is a {low_rank.kind} that training cannot continue from, only plain LoRA; merge "
+                "it into the model (convert/merge_lora.py), and train from that"
+            )
         if low_rank.rank != rank:
             raise WeightsError(
                 f"{what}: layer {name} has rank {low_rank.rank}, but config.lora has rank={rank}: to continue from it "

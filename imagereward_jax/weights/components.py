@@ -81,7 +81,9 @@ def read_settings(class_name: str, config: dict) -> Any:
     Raises:
         ValueError: a setting that is not implemented.
     """
-    return COMPONENTS[class_name].config.from_dict(config)
+    # Some programs write "architectures": null; the class is known here.
+    stated = {name: value for name, value in config.items() if name != "architectures" or value is not None}
+    return COMPONENTS[class_name].config.from_dict(stated)
 
 
 def build_network(

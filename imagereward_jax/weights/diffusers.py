@@ -108,11 +108,14 @@ def resolve_pipeline(
     if Path(str(name_or_path)).expanduser().is_dir() or name_or_path in hub.builtin_models():
         return folder
     wanted = [name for name in read_index(folder).classes if (folder / name / "config.json").is_file()]
-    for kind in ("safetensors", "bin", "msgpack"):
-        files = [f"{name}/{file}" for name in wanted for file in _file_patterns(name, kind, variant)]
-        folder = hub.resolve_model(name_or_path, allow_patterns=_STRUCTURE + files, cache_dir=cache_dir)
-        wanted = [name for name in wanted if _find_weights(folder / name, name, variant) is None]
-        if not wanted:
+    for stated in dict.fromkeys((variant, None)):
+        for kind in ("safetensors", "bin", "msgpack"):
+            files = [f"{name}/{file}" for name in wanted for file in _file_patterns(name, kind, stated)]
+            folder = hub.resolve_model(name_or_path, allow_patterns=_STRUCTURE + files, cache_dir=cache_dir)
+            wanted = [name for name in wanted if _find_weights(folder / name, name, stated) is None]
+            if not wanted:
+                return folder
+        if not _has_variant(folder, variant):
             break
     return folder
 
@@ -150,7 +153,8 @@ def load_component(
         folder: the pipeline's folder.
         name: the component: "unet", "vae", "text_encoder", "text_encoder_2", ...
         variant: which set of files, e.g. "fp16" for `diffusion_pytorch_model.fp16.safetensors`; None takes the plain
-            ones. Of several formats the first of safetensors, .bin and msgpack is read.
+            ones, as does a network without the variant if another of the folder has it. Of several formats the first
+            of safetensors, .bin and msgpack is read.
         read: function that reads a file of tensors: `files.read_tensors`, or `files.open_tensors` to read each tensor
             only when it is needed.
 
@@ -164,6 +168,8 @@ def load_component(
     """
     config, part = load_config(folder, name), Path(folder) / name
     path = _find_weights(part, name, variant)
+    if path is None and variant and _has_variant(part.parent, variant):
+        path = _find_weights(part, name, None)
     if path is None:
         raise FileNotFoundError(_nothing_found(part, name, variant))
     tensors = _read_shards(path, read) if path.suffix == ".json" else read(path)
@@ -331,6 +337,11 @@ def _find_weights(part, name, variant):
     """Finds the file to read: safetensors before .bin before msgpack, whole before shards; None if there is none."""
     names = [file for kind in ("safetensors", "bin", "msgpack") for file in _weight_files(name, kind, variant)]
     return next((part / file for file in names if (part / file).is_file()), None)
+
+
+def _has_variant(folder, variant):
+    """Whether any network of a diffusers folder has files of the variant."""
+    return any(_find_weights(part, part.name, variant) for part in folder.iterdir() if part.is_dir())
 
 
 def _nothing_found(part, name, variant):

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ _SAFETENSORS_DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+
+
+_LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+
+class _Inert:
+    """Stands in for a class that a pickle names beside its tensors; nothing of it is read."""
 
 
 class WeightsError(StorageError):
@@ -250,7 +258,9 @@ def _read_pickle(path):
     import torch
 
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # Files of today are mapped into memory: only what is used is read. Stability's own name a class of Lightning.
+        with torch.serialization.safe_globals([(_Inert, _LIGHTNING)]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path}: {_why_unsafe(error)}") from error
     except Exception as error:  # torch's many decoders raise errors of many kinds for a broken file

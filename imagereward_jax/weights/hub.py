@@ -44,7 +44,9 @@ def resolve_model(
     if path.is_dir():
         return path
     if path.is_file():
-        raise ModelNotFound(f"{name} is a file; expected the folder of a model")
+        raise ModelNotFound(
+            f"{name} is a file; expected the folder of a model (convert/single_file.py makes one of a checkpoint)"
+        )
     if name in builtin_models():
         return ASSETS / name
     if looks_like_path(name) or not isinstance(name_or_path, str):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -169,7 +170,7 @@ def _read_tensor(leaf, tensor, index, dtype):
         array = np.asarray(tensor[index])
     else:
         array = np.asarray(tensor[tuple(index[axis] for axis in leaf.to_torch)]).transpose(np.argsort(leaf.to_torch))
-    if dtype is not None and (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
+    if dtype is not None and jnp.issubdtype(array.dtype, np.floating):  # bfloat16 and fp8 among them
         array = array.astype(dtype, copy=False)
     return np.ascontiguousarray(array).reshape(array.shape)
 

@@ -1,5 +1,7 @@
-"""Files of tokenizers: which tokenizer a folder holds, and SentencePiece's vocabulary, read without its library."""
+"""Files of tokenizers: which tokenizer a folder holds, OpenAI's list of merges, and SentencePiece's vocabulary, read
+without its library."""
 
+import gzip
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,9 @@ from typing import NamedTuple
 from imagereward_jax.weights.files import WeightsError, read_json
 
 SPIECE = "spiece.model"
+CLIP_BPE = "bpe_simple_vocab_16e6.txt.gz"
+# OpenAI's vocabulary file lists more merges than CLIP's tokenizer uses.
+_CLIP_MERGES = 49152 - 256 - 2
 # Numbers of protocol-buffer fields in sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE = 1, 2
@@ -51,6 +56,22 @@ def read_sentencepiece(path: str | Path) -> SentencePieceModel:
     if not model.pieces:
         raise WeightsError(f"{path}: a SentencePiece model without pieces; fetch it again")
     return model
+
+
+def read_clip_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Reads (vocab, merges) of OpenAI's `bpe_simple_vocab_16e6.txt.gz`: token -> id, and pairs of tokens in order."""
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path}: not a complete gzipped vocabulary ({error})") from error
+    merges = [tuple(line.split()) for line in lines[1 : _CLIP_MERGES + 1]]  # the first line is a version
+    merges = [pair for pair in merges if len(pair) == 2]
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = 256 - len(printable)
+    characters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(others)]
+    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: index for index, token in enumerate(tokens)}, merges
 
 
 def _parse(data):

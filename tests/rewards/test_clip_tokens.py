@@ -11,7 +11,8 @@ pytest.importorskip("transformers")
 from transformers import CLIPTokenizer
 
 from imagereward_jax.rewards import scores
-from imagereward_jax.rewards.tokens import CLIP_BPE, CLIPPromptTokenizer, read_clip_bpe
+from imagereward_jax.rewards.tokens import CLIPPromptTokenizer
+from imagereward_jax.weights.tokenizer_files import CLIP_BPE, read_clip_bpe
 
 # Tokens that open_clip 3.3's SimpleTokenizer gives with ftfy 6.3 and the whole vocabulary, and the merges that it used
 # for them, in their order, which give the same tokens.

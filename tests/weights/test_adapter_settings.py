@@ -52,7 +52,7 @@ def test_a_folder_of_peft_s_has_the_scale_of_its_config(pipeline, peft_folder):
 
 
 REFUSED = {
-    "DoRA": ({"use_dora": True}, "use_dora=True: DoRA is not implemented; merge"),
+    "DoRA": ({"use_dora": True}, "use_dora=True, but layer .* has no lora_magnitude_vector"),
     "LoHa": ({"peft_type": "LOHA"}, "peft_type='LOHA': only LoRA is implemented"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa': it changes the base model too"),
     "null": ({"lora_alpha": None}, "lora_alpha=None should be a number"),

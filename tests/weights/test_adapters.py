@@ -246,7 +246,11 @@ def test_block_numbers_of_sdxl_are_diffusers():
     )
     unet = mapping.abstract(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
     aliases = layer_aliases({"unet": unet})
-    numbered = {alias: name for alias, (_, name) in aliases.items() if "_block_1_" in alias or "put_blocks_" in alias}
+    numbered = {
+        alias: targets[0].layer
+        for alias, targets in aliases.items()
+        if re.match("lora_unet_(middle_block|(in|out)put_blocks)_", alias) and ".attentions." in targets[0].layer
+    }
     assert len(numbered) == sum(".attentions." in name for name in lora.slots(unet))
     state = {f"{alias}.lora_down.weight": name for alias, name in numbered.items()}
     theirs = _maybe_map_sgm_blocks_to_diffusers(state, types.SimpleNamespace(layers_per_block=config.layers_per_block))
@@ -318,7 +322,7 @@ BROKEN = {
     "alpha": r"attn2\.to_k has an alpha of \[3\], should be one number",
     "family": r"attn2\.to_k is adapted from \[2048\] .* but has \[24\].*Stable Diffusion XL",
     "shape": r"attn2\.to_k is adapted from \[24\] to 5 features, but has",
-    "dora": "a DoRA adapter, which is not implemented",
+    "dora": r"attn2\.to_k: DoRA's lengths are \[4\], its weight",
     "none": "holds no adapter",
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imagereward_jax.pipelines import open_pipeline
 from imagereward_jax.storage.folders import StorageError
 from imagereward_jax.weights import diffusers as folders
 from imagereward_jax.weights.files import WeightsError, read_tensors, write_safetensors
@@ -82,6 +83,27 @@ def test_a_half_precision_variant_is_read_when_asked_for(expected, copy):
     (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r'unet: no diffusion_pytorch_model\.safetensors.*pass variant="fp16"'):
         folders.load_component(copy, "unet")
+
+
+def test_a_variant_of_some_networks_only(expected, copy):
+    """As PyTorch diffusers, the others are read from their plain files."""
+    half = {key: array.astype(np.float16) for key, array in expected["unet"].items()}
+    write_safetensors(copy / "unet" / "diffusion_pytorch_model.fp16.safetensors", half)
+    assert_same(folders.load_component(copy, "unet", variant="fp16")[1], half)
+    assert_same(folders.load_component(copy, "vae", variant="fp16")[1], expected["vae"])
+
+
+def test_fields_that_change_nothing_are_passed_over(pipeline_folder, copy):
+    """`"architectures": null`, and what diffusers' EMAModel writes into the UNet's config.json."""
+    average = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 37000, "power": 2 / 3}
+    average |= {"update_after_step": 0, "use_ema_warmup": False}
+    for name, fields in {"unet": average, "text_encoder": {"architectures": None}}.items():
+        path = copy / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    before = open_pipeline(pipeline_folder)
+    pipeline = open_pipeline(copy)
+    assert pipeline.configs["unet"] == before.configs["unet"]
+    assert set(pipeline.load_params()) == {"unet", "vae", "text_encoder"}
 
 
 def test_a_variant_that_is_not_there(pipeline_folder):
@@ -357,6 +379,16 @@ def remote(copy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return copy
+
+
+def test_plain_files_are_downloaded_where_the_variant_is_absent(remote, expected):
+    half = {key: array.astype(np.float16) for key, array in expected["unet"].items()}
+    write_safetensors(remote / "unet" / "diffusion_pytorch_model.fp16.safetensors", half)
+    (remote / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"large and not needed")
+    folder = folders.resolve_pipeline("owner/model", variant="fp16")
+    assert_same(folders.load_component(folder, "unet", variant="fp16")[1], half)
+    assert_same(folders.load_component(folder, "text_encoder", variant="fp16")[1], expected["text_encoder"])
+    assert not (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "shards", "bin"])
