@@ -15,7 +15,7 @@ import numpy as np
 
 from imagereward_jax.assembly import encoded
 from imagereward_jax.assembly.given import training_rows
-from imagereward_jax.assembly.rows import nested_cond, pair_batch, repeated_ids, rows_spec
+from imagereward_jax.assembly.rows import nested_cond, pair_batch, rows_spec
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.groups import Pairs, padded
@@ -85,29 +85,30 @@ def with_conditions(pipeline: Any, models: Models, batch: Batch) -> Batch:
 
 def prompt_source(parts: Any, negative_prompt: str | None, size: int, *, rounds: int = 1) -> DataSource:
     """See `Parts.prompts`; size: prompts of a global batch; rounds: batches that a step takes."""
-    config, pipeline, reward = parts.config, parts.pipeline, parts.reward
-
-    def tokens(prompts):
-        negative = (
-            {} if negative_prompt is None else {"negative_ids": repeated_ids(pipeline, negative_prompt, len(prompts))}
-        )
-        scored = {} if reward is None else {"reward": reward.tokenize(prompts)}
-        return {**negative, **scored}
+    config, pipeline, reward, cached = parts.config, parts.pipeline, parts.reward, bool(parts.config.data.get("cache"))
+    kind = "cond" if cached else "ids"
+    spec = {kind: encoded.cond_spec(pipeline, size) if cached else rows_spec(pipeline.tokenize([""]), size)}
+    if negative_prompt is not None:
+        spec[f"negative_{kind}"] = spec[kind]
+    if reward is not None:
+        spec["reward"] = rows_spec(reward.tokenize([""]), size)
+    prepare = functools.partial(with_conditions, pipeline)
+    if parts.abstract:
+        return DataSource("prompts", None, dict, spec, images=size, prepare=prepare)
+    rows, constant = training_rows(parts, config.steps * rounds * size), {}
+    encode = pipeline.tokenize
+    if negative_prompt is not None:
+        encode = encoded.prompt_reader(parts, [negative_prompt]) if cached else encode
+        constant = {f"negative_{kind}": encode([negative_prompt])}
+    rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows.prompts)) if cached else rows
 
     def transform(batch):
         prompts = batch.pop("prompt")
-        ids = {"cond": nested_cond(batch)} if config.data.get("cache") else {"ids": pipeline.tokenize(prompts)}
-        return {**ids, **tokens(prompts), HOST: {"prompt": prompts, "metadata": batch["metadata"]}}
+        own = {kind: nested_cond(batch) if cached else pipeline.tokenize(prompts)}
+        negative = jax.tree.map(lambda row: np.repeat(row, len(prompts), axis=0), constant)
+        scored = {} if reward is None else {"reward": reward.tokenize(prompts)}
+        return {**own, **negative, **scored, HOST: {"prompt": prompts, "metadata": batch["metadata"]}}
 
-    prepare = functools.partial(with_conditions, pipeline)
-    if parts.abstract:
-        cond = encoded.cond_spec(pipeline, size) if config.data.get("cache") else None
-        given = {"cond": cond} if cond else {"ids": rows_spec(pipeline.tokenize([""]), size)}
-        spec = {**given, **rows_spec(tokens([""]), size)}
-        return DataSource("prompts", None, transform, spec, images=size, prepare=prepare)
-    rows = training_rows(parts, config.steps * rounds * size)
-    rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows.prompts)) if config.data.get("cache") else rows
-    spec = rows_spec({"ids": pipeline.tokenize([""]), **tokens([""])}, size)
     return DataSource("prompts", iterate(config, rows, size=size), transform, spec, images=size, prepare=prepare)
 
 
@@ -140,20 +141,27 @@ def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, *
     return source
 
 
-def pair_source(parts: Any) -> DataSource:
-    """See `Parts.pairs`. Of the captions config.data.caption_dropout are empty, for guidance."""
+def pair_source(
+    parts: Any, prompt: str | None = None, *, name: str = "pairs", folder: Path | None = None
+) -> DataSource:
+    """See `Parts.pairs`. Of the captions config.data.caption_dropout are empty, for guidance.
+
+    Args:
+        name: of the source. folder: of images that take the place of config.data.pairs.
+    """
     config, pipeline = parts.config, parts.pipeline
     prepare = functools.partial(with_conditions, pipeline)
     spec = pair_spec(config, pipeline)
     if parts.abstract:
-        return DataSource("pairs", None, dict, spec, images=config.batch_size, prepare=prepare)
+        return DataSource(name, None, dict, spec, images=config.batch_size, prepare=prepare)
+    pairs = load_pairs_of(config, prompt, folder)
     if not config.data.get("cache"):
-        batches = iterate(config, load_pairs_of(config), functools.partial(drop_caption, config.data.caption_dropout))
+        batches = iterate(config, pairs, functools.partial(drop_caption, config.data.caption_dropout))
         transform = functools.partial(pair_batch, pipeline)
-        return DataSource("pairs", batches, transform, spec, images=config.batch_size, prepare=prepare)
-    cache = encoded.pair_cache(parts, load_pairs_of(config))
+        return DataSource(name, batches, transform, spec, images=config.batch_size, prepare=prepare)
+    cache = encoded.pair_cache(parts, pairs, folder)
     batches = iterate(config, cache, encoded.DropPrompt(config.data.caption_dropout, cache.empty()))
-    return DataSource("pairs", batches, encoded.cached_batch, spec, images=config.batch_size, prepare=prepare)
+    return DataSource(name, batches, encoded.cached_batch, spec, images=config.batch_size, prepare=prepare)
 
 
 def drop_caption(share: float, item: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -172,13 +180,14 @@ def pair_spec(config: Any, pipeline: Any) -> Batch:
     return {"image": image, "ids": rows_spec(pipeline.tokenize([""]), rows), **sizes}
 
 
-def load_pairs_of(config: Any) -> Any:
-    """The image-text pairs that `config.data` names."""
+def load_pairs_of(config: Any, prompt: str | None = None, folder: Path | None = None) -> Any:
+    """The image-text pairs that `config.data` names, or the images of a folder; prompt: the caption of all of them."""
     data = config.data
+    columns = {"image_column": data.pairs_image_column, "text_column": data.pairs_text_column} if folder is None else {}
     return load_pairs(
-        data.pairs,
-        image_column=data.pairs_image_column,
-        text_column=data.pairs_text_column,
+        folder or data.pairs,
+        **columns,
+        prompt=prompt,
         image_size=data.image_size,
         crop="random" if data.random_crop else "center",
         flip=data.random_flip,
