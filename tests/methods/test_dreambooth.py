@@ -1,6 +1,5 @@
 """DreamBooth: the loss with prior preservation against diffusers' formula in PyTorch, and the class images."""
 
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -191,8 +190,8 @@ def test_settings_that_cannot_work_are_refused(folder, changes, message):
 
 
 def test_images_without_a_prompt_need_captions(folder, tmp_path):
-    with pytest.raises(ValueError, match="no caption 0.txt beside it"):
+    with pytest.raises(ValueError, match=r"no caption 0\.txt beside it"):
         parts_of(config_of(folder, method__instance_prompt="")).pairs(None)
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="choose another config.method.class_images"):
+    with pytest.raises(FileExistsError, match=r"choose another config\.method\.class_images"):
         parts_of(config_of(folder)).class_images("a circle", 2, str(tmp_path / "file"))
