@@ -1,6 +1,5 @@
 """DreamBooth: the loss with prior preservation against diffusers' formula in PyTorch, and the class images."""
 
-
 import jax
 import numpy as np
 import pytest
