@@ -38,7 +38,7 @@ T5 = {
 }
 
 
-def make(folder, *, with_t5=True):
+def make(folder, *, with_t5=True, transformer=TRANSFORMER, vae=VAE):
     """PyTorch diffusers' pipeline of random networks. The tokenizers' files are written into `folder`."""
     import diffusers
     import torch
@@ -52,9 +52,9 @@ def make(folder, *, with_t5=True):
     ]
     folder = Path(folder)
     pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=diffusers.SD3Transformer2DModel(**TRANSFORMER).eval(),
+        transformer=diffusers.SD3Transformer2DModel(**transformer).eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=diffusers.AutoencoderKL(**VAE).eval(),
+        vae=diffusers.AutoencoderKL(**vae).eval(),
         text_encoder=clips[0].eval(),
         text_encoder_2=clips[1].eval(),
         text_encoder_3=transformers.T5EncoderModel(transformers.T5Config(**T5)).eval() if with_t5 else None,
@@ -88,3 +88,13 @@ def randomise(network):
                 weight.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.2 * noise)
             else:
                 weight.copy_(noise * weight[0].numel() ** -0.5)
+
+
+def save_small(folder, *, with_t5=True):
+    """Saves the pipeline of a model that compiles in a fraction of the time, of images of 8 x 8: the VAE has one level
+    and halves nothing, the transformer two layers; returns the model's folder."""
+    vae = {"block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"], "layers_per_block": 1}
+    vae = VAE | vae | {"up_block_types": ["UpDecoderBlock2D"]}
+    pipe = make(Path(folder) / "tokenizers", with_t5=with_t5, transformer=TRANSFORMER | {"num_layers": 2}, vae=vae)
+    pipe.save_pretrained(Path(folder) / "model")
+    return Path(folder) / "model"

@@ -16,7 +16,7 @@ import numpy as np
 
 from imagereward_jax.assembly import encoded, trainable
 from imagereward_jax.assembly.given import training_rows
-from imagereward_jax.assembly.rows import nested_cond, pair_batch, repeated_ids, rows_spec
+from imagereward_jax.assembly.rows import nested_cond, pair_batch, rows_spec
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.data.groups import Pairs, padded
@@ -116,30 +116,31 @@ def prompt_source(parts: Any, negative_prompt: str | None, size: int, *, rounds:
         size: rows of a global batch. rounds: batches that a step takes.
         group: rows that share a prompt, in succession, over the batches of a step.
     """
-    config, pipeline, reward = parts.config, parts.pipeline, parts.reward
-
-    def tokens(prompts):
-        negative = (
-            {} if negative_prompt is None else {"negative_ids": repeated_ids(pipeline, negative_prompt, len(prompts))}
-        )
-        scored = {} if reward is None else {"reward": reward.tokenize(prompts)}
-        return {**negative, **scored}
+    config, pipeline, reward, cached = parts.config, parts.pipeline, parts.reward, bool(parts.config.data.get("cache"))
+    kind = "cond" if cached else "ids"
+    spec = {kind: encoded.cond_spec(pipeline, size) if cached else rows_spec(pipeline.tokenize([""]), size)}
+    if negative_prompt is not None:
+        spec[f"negative_{kind}"] = spec[kind]
+    if reward is not None:
+        spec["reward"] = rows_spec(reward.tokenize([""]), size)
+    prepare = functools.partial(with_conditions, pipeline)
+    if parts.abstract:
+        return DataSource("prompts", None, dict, spec, images=size, prepare=prepare)
+    prompts = rounds * size // group  # of a step
+    rows, constant = training_rows(parts, config.steps * prompts), {}
+    encode = pipeline.tokenize
+    if negative_prompt is not None:
+        encode = encoded.prompt_reader(parts, [negative_prompt]) if cached else encode
+        constant = {f"negative_{kind}": encode([negative_prompt])}
+    rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows.prompts)) if cached else rows
 
     def transform(batch):
         prompts = batch.pop("prompt")
-        ids = {"cond": nested_cond(batch)} if config.data.get("cache") else {"ids": pipeline.tokenize(prompts)}
-        return {**ids, **tokens(prompts), HOST: {"prompt": prompts, "metadata": batch["metadata"]}}
+        own = {kind: nested_cond(batch) if cached else pipeline.tokenize(prompts)}
+        negative = jax.tree.map(lambda row: np.repeat(row, len(prompts), axis=0), constant)
+        scored = {} if reward is None else {"reward": reward.tokenize(prompts)}
+        return {**own, **negative, **scored, HOST: {"prompt": prompts, "metadata": batch["metadata"]}}
 
-    prepare = functools.partial(with_conditions, pipeline)
-    if parts.abstract:
-        cond = encoded.cond_spec(pipeline, size) if config.data.get("cache") else None
-        given = {"cond": cond} if cond else {"ids": rows_spec(pipeline.tokenize([""]), size)}
-        spec = {**given, **rows_spec(tokens([""]), size)}
-        return DataSource("prompts", None, transform, spec, images=size, prepare=prepare)
-    prompts = rounds * size // group  # of a step
-    rows = training_rows(parts, config.steps * prompts)
-    rows = encoded.EncodedPrompts(rows, encoded.prompt_cache(parts, rows.prompts)) if config.data.get("cache") else rows
-    spec = rows_spec({"ids": pipeline.tokenize([""]), **tokens([""])}, size)
     if group == 1:
         return DataSource("prompts", iterate(config, rows, size=size), transform, spec, images=size, prepare=prepare)
     options = {"images": size, "prepare": prepare, "group": group, "parts": rounds}
@@ -184,17 +185,23 @@ def on_policy_source(parts: Any, negative_prompt: str | None, round_size: int, *
     return source
 
 
-def pair_source(parts: Any) -> DataSource:
-    """See `Parts.pairs`. Of the captions config.data.caption_dropout are empty, for guidance."""
+def pair_source(
+    parts: Any, prompt: str | None = None, *, name: str = "pairs", folder: Path | None = None
+) -> DataSource:
+    """See `Parts.pairs`. Of the captions config.data.caption_dropout are empty, for guidance.
+
+    Args:
+        name: of the source. folder: of images that take the place of config.data.pairs.
+    """
     config, pipeline = parts.config, parts.pipeline
     prepare = functools.partial(with_conditions, pipeline)
     spec = pair_spec(config, pipeline)
     options = {"images": config.batch_size, "prepare": prepare}
     if parts.abstract:
-        return DataSource("pairs", None, dict, spec, **options)
-    rows = load_pairs_of(config)
-    cache = encoded.pair_cache(parts, rows) if config.data.get("cache") else None
-    return DataSource("pairs", *_pair_batches(parts, rows, cache), spec, **options)
+        return DataSource(name, None, dict, spec, **options)
+    rows = load_pairs_of(config, prompt, folder)
+    cache = encoded.pair_cache(parts, rows, folder=folder) if config.data.get("cache") else None
+    return DataSource(name, *_pair_batches(parts, rows, cache), spec, **options)
 
 
 def _pair_batches(parts, rows, cache):
@@ -253,13 +260,14 @@ def pair_spec(config: Any, pipeline: Any) -> Batch:
     return {"image": image, "ids": rows_spec(pipeline.tokenize([""]), rows), **sizes}
 
 
-def load_pairs_of(config: Any) -> Any:
-    """The image-text pairs that `config.data` names."""
+def load_pairs_of(config: Any, prompt: str | None = None, folder: Path | None = None) -> Any:
+    """The image-text pairs that `config.data` names, or the images of a folder; prompt: the caption of all of them."""
     data = config.data
+    columns = {"image_column": data.pairs_image_column, "text_column": data.pairs_text_column} if folder is None else {}
     return load_pairs(
-        data.pairs,
-        image_column=data.pairs_image_column,
-        text_column=data.pairs_text_column,
+        folder or data.pairs,
+        **columns,
+        prompt=prompt,
         image_size=data.image_size,
         crop="random" if data.random_crop else "center",
         flip=data.random_flip,

@@ -1,7 +1,7 @@
-"""Latents and prompts that are encoded once, into config.data.cache, for pairs and for prompts."""
+"""Latents and prompts that are encoded once, into config.data.cache: a run that trains then holds no text encoder."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from imagereward_jax.assembly.rows import nested_cond, pair_batch, rows_spec
 from imagereward_jax.data.cache import Cache, open_cache
 from imagereward_jax.data.prompts import PromptRows
-from imagereward_jax.methods.base import Batch
+from imagereward_jax.methods.base import Batch, Params
 from imagereward_jax.training.interruptions import wait_for_all
 
 ENCODED_AT_ONCE = 8
@@ -20,7 +20,9 @@ PREFERENCE_FIELDS = (
     *("preferences", "preferences_split", "images_folder", *PAIR_FIELDS[-3:]),
     *("preferences_size", "images_per_prompt"),
 )
-PROMPTS = "prompts"  # the folder of the encoded prompts, inside config.data.cache
+# Folders inside config.data.cache: of the encoded training prompts, and, with their checksum, of others.
+PROMPTS, OTHER_PROMPTS = "prompts", "prompts_{:08x}"
+CLASS = "class"  # the folder there of DreamBooth's class images
 
 
 def cond_spec(pipeline: Any, rows: int) -> Batch:
@@ -57,8 +59,11 @@ class EncodedPrompts:
         return {**self.rows[index], **self.cache[index]}
 
 
-def pair_cache(parts: Any, pairs: Any, fields: tuple[str, ...] = (*PAIR_FIELDS, "caption_noise")) -> Cache:
-    """The cache of a config's pairs, with every missing shard computed; each process computes its share.
+def pair_cache(
+    parts: Any, pairs: Any, fields: tuple[str, ...] = (*PAIR_FIELDS, "caption_noise"), *, folder: Path | None = None
+) -> Cache:
+    """The cache of a config's pairs, or those of `folder`, with every missing shard computed; each process computes
+    its share.
 
     A row may be of several images, [K, S, S, 3]; fields: of config.data, that the rows follow from.
 
@@ -68,10 +73,11 @@ def pair_cache(parts: Any, pairs: Any, fields: tuple[str, ...] = (*PAIR_FIELDS, 
     Raises:
         CacheError: the cache was made by other settings.
     """
-    pipeline, seed = parts.base_pipeline, parts.config.seed
-    encoders = ("vae", *pipeline.text_encoders)
-    cache = open_cache(parts.config.data.cache, _fingerprint(parts, pairs, fields, encoders), len(pairs))
-    encoder = _Encoder(parts, encoders)
+    seed, encoder = parts.config.seed, parts.encoder
+    made_by, where = _fingerprint(parts, pairs, fields), Path(parts.config.data.cache)
+    if folder is not None:
+        made_by, where = made_by | {"config.data.pairs": str(folder)}, where / CLASS
+    cache = open_cache(where, made_by, len(pairs))
 
     def encode(rows: Iterable[int]) -> dict[str, np.ndarray]:
         return encoder.pairs([_row(pairs, index, seed) for index in rows])
@@ -80,19 +86,30 @@ def pair_cache(parts: Any, pairs: Any, fields: tuple[str, ...] = (*PAIR_FIELDS, 
     return cache
 
 
-def prompt_cache(parts: Any, prompts: list[str]) -> Cache:
-    """The cache of a config's encoded prompts; as `pair_cache`."""
-    encoders = tuple(parts.base_pipeline.text_encoders)
+def prompt_cache(parts: Any, prompts: list[str], folder: str = PROMPTS) -> Cache:
+    """The cache of encoded prompts in a folder of config.data.cache; as `pair_cache`."""
+    encoder = parts.encoder
     made_by = {
         "config.dtype": str(parts.config.dtype),
-        "prompts": zlib.crc32("\0".join(prompts).encode("utf-8", "surrogatepass")),
+        "prompts": _prompts_checksum(prompts),
         "empty prompt": str(parts.base_pipeline.index_fields()),
-        **_checksums(parts, encoders),
+        **encoder.checksums(encoder.text),
     }
-    cache = open_cache(Path(parts.config.data.cache) / PROMPTS, made_by, len(prompts))
-    encoder = _Encoder(parts, encoders)
+    cache = open_cache(Path(parts.config.data.cache) / folder, made_by, len(prompts))
     _fill(cache, lambda rows: encoder.prompts([prompts[index] for index in rows]), encoder)
     return cache
+
+
+def prompt_reader(parts: Any, prompts: Sequence[str]) -> Callable[[Sequence[str]], Batch]:
+    """A function that gives the conditions of any of `prompts`, and of the empty one, from a cache of their own."""
+    known = sorted({"", *prompts})
+    cache = prompt_cache(parts, known, OTHER_PROMPTS.format(_prompts_checksum(known)))
+    rows = {prompt: nested_cond(cache[index]) for index, prompt in enumerate(known)}
+    return lambda some: jax.tree.map(lambda *arrays: np.stack(arrays), *(rows[prompt] for prompt in some))
+
+
+def _prompts_checksum(prompts):
+    return zlib.crc32("\0".join(prompts).encode("utf-8", "surrogatepass"))
 
 
 def _fill(cache, encode, encoder):
@@ -105,12 +122,16 @@ def _fill(cache, encode, encoder):
     )
 
 
-class _Encoder:
-    """The encoders of a pipeline on this process's first device, loaded when they are first needed."""
+class Encoder:
+    """The encoders of a run's model on this process's first device, loaded when they are first needed.
 
-    def __init__(self, parts, names):
-        self.parts, self.pipeline, self.names = parts, parts.base_pipeline, names
-        self._params = None
+    Attributes:
+        text: names of the text encoders.
+    """
+
+    def __init__(self, parts: Any):
+        self.parts, self.pipeline, self.text = parts, parts.base_pipeline, tuple(parts.base_pipeline.text_encoders)
+        self._params, self._checksums = {}, {}
         self._encode_pairs = jax.jit(self._pairs)
         self._encode_prompts = jax.jit(self._prompts)
 
@@ -122,30 +143,39 @@ class _Encoder:
     def _prompts(self, params, ids):
         return {f"cond.{name}": value for name, value in self.pipeline.encode_prompts(params, ids).items()}
 
-    def params(self):
-        if self._params is None:
-            self._params = jax.device_put(self.parts.load_local(self.names))
-        return self._params
+    def params(self, names: Sequence[str]) -> Params:
+        """The weights of some of the encoders."""
+        missing = tuple(name for name in names if name not in self._params)
+        self._params |= jax.device_put(self.parts.load_local(missing)) if missing else {}
+        return {name: self._params[name] for name in names}
 
-    def pairs(self, rows):
+    def checksums(self, names: Sequence[str]) -> dict[str, int]:
+        """Checksums of the float32 weights of components, one in memory at a time."""
+        for name in names:
+            if name not in self._checksums:
+                self._checksums[name] = _checksum(self.parts.original(name))
+        return {f"weights of {name}": self._checksums[name] for name in names}
+
+    def pairs(self, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """The cache's arrays of pairs."""
 
         def encode(some):
             batch = {name: [row[name] for row in some] for name in some[0]}
             stacked = {name: value if name == "prompt" else np.stack(value) for name, value in batch.items()}
             inputs = pair_batch(self.pipeline, stacked)
-            found = self._encode_pairs(self.params(), inputs["image"], inputs["ids"])
+            found = self._encode_pairs(self.params(("vae", *self.text)), inputs["image"], inputs["ids"])
             sizes = {"time_ids": inputs["time_ids"]} if "time_ids" in inputs else {}
             return {**jax.device_get(found), **sizes}
 
         return _in_chunks(rows, encode)
 
-    def prompts(self, prompts):
-        """The conditions of prompts."""
-        return _in_chunks(
-            prompts,
-            lambda some: jax.device_get(self._encode_prompts(self.params(), self.pipeline.tokenize(some))),
-        )
+    def prompts(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The conditions of prompts, as the cache names them."""
+
+        def encode(some):
+            return jax.device_get(self._encode_prompts(self.params(self.text), self.pipeline.tokenize(some)))
+
+        return _in_chunks(prompts, encode)
 
 
 def _in_chunks(rows, encode):
@@ -158,7 +188,7 @@ def _in_chunks(rows, encode):
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
-def _fingerprint(parts, pairs, names, encoders):
+def _fingerprint(parts, pairs, names):
     """What the rows of a cache of pairs follow from: settings by config field, checksums of weights and captions."""
     data, pipeline = parts.config.data, parts.base_pipeline
     fields = {f"config.data.{name}": data[name] for name in names}
@@ -172,13 +202,8 @@ def _fingerprint(parts, pairs, names, encoders):
         "config.model.vae_dtype": str(pipeline.vae_dtype),
         "captions": None if prompts is None else zlib.crc32("\0".join(prompts).encode()),
         "empty prompt": str(pipeline.index_fields()),
-        **_checksums(parts, encoders),
+        **parts.encoder.checksums(("vae", *parts.encoder.text)),
     }
-
-
-def _checksums(parts, names):
-    """Checksums of the float32 weights of components, one in memory at a time."""
-    return {f"weights of {name}": _checksum(parts.original(name)) for name in names}
 
 
 def _checksum(tree):

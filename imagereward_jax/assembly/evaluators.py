@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from imagereward_jax.assembly import encoded
 from imagereward_jax.assembly.conditions import iterate, load_pairs_of
 from imagereward_jax.assembly.given import held_out_rows
 from imagereward_jax.assembly.judges import BatchScorer, distance_within, embed_pixels, over_prompts
@@ -85,6 +86,7 @@ class SampleEvaluator:
             height=size[0],
             width=size[1],
             guidance_scale=generation.guidance_scale,
+            encode=encoded.prompt_reader(parts, self.prompts) if parts.config.data.get("cache") else None,
         )
 
     @property

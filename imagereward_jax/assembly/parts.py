@@ -5,6 +5,7 @@ parts have settings and shapes alone.
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from imagereward_jax.assembly import conditions, evaluators, random_init, rewards, trainable
+from imagereward_jax.assembly import class_images, conditions, encoded, evaluators, random_init, rewards, trainable
 from imagereward_jax.assembly.given import Given
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.groups import load_groups
 from imagereward_jax.data.prompts import SHAPES_PREFIX
 from imagereward_jax.methods.base import Evaluator, Export, Method, Params, Source, find_method
+from imagereward_jax.models import lora
 from imagereward_jax.pipelines import families
 from imagereward_jax.pipelines.base import TextToImage
 from imagereward_jax.rewards.base import Reward
 from imagereward_jax.rewards.mixed import MixedReward, Terms
 from imagereward_jax.training.mesh import weight_shardings
+from imagereward_jax.training.workdir import CLASS_IMAGES
 
 
 class Parts:
@@ -62,19 +65,30 @@ class Parts:
 
     @functools.cached_property
     def pipeline(self) -> TextToImage:
-        """The text-to-image model, with config.lora's adapter if there is one.
+        """The text-to-image model, with config.lora's adapters if there are any.
 
         Raises:
             ConfigError: config.lora.targets matches no layer, or its rank is too large for one.
         """
+        pipeline, settings = self.base_pipeline, self.config.get("lora")
         if not self.adapts:
-            return self.base_pipeline
-        settings, name = self.config.lora, self.base_pipeline.denoiser
+            return pipeline
+        targets = {pipeline.denoiser: settings.targets or pipeline.lora_targets}
+        if self.config.method.get("train_text_encoder"):
+            targets |= dict.fromkeys(pipeline.trained_encoders, lora.CLIP_ATTENTION)
         options = {"rank": settings.rank, "alpha": trainable.lora_alpha(self.config), "dropout": settings.dropout}
-        try:
-            return self.base_pipeline.with_lora(name, settings.targets, **options)
-        except ValueError as error:
-            raise ConfigError(f"config.lora (rank={settings.rank}, targets of the {name}): {error}") from error
+        for name, layers in targets.items():
+            try:
+                pipeline = pipeline.with_lora(name, layers, **options)
+            except ValueError as error:
+                raise ConfigError(f"config.lora (rank={settings.rank}, targets of the {name}): {error}") from error
+        return pipeline
+
+    @functools.cached_property
+    def encoder(self) -> encoded.Encoder:
+        """What fills config.data.cache; `assemble` lets go of it, and of the encoders' weights, before it loads those
+        of the run."""
+        return encoded.Encoder(self)
 
     @property
     def adapts(self) -> bool:
@@ -142,9 +156,27 @@ class Parts:
         """
         return conditions.on_policy_source(self, negative_prompt, round_size or self.config.batch_size, **options)
 
-    def pairs(self) -> Source:
-        """Batches of image-text pairs: "cond" and "image", or latents from config.data.cache."""
-        return conditions.pair_source(self)
+    def pairs(self, prompt: str | None = None) -> Source:
+        """Batches of image-text pairs: "cond" and "image", or latents from config.data.cache.
+
+        Args:
+            prompt: the caption of all of them; None for their own.
+        """
+        return conditions.pair_source(self, prompt)
+
+    def class_images(self, prompt: str, count: int, folder: str) -> Source:
+        """Batches as of `pairs` of images of a class, of which the model makes what `folder` lacks before it trains.
+
+        Args:
+            prompt: of the class. count: images that there should be. folder: "" for WORKDIR/class_images.
+
+        Raises:
+            DataError, FileExistsError: see `class_images.make_images`.
+        """
+        where = Path(folder).expanduser() if folder else (self.given.workdir or Path()) / CLASS_IMAGES
+        if not self.abstract:
+            class_images.make_images(self, prompt, count, where)
+        return conditions.pair_source(self, prompt, name="class", folder=where)
 
     def preferences(self) -> Source:
         """Batches of pairs of images of one prompt, the preferred first: "cond" and "image" [B, 2, H, W, 3], or latents
@@ -182,9 +214,9 @@ class Parts:
         """Samples held-out prompts of config.eval and scores them by the reward.
 
         Fills in config.eval's sampler, steps and guidance from the model, so that the run's config.json and report
-        state them.
+        state them. Without config.eval.prompts nothing is evaluated.
         """
-        if self.abstract:
+        if self.abstract or not self.config.eval.prompts:
             return {}
         generation, settings = self.generation, self.config.eval
         settings.sampler, settings.num_steps = generation.sampler, generation.num_inference_steps
@@ -219,10 +251,14 @@ class Parts:
     # weights
 
     def shapes(self) -> Params:
-        """Shapes of every component that was asked for, without adapters: a reward as it is held, others float32."""
+        """Shapes of every component that was asked for, without adapters: a reward as it is held, others float32.
+
+        Text encoders are not among them if config.data.cache holds the prompts.
+        """
         found = {}
         if "base_pipeline" in self.__dict__:
-            found |= self.base_pipeline.abstract_params()
+            cached = self.base_pipeline.text_encoders if self.config.data.get("cache") else ()
+            found = {name: tree for name, tree in self.base_pipeline.abstract_params().items() if name not in cached}
         if self.__dict__.get("terms") and self.reward is not None:
             found["reward"] = _shapes_of(self.reward.params)
         if "scorer" in self.__dict__:

@@ -15,11 +15,6 @@ def rows_spec(batch: Batch, rows: int) -> Batch:
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct((rows, *np.shape(array)[1:]), array.dtype), batch)
 
 
-def repeated_ids(pipeline: Any, prompt: str, rows: int) -> Batch:
-    """Token ids of one prompt for `rows` rows."""
-    return jax.tree.map(lambda ids: np.repeat(ids, rows, axis=0), pipeline.tokenize([prompt]))
-
-
 def pair_batch(pipeline: Any, batch: Batch) -> Batch:
     """A stacked batch of pairs with token ids, and for SDXL the sizes of the images if they are known."""
     inputs = {"image": batch["image"], "ids": pipeline.tokenize(batch["prompt"]), HOST: {"prompt": batch["prompt"]}}

@@ -26,6 +26,7 @@ def assemble(config: Any, mesh: Mesh, *, abstract: bool = False, given: Given | 
     settings = method_settings(config)
     parts = Parts(config, mesh, abstract=abstract, given=given)
     method = find_method(config.method.name).make(settings, parts)
+    parts.__dict__.pop("encoder", None)
     weights = trainable.load(parts, method)
     return AssembledRun(
         method,

@@ -82,19 +82,22 @@ def initial_adapter(parts: Any) -> Params:
     Raises:
         ConfigError: config.lora.path adapts something else. ValueError, FileNotFoundError: see `read_adapter`.
     """
-    config, name = parts.config, parts.pipeline.denoiser
-    settings, network = config.lora, parts.pipeline.networks[parts.pipeline.denoiser]
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    if parts.abstract:
-        return {name: jax.eval_shape(lambda key: lora.init(network, key, settings.init), key)}
-    if not settings.path:
-        return {name: jax.device_get(lora.init(network, key, settings.init))}
-    there = adapters.read_adapter(settings.path, parts.pipeline.networks)
-    if set(there) != {name}:
-        raise ConfigError(f"config.lora.path={settings.path!r} adapts {', '.join(there)}; this run adapts the {name}")
+    config, settings = parts.config, parts.config.lora
+    networks = {name: parts.pipeline.networks[name] for name in parts.pipeline.adapted}
+    if parts.abstract or not settings.path:
+
+        def draw(key):
+            keys = {name: jax.random.fold_in(key, index) for index, name in enumerate(networks)}
+            return {name: lora.init(network, keys[name], settings.init) for name, network in networks.items()}
+
+        key = jax.random.key(config.seed)
+        return jax.eval_shape(draw, key) if parts.abstract else jax.device_get(draw(key))
     what = f"config.lora.path={settings.path!r}"
-    alpha = lora_alpha(config)
-    return {name: adapters.low_rank_params(network, there[name], rank=settings.rank, alpha=alpha, what=what)}
+    there = adapters.read_adapter(settings.path, parts.pipeline.networks)
+    if there.keys() != networks.keys():
+        raise ConfigError(f"{what} adapts {', '.join(there)}; this run adapts the {', '.join(networks)}")
+    options = {"rank": settings.rank, "alpha": lora_alpha(config), "what": what}
+    return {name: adapters.low_rank_params(network, there[name], **options) for name, network in networks.items()}
 
 
 def lora_alpha(config: Any) -> float:
@@ -125,13 +128,13 @@ def export_model(parts: Any, method: Method) -> Export:
 
 def export_adapter(parts: Any) -> Export:
     """The adapter as diffusers' `load_lora_weights` takes it."""
-    config, name = parts.config, parts.pipeline.denoiser
+    config, names = parts.config, tuple(parts.pipeline.adapted)
 
     def write(components: Params, _: Any, folder: Path) -> None:
         _, low_rank = split(components, _without_adapter(components))
         adapters.write_adapter(
             folder,
-            {name: parts.pipeline.networks[name]},
+            {name: parts.pipeline.networks[name] for name in names},
             low_rank,
             rank=config.lora.rank,
             alpha=lora_alpha(config),
@@ -139,7 +142,7 @@ def export_adapter(parts: Any) -> Export:
             generation=parts.generation,
         )
 
-    return Export(write, adapters.FILE, (name,))
+    return Export(write, adapters.FILE, names)
 
 
 def _without_adapter(components):

@@ -25,6 +25,7 @@ def load_pairs(
     *,
     image_column: str | None = None,
     text_column: str | None = None,
+    prompt: str | None = None,
     image_size: int = 64,
     crop: str = "center",
     flip: bool = False,
@@ -41,6 +42,7 @@ def load_pairs(
             metadata.parquet (file_name and text), or with a .txt of the same stem beside each; "shapes:train".
         image_column: by default the first of image, image_path, file_name, path, file that is there.
         text_column: by default the first of text, prompt, caption.
+        prompt: the caption of every image, which then needs none of its own.
         image_size: S; the shorter side is resized to it, then the image is cropped.
         crop: "center" or "random". flip: mirror half of the images. Both draw from the generator given to `fetch`.
         split: of a `datasets` or TFDS data set.
@@ -56,14 +58,18 @@ def load_pairs(
         raise ValueError(f"image_size must be at least 1; got {image_size}")
     source = str(source)
     if source.startswith(SHAPES_PREFIX):
+        if prompt is not None:
+            raise DataError(f"{source}: its images have captions of their own, and cannot all be {prompt!r}")
         options = {"size": SHAPES_SIZE, **(shapes or {})}
         return ShapesPairs(captions=shapes_captions(source), image_size=image_size, **options)
     if shapes is not None:
         raise ValueError(f"shapes options are for shapes:train and shapes:held_out alone; the source is {source!r}")
-    table = read_pairs_table(source, split)
+    table = read_pairs_table(source, split, captions=prompt is None)
     image_column = pick_column(table, image_column, IMAGE_COLUMNS, "image_column=")
-    text_column = pick_column(table, text_column, PROMPT_COLUMNS, "text_column=")
-    prompts = check_texts(table, column_values(table, text_column), f"caption in column {text_column!r}")
+    prompts = [prompt] * len(table.rows)
+    if prompt is None:
+        text_column = pick_column(table, text_column, PROMPT_COLUMNS, "text_column=")
+        prompts = check_texts(table, column_values(table, text_column), f"caption in column {text_column!r}")
     return Pairs(table, image_column, prompts, image_size=image_size, crop=crop, flip=flip)
 
 
@@ -102,8 +108,8 @@ class Pairs:
         return images.find_image(self.table.rows[index][self.image_column], self.table.folder, where)
 
 
-def read_pairs_table(source: str | os.PathLike, split: str = "train") -> Table:
-    """Reads the rows behind `load_pairs`: those of a table, or of a folder of images with their captions."""
+def read_pairs_table(source: str | os.PathLike, split: str = "train", *, captions: bool = True) -> Table:
+    """Reads the rows behind `load_pairs`: those of a table, or of a folder of images, with their captions if needed."""
     folder = Path(source).expanduser()
     if not folder.is_dir() or any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return read_table(source, split)
@@ -112,7 +118,7 @@ def read_pairs_table(source: str | os.PathLike, split: str = "train") -> Table:
             table = read_file(folder / name)
             break
     else:
-        table = _caption_files(folder)
+        table = _caption_files(folder) if captions else _image_files(folder)
     if not table.rows:
         raise DataError(f"{table.name}: no pairs in it; expected images ({', '.join(images.FORMATS)}) with captions")
     return table
@@ -129,6 +135,13 @@ def _caption_files(folder):
         )
     rows = [{"image": str(path.relative_to(folder)), "text": _caption(path.with_suffix(".txt"))} for path in files]
     return Table(str(folder), rows, lambda i: str(files[i].with_suffix(".txt")), folder)
+
+
+def _image_files(folder):
+    files = images.list_images(folder)
+    return Table(
+        str(folder), [{"image": str(path.relative_to(folder))} for path in files], lambda i: str(files[i]), folder
+    )
 
 
 def _caption(path):

@@ -5,14 +5,15 @@ weighting schemes of diffusers' training scripts.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from imagereward_jax.config import ConfigError, field, require_given
 from imagereward_jax.diffusion.flow import FlowSchedule
-from imagereward_jax.methods.base import Loss, Method, MethodConfig, Phase
+from imagereward_jax.methods.base import Batch, Key, Loss, Method, MethodConfig, Models, Phase
 from imagereward_jax.models.lora import dropout_key
 
 WEIGHTINGS = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
@@ -39,6 +40,7 @@ class Config(MethodConfig):
     uses = ("scratch", "pairs", "cache", "reward", "lora", "samples")
     defaults = {"eval.best": "eval/checker_rate"}
 
+    # the CLIP text encoders train as well, with config.lora.rank by adapters of their own; T5 never does
     train_text_encoder: bool = False
     timestep_power: float = field(
         1.0, above=0.0
@@ -61,17 +63,17 @@ class Config(MethodConfig):
         """The settings of flow matching."""
         return FlowLoss(*(getattr(self, name) for name in FlowLoss._fields))
 
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """Options of `make_errors`."""
+        return {"timestep_power": self.timestep_power, "snr_gamma": self.snr_gamma, "flow": self.flow}
+
     def check(self, config):
-        """Pairs must be given, and encoded prompts and adapters exclude the text encoder's training."""
+        """Pairs must be given, and encoded prompts exclude the text encoders' training."""
         require_given(config, "data.pairs")
         if self.train_text_encoder and config.data.cache:
             raise ConfigError(
                 "config.data.cache holds encoded prompts: it cannot be used with method.train_text_encoder"
-            )
-        if self.train_text_encoder and config.lora.rank:
-            raise ConfigError(
-                "config.method.train_text_encoder: adapters are the denoiser's alone; set it to False, or "
-                "config.lora.rank to 0"
             )
 
 
@@ -81,16 +83,16 @@ def make(config: Config, parts) -> Method:
     Raises:
         ConfigError: a field is for other schedules than the model's.
     """
-    pipeline = parts.pipeline
-    options = {"timestep_power": config.timestep_power, "snr_gamma": config.snr_gamma, "flow": config.flow}
-    loss = make_loss(pipeline, **options)
-    encoders = tuple(pipeline.text_encoders) if config.train_text_encoder else ()
-    size = parts.config.data.image_size
-    return Method(
-        (Phase("denoising", loss, parts.pairs()),),
-        trains=(pipeline.denoiser, *encoders),
-        evaluate=parts.samples(size, size),
+    return supervised(
+        Phase("denoising", make_loss(parts.pipeline, **config.loss_options), parts.pairs()), config, parts
     )
+
+
+def supervised(phase: Phase, config: Config, parts: Any) -> Method:
+    """The method of one phase that trains the denoiser, and by `config.train_text_encoder` the text encoders."""
+    encoders = parts.pipeline.trained_encoders if config.train_text_encoder else ()
+    size = parts.config.data.image_size
+    return Method((phase,), trains=(parts.pipeline.denoiser, *encoders), evaluate=parts.samples(size, size))
 
 
 def draw_timesteps(key: jax.Array, batch: int, num_timesteps: int, power: float = 1.0) -> jax.Array:
@@ -101,21 +103,42 @@ def draw_timesteps(key: jax.Array, batch: int, num_timesteps: int, power: float 
     return jnp.minimum(jnp.floor(num_timesteps * share), num_timesteps - 1).astype(jnp.int32)
 
 
-def make_loss(
-    pipeline, weight: float = 1.0, *, timestep_power: float = 1.0, snr_gamma: float = 0.0, flow: FlowLoss = USUAL
-) -> Loss:
+def make_loss(pipeline, weight: float = 1.0, **options: Any) -> Loss:
     """Mean squared error between the network's output and its target at a random timestep.
 
     Args:
-        pipeline: gives `denoise`, `encode`, `draw_latents` and `schedule`. weight: scales the loss.
+        weight: scales the loss. pipeline, options: see `make_errors`.
+
+    Returns:
+        (models, batch, key) -> (loss, metrics), batch as for `make_errors`. The metric "mse" is not weighted.
+
+    Raises:
+        ConfigError: a setting is for other schedules than the model's.
+    """
+    errors_of = make_errors(pipeline, **options)
+
+    def loss(models, batch, key):
+        errors, weights = errors_of(models, batch, key)
+        return weight * jnp.mean(weights * errors), {"mse": errors.mean()}
+
+    return loss
+
+
+def make_errors(
+    pipeline, *, timestep_power: float = 1.0, snr_gamma: float = 0.0, flow: FlowLoss = USUAL
+) -> Callable[[Models, Batch, Key], tuple[jax.Array, jax.Array]]:
+    """Squared errors of the network's outputs at random timesteps, and their weights.
+
+    Args:
+        pipeline: gives `denoise`, `encode`, `draw_latents` and `schedule`.
         timestep_power: timesteps are T * u^timestep_power with u uniform in [0, 1): 1 is the usual uniform draw, less
             than 1 draws noisy timesteps more often.
         snr_gamma: > 0 weighs each sample by `min_snr_weights`.
         flow: how a flow draws timesteps and weighs errors; the two above are for schedules of betas alone.
 
     Returns:
-        (models, batch, key) -> (loss, metrics). batch: "cond", and "image" [B, H, W, 3] in [0, 1] or its encoding
-        "latent_mean" and "latent_logvar" [B, h, w, c]. The metric "mse" is not weighted.
+        (models, batch, key) -> (mean squared errors [B], weights [B]). batch: "cond", and "image" [B, H, W, 3] in
+        [0, 1] or its encoding "latent_mean" and "latent_logvar" [B, h, w, c].
 
     Raises:
         ConfigError: a setting is for other schedules than the model's.
@@ -124,7 +147,7 @@ def make_loss(
     of_flow = isinstance(schedule, FlowSchedule)
     _check_settings(of_flow, timestep_power, snr_gamma, flow)
 
-    def loss(models, batch, key):
+    def errors_of(models, batch, key):
         encode_key, noise_key, time_key = jax.random.split(key, 3)
         latents = jax.lax.stop_gradient(draw_latents(pipeline, models.policy, batch, encode_key))
         noise = jax.random.normal(noise_key, latents.shape)
@@ -137,11 +160,11 @@ def make_loss(
         with dropout_key(jax.random.fold_in(key, 1)):
             output = pipeline.denoise(models.policy, noisy, timesteps, batch["cond"])
         errors = jnp.mean(jnp.square(output - schedule.target(latents, noise, timesteps)), axis=(1, 2, 3))
-        weights = min_snr_weights(schedule, timesteps, snr_gamma) if snr_gamma else 1.0
-        weights = flow_weights(schedule.sigmas(timesteps), flow) if of_flow else weights
-        return weight * jnp.mean(weights * errors), {"mse": errors.mean()}
+        if of_flow:
+            return errors, flow_weights(schedule.sigmas(timesteps), flow)
+        return errors, min_snr_weights(schedule, timesteps, snr_gamma) if snr_gamma else jnp.ones_like(errors)
 
-    return loss
+    return errors_of
 
 
 def _check_settings(of_flow, timestep_power, snr_gamma, flow):

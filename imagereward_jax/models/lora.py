@@ -18,6 +18,7 @@ from imagereward_jax.models.dropout import drop, noise
 
 INITS = ("gaussian", "kaiming")
 ATTENTION = r"to_q|to_k|to_v|to_out\.0"  # the projections of the UNet's attention, PEFT's usual targets
+CLIP_ATTENTION = r"q_proj|k_proj|v_proj|out_proj"  # those of CLIP's
 
 
 class LoRAParam(nnx.Variable):

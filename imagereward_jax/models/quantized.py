@@ -5,8 +5,9 @@ handle them. Parameters that carry gradient are never quantised.
 
 Weights are scaled by the largest magnitude of each output channel; activations by that of each token or pixel, or of
 each image if a convolution mixes pixels. int8 products are summed in int32, float8 ones in float32; the scales are
-float32. Not quantised are attention's own products, norms, low-rank (LoRA) products and the layers of `KEPT`: the first
-and last convolution, whose four channels decide about single pixels, and the time embedding, one row per image.
+float32. Not quantised are attention's own products, norms, low-rank (LoRA) products and the layers that a
+family keeps precise (`KEPT_OF_UNET`, `KEPT_OF_MMDIT`): the first and the last, whose few channels decide about single
+pixels, and those of the time embedding, one row per image.
 
 Programs for TPU v5e and NVIDIA H200 contain int8 and float8 products and convolutions; whether they are faster depends
 on the hardware's units (v5e: int8).
@@ -28,11 +29,14 @@ from imagereward_jax.models.sharding import gather_weight, replicate, shard_weig
 
 DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 KINDS = ("none", *DTYPES)
-KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
+KEPT_OF_UNET = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
+KEPT_OF_MMDIT = ("pos_embed", "proj_out", "time_text_embed", "norm1", "norm1_context", "norm_out")
 
 
-def quantize(network: nnx.Module, params: dict[str, Any], kind: str, kept: Collection[str] = KEPT) -> dict[str, Any]:
-    """Quantises the kernels of every `Linear` and `Conv` of an abstract UNet, except `kept`, to `qwix.QArray`.
+def quantize(
+    network: nnx.Module, params: dict[str, Any], kind: str, kept: Collection[str] = KEPT_OF_UNET
+) -> dict[str, Any]:
+    """Quantises the kernels of every `Linear` and `Conv` of an abstract network, except `kept`, to `qwix.QArray`.
 
     Each device quantises its own shard of a weight, so that later all-gathers move one byte per weight.
 

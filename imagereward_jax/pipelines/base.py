@@ -46,11 +46,13 @@ class TextToImage(Networks):
     text_encoders: Mapping[str, str]
     # Components that a model of the family may lack.
     optional: frozenset[str] = frozenset()
+    # Text encoders that stay as they are when a method trains the others.
+    untrained: frozenset[str] = frozenset()
     # Whether the denoiser is conditioned on original size and crop (`sdxl.make_time_ids`).
     micro_conditioned = False
     lora_targets = lora.ATTENTION
     # Layers that `quantized` leaves as they are.
-    kept_precise = quantized.KEPT
+    kept_precise = quantized.KEPT_OF_UNET
 
     def __init__(
         self,
@@ -107,6 +109,11 @@ class TextToImage(Networks):
         if not isinstance(tokenizers, Mapping):
             tokenizers = dict.fromkeys(cls.text_encoders.values(), tokenizers)
         return cls(settings, scheduler, tokenizers, **options)
+
+    @property
+    def trained_encoders(self) -> tuple[str, ...]:
+        """The text encoders that a method may train."""
+        return tuple(name for name in self.text_encoders if name not in self.untrained)
 
     @property
     def max_tokens(self) -> int:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from imagereward_jax.models import clip, unet, vae
+from imagereward_jax.models import clip, mmdit_config, t5, unet, vae
 from imagereward_jax.pipelines.base import TextToImage, override_scheduler
 from imagereward_jax.pipelines.model_files import ModelFiles, config_of
 from imagereward_jax.pipelines.published_settings import SCHEDULERS, StandInTokenizer
@@ -21,6 +21,12 @@ FAMILIES = {family.pipeline_class: family for family in (StableDiffusion1, Stabl
 # config.json of the published networks by component.
 SD1 = {"unet": unet.SD1, "vae": vae.SD1, "text_encoder": clip.VIT_L}
 SDXL = {"unet": unet.SDXL, "vae": vae.SDXL, "text_encoder": clip.VIT_L, "text_encoder_2": clip.VIT_BIG_G}
+SD35 = {
+    "vae": vae.SD3,
+    "text_encoder": clip.VIT_L_PROJECTED,
+    "text_encoder_2": clip.VIT_BIG_G,
+    "text_encoder_3": t5.XXL,
+}
 # Published models of exactly these sizes: (pipeline class, sizes, generation or None for the family's).
 PUBLISHED = {
     "CompVis/stable-diffusion-v1-4": ("StableDiffusionPipeline", SD1, None),
@@ -28,13 +34,21 @@ PUBLISHED = {
     "runwayml/stable-diffusion-v1-5": ("StableDiffusionPipeline", SD1, None),
     "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", SDXL, None),
     "stabilityai/sdxl-turbo": ("StableDiffusionXLPipeline", SDXL, TURBO),
-}
+    "stabilityai/stable-diffusion-3.5-medium": (
+        "StableDiffusion3Pipeline", {"transformer": mmdit_config.SD35_MEDIUM, **SD35}, None
+    ),
+    "stabilityai/stable-diffusion-3.5-large": (
+        "StableDiffusion3Pipeline", {"transformer": mmdit_config.SD35_LARGE, **SD35}, None
+    ),
+}  # fmt: skip
 # Their licenses, by the names that the hub has for them.
 LICENSES = {
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/stable-diffusion-3.5-medium": "other",
+    "stabilityai/stable-diffusion-3.5-large": "other",
 }
 
 

@@ -1,6 +1,6 @@
 """Samples images for prompts, for the commands, evaluation and on-policy methods alike: padding, mesh and seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagereward_jax.diffusion.sampler import Sampler
 from imagereward_jax.models.sharding import batch_over
-from imagereward_jax.pipelines.base import Params, TextToImage
+from imagereward_jax.pipelines.base import Batch, Params, TextToImage
 from imagereward_jax.pipelines.blend import Blend
 
 
@@ -23,6 +23,7 @@ class ImageSampler:
         height, width: pixels.
         guidance_scale: 1 or less switches guidance off, which halves the work.
         blend: how a tuned model shares the steps with its base model (`pipelines.blend`); None for one model.
+        encode: prompts -> their conditions, if the text encoders are not among the params; None: they are.
 
     Raises:
         ValueError: the size is not one that the model can make, or `blend` is for another number of steps.
@@ -39,12 +40,13 @@ class ImageSampler:
         width: int,
         guidance_scale: float = 1.0,
         blend: Blend | None = None,
+        encode: Callable[[Sequence[str]], Batch] | None = None,
     ):
         if blend is not None and len(blend.positive) != sampler.num_steps:
             raise ValueError(f"blend is made for {len(blend.positive)} steps, the sampler has {sampler.num_steps}")
         self.pipeline, self.sampler, self.mesh, self.blend = pipeline, sampler, mesh, blend
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self._encode = guidance_scale, encode or pipeline.tokenize
         self.latent_shape = pipeline.latent_shape(height, width)
         self._rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._sample = jax.jit(self._sample_batch, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -89,8 +91,8 @@ class ImageSampler:
         guided = guidance_scale > 1.0
         negative = list(negative_prompts or [""] * len(prompts)) if guided else None
         inputs = {
-            "ids": self.pipeline.tokenize(list(prompts)),
-            "negative_ids": self.pipeline.tokenize(negative) if guided else None,
+            "cond": self._encode(list(prompts)),
+            "negative_cond": self._encode(negative) if guided else None,
             "keys": _key_data(keys) if noise is None else None,
             "noise": None if noise is None else np.asarray(noise, np.float32),
             "step_keys": _key_data(step_keys),
@@ -121,8 +123,8 @@ class ImageSampler:
         with batch_over(self.mesh):
             return self.pipeline.sample(
                 params,
-                inputs["ids"],
-                inputs["negative_ids"],
+                inputs["cond"],
+                inputs["negative_cond"],
                 noise,
                 sampler=sampler,
                 guidance_scale=guidance_scale,

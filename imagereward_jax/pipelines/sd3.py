@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from imagereward_jax.diffusion.flow import CLASSES, is_flow
+from imagereward_jax.models.quantized import KEPT_OF_MMDIT
 from imagereward_jax.pipelines.base import Batch, Params, TextToImage
 from imagereward_jax.pipelines.sd3_prompts import join_text
 from imagereward_jax.weights.generation import Generation
@@ -43,6 +44,8 @@ class StableDiffusion3(TextToImage):
     }
     text_encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", T5: "tokenizer_3"}
     optional = frozenset({T5})
+    untrained = frozenset({T5})
+    kept_precise = KEPT_OF_MMDIT
     # As diffusers' trainers: not the second attention, attn2, of 3.5-medium.
     lora_targets = r"attn\.(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_dict
 from imagereward_jax.config import ConfigError, Section, check_value, field, require_given
 from imagereward_jax.data.images import IMAGE_RULES
 from imagereward_jax.diffusion.samplers import SAMPLERS
-from imagereward_jax.diffusion.schedule import PREDICTION_TYPES
+from imagereward_jax.diffusion.schedule import FLOW_PREDICTION, PREDICTION_TYPES
 from imagereward_jax.models import lora
 from imagereward_jax.models.remat import REMAT_POLICIES
 from imagereward_jax.rewards.http_client import TOKEN_VARIABLE
@@ -27,7 +27,8 @@ class Model(Section, path="model"):
     variant: str | None = None  # "fp16" reads *.fp16.safetensors; of a single file "ema" the averaged weights
     parts: str = ""  # networks and tokenizers from elsewhere: "vae=FILE,text_encoder_3=FILE,tokenizer_3=FOLDER"
     vae_dtype: str | None = field(None, choices=(None, *DTYPES))  # None: config.dtype; never "float16"
-    prediction_type: str | None = field(None, choices=(None, *PREDICTION_TYPES))  # instead of the scheduler's
+    # instead of the scheduler's
+    prediction_type: str | None = field(None, choices=(None, *PREDICTION_TYPES, FLOW_PREDICTION))
     # recomputed in the backward pass: none, blocks, attention, full; offload: as blocks, but what is kept waits in the
     # host's memory (TPUs, GPUs)
     remat: str = field("blocks", choices=REMAT_POLICIES)
@@ -264,11 +265,13 @@ class Scorer(Section, path="reward"):
 
 
 class Lora(Section, path="lora"):
-    """Low-rank adaptation of the denoiser."""
+    """Low-rank adaptation of the denoiser, and of the text encoders that a method trains."""
 
     rank: int = field(0, at_least=0)  # > 0 trains low-rank parameters alone, over a base held in config.dtype
     alpha: float | None = field(None, above=0.0)  # updates are scaled by alpha / rank; None: the rank
-    targets: str = lora.ATTENTION  # regular expression: layers of the denoiser whose names end so
+    # regular expression: layers of the denoiser whose names end so; None: the projections of its attention that PEFT's
+    # users adapt in this family
+    targets: str | None = None
     # of A: gaussian (standard deviation 1 / rank) or kaiming; B is zero
     init: str = field("gaussian", choices=lora.INITS)
     dropout: float = field(0.0, at_least=0.0, below=1.0)  # of A's input, in the steps that carry gradient
@@ -278,7 +281,7 @@ class Lora(Section, path="lora"):
     def check(self, config):
         """The targets must be a regular expression, and a path needs a rank."""
         try:
-            re.compile(self.targets)
+            re.compile(self.targets or "")
         except re.error as error:
             raise ConfigError(
                 f"config.lora.targets={self.targets!r} is not a valid regular expression: {error}"

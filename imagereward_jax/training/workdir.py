@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from imagereward_jax.models.lora import ATTENTION
 from imagereward_jax.recipes import default_config
 
 CONFIG, DONE = "config.json", "done.json"
+CLASS_IMAGES = "class_images"  # what a run makes of a model before it has a config there
 # Fields that may differ on resume: how long the run goes on, what it reports, and how (not which) numbers are computed;
 # those then differ by rounding (mesh, optimization_level, model.remat).
 MAY_CHANGE = (
@@ -28,6 +30,8 @@ MAY_CHANGE = (
     "model.remat",
     "reward.remote",
 )
+
+NOW_NONE = {"lora.targets": ATTENTION}  # defaults that runs from before wrote, for which None stands now
 
 
 class WorkdirError(ValueError):
@@ -52,7 +56,7 @@ def check_workdir(workdir: Path, config: Any) -> None:
     _check_writable(workdir)
     path = workdir / CONFIG
     if not path.exists():
-        if workdir.is_dir() and any(workdir.iterdir()):
+        if workdir.is_dir() and any(path.name != CLASS_IMAGES for path in workdir.iterdir()):
             raise WorkdirError(f"{workdir} exists and is not the workdir of a run: choose another --workdir")
         return
     try:
@@ -61,6 +65,9 @@ def check_workdir(workdir: Path, config: Any) -> None:
         raise WorkdirError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
     now, default = fields_and_defaults(config)
     there = {name: default[name] for name in now.keys() & default.keys()} | dict(flat_fields(there))
+    for name, value in NOW_NONE.items():
+        if there.get(name) == value and now.get(name) is None:
+            there[name] = None
     names = sorted(name for name in there.keys() | now.keys() if not is_within(name, MAY_CHANGE))
     differ = [name for name in names if there.get(name) != now.get(name)]
     if differ:

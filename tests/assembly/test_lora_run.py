@@ -67,7 +67,7 @@ def load_weights(model, **changes):
 def test_a_checkpoint_holds_the_adapter_alone(run, model):
     """Weights, EMA and two moments of the low-rank parameters; the base's weights are in none."""
     pipeline, params = load_pipeline(model)
-    pipeline = pipeline.with_lora("unet", default_config("refl").lora.targets, rank=2, alpha=3.0)
+    pipeline = pipeline.with_lora("unet", pipeline.lora_targets, rank=2, alpha=3.0)
     shapes = mapping.params_of(pipeline.networks["unet"], adapters.LoRAParam)
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     with ocp.StandardCheckpointer() as checkpointer:

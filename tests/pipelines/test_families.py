@@ -70,14 +70,14 @@ def test_opening_reads_no_weights(folder, tmp_path):
 def test_published_models_are_shapes(name):
     """The networks' published sizes and CLIP's length of prompts, with nothing downloaded."""
     pipeline = open_pipeline(name, download=False, dtype="bfloat16")
-    xl = "xl" in name
+    denoiser = {"3.5-medium": 2_469_663_936, "3.5-large": 8_146_280_768, "xl": 2_567_463_684, "v1": 859_520_964}
     counts = {
         part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in pipeline.abstract_params().items()
     }
-    assert counts["unet"] == (2_567_463_684 if xl else 859_520_964)
-    assert {part: ids.shape for part, ids in pipeline.tokenize(["a", "b"]).items()} == dict.fromkeys(
-        pipeline.text_encoders, (2, 77)
-    )
+    assert counts[pipeline.denoiser] == next(count for part, count in denoiser.items() if part in name)
+    shapes = {part: ids.shape for part, ids in pipeline.tokenize(["a", "b"]).items()}
+    expected = dict.fromkeys(pipeline.text_encoders, (2, 77))
+    assert shapes == expected | ({"text_encoder_3": (2, 256)} if "text_encoder_3" in expected else {})
     with pytest.raises(ValueError, match="has no files"):
         pipeline.load_params()
 
