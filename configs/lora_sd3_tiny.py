@@ -15,7 +15,7 @@ def get_config():
     config = recipe_beside(__file__, "shapes_pretrain_sd3")
     config.steps = 300
     config.model.path = "tiny-shapes-sd3"
-    config.method.train_text_encoder = False
+    config.method.train_text_encoder = config.method.train_t5 = False
     config.lora.rank = 8
     config.data.caption_noise = 0.0
     config.optimizer.learning_rate = 1e-3

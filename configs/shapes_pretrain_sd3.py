@@ -15,8 +15,9 @@ from imagereward_jax.recipes import recipe_beside
 def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "shapes_pretrain")
-    config.steps = 6000
+    config.steps = 4000
     config.model.path = "runs/shapes_vae_sd3/export"
+    config.method.train_t5 = True
     config.method.timestep_power = 1.0  # of betas alone
     config.method.precondition_outputs = False
     config.eval.sampler = "euler"

@@ -40,8 +40,9 @@ class Config(MethodConfig):
     uses = ("scratch", "pairs", "cache", "reward", "lora", "samples")
     defaults = {"eval.best": "eval/checker_rate"}
 
-    # the CLIP text encoders train as well, with config.lora.rank by adapters of their own; T5 never does
+    # the CLIP text encoders train as well, with config.lora.rank by adapters of their own
     train_text_encoder: bool = False
+    train_t5: bool = False  # with train_text_encoder: T5 too, for a model that starts from nothing
     timestep_power: float = field(
         1.0, above=0.0
     )  # timesteps are T * u^power, u uniform: below 1, noisy ones come more often
@@ -75,6 +76,11 @@ class Config(MethodConfig):
             raise ConfigError(
                 "config.data.cache holds encoded prompts: it cannot be used with method.train_text_encoder"
             )
+        if self.train_t5 and (config.lora.rank or not self.train_text_encoder):
+            raise ConfigError(
+                "config.method.train_t5 needs config.method.train_text_encoder, and config.lora.rank=0: no adapter is "
+                "made for T5"
+            )
 
 
 def make(config: Config, parts) -> Method:
@@ -90,9 +96,11 @@ def make(config: Config, parts) -> Method:
 
 def supervised(phase: Phase, config: Config, parts: Any) -> Method:
     """The method of one phase that trains the denoiser, and by `config.train_text_encoder` the text encoders."""
-    encoders = parts.pipeline.trained_encoders if config.train_text_encoder else ()
+    pipeline = parts.pipeline
+    encoders = pipeline.trained_encoders if config.train_text_encoder else ()
+    encoders = tuple(pipeline.text_encoders) if config.train_t5 else encoders
     size = parts.config.data.image_size
-    return Method((phase,), trains=(parts.pipeline.denoiser, *encoders), evaluate=parts.samples(size, size))
+    return Method((phase,), trains=(pipeline.denoiser, *encoders), evaluate=parts.samples(size, size))
 
 
 def draw_timesteps(key: jax.Array, batch: int, num_timesteps: int, power: float = 1.0) -> jax.Array:
