@@ -8,7 +8,12 @@ from typing import Any
 from imagereward_jax.models import clip, mmdit_config, t5, unet, vae
 from imagereward_jax.pipelines.base import TextToImage, override_scheduler
 from imagereward_jax.pipelines.model_files import ModelFiles, config_of
-from imagereward_jax.pipelines.published_settings import SCHEDULERS, StandInTokenizer
+from imagereward_jax.pipelines.published_settings import (
+    PROMPT_TOKENS,
+    SCHEDULERS,
+    T5_TOKENS,
+    StandInTokenizer,
+)
 from imagereward_jax.pipelines.sd1 import StableDiffusion1
 from imagereward_jax.pipelines.sd3 import StableDiffusion3
 from imagereward_jax.pipelines.sdxl import TURBO, StableDiffusionXL
@@ -253,6 +258,9 @@ def _published(name):
         )
     pipeline_class, sizes, generation = PUBLISHED[name]
     family = FAMILIES[pipeline_class]
-    tokenizers = dict.fromkeys(family.text_encoders.values(), StandInTokenizer())
+    tokenizers = {
+        name: StandInTokenizer(T5_TOKENS if "d_model" in sizes[encoder] else PROMPT_TOKENS)
+        for encoder, name in family.text_encoders.items()
+    }
     scheduler = SCHEDULERS[pipeline_class]
     return ModelFiles(family, dict(sizes), scheduler, tokenizers, None, {"generation": generation})

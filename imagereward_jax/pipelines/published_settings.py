@@ -40,7 +40,7 @@ _VAES = {
     "StableDiffusion3Pipeline": {name: vae.SD3[name] for name in ("scaling_factor", "shift_factor")},
 }
 CLIP_TOKENS = 49408
-PROMPT_TOKENS = 77  # of CLIP's published tokenizers
+PROMPT_TOKENS, T5_TOKENS = 77, 512  # of the published tokenizers
 T5_REPO = "google/t5-v1_1-xxl"
 _T5_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -85,7 +85,8 @@ def vae_scale(pipeline_class: str) -> dict[str, Any]:
 class StandInTokenizer:
     """Stands in for a tokenizer if only the shape of its ids matters: every id is 0."""
 
-    model_max_length = PROMPT_TOKENS
+    def __init__(self, model_max_length: int = PROMPT_TOKENS):
+        self.model_max_length = model_max_length
 
     def __len__(self):
         return 0
@@ -110,7 +111,7 @@ def tokenizer(
     config = configs[encoder]
     if "d_model" in config:
         try:
-            return hub.resolve_model(T5_REPO, allow_patterns=_T5_FILES) if download else StandInTokenizer()
+            return hub.resolve_model(T5_REPO, allow_patterns=_T5_FILES) if download else StandInTokenizer(T5_TOKENS)
         except hub.ModelNotFound as error:
             raise hub.ModelNotFound(
                 f"{encoder} is a T5, whose tokenizer is neither in the file nor in the package: {advice}; it holds "
