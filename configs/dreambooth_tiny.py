@@ -1,0 +1,41 @@
+"""DreamBooth on the built-in tiny model: a ring, which it has never seen, under the rare word "zq".
+
+    python convert/shapes_subject.py runs/shapes_subject --images 20
+    python -m imagereward_jax.train --config configs/dreambooth_tiny.py
+    python benchmarks/dreambooth_shapes.py tiny-shapes runs/dreambooth_tiny/export
+
+The class, of which the untouched model makes 64 images first, is "a large red circle in the center". The last command
+counts rings among images of "zq circle", also in colours and places that no instance had, and what became of circles.
+
+Hardware: 2 CPU cores. Time and result to expect: not measured yet.
+"""
+
+from imagereward_jax.recipes import default_config
+
+
+def get_config():
+    """The recipe."""
+    config = default_config("dreambooth")
+    config.steps = 200
+    config.batch_size = 16
+    config.model.path = "tiny-shapes"
+    config.model.remat = "none"
+    config.method.class_prompt = "a large red circle in the center"
+    config.method.num_class_images = 64
+    config.method.train_text_encoder = True
+    config.data.pairs = "runs/shapes_subject"
+    config.data.image_size = 32
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.warmup_steps = 20
+    config.ema_decay = 0.98
+    config.eval.prompts = "shapes:held_out"
+    config.eval.num_prompts = 64
+    config.eval.images_per_prompt = 2
+    config.eval.batch_size = 64
+    config.eval.num_steps = 20
+    config.eval.guidance_scale = 3.0
+    config.eval.every = 100
+    config.checkpoint.every = 100
+    config.log_every = 10
+    config.writers = ("jsonl", "tensorboard")
+    return config
