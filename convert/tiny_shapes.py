@@ -1,11 +1,15 @@
-"""Packs the built-in model `tiny-shapes` from the exports of its recipes, with weights in float16.
+"""Packs a built-in model, `tiny-shapes` or `tiny-shapes-sd3`, from the exports of its recipes, with weights in float16.
 
     python -m imagereward_jax.train --config configs/shapes_vae.py
     python -m imagereward_jax.train --config configs/shapes_pretrain.py
     python -m imagereward_jax.train --config configs/shapes_reward.py
-    python convert/tiny_shapes.py runs/shapes_pretrain/export runs/shapes_reward/export OUT
+    python convert/tiny_shapes.py runs/shapes_pretrain/export OUT --reward runs/shapes_reward/export
 
-OUT (imagereward_jax/assets/tiny-shapes for the package) is a diffusers folder with the reward in its folder `reward`.
+    python -m imagereward_jax.train --config configs/shapes_vae_sd3.py
+    python -m imagereward_jax.train --config configs/shapes_pretrain_sd3.py
+    python convert/tiny_shapes.py runs/shapes_pretrain_sd3/export OUT
+
+OUT (imagereward_jax/assets/NAME for the package) is a diffusers folder, with the reward, if any, in its folder `reward`.
 """
 
 import argparse
@@ -17,8 +21,8 @@ from imagereward_jax.command import command
 from imagereward_jax.terminal import Parser, say
 
 
-def pack(diffusion, reward, out, *, overwrite=False):
-    """Copies both folders to `out` and rounds every safetensors file to float16."""
+def pack(diffusion, out, reward=None, *, overwrite=False):
+    """Copies the folders to `out` and rounds every safetensors file to float16."""
     import numpy as np
 
     from imagereward_jax.storage.folders import new_folder
@@ -26,7 +30,8 @@ def pack(diffusion, reward, out, *, overwrite=False):
 
     with new_folder(out, overwrite=overwrite, marker="model_index.json") as folder:
         shutil.copytree(diffusion, folder, dirs_exist_ok=True)
-        shutil.copytree(reward, folder / "reward")
+        if reward:
+            shutil.copytree(reward, folder / "reward")
         for path in folder.rglob("*.safetensors"):
             write_safetensors(path, cast(read_tensors(path), np.float16, what=str(path)), {"format": "pt"})
 
@@ -35,12 +40,12 @@ def pack(diffusion, reward, out, *, overwrite=False):
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("diffusion", type=Path, help="diffusers folder")
-    parser.add_argument("reward", type=Path, help="folder of the reward")
     parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--reward", type=Path, help="folder of a reward to put beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace an OUT that is a diffusers folder")
     args = parser.parse_args(argv)
     try:
-        pack(args.diffusion, args.reward, args.out, overwrite=args.overwrite)
+        pack(args.diffusion, args.out, args.reward, overwrite=args.overwrite)
     except (ValueError, OSError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2

@@ -32,7 +32,7 @@ COMMANDS = {
     "from_diffusers": ("convert", ["a", "b"]),
     "to_diffusers": ("convert", ["a", "b"]),
     "merge_lora": ("merge", ["a", "b", "c"]),
-    "tiny_shapes": ("pack", ["a", "b", "c"]),
+    "tiny_shapes": ("pack", ["a", "b"]),
     "shapes_groups": ("write", ["out", "tiny-shapes"]),
     "imagereward": ("parse_args", ["a", "b"]),
 }
