@@ -9,7 +9,7 @@
     python -m imagereward_jax.train --config configs/shapes_pretrain_sd3.py
     python convert/tiny_shapes.py runs/shapes_pretrain_sd3/export OUT
 
-OUT (imagereward_jax/assets/NAME for the package) is a diffusers folder, with the reward, if any, in its folder `reward`.
+OUT (imagereward_jax/assets/NAME for the package) is a diffusers folder, a reward in its folder `reward`.
 """
 
 import argparse
