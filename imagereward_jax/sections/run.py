@@ -19,7 +19,8 @@ class Run(Section):
     compilation_cache: bool = True  # keep compiled programs for the next start, in ~/.cache/imagereward_jax/compiled
     # what the compiler spends on a fast step; None leaves it to jax; O0 is for `plan` on TPUs
     optimization_level: str | None = field(None, choices=(None, *OPTIMIZATION_LEVELS))
-    max_skipped: int = field(20, at_least=1)  # updates skipped in a row (loss or gradient not finite) before it stops
+    # updates skipped in a row (loss, gradient or result not finite) before it stops
+    max_skipped: int = field(20, at_least=1)
     # > 0 averages the weights, which is what is sampled and exported; after update u it is min(it, (1 + u) / (10 + u))
     ema_decay: float = field(0.0, at_least=0.0, below=1.0)
     log_every: int = field(10, at_least=1)

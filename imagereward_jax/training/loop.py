@@ -344,8 +344,8 @@ class _Loop:
             where = f"config.reward.path={path!r}" if path else "config.reward"
             advice = f"{where} gave scores that were not finite ({broken}): mend it,"
         raise RunError(
-            f"{skipped} updates in a row had a loss or gradients that were not finite (config.max_skipped): the "
-            f"weights of the last good update are in {self.manager.folder / str(self.step)}; {advice} and start in "
+            f"{skipped} updates in a row had a loss, gradients or a result that were not finite (config.max_skipped): "
+            f"the weights of the last good update are in {self.manager.folder / str(self.step)}; {advice} and start in "
             "another --workdir"
         )
 
