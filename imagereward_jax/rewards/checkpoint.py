@@ -16,6 +16,7 @@ from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfi
 from imagereward_jax.rewards.base import held_params, named_dtype
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, VOCAB_FILE, WEIGHTS_FILE, ImageReward, abstract_module
 from imagereward_jax.rewards.tokens import PromptTokenizer
+from imagereward_jax.storage.errors import StorageError
 from imagereward_jax.terminal import escape
 from imagereward_jax.weights import files, hub, mapping
 
@@ -98,7 +99,7 @@ def read_cached(path: Path, root: Path) -> dict[str, np.ndarray]:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             files.write_safetensors(place, tensors, {"format": "pt", "source": stamp})
-        except (OSError, files.WeightsError) as error:
+        except (OSError, StorageError) as error:
             reason = error
         else:
             return tensors

@@ -215,7 +215,7 @@ def write_adapter(folder, networks, params, *, rank, alpha, dtype=np.float32, ge
         generation: a `Generation` to state beside it, or None.
 
     Raises:
-        WeightsError: it could not be written, or overflows in `dtype`.
+        WriteError: it could not be written. WeightsError: it overflows in `dtype`.
     """
     tensors, scale = {}, np.float32(alpha / rank)
     for name, tree in params.items():

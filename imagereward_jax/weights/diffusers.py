@@ -193,7 +193,7 @@ def save_component(
     Raises:
         FileExistsError: `folder/name` is there and not empty, and `overwrite` is false.
         ValueError: config states no class that is implemented.
-        WeightsError: it could not be written.
+        WriteError: it could not be written.
     """
     label = components.label(components.class_of(config, name))
     with new_folder(Path(folder) / name, overwrite=overwrite, marker="config.json") as partial:
@@ -226,7 +226,7 @@ def save_pipeline(
     Raises:
         FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is not a diffusers folder.
         ValueError: the scheduler's class is not stated. FileNotFoundError: a tokenizer folder is absent.
-        StorageError: it could not be written, or a link in a tokenizer's folder leads out of the model's.
+        WriteError: it could not be written. StorageError: a link in a tokenizer's folder leads out of the model's.
     """
     pairs = networks.items() if isinstance(networks, dict) else networks
     with new_folder(folder, overwrite=overwrite, marker=INDEX) as partial:

@@ -3,6 +3,7 @@
 Nothing that is read here can run code. A file that is written appears whole or not at all.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
-from imagereward_jax.storage.folders import StorageError
+from imagereward_jax.storage.errors import StorageError, WriteError, way_out, writing
 from imagereward_jax.weights.torchscript import RefusedPickle, is_torchscript, read_torchscript
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -41,7 +42,7 @@ _SAFETENSORS_DTYPES = {
 
 
 class WeightsError(StorageError):
-    """A file or folder of weights cannot be read or written; the message names it and says why."""
+    """A file or folder of weights cannot be read; the message names it and says why."""
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -130,7 +131,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: di
         metadata: strings for the header; by default `{"format": "pt"}`, which PyTorch libraries ask for.
 
     Raises:
-        WeightsError: the file could not be written (a full disk, a missing folder, no permission).
+        WriteError: the file could not be written (a full disk, a missing folder, no permission).
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -139,15 +140,17 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: di
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # by the umask; safetensors makes files that only the owner may read
-        save_file(arrays, partial, metadata=metadata or {"format": "pt"})
-        partial.chmod(mode)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: could not be written ({error}); nothing at that path was changed") from error
+        with writing(path):
+            partial.touch()
+            mode = partial.stat().st_mode  # by the umask; safetensors makes files that only the owner may read
+            save_file(arrays, partial, metadata=metadata or {"format": "pt"})
+            partial.chmod(mode)
+            os.replace(partial, path)
+    except SafetensorError as error:
+        raise WriteError(f"{path}: could not be written ({error}); {way_out()}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def cast(tensors: Mapping[str, np.ndarray], dtype: DTypeLike, *, what: str) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax import traverse_util
 
+from imagereward_jax.storage.errors import WriteError, way_out
 from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.storage.names import single_name
 from imagereward_jax.weights.diffusers import copy_tokenizer
@@ -51,7 +52,7 @@ def save_pipeline_checkpoint(
 
     Raises:
         FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is not such a checkpoint.
-        WeightsError: it could not be written.
+        WriteError: it could not be written.
     """
     with new_folder(folder, overwrite=overwrite, marker=MANIFEST) as partial:
         configs = {}
@@ -151,7 +152,7 @@ def _save_params(path, params):
         try:
             checkpointer.save(path, args=ocp.args.StandardSave(params, save_args=save_args))
         except Exception as error:  # Orbax passes on errors of many kinds from its storage layer
-            raise WeightsError(f"{path}: could not be written ({_reason(error)})") from error
+            raise WriteError(f"{path}: could not be written ({_reason(error)}); {way_out()}") from error
 
 
 def _files(folder):
@@ -175,9 +176,7 @@ def _refuse_full_disk(path, params):
     needed = sum(array.nbytes for array in jax.tree.leaves(params))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-        raise WeightsError(
-            f"{path}: needs {needed / 2**20:,.1f} MiB, but only {free / 2**20:,.1f} MiB of disk are free"
-        )
+        raise WriteError(f"{path}: needs {needed / 2**20:,.1f} MiB, but only {free / 2**20:,.1f} MiB of disk are free")
 
 
 def _load_params(path, abstract):
