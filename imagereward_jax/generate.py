@@ -34,6 +34,8 @@ BLEND = ("base", "tuned_steps", "tuned_weight", "base_negative")  # flags of a t
 class GenerationError(RuntimeError):
     """An image contains NaN or Inf."""
 
+    exit_status = 1
+
 
 class ImageRequest(NamedTuple):
     """One image to make: its file, prompt, seed, and initial noise (None: drawn from the seed)."""
@@ -386,14 +388,7 @@ def settings_of(request: ImageRequest, args: argparse.Namespace) -> dict[str, An
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
-    try:
-        count = generate(args)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
-    except GenerationError as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 1
+    count = generate(args)
     say(f"{count} images in {args.out}")
     return 0
 

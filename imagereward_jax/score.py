@@ -84,6 +84,8 @@ def _check(parser, args):
             parser.error("--json is for images on the command line; name an --output that ends in .json")
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers {args.workers} should be at least 1")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size} should be at least 1")
     if not args.distributed and any(x is not None for x in (args.coordinator, args.num_processes, args.process_id)):
         parser.error("--coordinator, --num-processes and --process-id need --distributed")
 
@@ -157,28 +159,16 @@ def _report(args, outcome):
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    from imagereward_jax.bulk_scoring.stream import ScoringError
-    from imagereward_jax.rewards.errors import RewardError
-
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
-    try:
-        if args.batch_size < 1:
-            raise ValueError(f"--batch-size {args.batch_size} should be at least 1")
-        if args.input is not None:
+    if args.input is not None:
+        try:
             _report(args, score_many(args))
-            return 0
-        rows = score_files(args)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
-    except (ScoringError, RewardError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        if args.input is not None:
+        except KeyboardInterrupt as stop:
             stop.args = ("the same command continues from here",)
-        raise
+            raise
+        return 0
+    rows = score_files(args)
     if args.json:
         say(json.dumps({"model": args.model, "prompt": args.prompt, "images": rows}, indent=2, ensure_ascii=False))
     else:

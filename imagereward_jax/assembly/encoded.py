@@ -63,7 +63,8 @@ def pair_cache(parts: Any, pairs: Any) -> Cache:
     """
     pipeline, seed = parts.base_pipeline, parts.config.seed
     encoders = ("vae", *pipeline.text_encoders)
-    cache = open_cache(parts.config.data.cache, _fingerprint(parts, pairs, encoders), len(pairs))
+    state_of = getattr(pairs, "state_of", None)  # those of the shapes world are in no files
+    cache = open_cache(parts.config.data.cache, _fingerprint(parts, pairs, encoders), len(pairs), state_of)
     encoder = _Encoder(parts, encoders)
 
     def encode(rows: Iterable[int]) -> dict[str, np.ndarray]:

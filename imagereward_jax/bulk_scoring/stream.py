@@ -48,6 +48,8 @@ class Scored(NamedTuple):
 class ScoringError(RuntimeError):
     """The scorer returned NaN or Inf."""
 
+    exit_status = 1
+
 
 def default_workers() -> int:
     """Number of threads that read images: one per core, at most 16."""
@@ -87,6 +89,10 @@ def score_chunks(
                     running.append(_start(scorer, *reading.popleft(), skip_errors))
                 if len(running) > 1 or not reading:
                     yield _finish(*running.popleft())
+        except ImageError:
+            while running:  # what was scored before the broken image counts
+                yield _finish(*running.popleft())
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

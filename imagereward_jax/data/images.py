@@ -246,6 +246,12 @@ def crop_offset(length: int, size: int) -> int:
     return round((length - size) / 2.0)
 
 
+def state_of(path: str | os.PathLike) -> str:
+    """What changes when a file's content does: its size and the time of its last change."""
+    status = os.stat(path)
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
 def crop_square(image: Image.Image, size: int, *, rgb_first: bool = False) -> np.ndarray:
     """Resizes the shorter side to `size`, crops the centre, then converts to RGB, as the original ImageReward does.
 

@@ -3,7 +3,9 @@
 Resized for the VAE (`images.fit_and_locate`), not as reward models see images (`images.crop_square`).
 """
 
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,13 @@ class Pairs:
     def fetch(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """Reads a pair with the crop and mirroring that were asked for, drawn from `rng`."""
         return self._item(index, crop=self.crop, flip=self.flip, rng=rng)
+
+    def state_of(self, rows: Iterable[int]) -> str:
+        """What changes when the image files of these rows do, whose names stay; "" if they are in the table."""
+        if self.found is None:
+            return ""
+        states = "\n".join(images.state_of(self.found[index]) for index in rows)
+        return hashlib.sha256(states.encode()).hexdigest()
 
     def _item(self, index, **options):
         where = self.table.where(index)

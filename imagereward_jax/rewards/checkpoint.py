@@ -48,8 +48,8 @@ def load(
 ) -> ImageReward:
     """Loads an ImageReward scorer.
 
-    A PyTorch checkpoint is converted once. The `.safetensors` copy beside it (in `download_root` if that folder is not
-    writable) makes the next load fast; it is rewritten when the checkpoint changes.
+    A PyTorch checkpoint is converted once. The `.safetensors` copy in `download_root` makes the next load fast; it is
+    rewritten when the checkpoint changes.
 
     Args:
         name_or_path: a name of `available_models()`, the path of an `ImageReward.pt`, or a folder that
@@ -90,32 +90,28 @@ def read_cached(path: Path, root: Path) -> dict[str, np.ndarray]:
         return files.read_tensors(path)
     status = path.stat()
     stamp = f"{status.st_size}-{status.st_mtime_ns}"
-    places = _cache_places(path, root)
-    for place in places:
-        if _stamp(place) == stamp:
-            return files.read_tensors(place)
+    place = _copy_of(path, root)
+    if _stamp(place) == stamp:
+        return files.read_tensors(place)
     tensors = files.read_tensors(path)
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            files.write_safetensors(place, tensors, {"format": "pt", "source": stamp})
-        except (OSError, StorageError) as error:
-            reason = error
-        else:
-            return tensors
-    # The text is always the same, so that Python's default filter shows it once per process.
-    told = escape(f"cannot store a converted copy of {path} ({reason}): it is converted at each load")
-    warnings.warn(told, stacklevel=3)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        files.write_safetensors(place, tensors, {"format": "pt", "source": stamp})
+    except (OSError, StorageError) as error:
+        # The text is always the same, so that Python's default filter shows it once per process.
+        told = escape(f"cannot store a converted copy of {path} ({error}): it is converted at each load")
+        warnings.warn(told, stacklevel=3)
     return tensors
 
 
-def _cache_places(path, root):
+def _copy_of(path, root):
+    """In the package's own folder: beside the checkpoint it could replace a file of another tool."""
     digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    return path.with_name(f"{path.name}.safetensors"), root / "converted" / f"{path.stem}-{digest}.safetensors"
+    return root / "converted" / f"{path.stem}-{digest}.safetensors"
 
 
 def _stamp(place):
-    """Returns the source stamp of the copy at `place`; None if there is no readable copy."""
+    """Returns the source stamp of a copy; None if there is no readable one."""
     from safetensors import SafetensorError, safe_open
 
     try:
