@@ -77,9 +77,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_numbers(args):
-    for name in ("resamples", "show", "batch_size", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+    limits = {"resamples": 1_000_000, "show": 10_000, "batch_size": 65_536, "workers": 1024, "limit": 2**31}
+    for name, most in limits.items():
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be from 1 to {most:,}")
     if min(args.k) < 1 or len(set(args.k)) != len(args.k):
         raise ValueError(f"--k {' '.join(map(str, args.k))} should be different numbers of at least 1")
     if not 0 < args.level < 1:

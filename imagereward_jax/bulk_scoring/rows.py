@@ -59,7 +59,7 @@ def read_rows(
     """
     if prompt is not None and prompt_column is not None:
         raise DataError("--prompt applies to all rows; do not pass --prompt-column as well")
-    table = _read(Path(source).expanduser(), source, prompt)
+    table = _read(Path(os.path.expanduser(source)), source, prompt)
     image_column = pick_column(table, image_column, IMAGE_COLUMNS, "--image-column")
     if prompt is None:
         column = pick_column(table, prompt_column, PROMPT_COLUMNS, "--prompt-column")

@@ -136,10 +136,15 @@ def _finish(chunk, indices, scores, errors):
     """Waits for the scores of a chunk."""
     result = [None] * len(chunk)
     for index, score in zip(indices, [] if scores is None else scores.tolist()):
-        if not abs(score) < float("inf"):  # NaN too
-            raise ScoringError(
-                f"{chunk[index].where}: the score is {score}, not a finite number; the weights may be "
-                "broken, or a function has no verdict"
-            )
+        check_score(chunk[index].where, score)
         result[index] = score
     return Scored(result, errors)
+
+
+def check_score(where: str, score: float) -> None:
+    """Raises ScoringError unless a score is a finite number; `where` names the image."""
+    if not abs(score) < float("inf"):  # NaN too
+        raise ScoringError(
+            f"{where}: the score is {score}, not a finite number; the weights may be broken, or a function has no "
+            "verdict"
+        )

@@ -85,7 +85,7 @@ def find_image(value: Any, folder: Path | None, where: str) -> Encoded:
     if isinstance(value, dict) and ("bytes" in value or "path" in value):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.strip():
-        path = Path(value).expanduser()
+        path = Path(os.path.expanduser(value))
         path = path if folder is None else folder / path
         if not path.is_file():
             raise MissingDataError(f"{where}: {missing_file(path, 'image')}")

@@ -113,7 +113,7 @@ class Pairs:
 
 def read_pairs_table(source: str | os.PathLike, split: str = "train") -> Table:
     """Reads the rows behind `load_pairs`: those of a table, or of a folder of images with their captions."""
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if not folder.is_dir() or any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return read_table(source, split)
     for name in METADATA:

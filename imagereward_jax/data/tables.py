@@ -47,7 +47,7 @@ def read_table(source: str | os.PathLike, split: str = "train") -> Table:
         MissingDataError: not there, with the nearest existing name.
     """
     source = str(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source.startswith(TFDS_PREFIX):
         table = _tfds_table(source, split)
     elif path.is_dir():
@@ -255,7 +255,7 @@ def _tfds_table(source, split):
 
     name = source.removeprefix(TFDS_PREFIX)
     try:
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         builder = tfds.builder_from_directory(folder) if folder.is_dir() else tfds.builder(name)
         features = builder.info.features.items()
         images = {key for key, feature in features if isinstance(feature, tfds.features.Image)}

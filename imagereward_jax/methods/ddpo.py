@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.config import ConfigError, field
+from imagereward_jax.config import MAX_SIDE, MAX_STEPS, ConfigError, field
 from imagereward_jax.diffusion.flow import is_flow
 from imagereward_jax.diffusion.rollout import Record, rollout
 from imagereward_jax.diffusion.sampler import Sampler, SamplerState, log_prob
@@ -27,12 +27,12 @@ class Config(MethodConfig):
     defaults = {"eval.best": "eval/reward_mean"}
     needs_gradient = False
 
-    num_steps: int = field(50, at_least=1)  # DDIM steps of a generation
+    num_steps: int = field(50, at_least=1, at_most=MAX_STEPS)  # DDIM steps of a generation
     eta: float = field(1.0, at_least=0.0, at_most=1.0)  # noise of the steps; with none there is no probability
     guidance_scale: float = 5.0  # in sampling and in training; at most 1: no guidance, half the work
     negative_prompt: str = ""
-    height: int = field(512, at_least=1)
-    width: int = field(512, at_least=1)
+    height: int = field(512, at_least=1, at_most=MAX_SIDE)
+    width: int = field(512, at_least=1, at_most=MAX_SIDE)
     rounds: int = field(1, at_least=1)  # of sampling per step; functions score one round while the next is sampled
     round_size: int | None = field(None, at_least=1)  # samples of a round, over all devices; None: config.batch_size
     epochs: int = field(1, at_least=1)  # times that a step trains on its samples

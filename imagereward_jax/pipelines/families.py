@@ -1,6 +1,7 @@
 """Decides the family of a model, by the class that its files name; no other module does."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def open_pipeline(
     """
     options["prediction_type"] = prediction_type
     name = str(name_or_path).partition("@")[0]
-    if not download and not Path(name).expanduser().is_dir() and name not in hub.builtin_models():
+    if not download and not Path(os.path.expanduser(name)).is_dir() and name not in hub.builtin_models():
         return _published(name, options)
     folder = diffusers.resolve_structure(name_or_path if download else name)
     if (folder / orbax.MANIFEST).is_file():
@@ -121,7 +122,7 @@ def license_of(name_or_path: str | Path) -> str | None:
     name = str(name_or_path).partition("@")[0]
     if name in hub.builtin_models():
         return "apache-2.0"
-    readme = Path(name).expanduser() / "README.md"
+    readme = Path(os.path.expanduser(name)) / "README.md"
     if not readme.is_file():
         return LICENSES.get(name)
     head = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
@@ -198,13 +199,18 @@ def _from_checkpoint(folder, options):
 
 def _assemble(family, configs, scheduler, folder, *, prediction_type, **options):
     """Makes the pipeline of a folder's configs, with its tokenizers and generation settings."""
-    return family.from_configs(
-        configs,
-        override_scheduler(scheduler, prediction_type=prediction_type),
-        {name: folder / name for name in family.text_encoders.values()},
-        generation=read_generation(folder),
-        **options,
-    )
+    try:
+        return family.from_configs(
+            configs,
+            override_scheduler(scheduler, prediction_type=prediction_type),
+            {name: folder / name for name in family.text_encoders.values()},
+            generation=read_generation(folder),
+            **options,
+        )
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _published(name, options):

@@ -73,7 +73,7 @@ def load(
         ValueError: the files do not match each other, or are broken.
     """
     options = {"device": device, "dtype": dtype, "batch_size": batch_size, "image_rule": image_rule}
-    root = Path(download_root or DEFAULT_ROOT).expanduser()
+    root = Path(os.path.expanduser(download_root or DEFAULT_ROOT))
     path = _find(str(name_or_path), root)
     if path.is_dir():
         return _load_folder(path, tokenizer, options)
@@ -127,7 +127,7 @@ def _builtin_folder(name):
 
 def _find(name, root):
     """Finds the folder or file of a model."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name in HUB_MODELS:
         downloaded = root / HUB_MODELS[name]  # the original package's location, too
         return downloaded if downloaded.is_file() else hub.resolve_file(HUB_REPO, HUB_MODELS[name], cache_dir=root)
@@ -169,7 +169,7 @@ def config_of(name: str) -> ImageRewardConfig:
 
     A file has the sizes of v1.0, with the text encoder of the med_config.json beside it.
     """
-    path = _builtin_folder(name) if name in hub.builtin_models() else Path(name).expanduser()
+    path = _builtin_folder(name) if name in hub.builtin_models() else Path(os.path.expanduser(name))
     if (path / CONFIG_FILE).is_file():
         return ImageRewardConfig.from_dict(files.read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
     if path.name and (text := path.with_name(MED_CONFIG_FILE)).is_file():

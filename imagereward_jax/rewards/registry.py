@@ -27,7 +27,7 @@ def check_name(name: str, also: Sequence[str] = ()) -> None:
         FileNotFoundError: not a known name, rule or path (`hub.ModelNotFound`); the message suggests the nearest name.
     """
     known = [*available_rewards(), *also]
-    if not (name in known or is_function_name(name) or Path(name).expanduser().exists()):
+    if not (name in known or is_function_name(name) or Path(os.path.expanduser(name)).exists()):
         raise unknown_model(str(name), known)
 
 

@@ -3,11 +3,13 @@
 An adapter is {network: {layer: LowRank}}, its arrays laid out as in PyTorch.
 """
 
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.models.lora import LoRAParam
@@ -44,7 +46,7 @@ def find_adapter(name_or_path):
     Raises:
         FileNotFoundError: there is none; the message says what was looked for.
     """
-    path = Path(str(name_or_path)).expanduser()
+    path = Path(os.path.expanduser(str(name_or_path)))
     if path.is_file():
         return path
     if path.is_dir():
@@ -86,6 +88,9 @@ def read_adapter(name_or_path, networks):
         if absent:
             raise WeightsError(f"{path}: layer {network}.{name} has no {absent[0]} weight (lora_A is down, lora_B up)")
         down, up = tensors["down"], tensors["up"]
+        for half in (down, up):
+            if not jnp.issubdtype(half.dtype, jnp.floating) or not np.isfinite(half).all():
+                raise WeightsError(f"{path}: layer {network}.{name} has values that are not finite numbers")
         _check_shapes(path, f"{network}.{name}", down, up, layouts[network][f"{name}.weight"].torch_shape)
         scale = _scale(path, (network, name), settings.get(network), down.shape[0], tensors.get("alpha"))
         adapter[network][name] = LowRank(down, up, scale)
@@ -199,7 +204,7 @@ def low_rank_params(network, layers, *, rank, alpha, what):
 
 def read_generation(name_or_path):
     """The `Generation` beside an adapter's file; None if there is none (on the hub, none is looked for)."""
-    path = Path(str(name_or_path)).expanduser()
+    path = Path(os.path.expanduser(str(name_or_path)))
     return generation_file.read_generation(path if path.is_dir() else path.parent) if path.exists() else None
 
 

@@ -19,7 +19,7 @@ from flax import traverse_util
 from imagereward_jax.storage.errors import WriteError, way_out
 from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.storage.names import single_name
-from imagereward_jax.weights.diffusers import copy_tokenizer
+from imagereward_jax.weights.diffusers import check_fields, copy_tokenizer
 from imagereward_jax.weights.files import WeightsError, read_json
 from imagereward_jax.weights.generation import Generation, write_generation
 from imagereward_jax.weights.mapping import CheckpointMismatch
@@ -92,9 +92,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise WeightsError(
             f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}; convert it again"
         )
+    kinds = {**dict.fromkeys(("components", "scheduler", "fields", "bytes"), dict), "tokenizers": list}
+    for field, kind in kinds.items():
+        if not isinstance(manifest.get(field), kind):
+            words = "an object" if kind is dict else "a list"
+            raise WeightsError(f"{folder / MANIFEST}: {field}={manifest.get(field)!r:.100}: expected {words}")
     for field in ("components", "tokenizers"):
         for name in manifest[field]:
             single_name(name, f"{folder / MANIFEST}: {field}")
+    for name, config in manifest["components"].items():
+        if not isinstance(config, dict):
+            raise WeightsError(f"{folder / MANIFEST}: components.{name}={config!r:.100}: expected an object")
+    check_fields(manifest["fields"], f"{folder / MANIFEST}: fields")
     for file in manifest["bytes"]:
         for part in file.split("/"):
             single_name(part, f"{folder / MANIFEST}: bytes: {file!r}")

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from imagereward_jax.storage.errors import WriteError
 from imagereward_jax.weights.files import WeightsError, cast, read_json, read_tensors, write_safetensors
 
 RNG = np.random.default_rng(0)
@@ -173,12 +174,13 @@ def test_arrays_can_be_changed_without_changing_the_file(tmp_path):
 WRITE_TOO_MUCH = """
 import resource, signal, sys
 import numpy as np
-from imagereward_jax.weights.files import WeightsError, write_safetensors
+from imagereward_jax.storage.errors import WriteError
+from imagereward_jax.weights.files import write_safetensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     write_safetensors(sys.argv[1], {"a": np.ones(1_000_000, np.float32)})
-except WeightsError as error:
+except WriteError as error:
     print(error)
 """
 
@@ -206,14 +208,14 @@ def small_disk(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(small_disk):
     path = small_disk / "a.safetensors"
     write_safetensors(path, {"a": np.arange(3)})
-    with pytest.raises(WeightsError, match=r"a\.safetensors.*No space left"):
+    with pytest.raises(WriteError, match=r"a\.safetensors.*No space left"):
         write_safetensors(path, {"a": np.ones(1_000_000, np.float32)})
     assert os.listdir(small_disk) == ["a.safetensors"]
     assert read_tensors(path)["a"].tolist() == [0, 1, 2]
 
 
 def test_writing_into_an_absent_folder_names_it(tmp_path):
-    with pytest.raises(WeightsError, match=r"absent/a\.safetensors"):
+    with pytest.raises(WriteError, match=r"absent/a\.safetensors"):
         write_safetensors(tmp_path / "absent" / "a.safetensors", {"a": np.ones(1)})
 
 
