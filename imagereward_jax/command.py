@@ -153,7 +153,7 @@ class _CtrlC:
         """Handles an exception in a destructor or a callback, where Python drops it."""
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             self._again()
-        else:
+        elif str(unraisable.exc_value) != "Event loop is closed":  # a write of Orbax after another of them failed
             sys.__unraisablehook__(unraisable)
 
     def _again(self):

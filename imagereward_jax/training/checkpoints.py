@@ -61,6 +61,7 @@ class Checkpoints:
         self.damaged = self.folder.with_name(DAMAGED)
         self.set_aside_at_start = self._clean()
         logging.getLogger("absl").addFilter(_not_orbax)
+        logging.getLogger("asyncio").addFilter(_was_retrieved)
         policy = AnyPreservationPolicy([LatestN(keep), *(best_by(name) for name in best)])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
@@ -195,8 +196,17 @@ def _is_whole(folder):
 
 
 def _not_orbax(record):
-    """Orbax reports every array, and every checkpoint without metrics; errors pass."""
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+    """Orbax reports every array, and every checkpoint without metrics. Its errors pass without their tracebacks: they
+    are raised as well."""
+    if "orbax" not in record.pathname:
+        return True
+    record.exc_info = record.exc_text = None
+    return record.levelno >= logging.ERROR
+
+
+def _was_retrieved(record):
+    """Of tasks of Orbax that failed together asyncio reports all but the first, which is raised."""
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def abstract(state: Any, shardings: Any) -> Any:

@@ -167,14 +167,14 @@ def settings_cases(place: Place) -> Iterator[Case]:
     score = place.score("--model", str(place.reward), "--prompt", "a", str(place.image))
     files.append((place.reward / "config.json", score))
     for path, run in files:
-        whole = json.loads(path.read_text())
+        whole, part = json.loads(path.read_text()), str(path.parent)
         kind = f"settings: {path.name}" if path.name != "config.json" else f"settings: {path.parent.name}/config.json"
         for where in _fields(whole):
             for value in WRONG:
                 changed = _changed(whole, where, value)
                 if changed != whole:
                     text, name = json.dumps(changed), ".".join(where)
-                    yield Case(kind, f"{name}={value!r:.40}", rewritten(path, text), run, (where[-1], path.name))
+                    yield Case(kind, f"{name}={value!r:.40}", rewritten(path, text), run, (*where, path.name, part))
         for name, text in {"deep": DEEP, "long number": f'{{"a": {"9" * 5000}}}', "no UTF-8": b"\xff{}"}.items():
             yield Case(kind, name, rewritten(path, text), run, (path.name, str(path.parent)))
 
