@@ -16,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from imagereward_jax.storage.errors import way_out
 from imagereward_jax.training.checksums import checksums, text_checksum
 from imagereward_jax.training.interruptions import wait_for_all
+from imagereward_jax.training.mesh import from_all_processes
 
 DAMAGED = "damaged_checkpoints"  # in the workdir: folders that could not be read, kept for the user
 _FULL = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")  # how errors of a full disk read
@@ -86,8 +87,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
             found = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and not _is_whole(path)]
             self._move(found)
-        wait_for_all("cleaned the checkpoints")
-        return sorted(found)
+        return from_all_processes(sorted(found))[0]
 
     def set_aside(self, steps: Iterable[int]) -> None:
         """Moves checkpoints that could not be read to WORKDIR/`DAMAGED`; every process has to call it."""
