@@ -85,11 +85,7 @@ def read_component(folder, name, class_name, *, variant, dtype):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        convert(args.source, args.out, variant=args.variant, dtype=args.dtype, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    convert(args.source, args.out, variant=args.variant, dtype=args.dtype, overwrite=args.overwrite)
     say(f"wrote {args.out}")
     return 0
 

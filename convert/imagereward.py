@@ -28,14 +28,10 @@ def main(argv=None):
     from imagereward_jax.rewards import checkpoint
 
     args = parse_args(argv)
-    try:
-        if args.out.exists() and not args.overwrite:
-            raise FileExistsError(f"{args.out} exists; pass --overwrite to replace the files in it")
-        model = checkpoint.load(args.source, device="cpu", med_config=args.med_config, tokenizer=args.tokenizer)
-        model.save(args.out, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.out.exists() and not args.overwrite:
+        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace the files in it")
+    model = checkpoint.load(args.source, device="cpu", med_config=args.med_config, tokenizer=args.tokenizer)
+    model.save(args.out, overwrite=args.overwrite)
     say(f"wrote {args.out}")
     return 0
 

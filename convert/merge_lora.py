@@ -47,11 +47,7 @@ def merge(args):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        count = merge(args)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    count = merge(args)
     say(f"wrote {args.out}: {count} layers adapted")
     return 0
 

@@ -105,13 +105,9 @@ def main(argv=None):
     from imagereward_jax.pipelines.families import open_pipeline
     from imagereward_jax.storage.folders import new_folder
 
-    try:
-        pipelines = [open_pipeline(name) for name in args.models]
-        with new_folder(args.out, overwrite=False, marker="groups.json") as folder:
-            counts = write(args, folder, pipelines)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    pipelines = [open_pipeline(name) for name in args.models]
+    with new_folder(args.out, overwrite=False, marker="groups.json") as folder:
+        counts = write(args, folder, pipelines)
     for origin, count in counts.items():
         say(f"{count} groups: {origin}")
     say(f"wrote {args.out / 'groups.json'}")

@@ -44,11 +44,7 @@ def main(argv=None):
     parser.add_argument("--reward", type=Path, help="folder of a reward to put beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace an OUT that is a diffusers folder")
     args = parser.parse_args(argv)
-    try:
-        pack(args.diffusion, args.out, args.reward, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    pack(args.diffusion, args.out, args.reward, overwrite=args.overwrite)
     size = sum(path.stat().st_size for path in args.out.rglob("*.safetensors"))
     say(f"wrote {args.out}: {size / 1e6:.1f} MB of weights")
     return 0

@@ -70,11 +70,7 @@ def read_component(checkpoint, name, config, *, dtype):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        convert(args.checkpoint, args.out, dtype=args.dtype, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    convert(args.checkpoint, args.out, dtype=args.dtype, overwrite=args.overwrite)
     say(f"wrote {args.out}")
     return 0
 

@@ -1,19 +1,26 @@
-"""How a command ends: Ctrl-C, or a package that an extra would install, is one line and no traceback."""
+"""How a command ends: whatever happens is a line and an exit status, and never a traceback.
+
+0 done; 2 bad input, which the line names with the way out; 1 the work failed; 130 after Ctrl-C. What this package did
+not foresee is 1, and the line says in which file the traceback is.
+"""
 
 import functools
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
 from typing import NoReturn
 
 from imagereward_jax.terminal import say
 
-INTERRUPTED = 128 + signal.SIGINT
-NOT_INSTALLED = 2
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 128 + signal.SIGINT
+_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 # The extra of pyproject.toml that installs a package which is not among the base's.
 EXTRAS = {
     **dict.fromkeys(("absl", "clu", "datasets", "grain", "matplotlib", "ml_collections", "optax", "orbax"), "train"),
@@ -22,15 +29,18 @@ EXTRAS = {
     "qwix": "quantization",
     "wandb": "wandb",
 }
+_PACKAGE = Path(__file__).resolve().parent
+_OWN = (_PACKAGE, _PACKAGE.parent / "convert")  # the latter in a checkout
 PATIENCE = 2.0  # seconds from a second Ctrl-C to the end of the process, whatever it does
 # Modules in C++ whose start is interrupted raise another error, or crash.
 _STARTS_EXTENSION = (ExtensionFileLoader.create_module.__code__, ExtensionFileLoader.exec_module.__code__)
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Makes `main(argv=None)` the entry of a command: it returns the exit status, 130 after Ctrl-C.
+    """Makes `main(argv=None)` the entry of a command: it returns the exit status, see the module.
 
-    If a package of an extra is not installed, the status is 2 and the line names the extra.
+    An exception class says its status by an attribute `exit_status`. Else a ValueError that this package raised, and an
+    error about a path, is bad input. If a package of an extra is not installed, the line names the extra.
 
     In a module that runs as a script, a process that was interrupted ends without Python's own end, in which jax's
     threads may crash, and a second Ctrl-C ends it even while it compiles, which no exception interrupts.
@@ -49,17 +59,63 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             if armed:
                 end_interrupted()
             return INTERRUPTED
-        except ModuleNotFoundError as error:
-            package = str(error.name).partition(".")[0]
-            if package not in EXTRAS:
-                raise
-            say(f"error: this needs {package}: pip install 'imagereward-jax[{EXTRAS[package]}]'", file=sys.stderr)
-            return NOT_INSTALLED
+        except Exception as error:
+            status, text = explain(error)
+            say(f"error: {text}", file=sys.stderr)
+            return status
         finally:
             if armed:  # nobody catches the exception any more
                 signal.signal(signal.SIGINT, lambda *_: end_interrupted())
 
     return run
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """(exit status, text) of an error; keeps the traceback of one that was not foreseen in a file."""
+    package = str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else None
+    if package in EXTRAS:
+        return BAD_INPUT, f"this needs {package}: pip install 'imagereward-jax[{EXTRAS[package]}]'"
+    if hasattr(error, "exit_status"):
+        return error.exit_status, str(error)
+    if isinstance(error, ValueError) and _is_own(error):
+        return BAD_INPUT, str(error)
+    if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
+        text = str(error) if error.errno is None else f"{error.filename}: {error.strerror}"
+        return (BAD_INPUT if isinstance(error, _PATHS) else FAILED), text
+    first = (str(error).strip().splitlines() or [""])[0]
+    return FAILED, f"not foreseen: {type(error).__name__}: {first} ({_place(error)}); {_keep(error)}"
+
+
+def _is_own(error):
+    """Whether this package or one of its scripts raised it, not a library that it called."""
+    if type(error).__module__.startswith("imagereward_jax"):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _in_package(frames[-1])
+
+
+def _in_package(frame):
+    return any(Path(frame.filename).resolve().is_relative_to(folder) for folder in _OWN)
+
+
+def _place(error):
+    """The last line of this package that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = list(filter(_in_package, frames)) or frames
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else "nowhere"
+
+
+def _keep(error):
+    """Writes the traceback to a file; says where."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="imagereward_jax_", suffix=".traceback", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            file.write(text)
+        return f"the traceback is in {file.name}"
+    except OSError as full:
+        return f"the traceback could not be kept ({full.strerror})"
 
 
 def end_interrupted() -> NoReturn:
@@ -97,7 +153,7 @@ class _CtrlC:
         """Handles an exception in a destructor or a callback, where Python drops it."""
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             self._again()
-        else:
+        elif str(unraisable.exc_value) != "Event loop is closed":  # a write of Orbax after another of them failed
             sys.__unraisablehook__(unraisable)
 
     def _again(self):

@@ -69,7 +69,7 @@ def default_folder() -> Path | None:
     if given == "off":
         return None
     if given:
-        root = Path(given).expanduser()
+        root = Path(os.path.expanduser(given))
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagereward_jax" / "compiled"
     return root / machine_name()

@@ -14,6 +14,9 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
+# Beyond reason: more would only be found out after hours, or fill the memory.
+MAX_INT, MAX_SIDE, MAX_STEPS = 2**31 - 1, 16_384, 10_000
+
 
 class ConfigError(ValueError):
     """A config field has a value that cannot work; the message names the field and the way out."""
@@ -81,7 +84,19 @@ class Section:
             (kind, optional, _), name = types_[one.name], cls.name_of(one.name)
             if values[one.name] is None and not optional:
                 raise ConfigError(f"{name}=None: expected a value of type {kind.__name__}")
-            check_value(name, values[one.name], one.metadata)
+            value = values[one.name]
+            if (
+                kind in (int, float)
+                and value is not None
+                and (isinstance(value, bool) or not isinstance(value, int if kind is int else numbers.Real))
+            ):
+                raise ConfigError(f"{name}={value!r:.200}: expected a {'whole ' if kind is int else ''}number")
+            bounds = one.metadata
+            if kind is int and not {"at_most", "below", "choices"} & bounds.keys():
+                bounds = {**bounds, "at_most": MAX_INT}
+                if "at_least" not in bounds and "above" not in bounds:
+                    bounds["at_least"] = -MAX_INT
+            check_value(name, value, bounds)
         return cls(**{one.name: values[one.name] for one in dataclasses.fields(cls)})
 
     @classmethod

@@ -33,5 +33,6 @@ def join(
     options = {} if heartbeat is None else {"heartbeat_timeout_seconds": heartbeat}
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, **options)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise DistributedError(f"--distributed: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of every kind, by what is wrong with the address
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DistributedError(f"--distributed: {reason}") from error

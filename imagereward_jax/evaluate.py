@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4], help="values of k for recall@k and filter@k")
     parser.add_argument("--json", action="store_true", help="print JSON, with the score of every image")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the prompts judged worst")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file at --html that is no such page")
     parser.add_argument("--show", type=int, default=20, help="number of prompts on that page")
     parser.add_argument("--resamples", type=int, default=1000, help="number of bootstrap resamples")
     parser.add_argument("--level", type=float, default=0.95, help="confidence level of the intervals")
@@ -76,9 +77,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_numbers(args):
-    for name in ("resamples", "show", "batch_size", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+    limits = {"resamples": 1_000_000, "show": 10_000, "batch_size": 65_536, "workers": 1024, "limit": 2**31}
+    for name, most in limits.items():
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be from 1 to {most:,}")
     if min(args.k) < 1 or len(set(args.k)) != len(args.k):
         raise ValueError(f"--k {' '.join(map(str, args.k))} should be different numbers of at least 1")
     if not 0 < args.level < 1:
@@ -87,8 +89,20 @@ def _check_numbers(args):
         raise ValueError(f"--seed {args.seed} should be at least 0")
     if len(set(args.model)) != len(args.model):
         raise ValueError("--model was given twice with the same name")
-    if args.html and not args.html.parent.is_dir():
-        raise FileNotFoundError(f"--html {args.html}: the folder {args.html.parent} does not exist")
+    if args.html:
+        _check_page(args.html, args.overwrite)
+
+
+def _check_page(path, overwrite):
+    """Refuses to replace what is no page of this command."""
+    from imagereward_jax.agreement.page import is_page
+
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--html {path}: the folder {path.parent} does not exist")
+    if path.is_dir() or (path.exists() and not overwrite and not is_page(path)):
+        raise FileExistsError(
+            f"--html {path} exists and is no page of this command; choose another file, or pass --overwrite"
+        )
 
 
 def human_order(given: str | None, generators: Sequence[str]) -> list[str] | None:
@@ -211,21 +225,12 @@ def _without_nan(value):
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.agreement.text import table
-    from imagereward_jax.bulk_scoring.stream import ScoringError
-    from imagereward_jax.rewards.errors import RewardError
 
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
-    try:
-        outcome = evaluate(args)
-        if args.html:
-            write_page(args, outcome)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
-    except (ScoringError, RewardError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 1
+    outcome = evaluate(args)
+    if args.html:
+        write_page(args, outcome)
     if args.json:
         say(json.dumps(_without_nan(outcome["report"]), indent=2, ensure_ascii=False))
     else:

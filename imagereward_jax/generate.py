@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imagereward_jax.command import command
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
+from imagereward_jax.config import MAX_SIDE, MAX_STEPS
 from imagereward_jax.terminal import Parser, escape, say
 
 if TYPE_CHECKING:
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
     from imagereward_jax.weights.generation import Generation
 
 
+# The most that may be asked for: more would fill the memory, not make images.
+LIMITS = {"num_images": 100_000, "batch_size": 4096, "steps": MAX_STEPS, "height": MAX_SIDE, "width": MAX_SIDE}
 BLEND = ("base", "tuned_steps", "tuned_weight", "base_negative")  # flags of a tuned model together with its base
 
 
 class GenerationError(RuntimeError):
     """An image contains NaN or Inf."""
+
+    exit_status = 1
 
 
 class ImageRequest(NamedTuple):
@@ -136,6 +141,8 @@ def generate(args: argparse.Namespace) -> int:
     from imagereward_jax.pipelines import open_pipeline
     from imagereward_jax.pipelines.adapted import load_base, load_params
     from imagereward_jax.pipelines.blend import make_blend
+    from imagereward_jax.storage.errors import writing
+    from imagereward_jax.storage.lock import Lock
 
     options = {"dtype": args.dtype, "variant": args.variant, "prediction_type": args.prediction_type}
     pipeline = open_pipeline(args.model, parts=args.parts, **options)
@@ -152,17 +159,23 @@ def generate(args: argparse.Namespace) -> int:
     for prompt in [*prompts.values(), args.negative_prompt]:
         if rest := pipeline.cut_off(prompt):
             say(f"warning: longer than {pipeline.max_tokens} tokens, left out: {rest!r}", file=sys.stderr)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     say(f"{args.sampler}, {args.steps} steps, guidance scale {args.guidance_scale:g}")
     draw = make_draw(pipeline, params, sampler, args, blend=blend, base=base)
-    save_all(requests, draw, args)
+    with Lock(args.out / ".lock", f"--out {args.out}"):
+        _check_absent(args, [request.path for request in requests])  # again: another run may have made them meanwhile
+        save_all(requests, draw, args)
     return len(requests)
 
 
 def _check_numbers(args):
-    for name in ("num_images", "batch_size", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+    for name, most in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {value} should be from 1 to {most:,}")
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta {args.eta} should be from 0 to 1")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed {args.seed} should be from 0 to {2**31 - 1}")
     for name, usual in (("guidance_scale", "1 to 15"), ("lora_scale", "0 to 1")):
@@ -263,11 +276,15 @@ def read_prompts(args: argparse.Namespace) -> dict[str, str]:
     if args.prompt is not None:
         if empty := [i for i, prompt in enumerate(args.prompt) if not prompt.strip()]:
             raise ValueError(f"--prompt number {empty[0] + 1} is empty")
-        return {str(i): prompt for i, prompt in enumerate(args.prompt)}
+        prompts = {str(i): prompt for i, prompt in enumerate(args.prompt)}
+    else:
+        from imagereward_jax.data.prompts import load_named_prompts
 
-    from imagereward_jax.data.prompts import load_named_prompts
-
-    return load_named_prompts(args.prompts)
+        prompts = load_named_prompts(args.prompts)
+    for prompt in (*prompts.values(), args.negative_prompt):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(f"the prompt {prompt!r} is not text in UTF-8: it holds half a character")
+    return prompts
 
 
 def read_noise(path: str | None, shape: tuple[int, ...]) -> "np.ndarray | None":
@@ -397,14 +414,7 @@ def settings_of(request: ImageRequest, args: argparse.Namespace) -> dict[str, An
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
-    try:
-        count = generate(args)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
-    except GenerationError as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 1
+    count = generate(args)
     say(f"{count} images in {args.out}")
     return 0
 

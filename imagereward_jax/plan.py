@@ -9,7 +9,7 @@ files are read, or a published name such as stabilityai/stable-diffusion-xl-base
 counts in a scorer's data; if the file is not here, nine images are assumed, as in ImageRewardDB, and the plan says so.
 TPUs need the extra `tpu` (or libtpu alone), GPUs `cuda13` (or jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cudnn-cu13).
 
-Exit status: 0 it fits; 3 it does not; 2 bad input; 130 after Ctrl-C.
+Exit status: 0 it fits; 3 it does not; 2 bad input; 1 it could not be planned; 130 after Ctrl-C.
 """
 
 import argparse
@@ -53,20 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses, plans, prints; returns the exit status."""
     args, rest = parse_args(sys.argv[1:] if argv is None else argv)
     use_virtual_devices(args.topology)
+    from imagereward_jax.planning.topologies import find_topology
     from imagereward_jax.recipes import validate
-    from imagereward_jax.rewards.errors import RewardError
+    from imagereward_jax.train import parse_flags
 
-    try:
-        from imagereward_jax.planning.topologies import find_topology
-        from imagereward_jax.train import parse_flags
-
-        topology = find_topology(args.topology)
-        config, *_ = parse_flags(["plan", *rest], usage=USAGE)
-        validate(config)
-        figures = print_plan(config, topology, args)
-    except (ValueError, FileNotFoundError, RewardError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    topology = find_topology(args.topology)
+    config, *_ = parse_flags(["plan", *rest], usage=USAGE)
+    validate(config)
+    figures = print_plan(config, topology, args)
     return 0 if figures["fits"] else 3
 
 

@@ -82,21 +82,31 @@ def _check(parser, args):
             parser.error("--input needs --output, the file to write")
         if args.json:
             parser.error("--json is for images on the command line; name an --output that ends in .json")
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers} should be at least 1")
     if not args.distributed and any(x is not None for x in (args.coordinator, args.num_processes, args.process_id)):
         parser.error("--coordinator, --num-processes and --process-id need --distributed")
+
+
+def _check_values(args):
+    for name, most in (("workers", 1024), ("batch_size", 65_536)):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {value} should be from 1 to {most:,}")
+    if args.prompt is not None and any("\ud800" <= character <= "\udfff" for character in args.prompt):
+        raise ValueError(f"--prompt {args.prompt!r} is not text in UTF-8: it holds half a character")
 
 
 def score_files(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Loads the model and scores; returns one dict per image (image, score, rank), in the order given."""
     from imagereward_jax.bulk_scoring.flags import scorer_options
     from imagereward_jax.bulk_scoring.scorers import open_scorer
+    from imagereward_jax.bulk_scoring.stream import check_score
     from imagereward_jax.rewards.preprocess import as_image_list
 
     as_image_list(args.images)  # a missing file is named before the model is loaded
     model = open_scorer(args.model, **scorer_options(args))
     ranks, rewards = model.inference_rank(args.prompt, args.images)
+    for image, score in zip(args.images, rewards):
+        check_score(image, score)
     return [{"image": image, "score": score, "rank": rank} for image, score, rank in zip(args.images, rewards, ranks)]
 
 
@@ -157,28 +167,17 @@ def _report(args, outcome):
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    from imagereward_jax.bulk_scoring.stream import ScoringError
-    from imagereward_jax.rewards.errors import RewardError
-
     args = parse_args(argv)
+    _check_values(args)
     use_compilation_cache(args.compilation_cache)
-    try:
-        if args.batch_size < 1:
-            raise ValueError(f"--batch-size {args.batch_size} should be at least 1")
-        if args.input is not None:
+    if args.input is not None:
+        try:
             _report(args, score_many(args))
-            return 0
-        rows = score_files(args)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
-    except (ScoringError, RewardError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        if args.input is not None:
+        except KeyboardInterrupt as stop:
             stop.args = ("the same command continues from here",)
-        raise
+            raise
+        return 0
+    rows = score_files(args)
     if args.json:
         say(json.dumps({"model": args.model, "prompt": args.prompt, "images": rows}, indent=2, ensure_ascii=False))
     else:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from typing import NoReturn, TextIO
 
 # Control characters (C0, DEL, C1), line separators, marks that reorder text, and halves of surrogate pairs.
@@ -26,7 +27,9 @@ def say(text: object, file: TextIO | None = None) -> None:
     Args:
         file: stdout by default.
     """
-    print("\n".join(map(escape, str(text).split("\n"))), file=file, flush=True)
+    shown = "\n".join(map(escape, str(text).split("\n")))
+    encoding = getattr(sys.stdout if file is None else file, "encoding", None) or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

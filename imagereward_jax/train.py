@@ -30,29 +30,19 @@ USAGE = "usage: python -m imagereward_jax.train --config FILE.py [--workdir DIR]
 
 @command
 def main(argv=None):
-    """Parses flags, builds, trains; prints one line and returns the exit status on an error."""
-    argv = list(sys.argv if argv is None else argv)
-    try:
-        config, workdir, processes = parse_flags(argv)
-        from imagereward_jax.trainer import Trainer
+    """Parses flags, builds, trains; returns the exit status."""
+    config, workdir, processes = parse_flags(list(sys.argv if argv is None else argv))
+    from imagereward_jax.trainer import Trainer
 
-        trainer = Trainer(config, workdir=workdir)
-        if processes is not None:
-            join(*processes)
-        return run(trainer)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 1
+    trainer = Trainer(config, workdir=workdir)
+    if processes is not None:
+        join(*processes)
+    return run(trainer)
 
 
 def run(trainer: "Trainer") -> int:
     """Trains; returns the exit status."""
-    from imagereward_jax.rewards.errors import RewardError
-    from imagereward_jax.training.checkpoints import CheckpointError
-    from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
+    from imagereward_jax.training.interruptions import Interrupted, ProcessLost
 
     workdir = trainer.workdir
     try:
@@ -69,9 +59,6 @@ def run(trainer: "Trainer") -> int:
         # At once: on the way out jax would wait for the process that is gone.
         say(f"error: {error}", file=sys.stderr)
         os._exit(1)
-    except (RunError, CheckpointError, RewardError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 1
     return 0
 
 

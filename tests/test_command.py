@@ -73,8 +73,8 @@ def test_a_package_that_is_not_installed_names_its_extra(monkeypatch, capsys):
     def absent(*_):
         raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
 
-    with pytest.raises(ModuleNotFoundError, match="nowhere"):
-        command(absent)([])
+    assert command(absent)([]) == 1
+    assert re.match("error: not foreseen: ModuleNotFoundError: .*'nowhere'", capsys.readouterr().err)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     imported = {"orbax-checkpoint": "orbax", "absl-py": "absl", "tensorflow-cpu": "tensorflow"}
     for extra in ("train", "convert", "quantization", "wandb"):

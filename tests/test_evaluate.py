@@ -172,6 +172,19 @@ def test_the_page_shows_the_prompts_judged_worst_with_their_images(rankings, loa
     assert len(labels) == sum(sizes[prompt] for prompt in worst)
 
 
+def test_the_page_replaces_no_other_file(rankings, capsys, tmp_path):
+    """Not notes, not the data itself; a page of its own, and any file if that is asked for."""
+    arguments = ["--model", "random", "--data", str(rankings / "test.json"), "--images", str(rankings / "images")]
+    data, notes = (rankings / "test.json").read_bytes(), tmp_path / "notes.html"
+    notes.write_text("mine")
+    for path in (notes, rankings / "test.json"):
+        assert evaluate.main([*arguments, "--html", str(path)]) == 2
+        assert "is no page of this command; choose another file, or pass --overwrite" in capsys.readouterr().err
+    assert notes.read_text() == "mine" and (rankings / "test.json").read_bytes() == data
+    assert evaluate.main([*arguments, "--html", str(notes), "--overwrite"]) == 0
+    assert evaluate.main([*arguments, "--html", str(notes)]) == 0
+
+
 BAD = {
     "misspelt file": (["--data", "{r}/tst.json"], "did you mean 'test.json'"),
     "missing image": (["--data", "{r}/test.json"], "test.json, row 1: .*no such image"),

@@ -54,7 +54,7 @@ def test_the_table_is_sorted(printed_json, tiny_reward_folder, images, capsys):
     [
         (["{dir}/gone.png"], "{dir}/gone.png: no such image"),
         (["{good}", "{dir}/broken.png"], "{dir}/broken.png: not a readable image (cut short, or none of PNG"),
-        (["{good}", "--batch-size", "0"], "--batch-size 0 should be at least 1"),
+        (["{good}", "--batch-size", "0"], "--batch-size 0 should be from 1 to 65,536"),
         (["{good}", "--tokenizer", "{dir}/gone.txt"], "{dir}/gone.txt: no such file; expected a vocab.txt"),
         (["{good}", "--model", "ImageRewrad-v1.0"], "did you mean 'ImageReward-v1.0'?"),
         (["{good}", "--model", "pickscroe"], "did you mean 'PickScore'?"),

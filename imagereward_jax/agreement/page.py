@@ -18,6 +18,7 @@ from imagereward_jax.agreement.summary import disagreement
 from imagereward_jax.bulk_scoring.scorers import RANDOM
 from imagereward_jax.data.images import open_image
 
+GENERATOR = '<meta name="generator" content="imagereward_jax.evaluate">'
 THUMBNAIL = 192
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:14px}td,th{padding:.3em .7em;white-space:nowrap;
@@ -28,6 +29,12 @@ margin:.8em 0}figure{margin:0;width:192px;font-size:13px}figure img{width:192px;
 background:#f2f2f2}figcaption b{display:block}.scores{display:grid;grid-template-columns:1fr auto auto;gap:0 .6em;
 font-variant-numeric:tabular-nums}.scores span:nth-child(3n+1){overflow:hidden;text-overflow:ellipsis;
 white-space:nowrap}.off{color:#b00020}"""
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is one that `results_page` made."""
+    with open(path, "rb") as file:
+        return GENERATOR.encode() in file.read(1000)
 
 
 def results_page(
@@ -55,7 +62,7 @@ def results_page(
         parts.append(_worst_prompts(groups, scores, shown))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f"{GENERATOR}<title>{html.escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
 
 

@@ -5,6 +5,7 @@ both inside the compiled step, so that no loss sees token ids.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -321,7 +322,7 @@ def _largest_group(parts, pairs):
         return 2
     if source.startswith(SHAPES_PREFIX):
         return parts.config.data.images_per_prompt
-    if Path(source).expanduser().exists():
+    if Path(os.path.expanduser(source)).exists():
         return parts.open_groups("groups").largest
     parts.assumptions.append(
         f"config.data.groups={source!r} is not here, so the largest of its groups is taken to be of {MOST_IN_A_GROUP} "

@@ -77,7 +77,8 @@ def pair_cache(
     made_by, where = _fingerprint(parts, pairs, fields), Path(parts.config.data.cache)
     if folder is not None:
         made_by, where = made_by | {"config.data.pairs": str(folder)}, where / CLASS
-    cache = open_cache(where, made_by, len(pairs))
+    state_of = getattr(pairs, "state_of", None)  # those of the shapes world are in no files
+    cache = open_cache(where, made_by, len(pairs), state_of)
 
     def encode(rows: Iterable[int]) -> dict[str, np.ndarray]:
         return encoder.pairs([_row(pairs, index, seed) for index in rows])

@@ -5,6 +5,7 @@ parts have settings and shapes alone.
 """
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ class Parts:
         Raises:
             DataError, FileExistsError: see `class_images.make_images`.
         """
-        where = Path(folder).expanduser() if folder else (self.given.workdir or Path()) / CLASS_IMAGES
+        where = Path(os.path.expanduser(folder)) if folder else (self.given.workdir or Path()) / CLASS_IMAGES
         if not self.abstract:
             class_images.make_images(self, prompt, count, where)
         return conditions.pair_source(self, prompt, name="class", folder=where)

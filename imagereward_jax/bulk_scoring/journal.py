@@ -1,10 +1,10 @@
 """Journal of finished chunks of a run over many rows, so that a killed run resumes.
 
 OUTPUT.parts/ holds settings.json (the run's settings) and a file per process with one line per finished chunk of rows.
-A chunk counts once its line ends in a newline; an incomplete line from a kill is removed.
+A chunk counts once its line ends in a newline; an incomplete line from a kill is removed. If there are several lines of
+a chunk, the last counts.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from imagereward_jax.data.errors import DataError
-from imagereward_jax.storage.files import write_text
+from imagereward_jax.storage.errors import writing
+from imagereward_jax.storage.files import is_temporary, write_text
+from imagereward_jax.storage.lock import Lock
 
-SETTINGS = "settings.json"
+SETTINGS, WRITTEN = "settings.json", "written.json"
 
 
 class Journal:
@@ -27,33 +29,39 @@ class Journal:
         process: index of this process.
 
     Raises:
-        DataError: another process with this index is running, the journal is of another run, or it is damaged.
+        DataError: the journal is of another run, or it is damaged. FileExistsError: the folder is of something else.
+        LockedError: another process with this index is running. WriteError: it cannot be written.
     """
 
     def __init__(self, output: str | os.PathLike, settings: dict[str, Any], process: int = 0) -> None:
         self.folder = parts_folder(output)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_settings(settings)
         path = self.folder / f"{process:05d}.jsonl"
-        self._file = open(path, "a+b")  # noqa: SIM115 (open until `close`, and with it the lock)
+        self._lock = Lock(self.folder / f".{process:05d}.lock", str(output))
+        with writing(self.folder):
+            if self.folder.exists() and not _is_journal(self.folder):
+                raise FileExistsError(f"{self.folder} is where scores are kept until they are written: move it away")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise DataError(
-                f"{path}: another process is writing this file; wait for it, or choose another output"
-            ) from error
-        _remove_cut_line(self._file)
+            self._check_settings(settings)
+            with writing(path):
+                self._file = open(path, "a+b")  # noqa: SIM115 (open until `close`)
+                _remove_cut_line(self._file)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _check_settings(self, settings):
+        """Compares with the run that the journal is of; one that has scored nothing is none."""
         path = self.folder / SETTINGS
-        if not path.exists():
-            write_text(path, json.dumps(settings, indent=2) + "\n")
-            return
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: broken JSON ({error}); delete {self.folder} to start over") from error
+        there = settings
+        if path.exists() and any(b"\n" in part.read_bytes() for part in self.folder.glob("*.jsonl")):
+            try:
+                there = json.loads(path.read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}: broken JSON ({error}); delete {self.folder} to start over") from error
+            if not isinstance(there, dict):
+                raise DataError(f"{path}: expected an object; delete {self.folder} to start over")
         changed = [f"{name}: {there.get(name)!r} there, {value!r} now" for name, value in settings.items()
                    if there.get(name) != value]  # fmt: skip
         if changed:
@@ -61,9 +69,10 @@ class Journal:
                 f"{self.folder} belongs to another run ({'; '.join(changed)}); repeat that run's command to finish it, "
                 "or delete the folder to start over"
             )
+        write_text(path, json.dumps(settings, indent=2) + "\n")
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """Reads {chunk index: {"scores", "errors"}} of all processes.
+        """Reads {chunk index: {"scores", "errors", "images"}} of all processes.
 
         Raises:
             DataError: a line is damaged.
@@ -74,31 +83,62 @@ class Journal:
             for number, line in enumerate(lines, 1):
                 try:
                     entry = json.loads(line)
-                    chunks.setdefault(entry.pop("chunk"), entry)
-                except (ValueError, KeyError, AttributeError) as error:
+                    chunks[entry.pop("chunk")] = {name: entry[name] for name in ("scores", "errors")} | entry
+                except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                     raise DataError(
                         f"{path}, line {number}: damaged; delete this line to score its rows again"
                     ) from error
         return chunks
 
-    def add(self, chunk: int, scores: Sequence[float | None], errors: dict[int, str]) -> None:
-        """Records a finished chunk: `scores` with None for a skipped image, `errors` {row in the chunk: reason}."""
-        entry = {"chunk": chunk, "scores": scores, "errors": {str(index): text for index, text in errors.items()}}
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def add(self, chunk: int, scores: Sequence[float | None], errors: dict[int, str], images: str) -> None:
+        """Records a finished chunk.
+
+        Args:
+            scores: None for a skipped image. errors: {row in the chunk: reason}.
+            images: changes when the chunk's image files do.
+        """
+        reasons = {str(index): text for index, text in errors.items()}
+        entry = {"chunk": chunk, "scores": scores, "errors": reasons, "images": images}
+        with writing(self.folder):
+            self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def note_output(self, path: Path) -> None:
+        """Records the file that is about to become the output, so that it is known after a kill."""
+        write_text(self.folder / WRITTEN, json.dumps(_identity(path)))
 
     def close(self) -> None:
         """Closes the file and releases the lock."""
-        self._file.close()
+        with writing(self.folder):
+            self._file.close()
+        self._lock.release()
 
     def remove(self) -> None:
         """Deletes the journal of a finished run; it is renamed first, so that no partial journal remains."""
         self.close()
         done = self.folder.with_name(f".{self.folder.name}.done")
         shutil.rmtree(done, ignore_errors=True)
-        os.replace(self.folder, done)
+        with writing(self.folder):
+            os.replace(self.folder, done)
         shutil.rmtree(done, ignore_errors=True)
+
+
+def wrote(output: str | os.PathLike) -> bool:
+    """Whether the output is that of a run that was killed before it removed its journal."""
+    try:
+        return json.loads((parts_folder(output) / WRITTEN).read_bytes()) == _identity(output)
+    except (OSError, ValueError):
+        return False
+
+
+def _identity(path):
+    status = os.stat(path)
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _is_journal(folder):
+    return folder.is_dir() and ((folder / SETTINGS).is_file() or all(map(is_temporary, folder.iterdir())))
 
 
 def parts_folder(output: str | os.PathLike) -> Path:

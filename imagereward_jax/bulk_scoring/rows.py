@@ -4,16 +4,18 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from imagereward_jax.bulk_scoring.stream import Item, Unusable
+from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError, missing_file
 from imagereward_jax.data.images import FORMATS, find_image, list_images
 from imagereward_jax.data.pairs import IMAGE_COLUMNS, METADATA, read_pairs_table
 from imagereward_jax.data.prompts import PROMPT_COLUMNS
 from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column
+from imagereward_jax.storage.files import whole_file
 
 OUTPUTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
@@ -57,7 +59,7 @@ def read_rows(
     """
     if prompt is not None and prompt_column is not None:
         raise DataError("--prompt applies to all rows; do not pass --prompt-column as well")
-    table = _read(Path(source).expanduser(), source, prompt)
+    table = _read(Path(os.path.expanduser(source)), source, prompt)
     image_column = pick_column(table, image_column, IMAGE_COLUMNS, "--image-column")
     if prompt is None:
         column = pick_column(table, prompt_column, PROMPT_COLUMNS, "--prompt-column")
@@ -88,47 +90,92 @@ def _read(path, source, prompt):
     return Table(str(path), rows, lambda i: str(files[i]), path)
 
 
+def state_of(items: Sequence[Item]) -> str:
+    """What changes when the image files of these rows do, whose names stay."""
+    states = [
+        images.state_of(item.image) if isinstance(item.image, Path) else str(item.image)
+        for item in items
+        if isinstance(item.image, Path | Unusable)  # others are in the table
+    ]
+    return hashlib.sha256("\n".join(states).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def columns_of(table: Table) -> list[str]:
+    """The columns of all rows, in the order in which they come.
+
+    Raises:
+        DataError: a row has no columns.
+    """
+    if names := getattr(table.rows, "column_names", None) or getattr(
+        getattr(table.rows, "table", None), "column_names", None
+    ):
+        return list(names)
+    found = {}
+    for i, row in enumerate(table.rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{table.where(i)}: expected an object with named columns; got {row!r:.100}")
+        found |= dict.fromkeys(row)
+    return list(found)
+
+
 def check_output(path: str | os.PathLike, table: Table, names: Sequence[str], overwrite: bool = False) -> None:
-    """Checks that the output can be written, before anything is scored.
+    """Checks that the output can be written, and can hold every row, before anything is scored.
 
     Args:
         names: columns to add.
 
     Raises:
         DataError, FileExistsError: the file type is unknown, the folder does not exist, the file or a column exists
-            already, or the rows hold images that a text file cannot store.
+            already, or the rows hold what such a file cannot store; the message names column and row.
     """
     path = Path(path)
-    if path.suffix.lower() not in OUTPUTS:
+    suffix = path.suffix.lower()
+    if suffix not in OUTPUTS:
         raise DataError(f"--output {path}: unknown file type; expected one of {', '.join(OUTPUTS)}")
     if not path.parent.is_dir():
         raise missing_file(path, "output file")
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f"--output {path} exists already; choose another file, or pass --overwrite")
-    taken = [name for name in names if name in (table.columns() or ())]
+    if len(set(names)) < len(names):
+        raise DataError(f"--score-column {names[0]}: --on-error skip adds a column of that name; choose another")
+    columns = columns_of(table)
+    taken = [name for name in names if name in columns]
     if taken:
         raise DataError(f"{table.name}: has a column {taken[0]!r} already; choose another name with --score-column")
-    if path.suffix.lower() != ".parquet" and any(_has_bytes(value) for value in table.rows[0].values()):
-        raise DataError(f"--output {path}: the rows hold encoded images, which only .parquet can store")
+    if suffix == ".parquet":
+        _as_arrow(path, table)
+        return
+    for i, row in enumerate(table.rows):
+        for name, value in row.items():
+            if _holds_bytes(value):
+                raise DataError(f"{table.where(i)}: the column {name!r} holds bytes, which only .parquet can store")
 
 
-def _has_bytes(value):
-    values = value.values() if isinstance(value, dict) else [value]
-    return any(not isinstance(item, (str, int, float, bool, list, dict, type(None))) for item in values)
+def _holds_bytes(value):
+    if isinstance(value, dict | list):
+        return any(map(_holds_bytes, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bytes | bytearray | memoryview)
 
 
-def write_rows(path: str | os.PathLike, table: Table, added: dict[str, Sequence[Any]]) -> None:
+def write_rows(
+    path: str | os.PathLike,
+    table: Table,
+    added: dict[str, Sequence[Any]],
+    *,
+    before: Callable[[Path], None] = lambda partial: None,
+) -> None:
     """Writes the rows of a table with new columns at the end. The file appears complete or not at all.
 
     Args:
-        path: its suffix selects the file type.
+        path: its suffix selects the file type. Dates and other values that are no JSON are written as text.
         added: {column: a value or None per row}: the scores, then the errors if any.
+        before: called with the complete file before it gets its name.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.tmp")
     writers = {".csv": _write_csv, ".tsv": _write_csv, ".json": _write_json, ".jsonl": _write_json}
-    writers.get(path.suffix.lower(), _write_parquet)(partial, path.suffix.lower(), table, added)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        writers.get(path.suffix.lower(), _write_parquet)(partial, path.suffix.lower(), table, added)
+        before(partial)
 
 
 def _merged(table, added):
@@ -138,19 +185,25 @@ def _merged(table, added):
 
 def _write_csv(partial, suffix, table, added):
     def cell(value):
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict, bool)) else value
+        return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict, bool)) else value
 
+    errors = {name: [_no_formula(value) for value in values] for name, values in added.items()}
     with open(partial, "w", encoding="utf-8", newline="", errors="replace") as file:
         writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
-        columns = [*table.columns(), *added]
+        columns = [*columns_of(table), *added]
         writer.writerow(columns)
-        for row in _merged(table, added):
+        for row in _merged(table, errors):
             writer.writerow([cell(row.get(name)) for name in columns])
+
+
+def _no_formula(value):
+    """A text that spreadsheets take for a text; the user's own cells are copied as they are."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _write_json(partial, suffix, table, added):
     """Writes JSON; lone surrogates become JSON escapes, as in the input."""
-    lines = (json.dumps(row, ensure_ascii=False) for row in _merged(table, added))
+    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in _merged(table, added))
     with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         if suffix == ".jsonl":
             file.writelines(f"{line}\n" for line in lines)
@@ -162,9 +215,30 @@ def _write_parquet(partial, suffix, table, added):
     import pyarrow
     import pyarrow.parquet
 
-    arrow = getattr(table.rows, "table", None)  # set for Parquet files, whose column types are kept
-    if arrow is None:
-        arrow = pyarrow.Table.from_pylist([dict(row) for row in table.rows])
+    arrow = _as_arrow(partial, table)
     for (name, values), kind in zip(added.items(), (pyarrow.float32(), pyarrow.string())):
-        arrow = arrow.append_column(name, pyarrow.array(values, kind))
+        arrow = arrow.append_column(name, pyarrow.array(list(map(_whole_characters, values)), kind))
     pyarrow.parquet.write_table(arrow, partial)
+
+
+def _whole_characters(value):
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
+
+
+def _as_arrow(path, table):
+    """The rows as an Arrow table; that of a Parquet file itself, with its column types."""
+    import pyarrow
+
+    if (arrow := getattr(table.rows, "table", None)) is not None:
+        return arrow
+    columns = {}
+    for name in columns_of(table):
+        try:
+            columns[name] = pyarrow.array([row.get(name) for row in table.rows])
+        except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"--output {path}: .parquet cannot store the column {name!r} ({reason}); choose .jsonl, or make its "
+                "values of one kind"
+            ) from error
+    return pyarrow.table(columns)

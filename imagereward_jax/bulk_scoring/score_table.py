@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imagereward_jax.bulk_scoring.journal import Journal, parts_folder
-from imagereward_jax.bulk_scoring.rows import check_output, read_rows, write_rows
+from imagereward_jax.bulk_scoring.journal import Journal, wrote
+from imagereward_jax.bulk_scoring.rows import check_output, read_rows, state_of, write_rows
 from imagereward_jax.bulk_scoring.stream import Scorer, score_chunks
 from imagereward_jax.terminal import escape
 
@@ -51,21 +51,23 @@ def score_table(
         `Outcome`; complete only in process 0, which writes the output.
 
     Raises:
-        DataError, OSError: input or output cannot be used.
+        DataError, OSError: input or output cannot be used; found before an image is scored.
+        WriteError: the disk is full, say; what is scored stays, and the same command goes on.
         ImageError: an image cannot be used, unless `skip_errors`.
     """
     rows = read_rows(source, skip_errors=skip_errors, **columns)
     added = [score_column, "error"][: 1 + skip_errors]
-    check_output(output, rows.table, added, overwrite or parts_folder(output).is_dir())
+    check_output(output, rows.table, added, overwrite or wrote(output))
     index, count = process
-    settings = {**settings, "rows": rows.digest(), "batch_size": batch_size, "on_error": _choice(skip_errors)}
+    settings = {**settings, "rows": rows.digest(), "batch_size": batch_size}
     journal = _open_journal(output, settings, index, count)
     try:
-        done = journal.done()
         chunks = [rows.items[start : start + batch_size] for start in range(0, len(rows.items), batch_size)]
-        resumed = sum(len(chunks[c]) for c in done if c < len(chunks))
+        states = [state_of(chunk) for chunk in chunks]
+        done = {c: entry for c, entry in journal.done().items() if _is_current(entry, c, states, skip_errors)}
+        resumed = sum(len(chunks[c]) for c in done)
         mine = [c for c in range(index, len(chunks), count)]
-        _score_missing(journal, chunks, mine, done, open_scorer, workers, skip_errors, Path(output).name)
+        _score_missing(journal, chunks, states, mine, done, open_scorer, workers, skip_errors, Path(output).name)
         _together("scored", count)
         if index != 0:
             return Outcome(len(rows.items), resumed, {})
@@ -73,7 +75,7 @@ def score_table(
         columns = {score_column: scores} | (
             {"error": [errors.get(i) for i in range(len(scores))]} if skip_errors else {}
         )
-        write_rows(output, rows.table, columns)
+        write_rows(output, rows.table, columns, before=journal.note_output)
         journal.remove()
         return Outcome(len(scores), resumed, errors)
     finally:
@@ -87,8 +89,10 @@ def _open_journal(output, settings, index, count):
     return Journal(output, settings, index) if journal is None else journal
 
 
-def _choice(skip_errors):
-    return "skip" if skip_errors else "stop"
+def _is_current(entry, chunk, states, skip_errors):
+    """Whether the scores of a chunk hold: its image files are the same, and none was skipped that should not be."""
+    known = chunk in range(len(states)) and entry.get("images", states[chunk]) == states[chunk]
+    return known and (skip_errors or not entry["errors"])
 
 
 def _together(name, count):
@@ -99,7 +103,7 @@ def _together(name, count):
         multihost_utils.sync_global_devices(f"imagereward_jax score {name}")
 
 
-def _score_missing(journal, chunks, mine, done, open_scorer, workers, skip_errors, title):
+def _score_missing(journal, chunks, states, mine, done, open_scorer, workers, skip_errors, title):
     """Scores and records the unfinished chunks of this process."""
     from tqdm import tqdm
 
@@ -112,7 +116,7 @@ def _score_missing(journal, chunks, mine, done, open_scorer, workers, skip_error
     with tqdm(total=total, initial=initial, unit="image", desc=escape(title), file=sys.stderr, smoothing=0.1) as bar:
         results = score_chunks(scorer, (chunks[c] for c in missing), workers=workers, skip_errors=skip_errors)
         for chunk, scored in zip(missing, results):
-            journal.add(chunk, scored.scores, scored.errors)
+            journal.add(chunk, scored.scores, scored.errors, states[chunk])
             bar.update(len(scored.scores))
 
 

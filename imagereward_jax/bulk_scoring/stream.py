@@ -48,6 +48,8 @@ class Scored(NamedTuple):
 class ScoringError(RuntimeError):
     """The scorer returned NaN or Inf."""
 
+    exit_status = 1
+
 
 def default_workers() -> int:
     """Number of threads that read images: one per core, at most 16."""
@@ -87,6 +89,10 @@ def score_chunks(
                     running.append(_start(scorer, *reading.popleft(), skip_errors))
                 if len(running) > 1 or not reading:
                     yield _finish(*running.popleft())
+        except ImageError:
+            while running:  # what was scored before the broken image counts
+                yield _finish(*running.popleft())
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -130,10 +136,15 @@ def _finish(chunk, indices, scores, errors):
     """Waits for the scores of a chunk."""
     result = [None] * len(chunk)
     for index, score in zip(indices, [] if scores is None else scores.tolist()):
-        if not abs(score) < float("inf"):  # NaN too
-            raise ScoringError(
-                f"{chunk[index].where}: the score is {score}, not a finite number; the weights may be "
-                "broken, or a function has no verdict"
-            )
+        check_score(chunk[index].where, score)
         result[index] = score
     return Scored(result, errors)
+
+
+def check_score(where: str, score: float) -> None:
+    """Raises ScoringError unless a score is a finite number; `where` names the image."""
+    if not abs(score) < float("inf"):  # NaN too
+        raise ScoringError(
+            f"{where}: the score is {score}, not a finite number; the weights may be broken, or a function has no "
+            "verdict"
+        )

@@ -7,6 +7,7 @@ FOLDER/empty.safetensors            the row of the empty prompt
 A shard is written only after cache.json, so a folder that holds shards without it is not a cache.
 """
 
+import contextlib
 import json
 import os
 import uuid
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from imagereward_jax.data.errors import DataError
-from imagereward_jax.weights.files import read_json, read_tensors, write_safetensors
+from imagereward_jax.storage.errors import writing
+from imagereward_jax.storage.lock import Lock
+from imagereward_jax.weights.files import read_json, read_metadata, read_tensors, write_safetensors
 
-MANIFEST, EMPTY = "cache.json", "empty.safetensors"
+MANIFEST, EMPTY, LOCK = "cache.json", "empty.safetensors", ".lock"
 FORMAT = "imagereward-jax cache 1"
 ROWS_PER_SHARD = 256
 NAMED_AT_MOST = 5  # missing files that an error names
@@ -32,10 +35,15 @@ class CacheError(DataError):
 
 
 class Cache:
-    """A folder of shards, opened by `open_cache` and completed by `fill`. Item i is a dict of arrays."""
+    """A folder of shards, opened by `open_cache` and completed by `fill`. Item i is a dict of arrays.
 
-    def __init__(self, folder: str | os.PathLike, rows: int):
-        self.folder, self.rows = Path(folder), rows
+    Args:
+        folder: of the shards. rows: number of rows of the complete cache.
+        state_of: rows of a shard -> a text that changes when the files do that they are computed from.
+    """
+
+    def __init__(self, folder: str | os.PathLike, rows: int, state_of: Callable[[range], str] | None = None):
+        self.folder, self.rows, self.state_of = Path(folder), rows, state_of
         self._shards = {}
 
     def __len__(self) -> int:
@@ -51,7 +59,7 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the memory-mapped files: a worker process opens its own."""
-        return {"folder": self.folder, "rows": self.rows, "_shards": {}}
+        return {"folder": self.folder, "rows": self.rows, "state_of": None, "_shards": {}}
 
     def fill(
         self,
@@ -74,12 +82,21 @@ class Cache:
 
         Raises:
             CacheError: files are still missing after all processes are done; names them.
+            LockedError: another run is filling it. WriteError: it cannot be written.
         """
         if process_count > 1 and wait is None:
             raise ValueError(f"{process_count} processes that fill one cache must wait for each other: pass wait=")
+        with contextlib.ExitStack() as stack:
+            if process_index == 0 and self.missing():
+                with writing(self.folder):
+                    stack.enter_context(Lock(self.folder / LOCK, f"config.data.cache={str(self.folder)!r}"))
+            self._fill(encode_rows, encode_empty, process_index, process_count, wait)
+
+    def _fill(self, encode_rows, encode_empty, process_index, process_count, wait):
         for shard in range(process_index, self._shard_count(), process_count):
-            if not self._path(shard).is_file():
-                write_safetensors(self._path(shard), encode_rows(self.rows_of(shard)))
+            if not self._is_current(shard):
+                metadata = {"format": "pt", "state": self._state(shard)}
+                write_safetensors(self._path(shard), encode_rows(self.rows_of(shard)), metadata)
         if process_index == 0 and not (self.folder / EMPTY).is_file():
             write_safetensors(self.folder / EMPTY, encode_empty())
         if wait is not None:
@@ -93,7 +110,7 @@ class Cache:
             )
         if process_index == 0:
             for path in self.folder.iterdir():
-                if _is_temporary(path.name):
+                if _is_temporary(path.name) and path.name != LOCK:
                     path.unlink(missing_ok=True)
 
     def rows_of(self, shard: int) -> range:
@@ -101,9 +118,28 @@ class Cache:
         return range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, self.rows))
 
     def missing(self) -> list[str]:
-        """Names of the files that are not on disk."""
-        expected = [*map(self._path, range(self._shard_count())), self.folder / EMPTY]
-        return [path.name for path in expected if not path.is_file()]
+        """Names of the files that are not on disk, or of whose rows the files have changed."""
+        found = [self._path(shard).name for shard in range(self._shard_count()) if not self._is_current(shard)]
+        return found if (self.folder / EMPTY).is_file() else [*found, EMPTY]
+
+    def _state(self, shard):
+        return "" if self.state_of is None else self.state_of(self.rows_of(shard))
+
+    def _is_current(self, shard):
+        """Whether a shard is there, of the files as they are; shards of earlier versions say nothing of their files."""
+        path = self._path(shard)
+        if not path.is_file():
+            return False
+        stated = self._metadata(path).get("state")
+        return stated is None or stated == self._state(shard)
+
+    def _metadata(self, path):
+        from safetensors import SafetensorError
+
+        try:
+            return read_metadata(path)
+        except (OSError, SafetensorError):
+            return {"state": "damaged"}  # computed again
 
     def empty(self) -> Row:
         """The row of the empty prompt."""
@@ -122,12 +158,17 @@ class Cache:
         return arrays
 
 
-def open_cache(folder: str | os.PathLike, fingerprint: dict[str, Any], rows: int) -> Cache:
+def open_cache(
+    folder: str | os.PathLike,
+    fingerprint: dict[str, Any],
+    rows: int,
+    state_of: Callable[[range], str] | None = None,
+) -> Cache:
     """Opens the cache in a folder, which is made if absent; several processes may do so at once.
 
     Args:
         fingerprint: everything that the rows depend on, a flat dict for JSON.
-        rows: number of rows of the complete cache.
+        rows, state_of: see `Cache`.
 
     Raises:
         CacheError: the folder was computed with other settings; names every field that differs.
@@ -138,17 +179,21 @@ def open_cache(folder: str | os.PathLike, fingerprint: dict[str, Any], rows: int
     made_by = json.loads(json.dumps({**fingerprint, "rows": rows}))
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder: choose another config.data.cache")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if not manifest.is_file():
         foreign = [path.name for path in folder.iterdir() if not _may_be_beside(path)]
         if foreign and not manifest.is_file():  # looked for again: another process may have written it meanwhile
             raise FileExistsError(f"{folder} exists and is no cache (no {MANIFEST}): choose another config.data.cache")
-        _write_first(manifest, json.dumps({"format": FORMAT, "made_by": made_by}, indent=2) + "\n")
+        with writing(manifest):
+            _write_first(manifest, json.dumps({"format": FORMAT, "made_by": made_by}, indent=2) + "\n")
     written = read_json(manifest)
     if written.get("format") != FORMAT:
         raise CacheError(f"{manifest}: format is {written.get('format')!r}, expected {FORMAT!r}")
+    if not isinstance(written.get("made_by"), dict):
+        raise CacheError(f"{manifest}: made_by={written.get('made_by')!r} should be an object; delete {folder}")
     _compare(folder, written["made_by"], made_by)
-    return Cache(folder, rows)
+    return Cache(folder, rows, state_of)
 
 
 def _compare(folder, there, now):
@@ -187,4 +232,5 @@ def _may_be_beside(path):
 
 def _is_temporary(name):
     """True for what this module leaves when it is killed while it writes."""
-    return name.startswith((f".{MANIFEST}.", ".shard_", f".{EMPTY}.")) and name.endswith(".partial")
+    partial = name.startswith((f".{MANIFEST}.", ".shard_", f".{EMPTY}.")) and name.endswith(".partial")
+    return partial or name == LOCK

@@ -85,7 +85,7 @@ def find_image(value: Any, folder: Path | None, where: str) -> Encoded:
     if isinstance(value, dict) and ("bytes" in value or "path" in value):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.strip():
-        path = Path(value).expanduser()
+        path = Path(os.path.expanduser(value))
         path = path if folder is None else folder / path
         if not path.is_file():
             raise MissingDataError(f"{where}: {missing_file(path, 'image')}")
@@ -260,6 +260,12 @@ def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
 def crop_offset(length: int, size: int) -> int:
     """Start of a centred crop (halves round to even, as torchvision does)."""
     return round((length - size) / 2.0)
+
+
+def state_of(path: str | os.PathLike) -> str:
+    """What changes when a file's content does: its size and the time of its last change."""
+    status = os.stat(path)
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def crop_square(image: Image.Image, size: int, *, rgb_first: bool = False) -> np.ndarray:

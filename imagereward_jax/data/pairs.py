@@ -3,7 +3,9 @@
 Resized for the VAE (`images.fit_and_locate`), not as reward models see images (`images.crop_square`).
 """
 
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,13 @@ class Pairs:
         """Reads a pair with the crop and mirroring that were asked for, drawn from `rng`."""
         return self._item(index, crop=self.crop, flip=self.flip, rng=rng)
 
+    def state_of(self, rows: Iterable[int]) -> str:
+        """What changes when the image files of these rows do, whose names stay; "" if they are in the table."""
+        if self.found is None:
+            return ""
+        states = "\n".join(images.state_of(self.found[index]) for index in rows)
+        return hashlib.sha256(states.encode()).hexdigest()
+
     def _item(self, index, **options):
         where = self.table.where(index)
         image = images.open_image(self._encoded(index, where), where)
@@ -110,7 +119,7 @@ class Pairs:
 
 def read_pairs_table(source: str | os.PathLike, split: str = "train", *, captions: bool = True) -> Table:
     """Reads the rows behind `load_pairs`: those of a table, or of a folder of images, with their captions if needed."""
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if not folder.is_dir() or any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return read_table(source, split)
     for name in METADATA:

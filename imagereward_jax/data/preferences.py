@@ -53,7 +53,7 @@ def load_preferences(
         return ShapesPreferences(
             ShapesGroups(captions=shapes_captions(source), image_size=image_size, **(shapes or {}))
         )
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if (folder / CHOSEN).is_dir():
         table, groups = _read_folders(folder)
         root = folder

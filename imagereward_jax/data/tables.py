@@ -47,7 +47,7 @@ def read_table(source: str | os.PathLike, split: str = "train") -> Table:
         MissingDataError: not there, with the nearest existing name.
     """
     source = str(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source.startswith(TFDS_PREFIX):
         table = _tfds_table(source, split)
     elif path.is_dir():
@@ -97,12 +97,21 @@ def _json_rows(path):
     text = _read_text(path)
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as e:
-        hint = "; a file with one object a line should be named .jsonl" if e.msg == "Extra data" else ""
-        raise DataError(f"{path}, line {e.lineno}, column {e.colno}: broken JSON: {e.msg}{hint}") from e
+    except (ValueError, RecursionError) as e:
+        raise _broken_json(path, e) from e
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a JSON list of strings or objects; got {_kind(rows)}")
     return rows, lambda i: f"row {i + 1}"
+
+
+def _broken_json(path, error, line=None):
+    """The error of text that is no JSON, or nests too deep, or holds a number of thousands of digits."""
+    if not isinstance(error, json.JSONDecodeError):
+        return DataError(f"{path}{f', line {line}' if line else ''}: broken JSON: {error}")
+    hint = ""
+    if error.msg == "Extra data" and line is None:
+        hint = "; a file with one object a line should be named .jsonl"
+    return DataError(f"{path}, line {line or error.lineno}, column {error.colno}: broken JSON: {error.msg}{hint}")
 
 
 def _json_lines(path):
@@ -111,8 +120,8 @@ def _json_lines(path):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise DataError(f"{path}, line {number}, column {e.colno}: broken JSON: {e.msg}") from e
+            except (ValueError, RecursionError) as e:
+                raise _broken_json(path, e, number) from e
             lines.append(number)
     return rows, lambda i: f"line {lines[i]}"
 
@@ -123,6 +132,8 @@ def _csv_rows(path):
     rows, lines = [], []
     try:
         header = next(reader, [])
+        if doubled := [name for i, name in enumerate(header) if name in header[:i]]:
+            raise DataError(f"{path}, line 1: two columns are called {doubled[0]!r}; rename one")
         for values in reader:
             if not values:
                 continue
@@ -244,7 +255,7 @@ def _tfds_table(source, split):
 
     name = source.removeprefix(TFDS_PREFIX)
     try:
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         builder = tfds.builder_from_directory(folder) if folder.is_dir() else tfds.builder(name)
         features = builder.info.features.items()
         images = {key for key, feature in features if isinstance(feature, tfds.features.Image)}

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.diffusion.schedule import FLOW_PREDICTION, NoiseSchedule, Schedule, along_rows, one_of, stated
+from imagereward_jax.diffusion.schedule import (
+    FLOW_PREDICTION,
+    NoiseSchedule,
+    Schedule,
+    along_rows,
+    check_fields,
+    one_of,
+    stated,
+)
 
 CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 # Schedulers of betas that follow a flow with use_flow_sigmas.
@@ -50,6 +58,7 @@ def read_schedule(config: Mapping[str, Any]) -> "NoiseSchedule | FlowSchedule":
     Raises:
         ValueError: naming the class or field that is not supported.
     """
+    check_fields(config)
     return FlowSchedule.from_config(config) if is_flow(config) else NoiseSchedule.from_config(config)
 
 

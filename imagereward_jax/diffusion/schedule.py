@@ -6,7 +6,9 @@ the methods gather from them is float32.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,13 @@ SCHEDULE_DEFAULTS = {
 }
 
 
+MAX_TIMESTEPS = 100_000
+_NUMBERS = (
+    *("beta_start", "beta_end", "shift", "base_shift", "max_shift", "flow_shift"),
+    *("base_image_seq_len", "max_image_seq_len"),
+)
+_SWITCHES = ("rescale_betas_zero_snr", "use_dynamic_shifting", "use_flow_sigmas")
+_TEXTS = ("_class_name", "beta_schedule", "prediction_type", "time_shift_type")
 _BETA_FIELDS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 # diffusers' schedulers whose configuration may leave out betas that are the default ones.
 _WITH_BETAS = frozenset(
@@ -39,6 +48,33 @@ _WITH_BETAS = frozenset(
 )
 # Fields of schedulers without betas (flow matching, EDM), by which a configuration without a class is told.
 _WITHOUT_BETAS = ("shift", "base_shift", "max_shift", "stochastic_sampling", "sigma_data", "sigma_schedule")
+
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the field of scheduler_config.json, for a value of another kind or beyond reason."""
+
+    def refuse(field, expected):
+        raise ValueError(f"scheduler_config.json: {field}={config[field]!r:.100}: expected {expected}")
+
+    for field, value in config.items():
+        if field in _NUMBERS and not _is_number(value):
+            refuse(field, "a number")
+        if field in _SWITCHES and not isinstance(value, bool | None):
+            refuse(field, "true or false")
+        if field in _TEXTS and not isinstance(value, str | None):
+            refuse(field, "a text")
+    steps = config.get("num_train_timesteps", 1)
+    if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
+        refuse("num_train_timesteps", f"a whole number from 1 to {MAX_TIMESTEPS:,}")
+    betas, defaulted = config.get("trained_betas"), config.get("_use_default_values", [])
+    if betas is not None and not (isinstance(betas, list | tuple) and all(map(_is_number, betas))):
+        refuse("trained_betas", "a list of numbers, or null")
+    if not isinstance(defaulted, list | tuple):
+        refuse("_use_default_values", "a list of names")
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_has_betas(config: Mapping) -> None:

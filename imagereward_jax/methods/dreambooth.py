@@ -5,6 +5,7 @@ untouched model made. The loss is that of `denoising`, mean over instances + `pr
 in diffusers' train_dreambooth scripts.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ class Config(denoising.Config):
                     f"config.method.class_images={self.class_images!r} has no effect without config.method.class_prompt"
                 )
             return
-        pairs, classes = (Path(name).expanduser().absolute() for name in (config.data.pairs, self.class_images or "/"))
+        pairs, classes = (
+            Path(os.path.expanduser(name)).absolute() for name in (config.data.pairs, self.class_images or "/")
+        )
         if self.class_images and (classes.is_relative_to(pairs) or pairs.is_relative_to(classes)):
             raise ConfigError(
                 f"config.method.class_images={self.class_images!r} and config.data.pairs={config.data.pairs!r}: one "

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imagereward_jax.config import ConfigError, field
+from imagereward_jax.config import MAX_STEPS, ConfigError, field
 from imagereward_jax.diffusion.sampler import Sampler, Transition
 from imagereward_jax.diffusion.samplers import NOISY_FLOWS
 from imagereward_jax.methods.advantages import keep_extremes
@@ -26,7 +26,9 @@ from imagereward_jax.methods.policy_gradient import PolicyConfig, Window, policy
 class Config(GroupConfig, PolicyConfig):
     """config.method of GRPO."""
 
-    num_steps: int = field(10, at_least=1)  # sampler steps in training; evaluation takes more (config.eval.num_steps)
+    num_steps: int = field(
+        10, at_least=1, at_most=MAX_STEPS
+    )  # sampler steps in training; evaluation takes more (config.eval.num_steps)
     guidance_scale: float = 4.5  # in sampling and in training; at most 1: no guidance, half the work
     sampler: str = field("flow_sde", choices=("ddim", *NOISY_FLOWS))  # ddim for schedules of betas
     eta: float = field(0.7, at_least=0.0)  # noise: flow_sde 0.7 (0.9 for FLUX), dance_sde 0.3, cps 0.8, ddim 1

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.config import ConfigError, field
+from imagereward_jax.config import MAX_STEPS, ConfigError, field
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.sampler import Sampler, SamplerState
 from imagereward_jax.diffusion.samplers import SAMPLERS
@@ -20,7 +20,9 @@ class SampledConfig(GroupConfig):
     """config.method of every such method."""
 
     sampler: str = field("dpmpp_2m", choices=SAMPLERS)  # of the images that train
-    num_steps: int = field(10, at_least=1)  # sampler steps in training; evaluation takes more (config.eval.num_steps)
+    num_steps: int = field(
+        10, at_least=1, at_most=MAX_STEPS
+    )  # sampler steps in training; evaluation takes more (config.eval.num_steps)
     eta: float = field(0.0, at_least=0.0)  # noise of the steps of ddim, flow_sde, dance_sde and cps
     guidance_scale: float = 1.0  # in sampling and in training; at most 1: no guidance, half the work
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imagereward_jax.config import ConfigError, field
+from imagereward_jax.config import MAX_SIDE, MAX_STEPS, ConfigError, field
 from imagereward_jax.methods.advantages import GroupAdvantages
 from imagereward_jax.methods.base import Batch, Key, MethodConfig, require_sampling
 
@@ -19,11 +19,13 @@ class OnPolicyConfig(MethodConfig):
     defaults = {"eval.best": "eval/reward_mean"}
     needs_gradient = False
 
-    num_steps: int = field(50, at_least=1)  # sampler steps of a generation in training; config.eval has its own
+    num_steps: int = field(
+        50, at_least=1, at_most=MAX_STEPS
+    )  # sampler steps of a generation in training; config.eval has its own
     guidance_scale: float = 5.0  # in sampling and in training; at most 1: no guidance, half the work
     negative_prompt: str = ""
-    height: int = field(512, at_least=1)
-    width: int = field(512, at_least=1)
+    height: int = field(512, at_least=1, at_most=MAX_SIDE)
+    width: int = field(512, at_least=1, at_most=MAX_SIDE)
     rounds: int = field(1, at_least=1)  # of sampling per step; functions score one round while the next is sampled
     round_size: int | None = field(None, at_least=1)  # samples of a round, over all devices; None: config.batch_size
     epochs: int = field(1, at_least=1)  # times that a step trains on its samples

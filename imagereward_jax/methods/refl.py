@@ -6,7 +6,7 @@ predicted in one step, decoded and scored, and the reward's gradient flows throu
 
 import jax
 
-from imagereward_jax.config import ConfigError, field
+from imagereward_jax.config import MAX_STEPS, ConfigError, field
 from imagereward_jax.diffusion.rollout import Gradient
 from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.methods.base import Loss, Method
@@ -25,7 +25,7 @@ class Config(RewardTuningConfig):
     """config.method of ReFL."""
 
     sampler: str = field("ddpm", choices=SAMPLERS)
-    num_steps: int = field(40, at_least=1)  # sampler steps of a whole generation
+    num_steps: int = field(40, at_least=1, at_most=MAX_STEPS)  # sampler steps of a whole generation
     stop_min: int = field(
         30, at_least=0
     )  # the step that carries gradient is drawn per sample from [stop_min, stop_max]

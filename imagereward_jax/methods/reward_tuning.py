@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imagereward_jax.config import ConfigError, field, require_given
+from imagereward_jax.config import MAX_SIDE, MAX_STEPS, ConfigError, field, require_given
 from imagereward_jax.diffusion.rollout import Denoise, Rolled, rollout
 from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.methods import denoising
@@ -35,7 +35,7 @@ class RewardTuningConfig(MethodConfig):
     defaults = {"reward.path": "ImageReward-v1.0", "eval.best": "eval/reward_mean"}
 
     sampler: str = field("ddim", choices=SAMPLERS)
-    num_steps: int = field(50, at_least=1)  # sampler steps of a whole generation
+    num_steps: int = field(50, at_least=1, at_most=MAX_STEPS)  # sampler steps of a whole generation
     eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's steps
     rollout_quantization: str = field("none", choices=KINDS)  # of the denoiser in steps without gradient; needs qwix
     guidance_scale: float = 1.0  # at most 1: no guidance while training, half the work
@@ -46,8 +46,8 @@ class RewardTuningConfig(MethodConfig):
     # with negative_gradient=False: the prompt's branch has its gradient without guidance's factor, so that samples of
     # any guidance weigh the same
     unit_gradient: bool = False
-    height: int = field(512, at_least=1)
-    width: int = field(512, at_least=1)
+    height: int = field(512, at_least=1, at_most=MAX_SIDE)
+    width: int = field(512, at_least=1, at_most=MAX_SIDE)
     pretrain: str = field(
         "off", choices=("off", "alternate", "add")
     )  # denoising loss on pairs: an own update, or added

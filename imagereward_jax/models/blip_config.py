@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from imagereward_jax.models.config import check_types
+
 TEXT_FIXED = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
@@ -35,11 +37,13 @@ def _positive(where, **sizes):
 
 
 def _known_fields(cls, values, where):
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: {values!r:.100}: expected an object")
     names = {field.name for field in dataclasses.fields(cls)}
     for name in values:
         if name not in names:
             raise ValueError(f"{where}: unknown field {name!r} = {values[name]!r}; known: {', '.join(sorted(names))}")
-    return dict(values)
+    return check_types(cls, values, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,8 @@ class TextConfig:
         Raises:
             ValueError: a field or value is not implemented; the message names it.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: {values!r:.100}: expected an object")
         values = {name: value for name, value in values.items() if name not in TEXT_IGNORED}
         for name, expected in TEXT_FIXED.items():
             if values.pop(name, expected) != expected:
@@ -171,9 +177,9 @@ class ImageRewardConfig:
         model_type = values.pop("model_type", "imagereward")
         if model_type != "imagereward":
             raise ValueError(f"{where}: model_type must be 'imagereward', not {model_type!r}")
-        values = _known_fields(cls, values, where)
         vision = _known_fields(VisionConfig, values.pop("vision", {}), f"{where}: vision")
         text = TextConfig.from_dict(values.pop("text", {}), f"{where}: text")
+        values = _known_fields(cls, values, where)
         return cls(vision=VisionConfig(**vision), text=text, **values)
 
     def to_dict(self) -> dict[str, Any]:

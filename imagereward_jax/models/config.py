@@ -1,10 +1,17 @@
 """Reads a checkpoint's config.json into a frozen dataclass; settings that are not implemented are rejected."""
 
 import dataclasses
+import math
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+MAX_SIZE = 10_000_000  # of any number of a network's config
+MAX_LAYERS = 1000  # layers are built one by one, before they are compared with the weights
+LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_layers", "depth")
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 # Fields that transformers writes into every config.json or uses only for initialisation.
 TRANSFORMERS_FIELDS = (
@@ -46,14 +53,57 @@ def read_config(
     kept = {}
     for name, value in values.items():
         if name in fields:
-            kept[name] = tuple(value) if isinstance(value, list) else value
+            kept[name] = value
         elif name in fixed:
             check_choice(cls, name, value, fixed[name])
         elif not name.startswith("_") and name not in ignored:
             raise ValueError(
                 f"{cls.__name__}: the field {name!r} (value {value!r}) is not implemented; remove it if unused"
             )
-    return cls(**kept)
+    return cls(**check_types(cls, kept, cls.__name__))
+
+
+def check_types(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Checks values from JSON against the annotations of a dataclass; lists become tuples.
+
+    Args:
+        where: how errors name the file or part.
+
+    Raises:
+        ValueError: naming field, value and what is expected; also a size beyond reason.
+    """
+    hints = typing.get_type_hints(cls)
+    checked = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, value in checked.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{where}: {name}={values[name]!r:.100}: expected {_words(hints[name])}")
+        most = MAX_LAYERS if name in LAYERS else MAX_SIZE
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) > most:
+                raise ValueError(f"{where}: {name}={number}: expected at most {most:,}")
+    return checked
+
+
+def _fits(value, hint):
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        expected = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is Ellipsis else inner
+        return isinstance(value, tuple) and len(value) == len(expected) and all(map(_fits, value, expected))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is hint if hint in _KINDS else True
+
+
+def _words(hint):
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join(map(_words, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        count = "" if inner[-1] is Ellipsis else f"{len(inner)} times "
+        return f"a list of {count}{_words(inner[0])}"
+    return _KINDS.get(hint, str(hint))
 
 
 def write_config(config: Any) -> dict[str, Any]:

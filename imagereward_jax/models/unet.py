@@ -119,6 +119,8 @@ class UNet2DConditionConfig:
         )  # fmt: skip
         check_all_positive(self, "block_out_channels", "layers_per_block", "attention_head_dim")
         check_choice(type(self), "addition_embed_type", self.addition_embed_type, (None, "text_time"))
+        if self.sample_size is not None:
+            check_all_positive(self, "sample_size")
         if self.addition_embed_type is not None:
             check_positive(self, "addition_time_embed_dim", "projection_class_embeddings_input_dim")
         for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):

@@ -82,7 +82,7 @@ class AutoencoderKLConfig:
                     "as block_out_channels has"
                 )
         check_positive(self, "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
-        check_all_positive(self, "block_out_channels")
+        check_all_positive(self, "block_out_channels", "sample_size")
         for name in ("use_quant_conv", "use_post_quant_conv"):
             check_choice(type(self), name, getattr(self, name), (True, False))
 

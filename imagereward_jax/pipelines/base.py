@@ -105,7 +105,10 @@ class TextToImage(Networks):
             ValueError: naming a field that is not implemented, or parts that do not fit together.
             FileNotFoundError: there is no tokenizer in one of the folders.
         """
-        settings = {name: components.read_settings(cls.components[name], config) for name, config in configs.items()}
+        settings = {
+            name: components.read_settings(cls.components[name], config, f"{name}/config.json")
+            for name, config in configs.items()
+        }
         if not isinstance(tokenizers, Mapping):
             tokenizers = dict.fromkeys(cls.text_encoders.values(), tokenizers)
         return cls(settings, scheduler, tokenizers, **options)

@@ -1,6 +1,7 @@
 """Decides the family of a model, by the class that its files name; no other module does."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,11 @@ def open_pipeline(
     """
     replaced = parse_parts(parts)
     name = str(name_or_path).partition("@")[0]
-    if Path(name).suffix in single_file.SUFFIXES and not Path(name).expanduser().exists():
+    if Path(name).suffix in single_file.SUFFIXES and not Path(os.path.expanduser(name)).exists():
         raise FileNotFoundError(f"{name}: no such file")
     if single_file.is_single_file(name_or_path):
-        files = _single_file(Path(name_or_path).expanduser(), variant)
-    elif not download and not Path(name).expanduser().is_dir() and name not in hub.builtin_models():
+        files = _single_file(Path(os.path.expanduser(name_or_path)), variant)
+    elif not download and not Path(os.path.expanduser(name)).is_dir() and name not in hub.builtin_models():
         files = _published(name)
     else:
         folder = diffusers.resolve_structure(name_or_path if download else name)
@@ -117,10 +118,15 @@ def open_pipeline(
         files = _checkpoint(folder) if (folder / orbax.MANIFEST).is_file() else _folder(folder, source)
     files.replace_parts(replaced)
     files.complete(prediction_type, download=download)
-    scheduler = override_scheduler(files.scheduler, prediction_type=prediction_type)
-    return files.family.from_configs(
-        files.configs, scheduler, files.tokenizers, source=files.source, **files.options, **options
-    )
+    try:
+        scheduler = override_scheduler(files.scheduler, prediction_type=prediction_type)
+        return files.family.from_configs(
+            files.configs, scheduler, files.tokenizers, source=files.source, **files.options, **options
+        )
+    except ValueError as error:
+        if name in str(error):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def parse_parts(text: str) -> dict[str, Path]:
@@ -134,7 +140,7 @@ def parse_parts(text: str) -> dict[str, Path]:
         name, equals, path = item.partition("=")
         if not equals or not path or name in parts:
             raise ValueError(f"parts={text!r}: expected NAME=PATH, separated by commas, each name once; got {item!r}")
-        parts[name] = Path(path).expanduser()
+        parts[name] = Path(os.path.expanduser(path))
         if not parts[name].exists():
             raise FileNotFoundError(f"parts: {name}={path}: no such file or folder")
     return parts
@@ -146,7 +152,7 @@ def license_of(name_or_path: str | Path) -> str | None:
     name = str(name_or_path).partition("@")[0]
     if name in hub.builtin_models():
         return "apache-2.0"
-    readme = Path(name).expanduser() / "README.md"
+    readme = Path(os.path.expanduser(name)) / "README.md"
     if not readme.is_file():
         return LICENSES.get(name)
     head = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)

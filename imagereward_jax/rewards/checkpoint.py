@@ -16,6 +16,7 @@ from imagereward_jax.models.blip_config import BlipScoreConfig, ImageRewardConfi
 from imagereward_jax.rewards.base import held_params, named_dtype
 from imagereward_jax.rewards.imagereward import CONFIG_FILE, VOCAB_FILE, WEIGHTS_FILE, ImageReward, abstract_module
 from imagereward_jax.rewards.tokens import PromptTokenizer
+from imagereward_jax.storage.errors import StorageError
 from imagereward_jax.terminal import escape
 from imagereward_jax.weights import files, hub, mapping
 
@@ -47,8 +48,8 @@ def load(
 ) -> ImageReward:
     """Loads an ImageReward scorer.
 
-    A PyTorch checkpoint is converted once. The `.safetensors` copy beside it (in `download_root` if that folder is not
-    writable) makes the next load fast; it is rewritten when the checkpoint changes.
+    A PyTorch checkpoint is converted once. The `.safetensors` copy in `download_root` makes the next load fast; it is
+    rewritten when the checkpoint changes.
 
     Args:
         name_or_path: a name of `available_models()`, the path of an `ImageReward.pt`, or a folder that
@@ -72,7 +73,7 @@ def load(
         ValueError: the files do not match each other, or are broken.
     """
     options = {"device": device, "dtype": dtype, "batch_size": batch_size, "image_rule": image_rule}
-    root = Path(download_root or DEFAULT_ROOT).expanduser()
+    root = Path(os.path.expanduser(download_root or DEFAULT_ROOT))
     path = _find(str(name_or_path), root)
     if path.is_dir():
         return _load_folder(path, tokenizer, options)
@@ -89,32 +90,28 @@ def read_cached(path: Path, root: Path) -> dict[str, np.ndarray]:
         return files.read_tensors(path)
     status = path.stat()
     stamp = f"{status.st_size}-{status.st_mtime_ns}"
-    places = _cache_places(path, root)
-    for place in places:
-        if _stamp(place) == stamp:
-            return files.read_tensors(place)
+    place = _copy_of(path, root)
+    if _stamp(place) == stamp:
+        return files.read_tensors(place)
     tensors = files.read_tensors(path)
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            files.write_safetensors(place, tensors, {"format": "pt", "source": stamp})
-        except (OSError, files.WeightsError) as error:
-            reason = error
-        else:
-            return tensors
-    # The text is always the same, so that Python's default filter shows it once per process.
-    told = escape(f"cannot store a converted copy of {path} ({reason}): it is converted at each load")
-    warnings.warn(told, stacklevel=3)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        files.write_safetensors(place, tensors, {"format": "pt", "source": stamp})
+    except (OSError, StorageError) as error:
+        # The text is always the same, so that Python's default filter shows it once per process.
+        told = escape(f"cannot store a converted copy of {path} ({error}): it is converted at each load")
+        warnings.warn(told, stacklevel=3)
     return tensors
 
 
-def _cache_places(path, root):
+def _copy_of(path, root):
+    """In the package's own folder: beside the checkpoint it could replace a file of another tool."""
     digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    return path.with_name(f"{path.name}.safetensors"), root / "converted" / f"{path.stem}-{digest}.safetensors"
+    return root / "converted" / f"{path.stem}-{digest}.safetensors"
 
 
 def _stamp(place):
-    """Returns the source stamp of the copy at `place`; None if there is no readable copy."""
+    """Returns the source stamp of a copy; None if there is no readable one."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -130,7 +127,7 @@ def _builtin_folder(name):
 
 def _find(name, root):
     """Finds the folder or file of a model."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name in HUB_MODELS:
         downloaded = root / HUB_MODELS[name]  # the original package's location, too
         return downloaded if downloaded.is_file() else hub.resolve_file(HUB_REPO, HUB_MODELS[name], cache_dir=root)
@@ -172,7 +169,7 @@ def config_of(name: str) -> ImageRewardConfig:
 
     A file has the sizes of v1.0, with the text encoder of the med_config.json beside it.
     """
-    path = _builtin_folder(name) if name in hub.builtin_models() else Path(name).expanduser()
+    path = _builtin_folder(name) if name in hub.builtin_models() else Path(os.path.expanduser(name))
     if (path / CONFIG_FILE).is_file():
         return ImageRewardConfig.from_dict(files.read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
     if path.name and (text := path.with_name(MED_CONFIG_FILE)).is_file():

@@ -8,6 +8,7 @@ import numpy as np
 
 from imagereward_jax.models.clip import CLIPTextConfig
 from imagereward_jax.models.clip_score import CLIPConfig, CLIPVisionConfig
+from imagereward_jax.models.config import check_types
 from imagereward_jax.rewards.checkpoint import read_cached
 from imagereward_jax.rewards.preprocess import CLIP_STATISTICS, Statistics
 from imagereward_jax.weights import clip_layouts, files, hub
@@ -171,12 +172,16 @@ def config_from_json(settings: dict, what: str) -> CLIPConfig:
     parts = []
     for name, config_class in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
         values = settings.get(f"{name}_dict") or settings.get(name) or {}  # as transformers: the former is older
+        if not isinstance(values, dict):
+            raise ValueError(f"{what}: {name}={values!r:.100}: expected an object")
         known = {field.name for field in dataclasses.fields(config_class)} - {"architectures"}
+        values = {key: value for key, value in values.items() if key in known}
         try:
-            parts.append(config_class(**{key: value for key, value in values.items() if key in known}))
-        except (TypeError, ValueError) as error:
+            parts.append(config_class(**check_types(config_class, values, config_class.__name__)))
+        except ValueError as error:
             raise ValueError(f"{what}: {name}: {error}") from error
-    return CLIPConfig(*parts, projection_dim=settings.get("projection_dim", 512))
+    width = check_types(CLIPConfig, {"projection_dim": settings.get("projection_dim", 512)}, what)
+    return CLIPConfig(*parts, **width)
 
 
 def _transformers_statistics(path):

@@ -9,6 +9,8 @@ class RewardError(RuntimeError):
         reason: what went wrong, for one line.
     """
 
+    exit_status = 1
+
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
         self.reason = reason

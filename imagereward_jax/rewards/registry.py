@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from imagereward_jax.rewards.base import Reward
@@ -28,7 +27,8 @@ def check_name(name: str, also: Sequence[str] = ()) -> None:
         FileNotFoundError: not a known name, rule or path (`hub.ModelNotFound`); the message suggests the nearest name.
     """
     known = [*available_rewards(), *also]
-    if not (name in known or is_function_name(name) or is_url(name) or Path(name).expanduser().exists()):
+    there = os.path.exists(os.path.expanduser(name))
+    if not (name in known or is_function_name(name) or is_url(name) or there):
         raise unknown_model(str(name), known)
 
 

@@ -125,7 +125,7 @@ def load_score(
         raise hub.ModelNotFound(f"no score {name!r}{hint}; known: {', '.join(SCORES)}")
     if head is not None and not name.startswith("Aesthetic"):
         raise ValueError(f"head= applies only to the Aesthetic scores, not to {name}")
-    root = Path(download_root or DEFAULT_ROOT).expanduser()
+    root = Path(os.path.expanduser(download_root or DEFAULT_ROOT))
     options = {"device": device, "dtype": dtype, "batch_size": batch_size, "image_rule": image_rule}
     if name == "BLIP":
         return _load_blip(path, tokenizer, root, options)
@@ -158,7 +158,7 @@ def imagereward_from_blip(
     Raises:
         FileNotFoundError, ValueError: as `load_score`.
     """
-    root = Path(DEFAULT_ROOT).expanduser()
+    root = Path(os.path.expanduser(DEFAULT_ROOT))
     blip = _load_blip(path, tokenizer, root, {"device": "cpu", "dtype": "float32", "batch_size": 1})
     sizes = {field.name: getattr(blip.config, field.name) for field in dataclasses.fields(blip.config)}
     config = ImageRewardConfig(**sizes, score_mean=0.0, score_std=1.0)
@@ -189,7 +189,7 @@ def _load_clip(name, path, head, vocab, root, options):
 
 
 def _existing(path):
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.exists():
         raise hub.ModelNotFound(f"{path}: no such file or folder")
     return path

@@ -23,7 +23,7 @@ def find_vocab(path: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     file = path / "vocab.txt" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a vocab.txt of BERT, or its folder")
@@ -111,7 +111,7 @@ def find_clip_vocab(path: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: `path` is neither, nor a folder with such a file.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir() and all((path / name).is_file() for name in CLIP_FILES):
         return path
     file = path / CLIP_BPE if path.is_dir() else path

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from imagereward_jax.config import ConfigError, Section, check_value, field, require_given
+from imagereward_jax.config import MAX_SIDE, MAX_STEPS, ConfigError, Section, check_value, field, require_given
 from imagereward_jax.data.images import IMAGE_RULES
 from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.diffusion.schedule import FLOW_PREDICTION, PREDICTION_TYPES
@@ -51,7 +51,7 @@ class Scratch(Section, path="model"):
 class Workers(Section, path="data"):
     """How data is read."""
 
-    workers: int = field(0, at_least=0)  # processes that decode images; 0: a thread of this one
+    workers: int = field(0, at_least=0, at_most=1024)  # processes that decode images; 0: a thread of this one
 
 
 class Prompts(Section, path="data"):
@@ -71,7 +71,7 @@ class Pairs(Section, path="data"):
     pairs: str = ""  # file, folder, `datasets` name, tfds:NAME or shapes:train
     pairs_image_column: str | None = None
     pairs_text_column: str | None = None
-    image_size: int = field(512, at_least=1)
+    image_size: int = field(512, at_least=1, at_most=MAX_SIDE)
     random_crop: bool = False
     random_flip: bool = False
     caption_dropout: float = field(0.1, at_least=0.0, at_most=1.0)  # share of pairs trained with the empty prompt
@@ -267,7 +267,8 @@ class Scorer(Section, path="reward"):
 class Lora(Section, path="lora"):
     """Low-rank adaptation of the denoiser, and of the text encoders that a method trains."""
 
-    rank: int = field(0, at_least=0)  # > 0 trains low-rank parameters alone, over a base held in config.dtype
+    # > 0 trains low-rank parameters alone, over a base held in config.dtype
+    rank: int = field(0, at_least=0, at_most=16_384)
     alpha: float | None = field(None, above=0.0)  # updates are scaled by alpha / rank; None: the rank
     # regular expression: layers of the denoiser whose names end so; None: the projections of its attention that PEFT's
     # users adapt in this family
@@ -294,17 +295,17 @@ class Samples(Section, path="eval"):
     """Evaluation by sampling held-out prompts."""
 
     prompts: str = ""  # file, `datasets` name, or shapes:held_out
-    num_prompts: int = field(32, at_least=1)
-    images_per_prompt: int = field(2, at_least=1)  # at least 2 for eval/diversity
+    num_prompts: int = field(32, at_least=1, at_most=2**20)
+    images_per_prompt: int = field(2, at_least=1, at_most=2**20)  # at least 2 for eval/diversity
     judges: ConfigDict = field(default_factory=ConfigDict)  # rewards that only judge, {name: judge(...)}
-    batch_size: int = field(8, at_least=1)
+    batch_size: int = field(8, at_least=1, at_most=2**20)
     sampler: str | None = field(None, choices=(None, *SAMPLERS))  # None: what the model's folder says
-    num_steps: int | None = field(None, at_least=1)  # None: what the model's folder says
+    num_steps: int | None = field(None, at_least=1, at_most=MAX_STEPS)  # None: what the model's folder says
     guidance_scale: float | None = None  # None: what the model's folder says; at most 1: no guidance
     guidance_scales: tuple[float, ...] = field((), at_least=0.0)  # evaluated as well: eval/reward_mean@3, ...
     eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's steps
     seed: int = field(0, at_least=0)  # the same noise for the same prompts at every evaluation
-    grid: int = field(16, at_least=1)  # images in samples/step_*.png
+    grid: int = field(16, at_least=1, at_most=2**20)  # images in samples/step_*.png
 
     def check(self, config):
         """Judges are what `judge` makes."""

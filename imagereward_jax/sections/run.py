@@ -13,13 +13,15 @@ class Run(Section):
 
     seed: int = field(0, at_least=0)  # initial noise, stop indices, data order: the whole run follows from it
     steps: int = field(1000, at_least=1)  # training steps; each makes an update per loss of the method
-    batch_size: int = field(8, at_least=1)  # samples per update, over all devices and accumulation rounds
+    # samples per update, over all devices and accumulation rounds
+    batch_size: int = field(8, at_least=1, at_most=2**20)
     accumulation: int = field(1, at_least=1)  # rounds that a batch is split into: less memory, same gradient
     dtype: str = field("float32", choices=DTYPES)  # of the arithmetic; master weights of what trains are float32
     compilation_cache: bool = True  # keep compiled programs for the next start, in ~/.cache/imagereward_jax/compiled
     # what the compiler spends on a fast step; None leaves it to jax; O0 is for `plan` on TPUs
     optimization_level: str | None = field(None, choices=(None, *OPTIMIZATION_LEVELS))
-    max_skipped: int = field(20, at_least=1)  # updates skipped in a row (loss or gradient not finite) before it stops
+    # updates skipped in a row (loss, gradient or result not finite) before it stops
+    max_skipped: int = field(20, at_least=1)
     # > 0 averages the weights, which is what is sampled and exported; after update u it is min(it, (1 + u) / (10 + u))
     ema_decay: float = field(0.0, at_least=0.0, below=1.0)
     log_every: int = field(10, at_least=1)
@@ -47,10 +49,10 @@ class Optimizer(Section, path="optimizer"):
     scale_by_batch: bool = False  # multiply by config.batch_size: the rate is then that of one sample
     schedule: str = field("constant", choices=SCHEDULES)  # after the warm-up: constant, linear or cosine (to 0)
     warmup_steps: int = field(0, at_least=0)
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
+    b1: float = field(0.9, at_least=0.0, below=1.0)
+    b2: float = field(0.999, at_least=0.0, below=1.0)
+    eps: float = field(1e-8, at_least=0.0)
+    weight_decay: float = field(1e-2, at_least=0.0)
     clip_norm: float = field(1.0, at_least=0.0)  # global gradient norm; 0 switches clipping off
 
 

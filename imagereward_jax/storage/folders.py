@@ -6,9 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-
-class StorageError(ValueError):
-    """A file or folder could not be written; the message names it and says why."""
+from imagereward_jax.storage.errors import StorageError, writing
+from imagereward_jax.storage.lock import Lock
 
 
 @contextlib.contextmanager
@@ -25,29 +24,32 @@ def new_folder(target: str | os.PathLike, *, overwrite: bool = False, marker: st
 
     Raises:
         FileExistsError: `target` exists, is not empty, and must not be replaced.
-        StorageError: writing fails (disk full, no permission).
+        WriteError: writing fails (disk full, no permission); nothing at `target` was changed.
+        LockedError: another process is writing it.
     """
     target = Path(os.path.abspath(target))
     refuse_existing(target, overwrite=overwrite, marker=marker)
-    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    except StorageError as error:
-        raise type(error)(str(error).replace(str(partial), str(target))) from error
-    except OSError as error:
-        if isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None:
-            raise  # raised by this package, about files of the block
-        raise StorageError(f"{target}: could not be written ({error}); nothing at that path was changed") from error
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)  # interrupted between the two renames
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
+    partial, old, lock = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old", "lock"))
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Lock(lock, str(target)):
+            # A process that was killed left it between the two renames, or while it wrote.
+            if old.exists() and not target.exists():
+                old.rename(target)
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                yield partial
+                if target.exists():
+                    target.rename(old)
+                partial.rename(target)
+            except StorageError as error:
+                raise type(error)(str(error).replace(str(partial), str(target))) from error
+            finally:
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_existing(target: str | os.PathLike, *, overwrite: bool, marker: str) -> None:

@@ -1,6 +1,8 @@
 """Embeddings of the images evaluated before the first step; drift is the distance of later ones from them."""
 
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,23 +25,29 @@ class Baseline:
         main: whether this process writes the file; all read it.
 
     Attributes:
-        outdated: whether the file was written with other settings than config.eval's.
+        outdated: why its images have to be sampled again; "" if they need not.
     """
 
     def __init__(self, workdir: Path, config: Any, *, main: bool):
         self.path, self.main = workdir / FILE, main
         settings = json.loads(config.eval.to_json())
         self._settings = json.dumps({name: value for name, value in settings.items() if name not in IGNORED})
-        self._embeds, self.outdated = None, False
-        if self.path.exists():
+        self._embeds, self.outdated = None, ""
+        if not self.path.exists():
+            return
+        try:
             with np.load(self.path) as file:
                 there = {name: file[name] for name in file.files}
-            self.outdated = str(there.pop(SETTINGS)) != self._settings
-            self._embeds = None if self.outdated else there
+            if str(there.pop(SETTINGS)) != self._settings:
+                self.outdated = "config.eval has changed"
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            self.outdated = f"{self.path} is damaged"
+        if not self.outdated:
+            self._embeds = there
 
     def keep(self, embeds: Mapping[str, np.ndarray]) -> None:
         """Stores the embeddings of the evaluation before the first step; see `methods.base.Evaluation.embeds`."""
-        self._embeds, self.outdated = dict(embeds), False
+        self._embeds, self.outdated = dict(embeds), ""
         if self.main and embeds:
             save_arrays(self.path, {SETTINGS: np.array(self._settings), **embeds})
 

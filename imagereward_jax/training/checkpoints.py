@@ -1,9 +1,11 @@
 """Checkpoints of a run (Orbax): state, data positions and open log window; the latest ones and the best."""
 
 import functools
+import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,20 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from imagereward_jax.storage.errors import way_out
+from imagereward_jax.training.checksums import checksums, text_checksum
+from imagereward_jax.training.interruptions import wait_for_all
+from imagereward_jax.training.mesh import from_all_processes
+
+DAMAGED = "damaged_checkpoints"  # in the workdir: folders that could not be read, kept for the user
+_FULL = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")  # how errors of a full disk read
+_CHECKSUMS, _OWN = "checksums", "loop"  # in the loop's file: of the state's arrays, and of the file's other values
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says where and why."""
+
+    exit_status = 1
 
 
 def goodness(metrics: Mapping[str, float], best: str) -> float:
@@ -46,17 +59,49 @@ class Checkpoints:
             return BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False)
 
         self.folder, self.ranked_by = Path(folder).absolute(), tuple(best)
+        self.damaged = self.folder.with_name(DAMAGED)
+        self.set_aside_at_start = self._clean()
         logging.getLogger("absl").addFilter(_not_orbax)
+        logging.getLogger("asyncio").addFilter(_was_retrieved)
         policy = AnyPreservationPolicy([LatestN(keep), *(best_by(name) for name in best)])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             best_fn=functools.partial(goodness, best=best[0] if best else ""),  # without it, no metrics are kept
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "loop"))
+        with self._explained("make room for"):
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "loop"))
 
     def latest(self) -> int | None:
-        """The last whole checkpoint's step, or None."""
+        """The last checkpoint's step, or None."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, the latest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def _clean(self):
+        """Process 0 removes what a kill left of a write, and sets aside what is no checkpoint; returns the latter."""
+        found = []
+        if jax.process_index() == 0 and self.folder.is_dir():
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+            found = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and not _is_whole(path)]
+            self._move(found)
+        return from_all_processes(sorted(found))[0]
+
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Moves checkpoints that could not be read to WORKDIR/`DAMAGED`; every process has to call it."""
+        if jax.process_index() == 0:
+            self._move(steps)
+        wait_for_all("set damaged checkpoints aside")
+        self._manager.reload()
+
+    def _move(self, steps):
+        for step in steps:
+            target = self.damaged / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
 
     def best(self, name: str) -> tuple[float, int] | None:
         """(goodness, step) of the best checkpoint by a metric, the latest of equal ones; None if none has it."""
@@ -77,6 +122,8 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        sums = {**checksums(state), _OWN: text_checksum(loop)}
+        loop = {**loop, _CHECKSUMS: sums}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(loop))
         with self._explained("write"):
             self._manager.save(step, args=args, metrics=metrics, force=True)
@@ -87,18 +134,33 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, loop) of a step; `abstract_state` gives shapes, dtypes and shardings, which may be another mesh's."""
+        """(state, loop) of a step; `abstract_state` gives shapes, dtypes and shardings, which may be another mesh's.
+
+        Raises:
+            CheckpointError: it cannot be read, or is not what was saved.
+        """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), loop=ocp.args.JsonRestore())
-        with self._explained("read"):
+        with self._explained("read", f"the checkpoint {self.folder / str(step)}"):
             restored = self._manager.restore(step, args=args)
-        return restored.state, restored.loop
+            state, loop = restored.state, dict(restored.loop)
+            if expected := loop.pop(_CHECKSUMS, None):  # those of before have none
+                found = {**checksums(state), _OWN: text_checksum(loop)}
+                differ = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+                if differ:
+                    raise ValueError(f"{len(differ)} of its arrays are not what was saved: {min(differ)}")
+        return state, loop
 
     def close(self) -> None:
-        """Releases the folder."""
-        self._manager.close()
+        """Releases the folder.
 
-    def _explained(self, verb):
-        return _Explained(f"could not {verb} a checkpoint in {self.folder}")
+        Raises:
+            CheckpointError: a write in the background failed.
+        """
+        with self._explained("write"):
+            self._manager.close()
+
+    def _explained(self, verb, what=""):
+        return _Explained(f"could not {verb} {what or f'a checkpoint in {self.folder}'}")
 
 
 class _Explained:
@@ -113,14 +175,38 @@ class _Explained:
     def __exit__(self, kind, error, trace):
         if not isinstance(error, Exception):
             return
+        if isinstance(error, CheckpointError):
+            return
         reason = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
-        hint = " (free some room and run the same command again)" if "No space left" in str(error) else ""
-        raise CheckpointError(f"{self.what}: {reason}{hint}") from error
+        full = any(
+            sign in str(error) for sign in ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")
+        )
+        raise CheckpointError(f"{self.what}: {reason}{f' ({way_out()})' if full else ''}") from error
+
+
+def _is_whole(folder):
+    """Whether the parts of a checkpoint are there and its small files can be read: Orbax looks at them at the start."""
+    try:
+        for name in ("loop/metadata", "metrics/metrics"):
+            if name == "loop/metadata" or (folder / "metrics").exists():
+                json.loads((folder / name).read_bytes())
+        return (folder / "_CHECKPOINT_METADATA").is_file() and any((folder / "state").iterdir())
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _not_orbax(record):
-    """Orbax reports every array, and every checkpoint without metrics; errors pass."""
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+    """Orbax reports every array, and every checkpoint without metrics. Its errors pass without their tracebacks: they
+    are raised as well."""
+    if "orbax" not in record.pathname:
+        return True
+    record.exc_info = record.exc_text = None
+    return record.levelno >= logging.ERROR
+
+
+def _was_retrieved(record):
+    """Of tasks of Orbax that failed together asyncio reports all but the first, which is raised."""
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def abstract(state: Any, shardings: Any) -> Any:

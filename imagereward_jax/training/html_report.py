@@ -4,12 +4,14 @@ import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from imagereward_jax.storage.files import write_text
-from imagereward_jax.training.metric_writers import METRICS, read_rows, rounded, rows_with
+from imagereward_jax.training.metric_writers import METRICS, TEST, read_rows, rounded, rows_with
 
+SAMPLE = re.compile(r"step_(\d+)(_\d+)?\.png")  # other images in samples/ are the user's
 HIDDEN = ("step", "time")
 # In this order in the figure of the watch, the judges after the reward.
 WATCHED = (
@@ -35,7 +37,7 @@ def write_report(workdir: str | Path, ending: str = "") -> None:
     """
     workdir = Path(workdir)
     rows = read_rows(workdir / METRICS)
-    samples = sorted((workdir / "samples").glob("step_*.png"))
+    samples = sorted(path for path in (workdir / "samples").glob("*.png") if SAMPLE.fullmatch(path.name))
     config = json.loads((workdir / "config.json").read_text())
     parts = [
         f"<h1>{html.escape(workdir.name)}</h1>",
@@ -73,13 +75,13 @@ def _evaluations(rows):
 
 def _test(rows):
     """The numbers of the test set, which are computed once."""
-    tested = rows_with(rows, "test/")
+    tested = rows_with(rows, TEST)
     if not tested:
         return ""
     cells = [
         f"<tr><td>{html.escape(name)}</td><td>{rounded(value)}</td></tr>"
         for name, value in tested[-1].items()
-        if name.startswith("test/")
+        if name.startswith(TEST)
     ]
     return f"<h2>Test set, with what was exported</h2><table>{''.join(cells)}</table>"
 
@@ -89,7 +91,7 @@ def _samples(paths, config):
         return ""
     shown = [paths[0], paths[-1]] if len(paths) > 1 else paths
     figures = "".join(
-        f"<figure><figcaption>step {int(path.stem.split('_')[1])}</figcaption>"
+        f"<figure><figcaption>step {int(SAMPLE.fullmatch(path.name)[1])}</figcaption>"
         f'<img alt="samples" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>'
         for path in shown
     )
@@ -150,7 +152,7 @@ def _points(rows, name):
 
 
 def _curves(rows):
-    names = {name for row in rows for name in row if name not in HIDDEN and not name.startswith("test/")}
+    names = {name for row in rows for name in row if name not in HIDDEN and not name.startswith(TEST)}
     names = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
     if not names:
         return ""

@@ -15,6 +15,8 @@ SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broke
 class RunError(RuntimeError):
     """A run cannot go on; the message says why and what to do."""
 
+    exit_status = 1
+
 
 class ProcessLost(RuntimeError):
     """Another process of this run ended, so that this one cannot go on; the message says so and what to do.
@@ -80,21 +82,23 @@ def wait_for_all(name: str) -> None:
 def closing(manager) -> Iterator[None]:
     """Closes the checkpoints at the end, unless a process is gone: that would wait for it.
 
+    An error of the block comes through, whatever closing then says: a full disk, say, fails both.
+
     Raises:
         ProcessLost: a collective operation failed in a run of several processes.
+        CheckpointError: a write in the background failed.
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if jax.process_count() > 1 and any(sign in str(error) for sign in SIGNS_OF_LOSS):
+    except BaseException as error:
+        lost = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and jax.process_count() > 1
+        if lost and any(sign in str(error) for sign in SIGNS_OF_LOSS):
             reason = str(error).splitlines()[0][:200]
             raise ProcessLost(
                 f"process {jax.process_index()} of {jax.process_count()} lost another process of this run ({reason}); "
                 "start them all again with the same command: the run continues from its latest checkpoint"
             ) from error
-        manager.close()
-        raise
-    except BaseException:
-        manager.close()
+        with contextlib.suppress(Exception):
+            manager.close()
         raise
     manager.close()

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from imagereward_jax.methods.base import ImageSamples
 from imagereward_jax.models.param_tree import join
+from imagereward_jax.storage.errors import writing
 from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.training.baseline import Baseline
 from imagereward_jax.training.checkpoints import Checkpoints, abstract, exports_best, goodness
@@ -39,10 +40,11 @@ from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_i
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.progress import Progress, listed
+from imagereward_jax.training.resume import locked, newest_whole
 from imagereward_jax.training.state import from_checkpoint, to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
 from imagereward_jax.training.watch import Watch, check_best, check_measured
-from imagereward_jax.training.workdir import CONFIG, check_workdir, is_complete
+from imagereward_jax.training.workdir import CONFIG, check_export, check_workdir, is_complete, read_done, sweep
 
 SamplesHook = Callable[[ImageSamples, int, dict[str, MetricWriter]], None]
 
@@ -67,6 +69,8 @@ def train(
 
     Raises:
         WorkdirError: the workdir belongs to another run, or cannot be written.
+        LockedError: another process trains in the workdir.
+        WriteError, CheckpointError: the disk is full, say; the latest whole checkpoint stays.
         ConfigError: config.stop.judge or config.eval.best is not among the metrics of the evaluation.
         RunError: too many updates in a row were not finite.
         ProcessLost: another process of the run ended.
@@ -80,22 +84,31 @@ def train(
     if is_complete(workdir, config):
         return False
     check_installed(config.writers)
-    wait_for_all("checked the workdir")  # before process 0 writes into it
-    run = assemble(config, mesh)  # before anything is written: a bad path leaves no workdir behind
-    check_measured(config, run.method.evaluate.values())
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
-        for name, text in run.files.items():
-            write_text(workdir / name, text)
-    keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
-    best = dict.fromkeys(name for name in (config.eval.best, config.stop.judge) if name)
-    manager = Checkpoints(workdir / "checkpoints", keep=keep, best=tuple(best))
-    with closing(manager), catch_signals() as caught:
-        loop = _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook)
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(locked(workdir)) if workdir.is_dir() else None
+        wait_for_all("checked the workdir")  # before process 0 writes into it
+        run = assemble(config, mesh)  # before anything is written: a bad path leaves no workdir behind
+        check_measured(config, run.method.evaluate.values())
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+        lock = lock or stack.enter_context(locked(workdir))
+        check_workdir(workdir, config)  # again: another run may have begun and ended meanwhile
+        if run.export is not None:
+            check_export(workdir, run.export.marker)
+        if jax.process_index() == 0:
+            sweep(workdir)
+            write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
+            for name, text in run.files.items():
+                write_text(workdir / name, text)
+        keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
+        best = dict.fromkeys(name for name in (config.eval.best, config.stop.judge) if name)
+        manager = Checkpoints(workdir / "checkpoints", keep=keep, best=tuple(best))
+        caught = stack.enter_context(catch_signals())
+        stack.enter_context(closing(manager))
+        loop = _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook, lock)
+        with contextlib.ExitStack() as writers:
             for writer in loop.writers.values():
-                stack.callback(writer.close)
+                writers.callback(writer.close)
             loop.run()
     return True
 
@@ -103,9 +116,9 @@ def train(
 class _Loop:
     """One process's part of a run, from restoring to the report."""
 
-    def __init__(self, config, run, workdir, mesh, manager, caught, hook):
+    def __init__(self, config, run, workdir, mesh, manager, caught, hook, lock):
         self.config, self.workdir, self.mesh, self.manager, self.caught = config, workdir, mesh, manager, caught
-        self.assembled, self.method, self.hook = run, run.method, hook
+        self.assembled, self.method, self.hook, self.lock = run, run.method, hook, lock
         self.main = jax.process_index() == 0
         self.progress = Progress(config, run.method, main=self.main)
         self.program = TrainingProgram(config, run, mesh)
@@ -123,22 +136,24 @@ class _Loop:
         self.meter = Meter()
         self.profiler = Profiler(workdir / "profile", config.profile.steps)
         self.step = self._restore()
-        self.writers = make_writers(config.writers, workdir, last_step=self.step) if self.main else {}
+        ended = (read_done(workdir) or {}).get("step")
+        self.writers = make_writers(config.writers, workdir, last_step=self.step, ended=ended) if self.main else {}
 
     def _restore(self):
-        step = self.manager.latest()
-        if step is None:
-            return None
-        if self.baseline.outdated:
-            self.progress.say("config.eval has changed: sampling the images of before the first step again, for drift")
+        if self.manager.steps() and self.baseline.outdated:
+            self.progress.say(f"{self.baseline.outdated}: sampling what was before the first step again, for drift")
             self.baseline.keep(self._evaluate()[1])
+        step = newest_whole(self.manager, self._take_over, self.progress.say)
+        if step is not None:
+            self.progress.say(f"continuing from step {step}")
+        return step
+
+    def _take_over(self, step):
         self.state, loop = self._read_state(step)
         self.meter.set_state(loop["meter"])
         self.watch.set_state(loop.get("watch", {}))  # runs of before have none
         for phase in self.method.phases:
             phase.source.set_state(loop["streams"])
-        self.progress.say(f"continuing from step {step}")
-        return step
 
     def _read_state(self, step):
         shapes = abstract(to_checkpoint(self.state), to_checkpoint(self.program.state_shardings))
@@ -325,7 +340,11 @@ class _Loop:
         return any(goodness(evaluation, name) > value for name, (value, _) in found.items())
 
     def _stop_if_asked(self, *, within_step=False):
-        """Stops after a signal; a step that made some of its updates is thrown away, back to the latest checkpoint."""
+        """Stops after a signal; a step that made some of its updates is thrown away, back to the latest checkpoint.
+
+        Also stops if another host took the workdir over.
+        """
+        self.lock.check()
         if signum := signal_of_any(self.caught):
             if not within_step:
                 self._save({}, always=True)
@@ -344,8 +363,8 @@ class _Loop:
             where = f"config.reward.path={path!r}" if path else "config.reward"
             advice = f"{where} gave scores that were not finite ({broken}): mend it,"
         raise RunError(
-            f"{skipped} updates in a row had a loss or gradients that were not finite (config.max_skipped): the "
-            f"weights of the last good update are in {self.manager.folder / str(self.step)}; {advice} and start in "
+            f"{skipped} updates in a row had a loss, gradients or a result that were not finite (config.max_skipped): "
+            f"the weights of the last good update are in {self.manager.folder / str(self.step)}; {advice} and start in "
             "another --workdir"
         )
 

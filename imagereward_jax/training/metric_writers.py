@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,11 +18,14 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from imagereward_jax.storage.files import write_text
+from imagereward_jax.storage.errors import writing
+from imagereward_jax.storage.files import whole_file, write_text
+from imagereward_jax.terminal import say
 from imagereward_jax.training.interruptions import RunError
 
 METRICS = "metrics.jsonl"  # in the workdir
 WANDB_RUN = "wandb_run.json"  # in the workdir, the id that a resumed run continues
+TEST = "test/"  # how metrics of the test set begin
 COUNTERS = ("skipped",)  # metrics that count since the run began: their last value is logged, not their mean
 
 
@@ -75,28 +79,38 @@ class MetricWriter(Protocol):
 class JsonlWriter:
     """metrics.jsonl: one object per row with `step`, `time` (seconds since the epoch) and the numbers."""
 
-    def __init__(self, path: str | os.PathLike, *, last_step: int | None):
-        """Continues after `last_step`: rows past it, left by a run that was killed, are dropped (None drops all)."""
+    def __init__(self, path: str | os.PathLike, *, last_step: int | None, ended: int | None = None):
+        """Continues after `last_step`: rows past it, left by a run that was killed, are dropped (None drops all).
+
+        Rows of the test set are written again by a run whose end (`ended`, None: none) did not come after them.
+        Damaged lines are told and dropped.
+        """
         self.path = Path(path)
-        rows = [row for row in read_rows(self.path) if last_step is not None and row["step"] <= last_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, self.path)
+        rows, damaged = read_lines(self.path)
+        for number in damaged:
+            say(f"warning: {self.path}, line {number} is damaged and is left out", file=sys.stderr)
+        rows = [row for row in rows if last_step is not None and row["step"] <= last_step]
+        rows = [row for row in rows if row["step"] <= (-1 if ended is None else ended) or not rows_with([row], TEST)]
+        with whole_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.last = rows[-1]["step"] if rows else None
-        self._file = self.path.open("a")
+        with writing(self.path):
+            self._file = self.path.open("a")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a row; non-finite numbers are written as null, which JSON can hold."""
         numbers = {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": time.time(), **numbers}) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps({"step": step, "time": time.time(), **numbers}) + "\n")
+            self._file.flush()
 
     def write_images(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes nothing: JSON holds no images."""
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
 
 class TensorBoardWriter:
@@ -243,10 +257,16 @@ def check_installed(names: Iterable[str]) -> None:
             ) from error
 
 
-def make_writers(names: Iterable[str], workdir: str | os.PathLike, *, last_step: int | None) -> dict[str, MetricWriter]:
-    """Makes the writers that `config.writers` names, by name; `last_step`: the step that the run continues after."""
+def make_writers(
+    names: Iterable[str], workdir: str | os.PathLike, *, last_step: int | None, ended: int | None = None
+) -> dict[str, MetricWriter]:
+    """Makes the writers that `config.writers` names, by name.
+
+    Args:
+        last_step: the step that the run continues after. ended: the step at which it last ended, test and export done.
+    """
     makers = {
-        "jsonl": lambda: JsonlWriter(Path(workdir) / METRICS, last_step=last_step),
+        "jsonl": lambda: JsonlWriter(Path(workdir) / METRICS, last_step=last_step, ended=ended),
         "tensorboard": lambda: TensorBoardWriter(workdir, last_step=last_step),
         "log": LogWriter,
         "wandb": lambda: WandbWriter(workdir),
@@ -255,15 +275,25 @@ def make_writers(names: Iterable[str], workdir: str | os.PathLike, *, last_step:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Reads the rows of a metrics.jsonl; a last row that a kill cut short is left out."""
+    """Reads the rows of a metrics.jsonl, without damaged ones."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
+    """Reads a metrics.jsonl: (whole rows, numbers of damaged lines); a last line that a kill cut is in neither."""
     path = Path(path)
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else (b"",)
+    rows, damaged = [], []
+    for number, line in enumerate([*lines, last], 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError("not a row")
+            rows.append(row)
+        except (ValueError, RecursionError):
+            if number <= len(lines):
+                damaged.append(number)
+    return rows, damaged
 
 
 def rows_with(rows: Iterable[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:

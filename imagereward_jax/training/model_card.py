@@ -1,6 +1,7 @@
 """README.md of an export: what was tuned, from what, by which method and reward, and what was measured."""
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -142,5 +143,5 @@ def _escaped(value):
 
 def _shown(value):
     """The value; of a path on this machine its last part, as the rest is private and of no use to others."""
-    is_path = isinstance(value, str) and (Path(value).expanduser().is_absolute() or value.startswith((".", "~")))
+    is_path = isinstance(value, str) and (Path(os.path.expanduser(value)).is_absolute() or value.startswith((".", "~")))
     return Path(value).name if is_path else value

@@ -16,7 +16,7 @@ class TrainState:
     Attributes:
         step: training steps so far, int32. rng: key data of the run. params: float32 master weights of what trains.
         opt_state: the optimizer's moments. ema: the average of the weights, or an empty dict.
-        skipped, skipped_in_row: updates skipped because loss or gradient was not finite.
+        skipped, skipped_in_row: updates skipped because loss, gradient or result was not finite.
         copies: averages that the method asked for, by name.
     """
 

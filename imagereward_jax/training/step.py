@@ -57,6 +57,12 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no floating-point array of `tree` holds NaN or Inf: a bool on the device."""
+    arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+
+
 def make_train_step(
     phases: tuple[Phase, ...],
     optimizer: optax.GradientTransformation,
@@ -71,7 +77,8 @@ def make_train_step(
 
     Randomness is `fold_in(fold_in(key, step), phase)`, and if a step makes several updates of each phase also by
     `update`, the number of this one in the step: a run that resumes draws the same numbers. The last one ends the step.
-    An update whose loss or gradient is not finite leaves weights, moments and averages as they were and is counted.
+    An update whose loss, gradient or result is not finite leaves weights, moments and averages as they were and is
+    counted.
 
     Args:
         phases: batches are given by their names.
@@ -162,27 +169,35 @@ class _Step:
     def update(self, state, grads, loss, index):
         """(the state after one update, the gradient's norm)."""
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-
-        def average(old, decay):
-            return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, old, params)
-
-        def keep(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-        decay = jnp.minimum(self.ema_decay, (1 + index) / (10 + index))  # the start weights fade out quickly
-        averages = {name: average(tree, self.copies[name](index)) for name, tree in state.copies.items()}
+        old = (state.params, state.opt_state, state.ema, state.copies)
+        # Settings and users' optimizers, too, can make NaN of finite gradients, so the result is looked at. It is
+        # computed twice: else all of it would be in memory beside the old state until it is known to be finite.
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss) & all_finite(self.result(old, grads, index))
+        old, grads, finite = jax.lax.optimization_barrier((old, grads, finite))
+        result = self.result(old, grads, index)
+        params, opt_state, ema, copies = jax.tree.map(lambda new, old: jnp.where(finite, new, old), result, old)
         state = state.replace(
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            ema=keep(average(state.ema, decay), state.ema) if state.ema else {},
-            copies=keep(averages, state.copies),
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            copies=copies,
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
         )
         return state, norm
+
+    def result(self, old, grads, index):
+        """(params, opt_state, ema, copies) after one update."""
+        params, opt_state, ema, copies = old
+        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+        def average(tree, decay):
+            return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, tree, params) if tree else {}
+
+        decay = jnp.minimum(self.ema_decay, (1 + index) / (10 + index))  # the start weights fade out quickly
+        averages = {name: average(tree, self.copies[name](index)) for name, tree in copies.items()}
+        return params, opt_state, average(ema, decay), averages
 
 
 def over_updates(found: list[dict[str, Any]]) -> dict[str, Any]:

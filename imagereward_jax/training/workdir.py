@@ -8,9 +8,14 @@ from typing import Any
 
 from imagereward_jax.models.lora import ATTENTION
 from imagereward_jax.recipes import default_config
+from imagereward_jax.storage.files import is_temporary
+from imagereward_jax.storage.folders import refuse_existing
 
-CONFIG, DONE = "config.json", "done.json"
+CONFIG, DONE, LOCK = "config.json", "done.json", ".lock"
 CLASS_IMAGES = "class_images"  # what a run makes of a model before it has a config there
+# What a run makes in its workdir.
+FOLDERS = ("samples", "checkpoints", "damaged_checkpoints", "export", "profile", "wandb", CLASS_IMAGES)
+FILES = (CONFIG, DONE, "metrics.jsonl", "report.html", "prompts.jsonl", "base_embeddings.npz", "wandb_run.json")
 # Fields that may differ on resume: how long the run goes on, what it reports, and how (not which) numbers are computed;
 # those then differ by rounding (mesh, optimization_level, model.remat).
 MAY_CHANGE = (
@@ -40,11 +45,38 @@ class WorkdirError(ValueError):
 
 def is_complete(workdir: Path, config: Any) -> bool:
     """Whether the run reached its last step, or was stopped by the present config.stop, and left export and report."""
-    path = workdir / DONE
-    if not path.exists():
+    done = read_done(workdir)
+    if done is None:
         return False
-    done = json.loads(path.read_text())
     return done["step"] >= config.steps or ("stop" in done and done["stop"] == json.loads(config.stop.to_json()))
+
+
+def read_done(workdir: Path) -> dict[str, Any] | None:
+    """What done.json says; None if there is none, or none that can be read: then the run ends anew."""
+    try:
+        done = json.loads((workdir / DONE).read_bytes())
+        return done if isinstance(done["step"], int) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def sweep(workdir: Path) -> None:
+    """Removes what kills left of single files; process 0 does it, with the lock."""
+    for folder in (workdir, workdir / "samples"):
+        for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+            path.unlink(missing_ok=True)
+
+
+def check_export(workdir: Path, marker: str) -> None:
+    """Refuses an export/ that no run wrote, before training: it is not replaced.
+
+    Raises:
+        WorkdirError: naming it.
+    """
+    try:
+        refuse_existing(workdir / "export", overwrite=True, marker=marker)
+    except FileExistsError as error:
+        raise WorkdirError(f"{error}: move it away, or choose another --workdir") from error
 
 
 def check_workdir(workdir: Path, config: Any) -> None:
@@ -56,13 +88,19 @@ def check_workdir(workdir: Path, config: Any) -> None:
     _check_writable(workdir)
     path = workdir / CONFIG
     if not path.exists():
-        if workdir.is_dir() and any(path.name != CLASS_IMAGES for path in workdir.iterdir()):
+        if workdir.is_dir() and any(one.name != CLASS_IMAGES and not is_temporary(one) for one in workdir.iterdir()):
             raise WorkdirError(f"{workdir} exists and is not the workdir of a run: choose another --workdir")
         return
+    for name in (*FOLDERS, *FILES):
+        if (workdir / name).exists() and (workdir / name).is_dir() != (name in FOLDERS):
+            kind = "folder" if name in FOLDERS else "file"
+            raise WorkdirError(f"{workdir / name}: a run has a {kind} there; move it away, or choose another --workdir")
     try:
-        there = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        there = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise WorkdirError(f"{path} is not valid JSON ({error}): choose another --workdir") from error
+    if not isinstance(there, dict):
+        raise WorkdirError(f"{path} does not hold the fields of a config: choose another --workdir")
     now, default = fields_and_defaults(config)
     there = {name: default[name] for name in now.keys() & default.keys()} | dict(flat_fields(there))
     for name, value in NOW_NONE.items():

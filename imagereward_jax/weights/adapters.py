@@ -3,10 +3,12 @@
 An adapter is {network: {layer: LowRank or Factors}}, its arrays laid out as in PyTorch.
 """
 
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from imagereward_jax.models.lora import LoRAParam
@@ -26,7 +28,7 @@ def find_adapter(name_or_path):
     Raises:
         FileNotFoundError: there is none; the message says what was looked for.
     """
-    path = Path(str(name_or_path)).expanduser()
+    path = Path(os.path.expanduser(str(name_or_path)))
     if path.is_file():
         return path
     if path.is_dir():
@@ -89,6 +91,10 @@ def _gather(path, tensors, aliases):
         raise WeightsError(f"{path}: {len(unknown)} of {len(tensors)} keys fit no layer of this model ({why}): {shown}")
     if not layers:
         raise WeightsError(f"{path}: holds no adapter")
+    for name, parts in layers.items():
+        for array in parts.values():
+            if not jnp.issubdtype(array.dtype, jnp.floating) or not np.isfinite(array).all():
+                raise WeightsError(f"{path}: layer {name} has values that are not finite numbers")
     return layers
 
 
@@ -267,7 +273,7 @@ def low_rank_params(network, layers, *, rank, alpha, what):
 
 def read_generation(name_or_path):
     """The `Generation` beside an adapter's file; None if there is none (on the hub, none is looked for)."""
-    path = Path(str(name_or_path)).expanduser()
+    path = Path(os.path.expanduser(str(name_or_path)))
     return generation_file.read_generation(path if path.is_dir() else path.parent) if path.exists() else None
 
 
@@ -283,7 +289,7 @@ def write_adapter(folder, networks, params, *, rank, alpha, dtype=np.float32, ge
         generation: a `Generation` to state beside it, or None.
 
     Raises:
-        WeightsError: it could not be written, or overflows in `dtype`.
+        WriteError: it could not be written. WeightsError: it overflows in `dtype`.
     """
     tensors, scale = {}, np.float32(alpha / rank)
     for name, tree in params.items():

@@ -59,8 +59,9 @@ def class_of(config: dict, what: str) -> str:
     Raises:
         ValueError: it states none, or one that is not implemented.
     """
-    name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    if name is None:
+    listed = config.get("architectures")
+    name = config.get("_class_name") or (listed[0] if isinstance(listed, list | tuple) and listed else None)
+    if not isinstance(name, str):
         raise ValueError(f"{what}: config.json states no class; expected _class_name or architectures")
     return torch_class(name, what)
 
@@ -72,18 +73,21 @@ def label(class_name: str) -> dict[str, Any]:
     return {"architectures": [class_name]}
 
 
-def read_settings(class_name: str, config: dict) -> Any:
+def read_settings(class_name: str, config: dict, where: str = "") -> Any:
     """Reads the config dataclass of a network.
 
     Args:
-        config: the content of its config.json.
+        config: the content of its config.json. where: how an error names the file.
 
     Raises:
-        ValueError: a setting that is not implemented.
+        ValueError: a setting that is not implemented, or of another type.
     """
     # Some programs write "architectures": null; the class is known here.
     stated = {name: value for name, value in config.items() if name != "architectures" or value is not None}
-    return COMPONENTS[class_name].config.from_dict(stated)
+    try:
+        return COMPONENTS[class_name].config.from_dict(stated)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def build_network(

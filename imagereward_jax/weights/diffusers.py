@@ -6,6 +6,7 @@ encoders with and without `text_model.`, and the msgpack files of diffusers' Fla
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -75,8 +76,16 @@ def read_index(folder: str | Path) -> Index:
         name: components.torch_class(kind, str(path)) for name, kind in parts.items() if components.is_component(kind)
     }
     fields = {name: index[name] for name in _READ_FIELDS if name in index}
+    check_fields(fields, str(path))
     absent = frozenset(name for name, kind in parts.items() if kind is None)
     return Index(index.get("_class_name"), classes, fields, absent)
+
+
+def check_fields(fields: Mapping[str, Any], where: str) -> None:
+    """Refuses settings of a pipeline that are unknown or not true or false; `where` names the file."""
+    for name, value in fields.items():
+        if name not in _READ_FIELDS or not isinstance(value, bool):
+            raise WeightsError(f"{where}: {name}={value!r:.100}: expected true or false of {', '.join(_READ_FIELDS)}")
 
 
 def resolve_structure(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path:
@@ -105,7 +114,7 @@ def resolve_pipeline(
         FileNotFoundError: it has no model_index.json.
     """
     folder = resolve_structure(name_or_path, cache_dir=cache_dir)
-    if Path(str(name_or_path)).expanduser().is_dir() or name_or_path in hub.builtin_models():
+    if Path(os.path.expanduser(str(name_or_path))).is_dir() or name_or_path in hub.builtin_models():
         return folder
     wanted = [name for name in read_index(folder).classes if (folder / name / "config.json").is_file()]
     for stated in dict.fromkeys((variant, None)):
@@ -199,7 +208,7 @@ def save_component(
     Raises:
         FileExistsError: `folder/name` is there and not empty, and `overwrite` is false.
         ValueError: config states no class that is implemented.
-        WeightsError: it could not be written.
+        WriteError: it could not be written.
     """
     label = components.label(components.class_of(config, name))
     with new_folder(Path(folder) / name, overwrite=overwrite, marker="config.json") as partial:
@@ -232,7 +241,7 @@ def save_pipeline(
     Raises:
         FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is not a diffusers folder.
         ValueError: the scheduler's class is not stated. FileNotFoundError: a tokenizer folder is absent.
-        StorageError: it could not be written, or a link in a tokenizer's folder leads out of the model's.
+        WriteError: it could not be written. StorageError: a link in a tokenizer's folder leads out of the model's.
     """
     pairs = networks.items() if isinstance(networks, dict) else networks
     with new_folder(folder, overwrite=overwrite, marker=INDEX) as partial:

@@ -3,6 +3,7 @@
 Nothing that is read here can run code. A file that is written appears whole or not at all.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,9 +18,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
-from imagereward_jax.storage.folders import StorageError
+from imagereward_jax.storage.errors import StorageError, WriteError, way_out, writing
 from imagereward_jax.weights.torchscript import RefusedPickle, is_torchscript, read_torchscript
 
+MAX_JSON = 256 * 2**20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _SAFETENSORS_DTYPES = {
@@ -49,7 +51,7 @@ class _Inert:
 
 
 class WeightsError(StorageError):
-    """A file or folder of weights cannot be read or written; the message names it and says why."""
+    """A file or folder of weights cannot be read; the message names it and says why."""
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -138,7 +140,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: di
         metadata: strings for the header; by default `{"format": "pt"}`, which PyTorch libraries ask for.
 
     Raises:
-        WeightsError: the file could not be written (a full disk, a missing folder, no permission).
+        WriteError: the file could not be written (a full disk, a missing folder, no permission).
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -147,15 +149,17 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: di
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # by the umask; safetensors makes files that only the owner may read
-        save_file(arrays, partial, metadata=metadata or {"format": "pt"})
-        partial.chmod(mode)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: could not be written ({error}); nothing at that path was changed") from error
+        with writing(path):
+            partial.touch()
+            mode = partial.stat().st_mode  # by the umask; safetensors makes files that only the owner may read
+            save_file(arrays, partial, metadata=metadata or {"format": "pt"})
+            partial.chmod(mode)
+            os.replace(partial, path)
+    except SafetensorError as error:
+        raise WriteError(f"{path}: could not be written ({error}); {way_out()}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def cast(tensors: Mapping[str, np.ndarray], dtype: DTypeLike, *, what: str) -> dict[str, np.ndarray]:
@@ -189,13 +193,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise WeightsError(f"{path}: {size:,} bytes are too many for a file of settings (at most {MAX_JSON:,})")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
+
+
+def _refuse_constant(name):
+    raise ValueError(f"it holds {name}, which JSON has not")
 
 
 def _refuse_placeholders(path):
@@ -253,6 +263,7 @@ def _view(tensor, data):
 
 def _read_pickle(path):
     """Reads a PyTorch file without running anything that it holds."""
+    _refuse_compressed(path)
     if is_torchscript(path):
         return _read_torchscript(path)
     import torch
@@ -275,7 +286,23 @@ def _read_pickle(path):
     others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise WeightsError(f"{path}: expected tensors only, but these entries are not: {', '.join(others[:10])}")
-    return {name: _torch_to_numpy(tensor) for name, tensor in loaded.items()}
+    if unnamed := [name for name in loaded if not isinstance(name, str)]:
+        raise WeightsError(f"{path}: its tensors should have names; one is called {unnamed[0]!r}")
+    return {name: _torch_to_numpy(path, name, tensor) for name, tensor in loaded.items()}
+
+
+def _refuse_compressed(path):
+    """Refuses an archive that unpacks to far more than it is: PyTorch's are not compressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # no archive, or a broken one: its reader says so
+    if unpacked > 2 * path.stat().st_size + 2**24:
+        raise WeightsError(
+            f"{path}: refused: {path.stat().st_size / 2**20:,.1f} MiB that unpack to {unpacked / 2**20:,.0f}, and "
+            "checkpoints are not compressed"
+        )
 
 
 def _read_torchscript(path):
@@ -306,12 +333,26 @@ def _why_unsafe(error):
     )
 
 
-def _torch_to_numpy(tensor):
+def _torch_to_numpy(path, name, tensor):
     import torch
 
+    kind = "quantised" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout).split(".")[1]
+    if kind != "strided":
+        raise WeightsError(f"{path}: {name} is a {kind} tensor, not one of plain numbers; save it as such")
+    bytes_, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if bytes_ > max(4 * stored, 2**24):
+        raise WeightsError(f"{path}: refused: {name} unpacks {stored:,} bytes to {bytes_ / 2**20:,.0f} MiB")
     tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    others = {
+        torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+        torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+        torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
+    }
+    if tensor.dtype in others:
+        bits, dtype = others[tensor.dtype]
+        return tensor.view(bits).numpy().view(dtype)
+    if tensor.dtype.is_complex or "float8" in str(tensor.dtype) or "float4" in str(tensor.dtype):
+        raise WeightsError(f"{path}: {name} has dtype {tensor.dtype}, which is not read; save it as float32")
     return tensor.numpy()
 
 

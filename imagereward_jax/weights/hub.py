@@ -40,7 +40,7 @@ def resolve_model(
         ModelNotFound: there is no such model, or the hub cannot be reached.
     """
     name = str(name_or_path)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     if path.is_file():

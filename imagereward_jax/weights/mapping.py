@@ -99,7 +99,7 @@ def from_torch(
         The nested dict that `nnx.merge` takes: NumPy arrays, or jax arrays for leaves of `target` with a sharding.
 
     Raises:
-        CheckpointMismatch: naming every missing, unexpected and misshapen key.
+        CheckpointMismatch: naming every missing, unexpected and misshapen key; or one whose values are not finite.
     """
     layout = torch_layout(module, kind)
     _check_keys(layout, tensors, what, ignore)
@@ -107,8 +107,18 @@ def from_torch(
     for path, leaves in _by_path(layout).items():
         struct = None if target is None else functools.reduce(operator.getitem, path, target)
         sources = [(leaf, tensors[key]) for key, leaf in leaves]
-        _put(params, path, _parameter(sources, dtype if struct is None else struct.dtype, struct))
+        value = _parameter(sources, dtype if struct is None else struct.dtype, struct)
+        if not _is_finite(value):
+            raise CheckpointMismatch(f"{what}: {leaves[0][0]} has values that are NaN or infinite; the file is broken")
+        _put(params, path, value)
     return params
+
+
+def _is_finite(array):
+    """Whether the parts of an array that are here hold neither NaN nor infinity."""
+    if isinstance(array, jax.Array):
+        return all(_is_finite(np.asarray(shard.data)) for shard in array.addressable_shards if shard.replica_id == 0)
+    return not jnp.issubdtype(array.dtype, jnp.floating) or bool(np.isfinite(array).all())
 
 
 def _check_keys(layout, tensors, what, ignore):
@@ -120,6 +130,11 @@ def _check_keys(layout, tensors, what, ignore):
         f"{key}: {tuple(tensors[key].shape)} in the checkpoint, {leaf.torch_shape} in the network"
         for key, leaf in sorted(layout.items())
         if key in present and tuple(tensors[key].shape) != leaf.torch_shape
+    ]
+    misshapen += [
+        f"{key}: {tensors[key].dtype} in the checkpoint, floating point in the network"
+        for key in sorted(layout.keys() & present)
+        if not jnp.issubdtype(tensors[key].dtype, jnp.floating)
     ]
     if missing or unexpected or misshapen:
         raise CheckpointMismatch(_describe(what, missing, unexpected, misshapen))
@@ -170,7 +185,7 @@ def _read_tensor(leaf, tensor, index, dtype):
         array = np.asarray(tensor[index])
     else:
         array = np.asarray(tensor[tuple(index[axis] for axis in leaf.to_torch)]).transpose(np.argsort(leaf.to_torch))
-    if dtype is not None and jnp.issubdtype(array.dtype, np.floating):  # bfloat16 and fp8 among them
+    if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):  # bfloat16 and fp8 among them
         array = array.astype(dtype, copy=False)
     return np.ascontiguousarray(array).reshape(array.shape)
 
@@ -207,7 +222,7 @@ def host_array(array: Any) -> np.ndarray:
 
 def _describe(what, missing, unexpected, misshapen):
     lines = [f"{what} does not fit the network:"]
-    for title, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
+    for title, keys in (("missing", missing), ("unexpected", unexpected), ("of another kind", misshapen)):
         if keys:
             lines.append(f"  {len(keys)} {title}:")
             lines += [f"    {key}" for key in keys]

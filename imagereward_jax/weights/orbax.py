@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from flax import traverse_util
 
+from imagereward_jax.storage.errors import WriteError, way_out
 from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.storage.names import single_name
-from imagereward_jax.weights.diffusers import copy_tokenizer
+from imagereward_jax.weights.diffusers import check_fields, copy_tokenizer
 from imagereward_jax.weights.files import WeightsError, read_json
 from imagereward_jax.weights.generation import Generation, write_generation
 from imagereward_jax.weights.mapping import CheckpointMismatch
@@ -51,7 +52,7 @@ def save_pipeline_checkpoint(
 
     Raises:
         FileExistsError: `folder` is there and not empty, and `overwrite` is false or it is not such a checkpoint.
-        WeightsError: it could not be written.
+        WriteError: it could not be written.
     """
     with new_folder(folder, overwrite=overwrite, marker=MANIFEST) as partial:
         configs = {}
@@ -91,9 +92,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise WeightsError(
             f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}; convert it again"
         )
+    kinds = {**dict.fromkeys(("components", "scheduler", "fields", "bytes"), dict), "tokenizers": list}
+    for field, kind in kinds.items():
+        if not isinstance(manifest.get(field), kind):
+            words = "an object" if kind is dict else "a list"
+            raise WeightsError(f"{folder / MANIFEST}: {field}={manifest.get(field)!r:.100}: expected {words}")
     for field in ("components", "tokenizers"):
         for name in manifest[field]:
             single_name(name, f"{folder / MANIFEST}: {field}")
+    for name, config in manifest["components"].items():
+        if not isinstance(config, dict):
+            raise WeightsError(f"{folder / MANIFEST}: components.{name}={config!r:.100}: expected an object")
+    check_fields(manifest["fields"], f"{folder / MANIFEST}: fields")
     for file in manifest["bytes"]:
         for part in file.split("/"):
             single_name(part, f"{folder / MANIFEST}: bytes: {file!r}")
@@ -151,7 +161,7 @@ def _save_params(path, params):
         try:
             checkpointer.save(path, args=ocp.args.StandardSave(params, save_args=save_args))
         except Exception as error:  # Orbax passes on errors of many kinds from its storage layer
-            raise WeightsError(f"{path}: could not be written ({_reason(error)})") from error
+            raise WriteError(f"{path}: could not be written ({_reason(error)}); {way_out()}") from error
 
 
 def _files(folder):
@@ -175,9 +185,7 @@ def _refuse_full_disk(path, params):
     needed = sum(array.nbytes for array in jax.tree.leaves(params))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-        raise WeightsError(
-            f"{path}: needs {needed / 2**20:,.1f} MiB, but only {free / 2**20:,.1f} MiB of disk are free"
-        )
+        raise WriteError(f"{path}: needs {needed / 2**20:,.1f} MiB, but only {free / 2**20:,.1f} MiB of disk are free")
 
 
 def _load_params(path, abstract):

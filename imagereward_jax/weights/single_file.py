@@ -4,6 +4,7 @@ A file is recognised by its tensors: which family it is of, where each network l
 Files of one network (a VAE, a text encoder) are read too, to go with a model.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -122,7 +123,7 @@ class Checkpoint(NamedTuple):
 
 def is_single_file(name_or_path: str | Path) -> bool:
     """Whether a model's name is that of a file of weights here."""
-    path = Path(str(name_or_path)).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     return path.suffix in SUFFIXES and path.is_file()
 
 

@@ -37,7 +37,8 @@ def tokenizer_class(folder: str | Path) -> str:
     if (folder / SPIECE).is_file():
         return "T5TokenizerFast"
     file = folder / "tokenizer.json"
-    unigram = file.is_file() and read_json(file).get("model", {}).get("type") == "Unigram"
+    model = read_json(file).get("model") if file.is_file() else None
+    unigram = isinstance(model, dict) and model.get("type") == "Unigram"
     return "T5TokenizerFast" if unigram else "CLIPTokenizer"
 
 

@@ -107,6 +107,8 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and last >= len(storage)):
         raise ValueError("a tensor lies outside of its storage")
+    if math.prod(shape) > max(4 * len(storage), 2**24):
+        raise ValueError(f"a tensor of {math.prod(shape):,} numbers of which {len(storage):,} are in the file")
     steps = [stride * storage.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps).copy()
 

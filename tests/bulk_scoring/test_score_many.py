@@ -1,6 +1,7 @@
 """`score --input --output`: every format, bad images, kills, two processes; beside the scorer's own `score`."""
 
 import csv
+import datetime
 import json
 import os
 import re
@@ -15,6 +16,10 @@ import pytest
 from PIL import Image
 
 from imagereward_jax import score
+from imagereward_jax.bulk_scoring.journal import Journal
+from imagereward_jax.bulk_scoring.rows import write_rows
+from imagereward_jax.bulk_scoring.scorers import RandomScorer
+from imagereward_jax.data.tables import Table
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -201,6 +206,147 @@ def test_a_journal_of_another_run_is_not_continued(damaged, data, loaded, tmp_pa
     capsys.readouterr()
     assert run(*arguments, "--model", "other") == 2
     assert re.search("another run .model: 'ImageReward-v1.0' there, 'other' now", capsys.readouterr().err)
+
+
+class Counting:
+    """The random scorer, which notes how many images it read, and refuses one that is named "stop"."""
+
+    def __init__(self):
+        self.scorer, self.batch_size, self.read = RandomScorer(batch_size=4), 4, 0
+
+    def prepare(self, image, name=""):
+        self.read += 1
+        if "stop" in str(image):
+            raise KeyboardInterrupt
+        return self.scorer.prepare(image, name)
+
+    def score_prepared(self, *arguments):
+        return self.scorer.score_prepared(*arguments)
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    scorer = Counting()
+    monkeypatch.setattr("imagereward_jax.bulk_scoring.scorers.open_scorer", lambda *_, **__: scorer)
+    return scorer
+
+
+def refused(capsys, *arguments):
+    """What is said by a command that is refused with 2 and without a traceback."""
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+ROW = {"image": "0.png", "prompt": "a"}
+TABLES = {
+    "a date in a later row": ([ROW, {**ROW, "when": datetime.date(2026, 1, 2)}], ".jsonl", None),
+    "bytes in a later row": ([{**ROW, "b": None}, {**ROW, "b": b"x"}], ".csv", "row 2: the column 'b' holds bytes"),
+    "mixed kinds": ([{**ROW, "k": 1}, {**ROW, "k": "x"}], ".parquet", "cannot store the column 'k'"),
+    "half a character": ([ROW, {**ROW, "k": "\ud83d"}], ".parquet", "cannot store the column 'k'"),
+    "a score of its own": ([ROW, {**ROW, "score": 1}], ".csv", "has a column 'score' already"),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_what_the_output_cannot_hold_is_named_before_an_image_is_read(case, kind, counting, tmp_path, capsys):
+    rows, suffix, message = TABLES[case]
+    write_images(tmp_path, 1)
+    source, output = tmp_path / f"rows{kind}", tmp_path / f"out{suffix}"
+    try:
+        if kind == ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist([dict.fromkeys(rows[1]) | row for row in rows]), source)
+        else:
+            source.write_text("\n".join(map(json.dumps, rows)))
+    except (TypeError, pyarrow.ArrowException, UnicodeEncodeError):
+        pytest.skip(f"{kind} cannot hold this either")
+    if message is None or (kind, suffix) == (".parquet", ".parquet"):
+        assert run("--input", source, "--output", output) == 0
+        assert [row["when"] for row in read_any(output)] == [None, "2026-01-02"]
+        return
+    assert message in refused(capsys, "--input", source, "--output", output)
+    assert counting.read == 0 and sorted(os.listdir(tmp_path)) == sorted(["0.png", source.name])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_column_that_only_a_later_row_has_is_kept(suffix, counting, tmp_path):
+    write_images(tmp_path, 1)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, "keep": "me"}))
+    assert run("--input", tmp_path / "rows.jsonl", "--output", tmp_path / f"o{suffix}") == 0
+    found = read_any(tmp_path / f"o{suffix}")
+    assert [row.get("keep") or None for row in found] == [None, "me"] and all(row["score"] for row in found)
+
+
+def test_headers_and_columns_of_one_name_are_refused(counting, data, tmp_path, capsys):
+    (tmp_path / "doubled.csv").write_text("image,prompt,note,note\n0.png,a,1,2\n")
+    said = refused(capsys, "--input", tmp_path / "doubled.csv", "--output", tmp_path / "o.csv")
+    assert "line 1: two columns are called 'note'" in said
+    flags = ["--score-column", "error", "--on-error", "skip"]
+    assert "--score-column error" in refused(
+        capsys, "--input", data / "rows.csv", "--output", tmp_path / "o.csv", *flags
+    )
+    assert counting.read == 0
+
+
+def test_a_refused_command_does_not_refuse_the_corrected_one(data, tmp_path, capsys):
+    arguments = ["--input", data / "rows.csv", "--output", tmp_path / "o.csv"]
+    assert "did you mean" in refused(capsys, *arguments, "--model", "tiny-shape")
+    assert run(*arguments, "--model", "random") == 0
+    assert os.listdir(tmp_path) == ["o.csv"]
+
+
+def test_skipping_can_be_added_and_taken_back_on_resume(damaged, data, counting, tmp_path, capsys):
+    """Only what has no score is read again: the chunk with the broken images; when they are mended, that chunk."""
+    (tmp_path / "gone.png").write_bytes((data / "images/1.png").read_bytes())
+    arguments = ["--input", damaged, "--output", tmp_path / "o.csv"]
+    assert run(*arguments) == 2 and len(finished_chunks(tmp_path / "o.csv")) == 1
+    last = tmp_path / "gone.png"
+    counting.read = 0
+    assert run(*arguments, "--on-error", "skip") == 0 and counting.read == 6
+    assert [row["score"] == "" for row in read_csv(tmp_path / "o.csv")] == [i in (4, 5) for i in range(10)]
+    assert last.exists()
+
+
+def test_an_image_that_changed_under_its_name_is_scored_again(data, counting, tmp_path):
+    """Interrupted after the first chunk of three; its first image is another one when the command goes on."""
+    write_images(tmp_path, 9)
+    names = [f"{i}.png" for i in range(9)] + ["stop.png"]
+    (tmp_path / "stop.png").write_bytes((tmp_path / "0.png").read_bytes())
+    write_csv(tmp_path / "rows.csv", [{"image": name, "prompt": "a"} for name in names])
+    arguments = ["--input", tmp_path / "rows.csv", "--output", tmp_path / "o.csv", "--workers", 1]
+    assert run(*arguments) == 130
+    assert finished_chunks(tmp_path / "o.csv")
+    (tmp_path / "0.png").write_bytes((tmp_path / "1.png").read_bytes())
+    counting.prepare = counting.scorer.prepare
+    assert run(*arguments) == 0
+    scores = [row["score"] for row in read_csv(tmp_path / "o.csv")]
+    assert scores[0] == scores[1] and len(set(scores)) == 9
+
+
+def test_folders_and_files_that_the_command_did_not_write_stay(data, tmp_path, capsys):
+    """Beside the output is where scores are kept; the output of a run that was killed at its very end is its own."""
+    output, parts = tmp_path / "o.csv", tmp_path / "o.csv.parts"
+    parts.mkdir()
+    (parts / "notes.txt").write_text("mine")
+    arguments = ["--input", data / "rows.csv", "--output", output, "--model", "random"]
+    assert "o.csv.parts is where scores are kept" in refused(capsys, *arguments)
+    assert (parts / "notes.txt").read_text() == "mine"
+    (parts / "notes.txt").unlink()
+    parts.rmdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "remove", Journal.close)
+        assert run(*arguments) == 0 and parts.is_dir()
+    written = output.read_bytes()
+    assert run(*arguments) == 0 and output.read_bytes() == written and not parts.exists()
+    capsys.readouterr()
+    assert "exists already" in refused(capsys, *arguments)
+
+
+def test_a_message_that_a_spreadsheet_would_run_is_text(tmp_path):
+    write_rows(tmp_path / "o.csv", Table("t", [{"a": "=1"}], str, None), {"error": ["=cmd()"]})
+    assert read_csv(tmp_path / "o.csv") == [{"a": "=1", "error": "'=cmd()"}]
 
 
 def command(rows, output, model, *more):

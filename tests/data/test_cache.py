@@ -9,6 +9,7 @@ import pytest
 
 from imagereward_jax.data import cache as cache_module
 from imagereward_jax.data.cache import Cache, CacheError, open_cache
+from imagereward_jax.storage.lock import LockedError
 
 FILES = ["cache.json", "empty.safetensors", *(f"shard_0000{i}.safetensors" for i in range(4))]
 # Two of these fill the same folders, with random pauses wherever the file system is asked.
@@ -106,6 +107,42 @@ def test_what_a_killed_run_left_is_no_obstacle_and_is_removed(tmp_path):
     (tmp_path / ".shard_00002.safetensors.77.partial").write_bytes(b"half")
     open_cache(tmp_path, {}, 7).fill(squares, empty)
     assert names(tmp_path) == FILES
+
+
+def test_rows_whose_files_changed_are_computed_again(tmp_path):
+    """Those of their shard alone; a cache that says nothing of its files stays as it is, a damaged shard does not."""
+    computed, states = [], {0: "a", 2: "a", 4: "a", 6: "a"}
+
+    def encode(rows):
+        computed.extend(rows)
+        return squares(rows)
+
+    def fill():
+        computed.clear()
+        cache = open_cache(tmp_path, {}, 7, lambda rows: states[rows.start])
+        cache.fill(encode, empty)
+        assert [int(cache[row]["square"]) for row in range(7)] == [row**2 for row in range(7)]
+        return list(computed)
+
+    assert fill() == list(range(7)) and fill() == []
+    states[2] = "b"
+    assert fill() == [2, 3] and fill() == []
+    (tmp_path / FILES[2]).write_bytes(b"\0" * 9)
+    assert fill() == [0, 1]
+
+
+def test_a_second_run_that_fills_a_cache_is_told_who_does(tmp_path):
+    def encode(rows):
+        if not told:
+            with pytest.raises(LockedError, match=r"config.data.cache=.* process \d+ on .* is at work there") as error:
+                open_cache(tmp_path, {}, 7).fill(squares, empty)
+            told.append(error)
+        return squares(rows)
+
+    told = []
+    open_cache(tmp_path, {}, 7).fill(encode, empty)
+    assert told and names(tmp_path) == FILES
+    open_cache(tmp_path, {}, 7).fill(None, None)  # a complete one needs no lock and computes nothing
 
 
 def test_a_file_system_without_hard_links(tmp_path, monkeypatch):

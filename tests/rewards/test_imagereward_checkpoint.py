@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import jax
@@ -53,7 +52,7 @@ def forbid_torch(monkeypatch):
 def test_the_second_load_reads_the_converted_copy(pickle_folder, tiny_reward, tmp_path, monkeypatch):
     path = pickle_folder / "ImageReward.pt"
     assert_same_params(imagereward_jax.load(path, download_root=tmp_path), tiny_reward)
-    assert sorted(os.listdir(pickle_folder)) == ["ImageReward.pt", "ImageReward.pt.safetensors", "vocab.txt"]
+    assert sorted(os.listdir(pickle_folder)) == ["ImageReward.pt", "vocab.txt"]
     forbid_torch(monkeypatch)
     assert_same_params(imagereward_jax.load(path, download_root=tmp_path), tiny_reward)
     assert_same_params(imagereward_jax.load(pickle_folder, download_root=tmp_path), tiny_reward)
@@ -64,8 +63,9 @@ def test_the_second_load_reads_the_converted_copy(pickle_folder, tiny_reward, tm
 
 def test_a_replaced_pickle_and_a_damaged_copy_are_converted_anew(pickle_folder, tiny_reward, tmp_path):
     torch = pytest.importorskip("torch")
-    path, copy = pickle_folder / "ImageReward.pt", pickle_folder / "ImageReward.pt.safetensors"
+    path = pickle_folder / "ImageReward.pt"
     imagereward_jax.load(path, download_root=tmp_path)
+    (copy,) = (tmp_path / "converted").iterdir()
     tensors = torch.load(path, weights_only=True)
     tensors["mlp.layers.7.bias"] += 1
     torch.save(tensors, path)
@@ -77,22 +77,16 @@ def test_a_replaced_pickle_and_a_damaged_copy_are_converted_anew(pickle_folder, 
     assert copy.stat().st_size > 500
 
 
-def test_where_nothing_can_be_written_beside_the_pickle(pickle_folder, tiny_reward, tmp_path, monkeypatch):
-    """The copy goes to download_root; where that fails too, loading still works and warns once."""
-    write, beside = files.write_safetensors, pickle_folder / "ImageReward.pt.safetensors"
-
-    def read_only_folder(path, *args):
-        if path == beside:
-            raise files.WeightsError(f"{path}: could not be written")
-        write(path, *args)
-
-    monkeypatch.setattr(files, "write_safetensors", read_only_folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_same_params(imagereward_jax.load(pickle_folder, download_root=tmp_path / "root"), tiny_reward)
-    assert not beside.exists() and len(list((tmp_path / "root" / "converted").iterdir())) == 1
+def test_the_copy_is_in_the_packages_own_folder(pickle_folder, tiny_reward, tmp_path):
+    """Files beside the pickle stay as they are. If no copy can be kept, loading still works and warns once."""
+    other = pickle_folder / "ImageReward.pt.safetensors"
+    other.write_bytes(b"of another tool")
+    before = sorted(os.listdir(pickle_folder))
+    assert_same_params(imagereward_jax.load(pickle_folder, download_root=tmp_path / "root"), tiny_reward)
+    assert sorted(os.listdir(pickle_folder)) == before and other.read_bytes() == b"of another tool"
+    assert len(list((tmp_path / "root" / "converted").iterdir())) == 1
     (tmp_path / "occupied").write_text("a file, so that no folder can be made under it")
-    with pytest.warns(UserWarning, match="cannot store a converted copy of .*ImageReward.pt") as caught:
+    with pytest.warns(UserWarning, match=r"cannot store a converted copy of .*ImageReward.pt") as caught:
         for _ in range(2):
             reward = imagereward_jax.load(pickle_folder, download_root=tmp_path / "occupied")
     assert len({str(w.message) for w in caught}) == 1

@@ -30,7 +30,8 @@ def test_a_manifest_that_names_a_path_is_refused_before_anything_is_written(tmp_
     spec = importlib.util.spec_from_file_location("to_diffusers", ROOT / "convert/to_diffusers.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    manifest = {"format": "imagereward-jax pipeline 3", "components": {}, "tokenizers": [], "bytes": {}, field: value}
+    objects = {name: {} for name in ("components", "bytes", "scheduler", "fields")}
+    manifest = {"format": "imagereward-jax pipeline 3", **objects, "tokenizers": [], field: value}
     (tmp_path / "in").mkdir()
     (tmp_path / "in/checkpoint.json").write_text(json.dumps(manifest))
     assert script.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 2

@@ -99,6 +99,36 @@ def test_non_finite_losses_leave_everything_as_it_was():
     assert int(states[-1].step) == 4
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(np.nan),
+        optax.sgd(np.inf),
+        optax.adamw(0.1, b1=np.nan),
+        optax.adamw(0.1, b2=1.0),
+        optax.adamw(0.1, eps=np.nan),
+        optax.adamw(0.1, weight_decay=np.inf),
+        optax.chain(optax.clip_by_global_norm(np.nan), optax.sgd(0.1)),
+        optax.GradientTransformation(lambda params: np.float32(0), lambda grads, *_: (grads, np.float32(np.nan))),
+    ],
+)
+def test_an_update_whose_result_is_not_finite_leaves_everything_as_it_was(optimizer):
+    """Loss and gradient are finite (3 w^2 and 6 w at w = 2): weights or moments are not."""
+    state = init_state({"w": jnp.float32(2.0)}, optimizer, seed=0, ema=True, copies=("old",))
+    step = make_train_step(
+        (Phase("p", lambda models, batch, key: (3 * models.policy["w"] ** 2, {}), Given()),),
+        optimizer,
+        ema_decay=0.9,
+        copies={"old": lambda update: 0.5},
+    )
+    after, metrics = jax.jit(step)(state, Fixed({}), {"p": {"x": jnp.ones(2)}})
+    assert (metrics["p/loss"], metrics["p/grad_norm"]) == (12, 12)
+    kept = ("params", "opt_state", "ema", "copies")
+    for before, now in zip(*(jax.tree.leaves([getattr(one, name) for name in kept]) for one in (state, after))):
+        np.testing.assert_array_equal(now, before)
+    assert (int(after.skipped), int(after.skipped_in_row), int(after.step)) == (1, 1, 1)
+
+
 def test_every_step_draws_its_own_numbers_and_a_run_repeats_them():
     first, second = ([float(found["p0/draw"]) for found in run(4)[1]] for _ in range(2))
     assert len(set(first)) == 4 and first == second

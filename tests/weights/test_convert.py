@@ -261,10 +261,11 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(checkpoint, pipeline_folder, small_disk):
-    message = run("from_diffusers.py", pipeline_folder, small_disk / "out", code=2)
+    message = run("from_diffusers.py", pipeline_folder, small_disk / "out", code=1)
     assert re.match(rf"error: {small_disk}/out/unet: needs [\d.]+ MiB, but only 0\.4 MiB of disk are free\n$", message)
-    message = run("to_diffusers.py", checkpoint, small_disk / "out", code=2)
+    message = run("to_diffusers.py", checkpoint, small_disk / "out", code=1)
     assert re.match(rf"error: {small_disk}/out/unet/\S+: could not be written .*No space left on device.*\n$", message)
+    assert "free some room and run the same command again" in message
     assert not os.listdir(small_disk)
 
 

@@ -6,11 +6,13 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from imagereward_jax.storage.errors import WriteError
 from imagereward_jax.weights.files import WeightsError, cast, read_json, read_tensors, write_safetensors
 
 RNG = np.random.default_rng(0)
@@ -173,12 +175,13 @@ def test_arrays_can_be_changed_without_changing_the_file(tmp_path):
 WRITE_TOO_MUCH = """
 import resource, signal, sys
 import numpy as np
-from imagereward_jax.weights.files import WeightsError, write_safetensors
+from imagereward_jax.storage.errors import WriteError
+from imagereward_jax.weights.files import write_safetensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     write_safetensors(sys.argv[1], {"a": np.ones(1_000_000, np.float32)})
-except WeightsError as error:
+except WriteError as error:
     print(error)
 """
 
@@ -206,14 +209,14 @@ def small_disk(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(small_disk):
     path = small_disk / "a.safetensors"
     write_safetensors(path, {"a": np.arange(3)})
-    with pytest.raises(WeightsError, match=r"a\.safetensors.*No space left"):
+    with pytest.raises(WriteError, match=r"a\.safetensors.*No space left"):
         write_safetensors(path, {"a": np.ones(1_000_000, np.float32)})
     assert os.listdir(small_disk) == ["a.safetensors"]
     assert read_tensors(path)["a"].tolist() == [0, 1, 2]
 
 
 def test_writing_into_an_absent_folder_names_it(tmp_path):
-    with pytest.raises(WeightsError, match=r"absent/a\.safetensors"):
+    with pytest.raises(WriteError, match=r"absent/a\.safetensors"):
         write_safetensors(tmp_path / "absent" / "a.safetensors", {"a": np.ones(1)})
 
 
@@ -241,3 +244,56 @@ def test_saved_files_may_be_read_by_whom_the_umask_says(tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def torch_tensors():
+    import torch
+
+    plain = torch.arange(6.0)
+    return {
+        "sparse": (plain.to_sparse(), "a is a sparse_coo tensor"),
+        "meta": (plain.to("meta"), "a is a meta tensor"),
+        "quantised": (torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8), "a is a quantised tensor"),
+        "complex": (plain.to(torch.complex64), "a has dtype torch.complex64, which is not read"),
+        "expanded": (torch.zeros(1).expand(2**26), "refused: a unpacks 4 bytes to 256 MiB"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "quantised", "complex", "expanded"])
+def test_tensors_that_are_not_plain_numbers_are_named(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    tensor, message = torch_tensors()[kind]
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match=re.escape(str(tmp_path / "a.pt")) + ".*" + message):
+        read_tensors(tmp_path / "a.pt")
+
+
+def test_tensors_without_names_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({1: torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match=r"a.pt: its tensors should have names; one is called 1"):
+        read_tensors(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_eight_bit_floats_are_read_as_they_are(name, tmp_path):
+    """The numbers of PyTorch's own conversion to float32, exactly."""
+    torch = pytest.importorskip("torch")
+    tensor = torch.randn(50).to(getattr(torch, name))
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    np.testing.assert_array_equal(read_tensors(tmp_path / "a.pt")["a"].astype(np.float32), tensor.float().numpy())
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused_unread(tmp_path):
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(2**26))
+    with pytest.raises(WeightsError, match=r"a.pt: refused: 0.1 MiB that unpack to 64"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": NaN}', '{"a": ' + "9" * 5000 + "}", "\xff"])
+def test_json_that_no_reader_should_take_names_its_file(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(WeightsError, match=r"config\.json: not valid JSON"):
+        read_json(tmp_path / "config.json")

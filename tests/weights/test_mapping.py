@@ -1,6 +1,7 @@
 """A PyTorch layer and ours, given the same tensors through the mapping, compute the same."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -153,3 +154,26 @@ def test_ignored_keys_and_dtype(network, tensors):
     assert {array.dtype.name for array in jax.tree.leaves(params)} == {"bfloat16"}
     with pytest.raises(mapping.CheckpointMismatch, match="position_ids"):
         mapping.from_torch(network, tensors)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda array: np.where(array == array.max(), np.nan, array), "has values that are NaN or infinite"),
+        (lambda array: np.where(array == array.max(), np.inf, array), "has values that are NaN or infinite"),
+        (lambda array: array.astype(np.int8), "int8 in the checkpoint, floating point in the network"),
+        (lambda array: array > 0, "bool in the checkpoint, floating point in the network"),
+    ],
+)
+def test_values_that_are_no_weights_are_named(network, tensors, spoil, message):
+    """Whether they are read to NumPy or straight to a device."""
+    key = next(key for key, array in tensors.items() if array.ndim > 1)
+    spoilt = {**tensors, key: spoil(np.asarray(tensors[key], np.float32))}
+    with pytest.raises(mapping.CheckpointMismatch, match=rf"(?s)the file.*{key}.*({message})"):
+        mapping.from_torch(network, spoilt, what="the file")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=here), mapping.params_of(network)
+    )
+    with pytest.raises(mapping.CheckpointMismatch, match=rf"(?s)the file.*{key}.*({message})"):
+        mapping.from_torch(network, spoilt, what="the file", target=target)
