@@ -29,7 +29,7 @@ def pack(diffusion, out, reward=None, *, overwrite=False):
     from imagereward_jax.weights.files import cast, read_tensors, write_safetensors
 
     with new_folder(out, overwrite=overwrite, marker="model_index.json") as folder:
-        shutil.copytree(diffusion, folder, dirs_exist_ok=True)
+        shutil.copytree(diffusion, folder, ignore=shutil.ignore_patterns("README.md"), dirs_exist_ok=True)
         if reward:
             shutil.copytree(reward, folder / "reward")
         for path in folder.rglob("*.safetensors"):

@@ -162,8 +162,8 @@ def test_refl_logs_what_the_issue_asks_for(runs):
     first, last = runs[1]["refl"][0], runs[1]["refl"][-1]
     for row in (first, last):
         assert {"step", "time", "eval/reward_mean", "eval/reward_std", "eval/checker_rate"} <= row.keys()
-        assert {"eval/reward_mean@3", "eval/checker_rate@3"} <= row.keys()
-        assert row["eval/reward_mean@3"] != row["eval/reward_mean"]  # the guidance of use, beside none
+        assert {"eval/reward_mean@1", "eval/checker_rate@1"} <= row.keys()
+        assert row["eval/reward_mean@1"] != row["eval/reward_mean"]  # no guidance, beside that of use
     assert {"refl/reward", "refl/loss", "denoising/loss", "skipped", "images_per_second"} <= last.keys()
 
 

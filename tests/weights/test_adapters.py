@@ -375,7 +375,7 @@ def test_an_sdxl_file_of_kohya_s_is_fused_as_in_diffusers(tmp_path):
     aliases = layer_aliases(pipeline.networks)
     for network, names in stems.items():
         for stem in names:
-            shape = mapping.torch_layout(pipeline.networks[network])[f"{aliases[stem][1]}.weight"].torch_shape
+            shape = mapping.torch_layout(pipeline.networks[network])[f"{aliases[stem][0].layer}.weight"].torch_shape
             tensors[f"{stem}.lora_down.weight"] = rng.standard_normal((2, shape[1])).astype(np.float32)
             tensors[f"{stem}.lora_up.weight"] = rng.standard_normal((shape[0], 2)).astype(np.float32)
             tensors[f"{stem}.alpha"] = np.float32(1)
