@@ -4,8 +4,8 @@
     python benchmarks/learning.py --work runs/learning --jobs 0          # the page again, from the runs that are there
 
 Runs that are complete in WORK are kept and others continued. Every run is evaluated on the same held-out prompts with
-the guidance of use. Prints a Markdown table for docs/methods.md (mean and range over seeds) and draws reward, checker
-and diversity against images sampled and denoiser calls into docs/images/learning.png.
+the guidance of use. Draws reward, checker and diversity against images sampled and denoiser calls, and writes the
+tables of docs/methods.md (mean and range over seeds) between its two marks.
 
 A denoiser call is one image through the network once, twice with guidance; gradients count as the call that they
 differentiate. Figures of the recipes' own evaluation settings: `--set eval.guidance_scale=None`.
@@ -14,12 +14,14 @@ differentiate. Figures of the recipes' own evaluation settings: `--set eval.guid
 import argparse
 import concurrent.futures
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("refl_tiny", "draft_tiny", "draft_lv_tiny", "alignprop_tiny", "drtune_tiny", "ddpo_tiny")
+MARKS = "<!-- benchmarks/learning.py writes from here -->", "<!-- to here -->"
 METRICS = {"eval/reward_mean": "reward", "eval/checker_rate": "checker", "eval/diversity": "diversity"}
 
 
@@ -92,6 +94,50 @@ def table(runs):
     return "\n".join(lines)
 
 
+def images_to_reach(evaluations, level):
+    """Images until the reward first is `level`, between two evaluations by a straight line; None if it never is."""
+    before = evaluations[0]
+    for one in evaluations:
+        if one["reward"] >= level:
+            rise = one["reward"] - before["reward"]
+            share = (level - before["reward"]) / rise if rise else 0.0
+            return before["images"] + share * (one["images"] - before["images"])
+        before = one
+    return None
+
+
+def table_of_images(runs, baseline):
+    """The Markdown table of images until each recipe has half of what `baseline` gains at its best, and all of it."""
+    start = statistics.mean(seed[0]["reward"] for seed in runs[baseline])
+    best = statistics.mean(max(one["reward"] for one in seed) for seed in runs[baseline])
+    levels = [start + (best - start) / 2, best]
+    head = ["recipe"]
+    for level in levels:
+        head += [f"images to reward {level:.3f}", f"fewer than {baseline}"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    of = {name: [[images_to_reach(seed, level) for seed in seeds] for level in levels] for name, seeds in runs.items()}
+    for name, found in of.items():
+        cells = [name]
+        for counts, others in zip(found, of[baseline]):
+            reached = [count for count in counts if count is not None]
+            cells.append(
+                f"{statistics.median(reached):,.0f} ({len(reached)} of {len(counts)} seeds)" if reached else "not"
+            )
+            theirs = [count for count in others if count]
+            complete = len(reached) == len(counts) and theirs and statistics.median(reached)
+            cells.append(f"{statistics.median(theirs) / statistics.median(reached):.1f} times" if complete else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_page(path, text):
+    """Replaces what is between the two marks of a page."""
+    page = path.read_text(encoding="utf-8")
+    before, rest = page.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def draw(runs, path):
     """Reward, checker and diversity against images (above) and denoiser calls (below), a line for each seed."""
     import matplotlib
@@ -125,11 +171,19 @@ def parse_args(argv=None):
     parser.add_argument(
         "--set",
         nargs="*",
-        default=["eval.guidance_scale=3.0", "eval.guidance_scales=()"],
+        default=[
+            "eval.guidance_scale=3.0",
+            "eval.guidance_scales=()",
+            "eval.num_steps=20",
+            "eval.eta=0.0",
+            "eval.every=20",
+        ],
         metavar="FIELD=VALUE",
         help="of every run's config",
     )
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "learning.png")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "methods.md", help="page to write the tables into")
+    parser.add_argument("--baseline", default="ddpo_tiny", help="whose images are the measure")
     return parser.parse_args(argv)
 
 
@@ -148,7 +202,12 @@ def main():
     if not runs:
         raise SystemExit(f"error: {arguments.work} holds no complete run")
     draw(runs, arguments.plot)
-    print(table(runs))
+    tables = [table(runs)]
+    if arguments.baseline in runs:
+        tables.append(table_of_images(runs, arguments.baseline))
+    text = "\n\n".join(tables)
+    write_page(arguments.page, text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from imagereward_jax.recipes import default_config
 def get_config():
     """The recipe."""
     config = default_config("ddpo")
-    config.steps = 60
+    config.steps = 40
     config.batch_size = 32
     config.model.path = "tiny-shapes"
     config.model.remat = "none"
@@ -28,7 +28,7 @@ def get_config():
     config.method.clip_range = 1e-3  # of 256 latent numbers, where Stable Diffusion has 16,384
     config.method.prompt_buffer = 0  # a prompt comes too seldom to have statistics of its own
     config.data.prompts = "shapes:train"
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 1e-4
     config.eval.prompts = "shapes:held_out"
     config.eval.num_prompts = 64
@@ -38,7 +38,7 @@ def get_config():
     config.eval.eta = 1.0
     config.eval.num_steps = 10
     config.eval.guidance_scale = 3.0
-    config.eval.every = 20
+    config.eval.every = 10
     config.checkpoint.every = 5
     config.log_every = 1
     config.writers = ("jsonl", "tensorboard")

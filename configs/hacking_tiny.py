@@ -25,6 +25,12 @@ def get_config():
     config.reward.path = "jax:configs.hacking_tiny:brightness"
     config.method.threshold = 20.0  # out of reach: there is always more to gain
     config.method.pretrain = "off"
+    config.method.guidance_max = None
+    config.method.negative_gradient = True
+    config.method.unit_gradient = False
+    config.optimizer.learning_rate = 2e-4
+    config.ema_decay = 0.95
+    config.eval.guidance_scale = 1.0
     config.eval.guidance_scales = ()
     config.eval.judges = {"tiny": judge("tiny-shapes")}
     config.eval.every = 5

@@ -18,5 +18,5 @@ def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "refl_tiny")
     config.lora.rank = 8
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 5e-4
     return config

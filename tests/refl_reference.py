@@ -92,7 +92,7 @@ class TorchSampler:
         base: the UNet that `deviations` compares with at each step that carries gradient.
     """
 
-    def __init__(self, reference, sampler_name, config, embeds, *, negative_gradient=True, base=None):
+    def __init__(self, reference, sampler_name, config, embeds, *, base=None):
         kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
         self.scheduler = kinds[sampler_name].from_config(reference.scheduler.config)
         self.scheduler.set_timesteps(config.num_steps)
@@ -100,16 +100,17 @@ class TorchSampler:
         self.scheduler.alphas_cumprod = torch.cumprod(1 - self.scheduler.betas.double(), 0)
         self.scheduler.final_alpha_cumprod = self.scheduler.alphas_cumprod[0]
         self.unet, self.base, self.deviations = reference.unet, base, []
-        self.embeds, self.config, self.negative_gradient = embeds, config, negative_gradient
+        self.embeds, self.config = embeds, config
 
     def denoise(self, unet, latents, timestep):
         negative, positive = self.embeds
         output = unet(latents, timestep, positive).sample
         if self.config.guidance_scale <= 1.0:
             return output
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.negative_gradient):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.negative_gradient):
             negative = unet(latents, timestep, negative).sample
-        return negative + self.config.guidance_scale * (output - negative)
+        guided = negative + self.config.guidance_scale * (output - negative)
+        return output + (guided - output).detach() if self.config.unit_gradient else guided
 
     def output(self, latents, timestep, carries):
         with torch.set_grad_enabled(carries):

@@ -27,7 +27,7 @@ class ToyFlow:
         timesteps, x = jnp.asarray(timesteps).reshape(rows), jnp.asarray(cond["x"]).reshape(rows)
         return self.network(params["toy"], latents, timesteps, jnp.sin, x)
 
-    def denoiser_for(self, cond, negative_cond=None, guidance_scale=1.0, *, negative_gradient=True):
+    def denoiser_for(self, cond, negative_cond=None, guidance_scale=1.0, **options):
         def denoise(params, latents, timesteps, step):
             copies = latents.shape[0] // len(cond["x"])
             return self.denoise(params, latents, timesteps, {"x": jnp.repeat(jnp.asarray(cond["x"]), copies)})

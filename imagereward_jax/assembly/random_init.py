@@ -2,11 +2,12 @@
 
 import tempfile
 import zlib
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from imagereward_jax.data.shapes import write_bert_vocab, write_clip_tokenizer
+from imagereward_jax.data.shapes import write_bert_vocab, write_clip_tokenizer, write_t5_tokenizer
 from imagereward_jax.methods.base import Params
 from imagereward_jax.models.blip import INIT_STD
 from imagereward_jax.pipelines import families
@@ -17,7 +18,7 @@ from imagereward_jax.rewards.imagereward import ImageReward
 def open_pipeline(config: Any, **options: Any) -> TextToImage:
     """The pipeline of `config.model.architecture`, without weights.
 
-    An architecture with "text_encoder_2" makes an SDXL. If `config.model.vae_from` names a model, the autoencoder has
+    The components of the architecture decide the family. If `config.model.vae_from` names a model, the autoencoder has
     that model's settings.
 
     Args:
@@ -26,9 +27,12 @@ def open_pipeline(config: Any, **options: Any) -> TextToImage:
     architecture = config.model.architecture.to_dict()
     if config.model.vae_from:
         architecture["vae"] = families.open_pipeline(config.model.vae_from).configs["vae"].to_dict()
-    tokenizer = tempfile.mkdtemp(prefix="shapes-tokenizer-")
-    write_clip_tokenizer(tokenizer)
-    return families.from_architecture(architecture, tokenizer, **options)
+    folder = Path(tempfile.mkdtemp(prefix="shapes-tokenizers-"))
+    write_clip_tokenizer(folder / "clip")
+    write_t5_tokenizer(folder / "t5")
+    clip, t5 = folder / "clip", folder / "t5"
+    tokenizers = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5}
+    return families.from_architecture(architecture, tokenizers, **options)
 
 
 def init_params(config: Any, pipeline: TextToImage) -> Params:

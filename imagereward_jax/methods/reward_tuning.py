@@ -39,9 +39,13 @@ class RewardTuningConfig(MethodConfig):
     eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's steps
     rollout_quantization: str = field("none", choices=KINDS)  # of the denoiser in steps without gradient; needs qwix
     guidance_scale: float = 1.0  # at most 1: no guidance while training, half the work
-    guidance_max: float | None = None  # if given, each sample's guidance is drawn from [guidance_scale, guidance_max]
+    # if given, each sample's guidance is drawn from [guidance_scale, guidance_max], evenly in its logarithm
+    guidance_max: float | None = None
     negative_prompt: str = ""
     negative_gradient: bool = True  # False: none through the negative prompt's branch, half the backward pass
+    # with negative_gradient=False: the prompt's branch has its gradient without guidance's factor, so that samples of
+    # any guidance weigh the same
+    unit_gradient: bool = False
     height: int = field(512, at_least=1, at_most=MAX_SIDE)
     width: int = field(512, at_least=1, at_most=MAX_SIDE)
     pretrain: str = field(
@@ -65,6 +69,8 @@ class RewardTuningConfig(MethodConfig):
                 f"config.method: guidance_scale={self.guidance_scale:g} and guidance_max={self.guidance_max:g} must "
                 "satisfy 1 <= guidance_scale <= guidance_max (or leave guidance_max at None for one guidance)"
             )
+        if self.unit_gradient and self.negative_gradient:
+            raise ConfigError("config.method.unit_gradient needs config.method.negative_gradient=False")
         if self.rollout_quantization != "none" and importlib.util.find_spec("qwix") is None:
             raise ConfigError(
                 f"config.method.rollout_quantization={self.rollout_quantization!r} needs qwix: "
@@ -108,7 +114,8 @@ def denoisers(config: RewardTuningConfig, pipeline: Any, batch: Batch, key: Key)
     """
     guidance = draw_guidance(config, jax.random.fold_in(key, config.num_steps), pipeline.rows(batch["cond"]))
     conditions = batch["cond"], batch.get("negative_cond"), guidance
-    denoise = pipeline.denoiser_for(*conditions, negative_gradient=config.negative_gradient)
+    options = {"negative_gradient": config.negative_gradient, "unit_gradient": config.unit_gradient}
+    denoise = pipeline.denoiser_for(*conditions, **options)
 
     def with_gradient(params, latents, timesteps, step):
         with dropout_key(jax.random.fold_in(key, step[0])):
@@ -154,10 +161,11 @@ def score(pipeline: Any, reward: Any, params: Params, latents: jax.Array, tokens
 
 
 def draw_guidance(config: RewardTuningConfig, key: Key, rows: int) -> float | jax.Array:
-    """The guidance scale, or one for each sample, [B, 1, 1, 1], uniform up to `config.guidance_max`."""
+    """The guidance scale, or one for each sample, [B, 1, 1, 1], log-uniform up to `config.guidance_max`."""
     if config.guidance_max is None:
         return config.guidance_scale
-    return jax.random.uniform(key, (rows, 1, 1, 1), minval=config.guidance_scale, maxval=config.guidance_max)
+    share = jax.random.uniform(key, (rows, 1, 1, 1))
+    return config.guidance_scale * (config.guidance_max / config.guidance_scale) ** share
 
 
 def draw_stop(key: Key, rows: int, stop_min: int, stop_max: int) -> jax.Array:

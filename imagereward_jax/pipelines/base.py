@@ -205,6 +205,7 @@ class TextToImage(Networks):
         guidance_scale: ArrayLike = 1.0,
         *,
         negative_gradient: bool = True,
+        unit_gradient: bool = False,
     ) -> Callable[..., jax.Array]:
         """Binds `denoise` to conditions: (params, latents, timesteps, step) -> output, as `rollout` calls it.
 
@@ -212,6 +213,8 @@ class TextToImage(Networks):
 
         Args:
             negative_gradient: False stops the gradient of the negative prediction, which is then a call of its own.
+            unit_gradient: with negative_gradient=False, gives the guided output the gradient of the positive
+                prediction, not `guidance_scale` times that.
         """
 
         def denoise(params, latents, timesteps, step):
@@ -224,7 +227,9 @@ class TextToImage(Networks):
                 return self.denoise(params, latents, timesteps, positive_rows, negative_rows, guidance)
             constant = jax.lax.stop_gradient((params, latents))
             negative = jax.lax.stop_gradient(self.denoise(*constant, timesteps, negative_rows))
-            return self.guided(negative, self.denoise(params, latents, timesteps, positive_rows), guidance)
+            positive = self.denoise(params, latents, timesteps, positive_rows)
+            output = self.guided(negative, positive, guidance)
+            return positive + jax.lax.stop_gradient(output - positive) if unit_gradient else output
 
         return denoise
 

@@ -23,7 +23,8 @@ class StableDiffusion3(TextToImage):
     other. Skip-layer guidance is not part of `denoise`.
 
     Args:
-        max_sequence_length: tokens of T5's prompts, or zeros in their place, 1 to 512.
+        max_sequence_length: tokens of T5's prompts, or zeros in their place, 1 to 512. None: as many as its tokenizer
+            takes, and no more than 256.
 
     Raises:
         ValueError: beside the reasons of `TextToImage`: the scheduler is not of a flow, or `max_sequence_length` is out
@@ -51,7 +52,7 @@ class StableDiffusion3(TextToImage):
         scheduler_config: dict[str, Any],
         tokenizers: Mapping[str, Any],
         *,
-        max_sequence_length: int = T5_TOKENS,
+        max_sequence_length: int | None = None,
         **options: Any,
     ):
         scheduler_config = {"_class_name": CLASSES[0]} | scheduler_config
@@ -60,7 +61,7 @@ class StableDiffusion3(TextToImage):
                 f"scheduler_config.json: _class_name={scheduler_config['_class_name']!r} is not of a flow, which "
                 f"{self.pipeline_class} follows; expected {CLASSES[0]}"
             )
-        if not 1 <= max_sequence_length <= LONGEST_T5:
+        if max_sequence_length is not None and not 1 <= max_sequence_length <= LONGEST_T5:
             raise ValueError(f"max_sequence_length={max_sequence_length} should be 1 to {LONGEST_T5}")
         self.max_sequence_length = max_sequence_length
         super().__init__(configs, scheduler_config, tokenizers, **options)
@@ -101,6 +102,9 @@ class StableDiffusion3(TextToImage):
         return shape
 
     def _find_prompt_lengths(self):
+        if self.max_sequence_length is None:
+            takes = self.tokenizers[T5].model_max_length if T5 in self.tokenizers else T5_TOKENS
+            self.max_sequence_length = min(T5_TOKENS, takes)
         own = {T5: self.max_sequence_length} if T5 in self.text_encoders else {}
         return super()._find_prompt_lengths() | own
 

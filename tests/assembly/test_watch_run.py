@@ -29,7 +29,7 @@ def brightness(images):
 
 
 def recipe(reward):
-    config = recipe_beside(CONFIGS / "x", "refl_tiny")
+    config = recipe_beside(CONFIGS / "x", "hacking_tiny")
     config.steps, config.batch_size, config.writers, config.ema_decay = 8, 8, ("jsonl",), 0.0
     config.reward.path = reward
     config.method.update({"num_steps": 3, "stop_min": 1, "stop_max": 2, "threshold": 20.0, "pretrain": "off"})

@@ -59,3 +59,17 @@ def test_bert_has_one_token_a_caption_word(tmp_path):
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     assert tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [size, size + 1]
+
+
+def test_t5_has_one_token_a_caption_word(tmp_path):
+    size = shapes.write_t5_tokenizer(tmp_path)
+    tokenizer = transformers.T5Tokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == size < 200 and tokenizer.model_max_length == 16
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "</s>", "<unk>"]) == [0, 1, 2]
+    for caption in shapes.all_captions():
+        ids = tokenizer(caption.text, padding="max_length", truncation=True)["input_ids"]
+        words = len(caption.text.split())
+        assert ids[words:] == [1] + [0] * (15 - words)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == caption.text
+    every = "".join(chr(i) for i in range(33, 127))
+    assert tokenizer.unk_token_id not in tokenizer(f"{every} Zebra 42")["input_ids"]

@@ -46,7 +46,10 @@ VARIANTS = {
     },
     "full": {"gradient_steps": STEPS, "loss": "hinge", "target": 8.0},
     "draw_per_step": {"truncation": "per_step", "eta": 1.0},
-    "drtune": {"truncation": "spaced", "gradient_steps": 2, "stop_min": 3},
+    "drtune": {
+        **{"truncation": "spaced", "gradient_steps": 2, "stop_min": 3},
+        **{"negative_gradient": False, "unit_gradient": True},
+    },
     "draft_lv": {"noisings": 2},
 }
 CHOSEN = {("draft_1", 1.0), ("draft_3_plus", 3.0), ("full", 1.0), ("draw_per_step", 3.0), ("drtune", 3.0)}
@@ -94,8 +97,7 @@ def torch_gradient(made, reward, config, batch, key):
     for row, embeds in enumerate(torch_embeds(reference, pipeline.tokenize, PROMPTS[:ROWS])):
         marked = range(STEPS - gradient.last, STEPS) if gradient.steps is None else np.flatnonzero(gradient.steps)
         marked = {int(step) for step in (marked if gradient.calls is None else gradient.calls[row])}
-        options = {"base": base if config.base_penalty else None, "negative_gradient": config.negative_gradient}
-        sampler = TorchSampler(reference, "ddim", config, embeds, **options)
+        sampler = TorchSampler(reference, "ddim", config, embeds, base=base if config.base_penalty else None)
         through_input = gradient.calls is None
         clean = sampler.clean(noise[row], step_noise[row], stop[row], marked.__contains__, through_input=through_input)
         every = [clean, *(sampler.noised_copy(clean, one) for one in copies[row])]

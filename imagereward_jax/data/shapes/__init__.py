@@ -18,7 +18,12 @@ from imagereward_jax.data.shapes.drawing import (
     split,
 )
 from imagereward_jax.data.shapes.sources import ShapesGroups, ShapesPairs
-from imagereward_jax.data.shapes.tokenizers import caption_words, write_bert_vocab, write_clip_tokenizer
+from imagereward_jax.data.shapes.tokenizers import (
+    caption_words,
+    write_bert_vocab,
+    write_clip_tokenizer,
+    write_t5_tokenizer,
+)
 
 __all__ = [
     "COLOURS",
@@ -39,4 +44,5 @@ __all__ = [
     "words_right",
     "write_bert_vocab",
     "write_clip_tokenizer",
+    "write_t5_tokenizer",
 ]

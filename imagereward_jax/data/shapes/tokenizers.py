@@ -1,6 +1,6 @@
-"""Small tokenizers for the shapes world, in the file formats of CLIP and BERT.
+"""Small tokenizers for the shapes world, in the file formats of CLIP, BERT and T5.
 
-Every word of a caption is one token; any other text still encodes (CLIP: every byte; BERT: ASCII characters).
+Every word of a caption is one token; any other text still encodes (CLIP: every byte; BERT and T5: ASCII characters).
 """
 
 import itertools
@@ -13,6 +13,8 @@ from imagereward_jax.data.shapes.drawing import all_captions
 MAX_LENGTH = 16
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+T5_SPECIAL = ("<pad>", "</s>", "<unk>")
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark of a word's start
 
 
 def caption_words() -> list[str]:
@@ -93,6 +95,20 @@ def write_bert_vocab(folder: str | os.PathLike) -> int:
     tokens = [*BERT_SPECIAL, *words, *characters, *("##" + c for c in pieces)]
     _write(folder / "vocab.txt", "\n".join(tokens) + "\n")
     return len(tokens)
+
+
+def write_t5_tokenizer(folder: str | os.PathLike) -> int:
+    """Writes the files that `transformers.T5Tokenizer` loads; returns the vocabulary's size."""
+    from transformers import T5Tokenizer
+
+    characters = [chr(i) for i in range(33, 127)]
+    pieces = [SPACE + word for word in caption_words()] + [SPACE, *characters]
+    # Log probabilities: a word as one piece is far more likely than its letters.
+    scores = [-2.0] * len(caption_words()) + [-10.0] * (1 + len(characters))
+    vocab = [(token, 0.0) for token in T5_SPECIAL] + list(zip(pieces, scores))
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_LENGTH)
+    tokenizer.save_pretrained(folder)
+    return len(vocab)
 
 
 def _write(path, text):

@@ -1,0 +1,16 @@
+"""DRTune on the built-in tiny Stable Diffusion 3.5: drtune_tiny.py on a flow.
+
+    python -m imagereward_jax.train --config configs/drtune_sd3_tiny.py
+
+Hardware: 2 CPU cores. Time and result to expect: not measured yet.
+"""
+
+from imagereward_jax.recipes import recipe_beside
+
+
+def get_config():
+    """The recipe."""
+    config = recipe_beside(__file__, "drtune_tiny")
+    config.model.path = "tiny-shapes-sd3"
+    config.method.sampler = "euler"
+    return config
