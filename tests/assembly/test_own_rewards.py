@@ -38,13 +38,13 @@ def get_config():
     config.data.prompts = config.eval.prompts = "prompts.json"
     config.method.update({{"num_steps": 3, "height": 8, "width": 8}})
     config.eval.update({{"num_prompts": 4, "images_per_prompt": 2, "batch_size": 4, "num_steps": 2, "every": 1}})
-    config.eval.guidance_scales = ()
+    config.eval.guidance_scale, config.eval.guidance_scales = 1.0, ()
     METHOD_SETTINGS
     return config
 """
 SETTINGS = {
-    "refl": 'config.method.update({"stop_min": 1, "stop_max": 2, "pretrain": "off"})',
-    "draft": 'config.method.update({"guidance_scale": 1.0, "loss": "linear", "target": 0.0})',
+    "refl": 'config.method.update({"stop_min": 1, "stop_max": 2, "pretrain": "off", "guidance_max": None})',
+    "draft": 'config.method.update({"guidance_max": None, "loss": "linear", "target": 0.0})',
     "ddpo": 'config.method.update({"rounds": 1, "timestep_fraction": 1.0})',
 }
 BROKEN = """

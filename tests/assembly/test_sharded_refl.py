@@ -26,6 +26,7 @@ def arguments(folder, name, reward, *options):
         *("--config.method.num_steps=3", "--config.method.stop_min=0", "--config.method.stop_max=2"),
         *("--config.method.height=16", "--config.method.width=16", "--config.data.image_size=16"),
         *("--config.eval.num_prompts=8", "--config.eval.images_per_prompt=1", "--config.eval.num_steps=2"),
+        *("--config.method.guidance_max=1.0", "--config.eval.guidance_scale=1.0", "--config.eval.guidance_scales=()"),
         *("--config.eval.batch_size=8", *options),
     ]
 
