@@ -39,7 +39,8 @@ def run(model, tiny_reward_folder, tmp_path_factory):
         "lora.rank=2", "lora.alpha=3.0", "lora.dropout=0.1", "lora.dtype=bfloat16", "steps=3",
         "batch_size=2", "method.num_steps=3", "method.stop_min=0", "method.stop_max=2", "method.height=16",
         "method.width=16", "method.pretrain=off", "eval.num_prompts=1", "eval.images_per_prompt=1", "eval.num_steps=1",
-        "eval.batch_size=1", "eval.guidance_scale=1.0", "eval.guidance_scales=()", "method.guidance_max=1.0", "optimizer.warmup_steps=0", "writers=('jsonl',)",
+        "eval.batch_size=1", "eval.guidance_scale=1.0", "eval.guidance_scales=()",
+        "method.guidance_max=1.0", "optimizer.warmup_steps=0", "writers=('jsonl',)",
         f"model.path={model}", f"reward.path={tiny_reward_folder}",
     ]  # fmt: skip
     command = ["train", f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{option}" for option in options)]
