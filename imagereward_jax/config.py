@@ -139,12 +139,18 @@ def _check_bounds(name, value, one, bounds):
     if not too_low and not too_high:
         return
     if low is not None and high is not None:
-        interval = f"{'(' if 'above' in bounds else '['}{low:g}, {high:g}{')' if 'below' in bounds else ']'}"
+        ends = f"{_plain(low)}, {_plain(high)}"
+        interval = f"{'(' if 'above' in bounds else '['}{ends}{')' if 'below' in bounds else ']'}"
         raise ConfigError(f"{name}={value}: expected a number in {interval}")
     words = "a number above" if "above" in bounds else "at least"
     if high is not None:
         words = "a number below" if "below" in bounds else "at most"
-    raise ConfigError(f"{name}={value}: expected {words} {high if low is None else low:g}")
+    raise ConfigError(f"{name}={value}: expected {words} {_plain(high if low is None else low)}")
+
+
+def _plain(number):
+    """A bound as people write it: 1048576, 0.5."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def require_given(config: Any, path: str, way_out: str = "") -> None:

@@ -129,7 +129,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(run, model, changes, mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": -1}, r"config\.lora\.rank=-1: expected at least 0"),
+        ({"rank": -1}, r"config\.lora\.rank=-1: expected a number in \[0, 16384\]"),
         ({"alpha": 0.0}, r"config\.lora\.alpha=0\.0: expected a number above 0"),
         ({"targets": "to_(q"}, r"config\.lora\.targets='to_\(q' is not a valid regular expression"),
         ({"init": "gausian"}, r"config\.lora\.init='gausian': .*did you mean 'gaussian'"),
