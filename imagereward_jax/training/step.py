@@ -63,6 +63,15 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
 
 
+def _smallest(result):
+    """The smallest arrays of an update's result, in which settings and optimizers that make NaN show.
+
+    Of all arrays it would cost memory for a second copy of the state, or, computed twice, minutes of compiling.
+    """
+    size = min(x.size for x in jax.tree.leaves(result[0]))
+    return [x for x in jax.tree.leaves(result) if x.size <= size]
+
+
 def make_train_step(
     phases: tuple[Phase, ...],
     optimizer: optax.GradientTransformation,
@@ -170,11 +179,8 @@ class _Step:
         """(the state after one update, the gradient's norm)."""
         norm = optax.tree.norm(grads)
         old = (state.params, state.opt_state, state.ema, state.copies)
-        # Settings and users' optimizers, too, can make NaN of finite gradients, so the result is looked at. It is
-        # computed twice: else all of it would be in memory beside the old state until it is known to be finite.
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss) & all_finite(self.result(old, grads, index))
-        old, grads, finite = jax.lax.optimization_barrier((old, grads, finite))
         result = self.result(old, grads, index)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss) & all_finite(_smallest(result))
         params, opt_state, ema, copies = jax.tree.map(lambda new, old: jnp.where(finite, new, old), result, old)
         state = state.replace(
             params=params,
