@@ -138,14 +138,15 @@ def _check_bounds(name, value, one, bounds):
     too_high = high is not None and not (one < high if "below" in bounds else one <= high)
     if not too_low and not too_high:
         return
-    if low is not None and high is not None:
+    if low is not None and high not in (None, MAX_INT):
         ends = f"{_plain(low)}, {_plain(high)}"
         interval = f"{'(' if 'above' in bounds else '['}{ends}{')' if 'below' in bounds else ']'}"
         raise ConfigError(f"{name}={value}: expected a number in {interval}")
-    words = "a number above" if "above" in bounds else "at least"
-    if high is not None:
+    if too_low:
+        words = "a number above" if "above" in bounds else "at least"
+    else:
         words = "a number below" if "below" in bounds else "at most"
-    raise ConfigError(f"{name}={value}: expected {words} {_plain(high if low is None else low)}")
+    raise ConfigError(f"{name}={value}: expected {words} {_plain(low if too_low else high)}")
 
 
 def _plain(number):
