@@ -218,7 +218,7 @@ def test_the_published_med_config_is_understood():
         ({"text": {"hidden_size": 100}}, "hidden_size 100 is not a multiple"),
         ({"text": {"vocab_size": 0}}, "vocab_size must be a positive whole number, not 0"),
         ({"vision": {"image_size": 225}}, "image_size 225 is not a multiple of patch_size 16"),
-        ({"vision": {"depth": "24"}}, "depth must be a positive whole number, not '24'"),
+        ({"vision": {"depth": "24"}}, "depth='24': expected a whole number"),
         ({"vision": {"drop_path": 0.1}}, "unknown field 'drop_path'"),
         ({"model_type": "clip"}, "model_type must be 'imagereward', not 'clip'"),
         ({"head_sizes": [1, 2]}, "head_sizes must hold 4 numbers"),
