@@ -105,9 +105,12 @@ def test_commands_turn_it_on_unless_told_not_to(tmp_path, monkeypatch, command, 
     """The cache's folder, while a command is at work."""
     seen = []
 
+    class Enough(Exception):
+        exit_status = 2
+
     def stop(*_, **__):
         seen.append(jax.config.jax_compilation_cache_dir)
-        raise ValueError("enough")
+        raise Enough
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("IMAGEREWARD_JAX_CACHE", str(tmp_path))
