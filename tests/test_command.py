@@ -35,6 +35,10 @@ COMMANDS = {
     "tiny_shapes": ("pack", ["a", "b"]),
     "shapes_groups": ("write", ["out", "tiny-shapes"]),
     "imagereward": ("parse_args", ["a", "b"]),
+    "shapes_subject": ("parse_args", ["a"]),
+    "single_file": ("convert", ["a", "b"]),
+    "serve": ("serve", ["--reward", "random"]),
+    "integrations.__main__": ("install", ["comfyui", "a"]),
 }
 
 
@@ -86,7 +90,8 @@ def test_a_package_that_is_not_installed_names_its_extra(monkeypatch, capsys):
 def test_every_script_is_such_a_command():
     """A module that calls its `main` as a script has the decorator on it, and imports nothing large before."""
     scripts = [*(ROOT / "imagereward_jax").rglob("*.py"), *(ROOT / "convert").glob("*.py")]
-    scripts = {path.stem: path for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    scripts = [path for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+    scripts = {f"{path.parent.name}.__main__" if path.stem == "__main__" else path.stem: path for path in scripts}
     assert scripts.keys() == COMMANDS.keys()
     for path in scripts.values():
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -108,6 +108,8 @@ def runs(tmp_path_factory):
         "--config.method.num_steps=3",
         "--config.method.stop_min=0",
         "--config.method.stop_max=2",
+        "--config.method.guidance_max=1.0",
+        "--config.eval.guidance_scales=(1.0,)",
         f"--config.model.path={root / 'pretrain/export'}",
         *(f"{term}.path={root / 'reward/export'}" for term in terms),
         *(f"{term}.clip=0.0" for term in terms),

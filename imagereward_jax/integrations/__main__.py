@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imagereward_jax.command import command
-from imagereward_jax.rewards.http_client import PYTHON_FILE
-from imagereward_jax.storage.folders import new_folder
 from imagereward_jax.terminal import Parser, say
 
 HERE = Path(__file__).parent
@@ -34,6 +32,9 @@ def install(program: str, folder: Path, python: str = sys.executable) -> Path:
     Raises:
         FileNotFoundError: `folder` is not such a program's. FileExistsError, StorageError: see `new_folder`.
     """
+    from imagereward_jax.rewards.http_client import PYTHON_FILE
+    from imagereward_jax.storage.folders import new_folder
+
     place, script, name = PROGRAMS[program]
     if not (folder / place).is_dir():
         raise FileNotFoundError(f"{folder} has no folder {place}: expected the folder of {program}")

@@ -62,6 +62,7 @@ def test_the_flaw_is_caught(run):
     assert done["step"] == last["step"] and done["stopped"].startswith("eval/checker_rate went from")
 
 
+@pytest.mark.slow
 def test_the_built_in_reward_is_not_taken_for_a_flaw(tmp_path, capsys):
     """The same run with the reward that the model is made for: no warning, and it goes on to its last step."""
     config = recipe("tiny-shapes")
