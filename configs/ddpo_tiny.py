@@ -4,8 +4,8 @@
 
 `--config.reward.path=jpeg-compressibility`, or module:function (a Python function of yours), needs no other change.
 Each step samples 64 images, with the guidance that they are evaluated with, and makes two updates. Hardware: 2 CPU
-cores, some 25 seconds per step. Result to expect: nothing yet. After 20 steps the reward had gone from 1.670 to 1.684
-and the checker's share from 0.754 to 0.738: these settings show that it runs and are not tuned.
+cores, some 25 seconds per step. Result to expect: not measured with this learning rate. With a third of it the reward
+had gone from 1.670 to 1.684 after 20 steps and the checker's share from 0.754 to 0.738: it shows that it runs.
 """
 
 from imagereward_jax.recipes import default_config
