@@ -9,7 +9,10 @@ import pytest
 import tiny_sd3
 
 from imagereward_jax.pipelines import load_pipeline, open_pipeline
+from imagereward_jax.pipelines.sample import ImageSampler
 from imagereward_jax.pipelines.sd3 import StableDiffusion3
+from imagereward_jax.training.mesh import make_mesh
+from imagereward_jax.weights import hub
 from imagereward_jax.weights.generation import Generation
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
@@ -220,3 +223,19 @@ def test_adapters_are_of_the_layers_that_diffusers_adapts(opened, reference):
     expected = {name for name in names if any(name.endswith(f".{target}") for target in TRAINED)}
     assert len(expected) == 8 + 8 + 7
     assert set(adapted) == expected
+
+
+def test_the_built_in_model_makes_diffusers_image():
+    """`tiny-shapes-sd3`, 20 steps with guidance, from the same noise: within 1e-5 of diffusers' image."""
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(hub.ASSETS / "tiny-shapes-sd3", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipeline, params = load_pipeline("tiny-shapes-sd3")
+    noise = np.random.default_rng(0).standard_normal((1, 8, 8, 16)).astype(np.float32)
+    prompt, options = "a small blue triangle in the center", {"height": 32, "width": 32}
+    theirs = pipe(
+        prompt, num_inference_steps=20, guidance_scale=2.0, latents=nchw(noise), output_type="np",
+        max_sequence_length=pipeline.max_sequence_length, **options,
+    ).images  # fmt: skip
+    sampler = pipeline.make_sampler("euler", 20, 0.0, 32, 32)
+    sample = ImageSampler(pipeline, sampler, make_mesh(1, 1, jax.devices()[:1]), 1, guidance_scale=2.0, **options)
+    np.testing.assert_allclose(sample(params, [prompt], noise=noise), theirs, atol=1e-5)
