@@ -77,7 +77,7 @@ def curves(workdir):
 def spread(values):
     """ "mean (least to most)" of numbers; one number alone."""
     mean = sum(values) / len(values)
-    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{mean:.3g}" if len(values) == 1 else f"{mean:.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def table(runs):

@@ -7,7 +7,9 @@
 The class, of which the untouched model makes 64 images first, is "a large red circle in the center". The last command
 counts rings among images of "zq circle", also in colours and places that no instance had, and what became of circles.
 
-Hardware: 2 CPU cores. Time and result to expect: not measured yet.
+Hardware: 2 CPU cores, some two minutes. Result to expect, after 150 steps (one seed): a ring in 65 % of the images of
+drawn captions and 70 % of those left out; it is paid for by the class, whose one prompt preserves little: circles that
+are right fall from 72 % to 15 %, and images of other captions from 66 % to 34 %.
 """
 
 from imagereward_jax.recipes import default_config
@@ -16,7 +18,7 @@ from imagereward_jax.recipes import default_config
 def get_config():
     """The recipe."""
     config = default_config("dreambooth")
-    config.steps = 200
+    config.steps = 150
     config.batch_size = 16
     config.model.path = "tiny-shapes"
     config.model.remat = "none"
@@ -34,8 +36,8 @@ def get_config():
     config.eval.batch_size = 64
     config.eval.num_steps = 20
     config.eval.guidance_scale = 3.0
-    config.eval.every = 100
-    config.checkpoint.every = 100
+    config.eval.every = 75
+    config.checkpoint.every = 75
     config.log_every = 10
     config.writers = ("jsonl", "tensorboard")
     return config
