@@ -92,8 +92,9 @@ def _gather(path, tensors, aliases):
     if not layers:
         raise WeightsError(f"{path}: holds no adapter")
     for name, parts in layers.items():
-        for array in parts.values():
-            if not jnp.issubdtype(array.dtype, jnp.floating) or not np.isfinite(array).all():
+        for role, array in parts.items():
+            whole = role == "alpha" and jnp.issubdtype(array.dtype, jnp.integer)  # as kohya writes alpha=16
+            if not (whole or (jnp.issubdtype(array.dtype, jnp.floating) and np.isfinite(array).all())):
                 raise WeightsError(f"{path}: layer {name} has values that are not finite numbers")
     return layers
 

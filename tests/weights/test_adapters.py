@@ -208,6 +208,19 @@ def test_a_kohya_file_says_the_same_as_peft_s_and_as_in_diffusers(folder, base, 
     assert_fused_alike(pipe, pipeline, params, read, 0.8)
 
 
+def test_a_whole_number_may_be_an_alpha(base, exported, tmp_path):
+    """kohya writes alpha=16 as an integer tensor where nothing converts it."""
+    pipeline, _ = base
+    kohya(pipeline, tmp_path / "float.safetensors", adapters.read_adapter(exported, pipeline.networks))
+    tensors = read_tensors(tmp_path / "float.safetensors")
+    for scalar in (np.float32(2), np.int64(2)):
+        written = {key: scalar if key.endswith(".alpha") else array for key, array in tensors.items()}
+        write_safetensors(tmp_path / f"{scalar.dtype}.safetensors", written)
+    names = ("float32", "int64")
+    float_, whole = (adapters.read_adapter(tmp_path / f"{name}.safetensors", pipeline.networks) for name in names)
+    assert [low_rank.scale for low_rank in whole["unet"].values()] == [one.scale for one in float_["unet"].values()]
+
+
 def assert_fused_alike(pipe, pipeline, params, adapter, weight):
     """The weights that diffusers fuses from the adapter that `pipe` has loaded are those of `merge`."""
     pipe.fuse_lora(components=list(adapter), lora_scale=weight)
