@@ -67,14 +67,10 @@ def main(argv=None):
 
     from imagereward_jax.storage.folders import new_folder
 
-    try:
-        with new_folder(args.out, overwrite=False, marker="00.txt") as folder:
-            for number, caption in enumerate(subjects(args.seed)[: args.images]):
-                Image.fromarray(draw_ring(caption, args.image_size)).save(folder / f"{number:02d}.png")
-                (folder / f"{number:02d}.txt").write_text(subject_text(caption) + "\n")
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    with new_folder(args.out, overwrite=False, marker="00.txt") as folder:
+        for number, caption in enumerate(subjects(args.seed)[: args.images]):
+            Image.fromarray(draw_ring(caption, args.image_size)).save(folder / f"{number:02d}.png")
+            (folder / f"{number:02d}.txt").write_text(subject_text(caption) + "\n")
     say(f"wrote {args.images} images to {args.out}")
     return 0
 

@@ -53,11 +53,7 @@ def convert(args):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        convert(args)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    convert(args)
     say(f"wrote {args.out}")
     return 0
 

@@ -29,9 +29,10 @@ def open_pipeline(config: Any, **options: Any) -> TextToImage:
         architecture["vae"] = families.open_pipeline(config.model.vae_from).configs["vae"].to_dict()
     folder = Path(tempfile.mkdtemp(prefix="shapes-tokenizers-"))
     write_clip_tokenizer(folder / "clip")
-    write_t5_tokenizer(folder / "t5")
-    clip, t5 = folder / "clip", folder / "t5"
-    tokenizers = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5}
+    tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2"), folder / "clip")
+    if "text_encoder_3" in architecture:
+        write_t5_tokenizer(folder / "t5")
+        tokenizers["tokenizer_3"] = folder / "t5"
     return families.from_architecture(architecture, tokenizers, **options)
 
 

@@ -57,11 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("folder", type=Path, help="where the program is")
     args = parser.parse_args(argv)
-    try:
-        target = install(args.program, args.folder)
-    except (OSError, ValueError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+    target = install(args.program, args.folder)
     say(f"{target}: restart {args.program}")
     return 0
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imagereward_jax.config import field
-from imagereward_jax.methods.base import Loss, Method, Peak, Phase
+from imagereward_jax.config import MAX_STEPS, field
+from imagereward_jax.methods.base import Loss, Method, Phase
 from imagereward_jax.methods.forward_process import (
     NoisedConfig,
     make_choose,
@@ -20,7 +20,7 @@ from imagereward_jax.methods.forward_process import (
     sampler_of,
 )
 from imagereward_jax.methods.on_policy import bind_denoiser, snapshot
-from imagereward_jax.methods.policy_gradient import clipped_loss
+from imagereward_jax.methods.policy_gradient import clipped_loss, ratio_metrics
 
 OLD, AVERAGE = "old", "average"
 # (error e [B], share of noise t [B], power p) -> surrogate log-probability [B].
@@ -36,7 +36,8 @@ SURROGATES = {
 class Config(NoisedConfig):
     """config.method of AWM."""
 
-    num_steps: int = field(14, at_least=1)  # sampler steps in training; evaluation takes more (config.eval.num_steps)
+    # sampler steps in training; evaluation takes more (config.eval.num_steps)
+    num_steps: int = field(14, at_least=1, at_most=MAX_STEPS)
     noise_levels: int = field(
         6, at_least=1
     )  # steps at which each sample trains, drawn anew, an accumulation round each
@@ -101,12 +102,7 @@ def make_loss(config: Config, pipeline: Any) -> Loss:
         old = log_prob(constant(models.copies[OLD])) if OLD in models.copies else jax.lax.stop_gradient(log_probs)
         ratio = jnp.exp(log_probs - old)
         value = clipped_loss(ratio, batch["advantage"] / config.advantage_clip, config.clip_range)
-        error = jnp.abs(ratio - 1.0)
-        metrics = {
-            "policy": value,
-            "clipfrac": (error > config.clip_range).mean(),
-            "ratio_error": Peak(jnp.where(batch["update"] == 0, error, 0.0).max()),
-        }
+        metrics = {"policy": value, **ratio_metrics(ratio, batch, config.clip_range)}
         for name, weights, weight in (
             ("base_deviation", models.reference, config.base_penalty),
             ("average_deviation", models.copies.get(AVERAGE), config.average_penalty),

@@ -241,12 +241,7 @@ def make_loss(config: PolicyConfig, pipeline: Any, *, log_ratio: LogRatio | None
         transition = sampler.transition(state, denoise(models.policy, *inputs), step)
         change, weight = (log_ratio or plain)(transition, batch, sampler)
         ratio = jnp.exp(change)
-        error = jnp.abs(ratio - 1.0)
-        metrics = {
-            "approx_kl": 0.5 * jnp.square(change).mean(),
-            "clipfrac": (error > config.clip_range).mean(),
-            "ratio_error": Peak(jnp.where(batch["update"] == 0, error, 0.0).max()),
-        }
+        metrics = {"approx_kl": 0.5 * jnp.square(change).mean(), **ratio_metrics(ratio, batch, config.clip_range)}
         value = clipped_loss(ratio, batch["advantage"], config.clip_range, weight)
         if penalty is None:
             return value, metrics
@@ -255,6 +250,13 @@ def make_loss(config: PolicyConfig, pipeline: Any, *, log_ratio: LogRatio | None
         return value + distance, {**metrics, "penalty": distance}
 
     return loss
+
+
+def ratio_metrics(ratio: jax.Array, batch: Batch, clip_range: float) -> dict[str, Any]:
+    """The share of ratios [B] that are clipped, and how far from 1 they are before a step's first update."""
+    error = jnp.abs(ratio - 1.0)
+    first = jnp.where(batch["update"] == 0, error, 0.0)
+    return {"clipfrac": (error > clip_range).mean(), "ratio_error": Peak(first.max())}
 
 
 def clipped_loss(
