@@ -20,10 +20,10 @@ from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.training.baseline import Baseline
 from imagereward_jax.training.checkpoints import Checkpoints, abstract, exports_best, goodness
 from imagereward_jax.training.export import chosen_by, write_ending, write_export
+from imagereward_jax.training.finite import require_finite, skipped_too_often
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import (
     Interrupted,
-    RunError,
     catch_signals,
     closing,
     signal_of_any,
@@ -72,7 +72,7 @@ def train(
         LockedError: another process trains in the workdir.
         WriteError, CheckpointError: the disk is full, say; the latest whole checkpoint stays.
         ConfigError: config.stop.judge or config.eval.best is not among the metrics of the evaluation.
-        RunError: too many updates in a row were not finite.
+        RunError: too many updates in a row were not finite, or the weights are not; no checkpoint holds such.
         ProcessLost: another process of the run ended.
         Interrupted: after a signal; everything is saved.
     """
@@ -288,6 +288,7 @@ class _Loop:
         return evaluations, embeds
 
     def _evaluate_and_log(self, row):
+        require_finite(self.state, self.step, self.manager)
         evaluations, embeds = self._evaluate()
         if self.step == 0:
             self.baseline.keep(embeds)
@@ -324,6 +325,7 @@ class _Loop:
 
     def _save(self, evaluation, *, always=False):
         """Saves the state; with `best_only` nothing but the best evaluated so far, unless `always`."""
+        require_finite(self.state, self.step, self.manager)
         if self.config.checkpoint.best_only and not (always or self._is_best(evaluation)):
             return
         loop = {
@@ -356,17 +358,9 @@ class _Loop:
         self._save({}, always=True)
         self.manager.wait()
         rewards = [name for name in metrics if name.startswith(self.method.shown or "-")]
-        broken = ", ".join(name for name in rewards if not np.isfinite(metrics[name]))
-        path = self.config.get("reward", {}).get("path")
-        advice = "lower config.optimizer.learning_rate, or use config.dtype='float32',"
-        if broken:
-            where = f"config.reward.path={path!r}" if path else "config.reward"
-            advice = f"{where} gave scores that were not finite ({broken}): mend it,"
-        raise RunError(
-            f"{skipped} updates in a row had a loss, gradients or a result that were not finite (config.max_skipped): "
-            f"the weights of the last good update are in {self.manager.folder / str(self.step)}; {advice} and start in "
-            "another --workdir"
-        )
+        broken = [name for name in rewards if not np.isfinite(metrics[name])]
+        kept, reward = self.manager.folder / str(self.step), self.config.get("reward", {}).get("path")
+        raise skipped_too_often(skipped, kept, broken, reward)
 
     def _exported_state(self):
         """(state, step) to export."""

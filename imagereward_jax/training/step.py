@@ -66,7 +66,8 @@ def all_finite(tree: Any) -> jax.Array:
 def _smallest(result):
     """The smallest arrays of an update's result, in which settings and optimizers that make NaN show.
 
-    Of all arrays it would cost memory for a second copy of the state, or, computed twice, minutes of compiling.
+    Of all arrays it would cost memory for a second copy of the state, or, computed twice, minutes of compiling. Those
+    are looked at by a program of their own, before the state is evaluated or saved (`finite.require_finite`).
     """
     size = min(x.size for x in jax.tree.leaves(result[0]))
     return [x for x in jax.tree.leaves(result) if x.size <= size]

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-pytest.importorskip("orbax.checkpoint")
+ocp = pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
 
 import child
@@ -25,10 +26,11 @@ from toy import assemble_toy, main, toy_config, train
 from imagereward_jax.config import ConfigError
 from imagereward_jax.methods.base import Evaluation, ImageSamples
 from imagereward_jax.storage.errors import WriteError
-from imagereward_jax.training import loop
+from imagereward_jax.training import loop, program
 from imagereward_jax.training.checkpoints import CheckpointError
 from imagereward_jax.training.interruptions import Interrupted, RunError
 from imagereward_jax.training.metric_writers import Meter, read_rows
+from imagereward_jax.training.optimizer import make_optimizer
 from imagereward_jax.training.workdir import WorkdirError
 
 TIMES = ("time", "images_per_second")
@@ -120,6 +122,45 @@ def test_too_many_non_finite_updates_stop_the_run_with_good_weights(tmp_path):
     )
     assert numbers(tmp_path / "run")[-1]["step"] == 3
     assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 20
+
+
+def spoilt_from(update):
+    """`make_optimizer`, whose result has one infinite number from this update on, in the largest array alone."""
+
+    def make(config, updates, batch_size):
+        adamw = make_optimizer(config, updates, batch_size)
+
+        def spoil(grads, state, params):
+            changes, inner = adamw.update(grads, state[1], params)
+            big = changes["net"]["big"]
+            big = big.at[7, 7].set(jax.numpy.where(state[0] < update, big[7, 7], np.inf))
+            return {"net": {**changes["net"], "big": big}}, (state[0] + 1, inner)
+
+        return optax.GradientTransformation(lambda params: (np.int32(0), adamw.init(params)), spoil)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("settings", "update", "steps", "said"),
+    [
+        ({"checkpoint.every": 1}, 11, [5], "after step 6 2 arrays .*'big'.* the last good weights are in .*/5;"),
+        ({"max_skipped": 3}, 9, [4], "after step 7 2 arrays .*'big'.* the last good weights are in .*/4;"),
+        ({"eval.every": 1, "checkpoint.best_only": True}, 0, [], "after step 1 .*there is no checkpoint of before;"),
+    ],
+    ids=["seen when it is saved", "seen when updates are skipped", "seen when it is evaluated"],
+)
+def test_a_large_array_alone_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, settings, update, steps, said):
+    """A step has two updates; the smallest array, which the step looks at, stays finite."""
+    monkeypatch.setattr(program, "make_optimizer", spoilt_from(update))
+    with pytest.raises(RunError, match=said):
+        train(toy_config(**settings, **{"checkpoint.keep": 1}), assemble_toy, tmp_path / "run")
+    assert [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()] == steps
+    for step in steps:
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.restore(tmp_path / f"run/checkpoints/{step}/state")
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
+    assert not (tmp_path / "run/export").exists()
 
 
 def test_the_workdir_of_another_run_is_refused(clean):
