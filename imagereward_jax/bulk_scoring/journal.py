@@ -109,10 +109,16 @@ class Journal:
         write_text(self.folder / WRITTEN, json.dumps(_identity(path)))
 
     def close(self) -> None:
-        """Closes the file and releases the lock."""
-        with writing(self.folder):
-            self._file.close()
-        self._lock.release()
+        """Closes the file and releases the lock.
+
+        Raises:
+            WriteError: the last lines could not be written; the lock is released all the same.
+        """
+        try:
+            with writing(self.folder):
+                self._file.close()
+        finally:
+            self._lock.release()
 
     def remove(self) -> None:
         """Deletes the journal of a finished run; it is renamed first, so that no partial journal remains."""

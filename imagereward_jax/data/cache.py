@@ -19,7 +19,7 @@ import numpy as np
 
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.storage.errors import writing
-from imagereward_jax.storage.lock import Lock
+from imagereward_jax.storage.lock import Lock, LockedError
 from imagereward_jax.weights.files import read_json, read_metadata, read_tensors, write_safetensors
 
 MANIFEST, EMPTY, LOCK = "cache.json", "empty.safetensors", ".lock"
@@ -87,9 +87,14 @@ class Cache:
         if process_count > 1 and wait is None:
             raise ValueError(f"{process_count} processes that fill one cache must wait for each other: pass wait=")
         with contextlib.ExitStack() as stack:
-            if process_index == 0 and self.missing():
-                with writing(self.folder):
-                    stack.enter_context(Lock(self.folder / LOCK, f"config.data.cache={str(self.folder)!r}"))
+            if process_index == 0:
+                lock = Lock(self.folder / LOCK, f"config.data.cache={str(self.folder)!r}")
+                if self.missing():
+                    with writing(self.folder):
+                        stack.enter_context(lock)
+                elif lock.path.exists():  # of a run that was killed when all was written, or of one at its end
+                    with contextlib.suppress(LockedError, OSError), lock:
+                        pass
             self._fill(encode_rows, encode_empty, process_index, process_count, wait)
 
     def _fill(self, encode_rows, encode_empty, process_index, process_count, wait):

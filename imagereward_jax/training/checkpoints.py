@@ -19,7 +19,9 @@ from imagereward_jax.training.interruptions import wait_for_all
 from imagereward_jax.training.mesh import from_all_processes
 
 DAMAGED = "damaged_checkpoints"  # in the workdir: folders that could not be read, kept for the user
-_FULL = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")  # how errors of a full disk read
+# How errors of a full disk read.
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "RESOURCE_EXHAUSTED")
+_LINE = 160  # characters of what Orbax says; it adds the settings of its storage
 _CHECKSUMS, _OWN = "checksums", "loop"  # in the loop's file: of the state's arrays, and of the file's other values
 
 
@@ -178,10 +180,9 @@ class _Explained:
         if isinstance(error, CheckpointError):
             return
         reason = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
-        full = any(
-            sign in str(error) for sign in ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")
-        )
-        raise CheckpointError(f"{self.what}: {reason}{f' ({way_out()})' if full else ''}") from error
+        if full := next((sign for sign in _FULL if sign in str(error)), ""):
+            reason = f"{full} ({way_out()})"
+        raise CheckpointError(f"{self.what}: {reason}") from error
 
 
 def _is_whole(folder):
@@ -196,11 +197,11 @@ def _is_whole(folder):
 
 
 def _not_orbax(record):
-    """Orbax reports every array, and every checkpoint without metrics. Its errors pass without their tracebacks: they
-    are raised as well."""
+    """Orbax reports every array, and every checkpoint without metrics. Its errors pass as a line each, without their
+    tracebacks: they are raised as well."""
     if "orbax" not in record.pathname:
         return True
-    record.exc_info = record.exc_text = None
+    record.msg, record.args, record.exc_info, record.exc_text = record.getMessage()[:_LINE], (), None, None
     return record.levelno >= logging.ERROR
 
 

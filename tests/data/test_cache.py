@@ -109,6 +109,13 @@ def test_what_a_killed_run_left_is_no_obstacle_and_is_removed(tmp_path):
     assert names(tmp_path) == FILES
 
 
+def test_the_lock_of_a_run_that_was_killed_when_all_was_written_is_removed(tmp_path):
+    open_cache(tmp_path, {}, 7).fill(squares, empty)
+    (tmp_path / ".lock").touch()
+    open_cache(tmp_path, {}, 7).fill(None, None)
+    assert names(tmp_path) == FILES
+
+
 def test_rows_whose_files_changed_are_computed_again(tmp_path):
     """Those of their shard alone; a cache that says nothing of its files stays as it is, a damaged shard does not."""
     computed, states = [], {0: "a", 2: "a", 4: "a", 6: "a"}
