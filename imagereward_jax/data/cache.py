@@ -238,4 +238,4 @@ def _may_be_beside(path):
 def _is_temporary(name):
     """True for what this module leaves when it is killed while it writes."""
     partial = name.startswith((f".{MANIFEST}.", ".shard_", f".{EMPTY}.")) and name.endswith(".partial")
-    return partial or name == LOCK
+    return partial or name == LOCK or name.startswith(".tmp")  # the last is safetensors' own

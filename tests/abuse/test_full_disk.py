@@ -30,7 +30,7 @@ def check(tried):
 
 @pytest.mark.parametrize("name", full_disk.WORK)
 def test_a_disk_that_is_full_at_a_few_sizes(name, tmp_path):
-    check(full_disk.try_all(tmp_path, name, every=12))
+    check(full_disk.try_all(tmp_path, name, every=15))
 
 
 @pytest.mark.slow

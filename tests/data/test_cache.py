@@ -105,6 +105,7 @@ def test_a_shard_that_no_process_wrote_is_named(tmp_path):
 def test_what_a_killed_run_left_is_no_obstacle_and_is_removed(tmp_path):
     (tmp_path / ".cache.json.partial").write_text("{")
     (tmp_path / ".shard_00002.safetensors.77.partial").write_bytes(b"half")
+    (tmp_path / ".tmpaE8BSA").write_bytes(b"half")  # as safetensors leaves it
     open_cache(tmp_path, {}, 7).fill(squares, empty)
     assert names(tmp_path) == FILES
 
