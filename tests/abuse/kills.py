@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import conftest  # noqa: F401 (programs compile in less time to slower code, and equal ones once)
 from tiny_runs import METHODS, Project, outcome
 
 PATIENCE = 600  # seconds that a command may take on a busy machine
@@ -354,8 +355,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    os.environ.setdefault("IMAGEREWARD_JAX_CACHE", tempfile.mkdtemp())
     sys.exit(main())
