@@ -78,6 +78,7 @@ def watch_training(events: Events) -> None:
     events.watch(Explore, "_collect", "rollout")
     for name, phase in {
         "__init__": "restoring",
+        "run": "between steps",
         "_evaluate": "evaluating",
         "_compile": "compiling",
         "_updates": "updating",

@@ -3,7 +3,7 @@
     python tests/abuse/memory.py [NAME ...] [--times N]
 
 Each of `WORK` runs in a process of its own: "train", the toy of tests/training (two phases, 2,000 steps, an evaluation,
-a checkpoint and a log row every 50); "policy", its on-policy toy (2,000 steps); "score", a table of 20,000 rows of
+a checkpoint and a log row every 50); "policy", its on-policy toy (500 steps of four updates); "score", a table of 20,000 rows of
 small images through a tiny scorer. --times 0.1 makes a tenth of the steps.
 
 Prints MiB after a tenth, half and all of the work, and the slope of a line through the samples after that tenth.
@@ -104,7 +104,7 @@ def score_table(folder: Path, count: int, rows: list) -> int:
     return count
 
 
-WORK = {"train": (train_toy, 2_000), "policy": (train_policy, 2_000), "score": (score_table, 20_000)}
+WORK = {"train": (train_toy, 2_000), "policy": (train_policy, 500), "score": (score_table, 20_000)}
 
 
 def measure(work: Callable[[Path, int, list], int], count: int) -> dict[str, float]:
