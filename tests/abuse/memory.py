@@ -3,8 +3,8 @@
     python tests/abuse/memory.py [NAME ...] [--times N]
 
 Each of `WORK` runs in a process of its own: "train", the toy of tests/training (two phases, 2,000 steps, an evaluation,
-a checkpoint and a log row every 50); "policy", its on-policy toy (500 steps of four updates); "score", a table of 20,000 rows of
-small images through a tiny scorer. --times 0.1 makes a tenth of the steps.
+a checkpoint and a log row every 50); "policy", its on-policy toy (500 steps of four updates); "score", a table of
+20,000 rows of small images through a tiny scorer. --times 0.1 makes a tenth of the steps.
 
 Prints MiB after a tenth, half and all of the work, and the slope of a line through the samples after that tenth.
 """
