@@ -5,6 +5,7 @@ A chunk counts once its line ends in a newline; an incomplete line from a kill i
 a chunk, the last counts.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -121,21 +122,29 @@ class Journal:
             self._lock.release()
 
     def remove(self) -> None:
-        """Deletes the journal of a finished run; it is renamed first, so that no partial journal remains."""
+        """Deletes the journal of a finished run; it is renamed first, so that no partial journal remains.
+
+        What names the output goes last, so that a kill here leaves an output that is known (`wrote`).
+        """
         self.close()
-        done = self.folder.with_name(f".{self.folder.name}.done")
+        done = _done_folder(self.folder)
         shutil.rmtree(done, ignore_errors=True)
         with writing(self.folder):
             os.replace(self.folder, done)
+        for path in done.iterdir():
+            if path.name != WRITTEN:
+                path.unlink()
         shutil.rmtree(done, ignore_errors=True)
 
 
 def wrote(output: str | os.PathLike) -> bool:
-    """Whether the output is that of a run that was killed before it removed its journal."""
-    try:
-        return json.loads((parts_folder(output) / WRITTEN).read_bytes()) == _identity(output)
-    except (OSError, ValueError):
-        return False
+    """Whether the output is that of a run that was killed before it had removed its journal."""
+    folder = parts_folder(output)
+    for place in (folder, _done_folder(folder)):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((place / WRITTEN).read_bytes()) == _identity(output):
+                return True
+    return False
 
 
 def _identity(path):
@@ -150,6 +159,11 @@ def _is_journal(folder):
 def parts_folder(output: str | os.PathLike) -> Path:
     """Returns the journal's folder of an output file."""
     return Path(output).with_name(f"{Path(output).name}.parts")
+
+
+def _done_folder(folder):
+    """What the journal's folder is called while it is deleted."""
+    return folder.with_name(f".{folder.name}.done")
 
 
 def _remove_cut_line(file):

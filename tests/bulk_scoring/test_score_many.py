@@ -325,6 +325,10 @@ def test_an_image_that_changed_under_its_name_is_scored_again(data, counting, tm
     assert scores[0] == scores[1] and len(set(scores)) == 9
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_folders_and_files_that_the_command_did_not_write_stay(data, tmp_path, capsys):
     """Beside the output is where scores are kept; the output of a run that was killed at its very end is its own."""
     output, parts = tmp_path / "o.csv", tmp_path / "o.csv.parts"
@@ -340,6 +344,11 @@ def test_folders_and_files_that_the_command_did_not_write_stay(data, tmp_path, c
         assert run(*arguments) == 0 and parts.is_dir()
     written = output.read_bytes()
     assert run(*arguments) == 0 and output.read_bytes() == written and not parts.exists()
+    output.unlink()
+    with pytest.MonkeyPatch.context() as patch:  # while the journal is deleted
+        patch.setattr("imagereward_jax.bulk_scoring.journal.Path.unlink", interrupt)
+        assert run(*arguments) == 130
+    assert run(*arguments) == 0 and output.read_bytes() == written and os.listdir(tmp_path) == ["o.csv"]
     capsys.readouterr()
     assert "exists already" in refused(capsys, *arguments)
 
