@@ -1,6 +1,6 @@
 """A disk that is full at any moment of a run or of `score`: thirty sizes from nothing to enough.
 
-    python tests/abuse/full_disk.py
+    python tests/abuse/full_disk.py [train] [score]
 
 prints what happened by size. As root on Linux, where small disks in memory can be mounted. The run is the toy of
 tests/training (two phases, evaluations, checkpoints, export); `score` scores 400 rows at random.
@@ -139,7 +139,7 @@ def try_all(folder: Path, name: str, every: int = 1) -> list[Tried]:
 
 def main() -> int:
     bad = 0
-    for name in WORK:
+    for name in sys.argv[1:] or WORK:
         with tempfile.TemporaryDirectory() as folder:
             for one in try_all(Path(folder), name):
                 bad += not one.as_promised

@@ -58,7 +58,7 @@ METHODS = {
         **{**MODEL, **SAMPLES, **PROMPTS, **SIZE, "method.round_size": 2, "method.rounds": 2},
         **{"method.prompt_buffer": 8, "method.prompt_min_count": 2},
     },
-    "denoising": {**MODEL, **SAMPLES, **PAIRS},
+    "denoising": {**MODEL, **SAMPLES, **PAIRS, "eval.best": ""},
     "dreambooth": {
         **{
             **MODEL,
