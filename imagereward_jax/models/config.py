@@ -4,8 +4,8 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 Config = TypeVar("Config")
 MAX_SIZE = 10_000_000  # of any number of a network's config
@@ -29,14 +29,25 @@ TRANSFORMERS_FIELDS = (
     "torch_dtype",
     "transformers_version",
 )
-# What diffusers' EMAModel writes beside a network's settings: numbers of the average.
+# What diffusers' EMAModel writes beside a model's settings: numbers of the average.
 EMA_FIELDS = (
     *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
 )
 
 
+class Fixed(NamedTuple):
+    """The implemented values of a setting that is not read, and what another one says of the model."""
+
+    values: Sequence[Any]
+    why: str
+
+
 def read_config(
-    cls: type[Config], values: dict[str, Any], *, fixed: Mapping[str, Sequence[Any]], ignored: Sequence[str] = ()
+    cls: type[Config],
+    values: dict[str, Any],
+    *,
+    fixed: Mapping[str, Fixed | Sequence[Any]],
+    ignored: Collection[str] = (),
 ) -> Config:
     """Builds the dataclass `cls` from a checkpoint's config.json.
 
@@ -44,7 +55,7 @@ def read_config(
         cls: a dataclass; its fields are the supported settings. Lists become tuples.
         values: the content of config.json.
         fixed: name -> implemented values, for settings that are not fields of `cls`.
-        ignored: names without effect on the network, beside all that begin with an underscore.
+        ignored: names without effect on the network, beside those that `check_unread` passes.
 
     Raises:
         ValueError: a field or value is not implemented; the message names it.
@@ -54,13 +65,36 @@ def read_config(
     for name, value in values.items():
         if name in fields:
             kept[name] = value
-        elif name in fixed:
-            check_choice(cls, name, value, fixed[name])
-        elif not name.startswith("_") and name not in ignored:
-            raise ValueError(
-                f"{cls.__name__}: the field {name!r} (value {value!r}) is not implemented; remove it if unused"
-            )
+        else:
+            check_unread(cls.__name__, name, value, fixed=fixed, harmless=ignored)
     return cls(**check_types(cls, kept, cls.__name__))
+
+
+def check_unread(
+    where: str,
+    name: str,
+    value: Any,
+    *,
+    fixed: Mapping[str, Fixed | Sequence[Any]],
+    harmless: Collection[str] = (),
+    way_out: str = "",
+) -> None:
+    """The rule for a field that nothing reads, in configs of networks and of schedulers alike.
+
+    One of `fixed` has to have an implemented value. `harmless` ones, those of averages and bookkeeping (a leading
+    underscore) never refuse a model. Any other does: nobody knows what it changes.
+
+    Args:
+        where: how errors name the file or part. way_out: what else to do about a value of `fixed` that has a reason.
+
+    Raises:
+        ValueError: naming the field, its value, and what it means if that is known.
+    """
+    if name in fixed:
+        choices, why = fixed[name] if isinstance(fixed[name], Fixed) else (fixed[name], "")
+        _check_value(where, name, value, choices, f": {why}; {way_out}".rstrip("; ") if why else "")
+    elif not name.startswith("_") and name not in EMA_FIELDS and name not in harmless:
+        raise ValueError(f"{where}: the field {name!r} (value {value!r:.100}) is not known here; remove it if unused")
 
 
 def check_types(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -114,10 +148,14 @@ def write_config(config: Any) -> dict[str, Any]:
 
 def check_choice(cls: type, name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises ValueError if `value` is not one of `choices`."""
+    _check_value(cls.__name__, name, value, choices)
+
+
+def _check_value(where, name, value, choices, why=""):
     # 1 == True in Python, so types are compared too; 1 and 1.0 are the same setting.
     if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
         listed = " or ".join(map(repr, choices))
-        raise ValueError(f"{cls.__name__}: {name}={value!r} is not implemented, only {listed}")
+        raise ValueError(f"{where}: {name}={value!r} is not implemented, only {listed}{why}")
 
 
 def check_positive(config: Any, *names: str) -> None:

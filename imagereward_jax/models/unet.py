@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from imagereward_jax.models.config import (
-    EMA_FIELDS,
+    Fixed,
     check_all_positive,
     check_choice,
     check_positive,
@@ -40,8 +40,8 @@ _FIXED = {
     "downsample_padding": (1,),
     "dropout": (0.0,),
     "dual_cross_attention": (False, None),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
+    "encoder_hid_dim": Fixed((None,), "this network projects its conditions, as Kandinsky's and IP-Adapter's do"),
+    "encoder_hid_dim_type": Fixed((None,), "this network projects its conditions, as Kandinsky's and IP-Adapter's do"),
     "mid_block_only_cross_attention": (None, False),
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -52,7 +52,7 @@ _FIXED = {
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
+    "time_cond_proj_dim": Fixed((None,), "the guidance scale is an input of this network (latent consistency)"),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -159,7 +159,7 @@ class UNet2DConditionConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "UNet2DConditionConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
-        return read_config(cls, values, fixed=_FIXED, ignored=EMA_FIELDS)
+        return read_config(cls, values, fixed=_FIXED)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of config.json, as diffusers reads it."""

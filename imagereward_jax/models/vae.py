@@ -9,7 +9,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from imagereward_jax.models.config import (
-    EMA_FIELDS,
     check_all_positive,
     check_choice,
     check_positive,
@@ -94,7 +93,7 @@ class AutoencoderKLConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AutoencoderKLConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
-        return read_config(cls, values, fixed=_FIXED, ignored=EMA_FIELDS)
+        return read_config(cls, values, fixed=_FIXED)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of config.json, as diffusers reads it."""
