@@ -79,10 +79,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--sampler",
-        help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m; of a flow euler, heun or dpmpp_2m (default: the model's)",
+        help="ddim, euler, dpmpp_2m, unipc, lcm, ...: docs/samplers.md lists them (default: the model's)",
     )
     parser.add_argument("--steps", type=int, help="default: the model's")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise in ddim's steps, from 0 to 1")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise in the steps of ddim and tcd, from 0 to 1")
     parser.add_argument("--height", type=int, help="pixels; default: those the model was trained on")
     parser.add_argument("--width", type=int)
     parser.add_argument("--seed", type=int, default=0)

@@ -18,13 +18,7 @@ _SPACINGS = {
     "use_beta_sigmas": False,
 }
 _ENDS = {"sigma_min": None, "sigma_max": None}  # of sigmas that are spaced anew
-_MULTISTEP = {
-    "final_sigmas_type": "zero",
-    "solver_order": 2,
-    "lower_order_final": True,
-    "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
-}
+_MULTISTEP = {"final_sigmas_type": "zero", "solver_order": 2, "lower_order_final": True}
 _DISTILLED = {"original_inference_steps": 50}
 # The fields of scheduler_config.json that each sampler reads, with the defaults of diffusers' class.
 DEFAULTS = {
@@ -64,8 +58,6 @@ _ALLOWED = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "interpolation_type": ("linear",),
     "algorithm_type": ("dpmsolver++", "deis", "data_prediction"),
-    "use_flow_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
 }
 _ALLOWED_OF = {
     "dpmpp_2m": {"solver_order": (2,), "solver_type": ("midpoint", "logrho", "bh1", "bh2")},

@@ -29,10 +29,13 @@ SCHEDULE_DEFAULTS = {
 }
 
 # What the schedules of these classes are by default.
-_DISTILLED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_RANGE = {"beta_start": 0.00085, "beta_end": 0.012}
 _CLASS_DEFAULTS = {
-    "LCMScheduler": _DISTILLED,
-    "TCDScheduler": _DISTILLED,
+    "HeunDiscreteScheduler": _RANGE,
+    "KDPM2AncestralDiscreteScheduler": _RANGE,
+    "KDPM2DiscreteScheduler": _RANGE,
+    "LCMScheduler": _RANGE | {"beta_schedule": "scaled_linear"},
+    "TCDScheduler": _RANGE | {"beta_schedule": "scaled_linear"},
     "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
 }
 

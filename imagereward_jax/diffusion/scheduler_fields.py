@@ -116,7 +116,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
     betas, defaulted = config.get("trained_betas"), config.get("_use_default_values", [])
     if betas is not None and not (isinstance(betas, list | tuple) and all(map(_is_number, betas))):
         refuse("trained_betas", "a list of numbers, or null")
-    if not all(type(step) is int for step in config.get("disable_corrector") or ()):
+    skipped = config.get("disable_corrector", [])
+    if not (isinstance(skipped, list | tuple) and all(type(step) is int for step in skipped)):
         refuse("disable_corrector", "a list of steps")
     if not isinstance(defaulted, list | tuple):
         refuse("_use_default_values", "a list of names")

@@ -314,7 +314,6 @@ def test_schedule_is_that_of_diffusers(prediction_type):
         ("dpmpp_2m", {}, 1000, "num_steps=1000"),
         ("unipc", {"solver_order": 3}, 10, "solver_order=3"),
         ("unipc", {"predict_x0": False}, 10, "predict_x0=False"),
-        ("unipc", {"lower_order_final": False}, 10, "lower_order_final=False"),
         ("unipc", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}, 10, "state final_sigmas_type='zero'"),
         ("lcm", {}, 51, "original_inference_steps=50"),
         ("tcd", {"original_inference_steps": 2000}, 10, "num_train_timesteps=1000"),
