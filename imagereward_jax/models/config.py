@@ -10,7 +10,10 @@ from typing import Any, NamedTuple, TypeVar
 Config = TypeVar("Config")
 MAX_SIZE = 10_000_000  # of any number of a network's config
 MAX_LAYERS = 1000  # layers are built one by one, before they are compared with the weights
-LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_layers", "depth")
+LAYERS = (
+    *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+    *("num_hidden_layers", "num_layers", "depth"),
+)
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 # Fields that transformers writes into every config.json or uses only for initialisation.
@@ -107,15 +110,27 @@ def check_types(cls: type, values: Mapping[str, Any], where: str) -> dict[str, A
         ValueError: naming field, value and what is expected; also a size beyond reason.
     """
     hints = typing.get_type_hints(cls)
-    checked = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    checked = {name: _as_tuple(value) for name, value in values.items()}
     for name, value in checked.items():
         if not _fits(value, hints[name]):
             raise ValueError(f"{where}: {name}={values[name]!r:.100}: expected {_words(hints[name])}")
         most = MAX_LAYERS if name in LAYERS else MAX_SIZE
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in _flat(value):
             if isinstance(number, int) and abs(number) > most:
                 raise ValueError(f"{where}: {name}={number}: expected at most {most:,}")
     return checked
+
+
+def _as_tuple(value):
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def _as_list(value):
+    return list(map(_as_list, value)) if isinstance(value, list | tuple) else value
+
+
+def _flat(value):
+    return [item for part in value for item in _flat(part)] if isinstance(value, tuple) else [value]
 
 
 def _fits(value, hint):
@@ -142,8 +157,7 @@ def _words(hint):
 
 def write_config(config: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass as in config.json: tuples become lists."""
-    values = dataclasses.asdict(config)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: _as_list(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def check_choice(cls: type, name: str, value: Any, choices: Sequence[Any]) -> None:

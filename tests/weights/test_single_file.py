@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import single_files
 
-from imagereward_jax.models import clip, mmdit_config, unet, vae
+from imagereward_jax.models import clip, mmdit_config, unet_config, vae
 from imagereward_jax.pipelines import open_pipeline
 from imagereward_jax.pipelines.families import FAMILIES
 from imagereward_jax.rewards.tokens import CLIPPromptTokenizer
@@ -176,9 +176,9 @@ SD2_UNET = {
     "cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [5, 10, 20, 20],
 }  # fmt: skip
 PUBLISHED = {
-    "sd1": ("unet", "UNet2DConditionModel", unet.SD1, configs.unet),
+    "sd1": ("unet", "UNet2DConditionModel", unet_config.SD1, configs.unet),
     "sd2": ("unet", "UNet2DConditionModel", SD2_UNET, configs.unet),
-    "sdxl": ("unet", "UNet2DConditionModel", unet.SDXL, configs.unet),
+    "sdxl": ("unet", "UNet2DConditionModel", unet_config.SDXL, configs.unet),
     "sd3": ("transformer", "SD3Transformer2DModel", mmdit_config.SD3_MEDIUM, configs.mmdit),
     "sd35_medium": ("transformer", "SD3Transformer2DModel", mmdit_config.SD35_MEDIUM, configs.mmdit),
     "sd35_large": ("transformer", "SD3Transformer2DModel", mmdit_config.SD35_LARGE, configs.mmdit),
