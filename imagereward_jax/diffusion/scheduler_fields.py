@@ -15,7 +15,7 @@ WHERE = "scheduler_config.json"
 MAX_TIMESTEPS = 100_000
 _NUMBERS = (
     *("beta_start", "beta_end", "shift", "base_shift", "max_shift", "flow_shift"),
-    *("base_image_seq_len", "max_image_seq_len", "timestep_scaling"),
+    *("base_image_seq_len", "max_image_seq_len", "timestep_scaling", "lambda_min_clipped"),
 )
 _SIGMAS = ("sigma_min", "sigma_max")
 _SWITCHES = (
@@ -101,6 +101,11 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise ValueError(f"{WHERE}: {field}={config[field]!r:.100}: expected {expected}")
 
     for field, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            # diffusers' default, which it writes to the file although JSON has no such number.
+            if (field, value) == ("lambda_min_clipped", -math.inf):
+                continue
+            refuse(field, "a finite number")
         if field in _NUMBERS and not _is_number(value):
             refuse(field, "a number")
         if field in _SIGMAS and not (value is None or (_is_number(value) and value > 0)):

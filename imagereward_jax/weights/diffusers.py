@@ -194,7 +194,7 @@ def tokenizers_of(folder: str | Path) -> dict[str, Path]:
 
 def load_scheduler_config(folder: str | Path) -> dict[str, Any]:
     """Reads scheduler/scheduler_config.json of a folder."""
-    return read_json(Path(folder) / "scheduler" / "scheduler_config.json")
+    return read_json(Path(folder) / "scheduler" / "scheduler_config.json", infinite=True)
 
 
 def save_component(

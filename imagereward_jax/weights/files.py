@@ -183,8 +183,11 @@ def cast(tensors: Mapping[str, np.ndarray], dtype: DTypeLike, *, what: str) -> d
     return converted
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path, *, infinite: bool = False) -> dict[str, Any]:
     """Reads the object in a JSON file.
+
+    Args:
+        infinite: whether numbers may be; JSON has none, but diffusers writes -Infinity into scheduler_config.json.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -196,7 +199,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > MAX_JSON:
         raise WeightsError(f"{path}: {size:,} bytes are too many for a file of settings (at most {MAX_JSON:,})")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        constant = _infinity if infinite else _refuse_constant
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -206,6 +210,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def _refuse_constant(name):
     raise ValueError(f"it holds {name}, which JSON has not")
+
+
+def _infinity(name):
+    return _refuse_constant(name) if name == "NaN" else float(name)
 
 
 def _refuse_placeholders(path):

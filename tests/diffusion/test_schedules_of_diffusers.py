@@ -164,6 +164,8 @@ def test_betas_that_are_stated_make_an_unknown_class_readable():
     [
         ("original_inference_steps", 0, "a whole number"),
         ("timestep_scaling", "ten", "a number"),
+        ("lambda_min_clipped", float("inf"), "a finite number"),
+        ("eta", -float("inf"), "a finite number"),
         ("sigma_min", -0.1, "a number above 0"),
         ("use_karras_sigmas", "yes", "true or false"),
         ("disable_corrector", ["first"], "a list of steps"),
