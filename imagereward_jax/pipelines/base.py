@@ -19,7 +19,7 @@ from imagereward_jax.pipelines.blend import Blend, blended_denoiser
 from imagereward_jax.pipelines.networks import Networks, Params
 from imagereward_jax.storage.folders import refuse_existing
 from imagereward_jax.weights import components, diffusers, mapping
-from imagereward_jax.weights.generation import Generation
+from imagereward_jax.weights.generation import Generation, distilled_generation
 from imagereward_jax.weights.sources import Source
 
 Batch = dict[str, Any]
@@ -74,7 +74,8 @@ class TextToImage(Networks):
         # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x. It never clips flows.
         clip_sample = None if isinstance(self.schedule, FlowSchedule) else False
         self.scheduler_config = override_scheduler(scheduler_config, clip_sample=clip_sample)
-        self.generation = generation or self.default_generation(scheduler_config)
+        distilled = distilled_generation(scheduler_config.get("_class_name"))
+        self.generation = generation or distilled or self.default_generation(scheduler_config)
         self.default_size = configs[self.denoiser].sample_size * configs["vae"].downsampling
         self.tokenizer_folders = {
             name: Path(tokenizers[name]) for name in self.text_encoders.values() if prompt_ids.is_path(tokenizers[name])

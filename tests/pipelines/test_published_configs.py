@@ -11,6 +11,7 @@ from tiny_sd3 import t5_tokenizer
 
 from imagereward_jax.diffusion.samplers import samplers_of
 from imagereward_jax.pipelines import open_pipeline, published_settings
+from imagereward_jax.weights.generation import Generation
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,8 @@ def test_a_published_model_opens(name, tokenizers, tmp_path):
     pipeline = open_pipeline(write(tmp_path / "model", files, tokenizers))
     assert pipeline.pipeline_class == files["model_index.json"]["_class_name"]
     assert {f"{part}/config.json" for part in pipeline.networks} == {file for file in files if "/config" in file}
+    if files["scheduler/scheduler_config.json"]["_class_name"] == "LCMScheduler":
+        assert pipeline.generation == Generation("lcm", 4, 1.0)
     for sampler in samplers_of(pipeline.scheduler_config):
         size = 64 if pipeline.family == "sd3" else 128
         assert np.isfinite(pipeline.make_sampler(sampler, 5, 0.0, size, size).timesteps).all()
