@@ -105,6 +105,11 @@ def check_sampler(name: str) -> None:
         raise ValueError(f"unknown sampler {name!r}; did you mean {close!r}? There are: {', '.join(SAMPLERS)}")
 
 
+def check_scheduler_config(scheduler_config: Mapping) -> None:
+    """Raises ValueError for a field of scheduler_config.json of which nobody knows what it changes."""
+    check_known(scheduler_config, _FLOW_READ if flow.is_flow(scheduler_config) else _READ)
+
+
 def samplers_of(scheduler_config: Mapping) -> tuple[str, ...]:
     """The samplers that there are for the schedule of a scheduler_config.json."""
     return tuple(_FLOW_SOLVERS if flow.is_flow(scheduler_config) else _SOLVERS)
@@ -194,13 +199,13 @@ def _check_heun(name, num_steps):
 
 def _read_config(name, scheduler_config):
     check_has_betas(scheduler_config)
-    check_known(scheduler_config, _READ)
+    check_scheduler_config(scheduler_config)
     return _fields(name, DEFAULTS[name] | schedule_defaults(scheduler_config), stated(scheduler_config))
 
 
 def _read_flow_config(name, scheduler_config):
     """The fields that a sampler reads beside those of the flow: those of multistep solvers."""
-    check_known(scheduler_config, _FLOW_READ)
+    check_scheduler_config(scheduler_config)
     if name not in _ALLOWED_OF:
         return {}
     own = {field: default for field, default in DEFAULTS[name].items() if field not in _FLOW_FIELDS}

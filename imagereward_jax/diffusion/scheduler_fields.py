@@ -6,7 +6,7 @@ model, or `HARMFUL` at values that say that the network is of another kind, whic
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from imagereward_jax.models.config import Fixed, check_unread
@@ -155,10 +155,10 @@ def check_has_betas(config: Mapping[str, Any]) -> None:
     for field in HARMFUL.keys() & given.keys():
         # Of other predictions diffusers passes over it.
         if field != "timestep_type" or given.get("prediction_type") == "v_prediction":
-            check_unread(WHERE, field, given[field], fixed=HARMFUL, way_out=advice)
+            check_unread(WHERE, field, given[field], fixed=HARMFUL)
 
 
-def check_known(config: Mapping[str, Any], read: frozenset[str]) -> None:
+def check_known(config: Mapping[str, Any], read: Collection[str]) -> None:
     """Raises ValueError for a field that is neither `read` nor harmless. `check_has_betas` judges the harmful ones."""
     for field, value in stated(config).items():
         if field not in read and field not in HARMFUL:

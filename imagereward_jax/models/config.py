@@ -80,7 +80,6 @@ def check_unread(
     *,
     fixed: Mapping[str, Fixed | Sequence[Any]],
     harmless: Collection[str] = (),
-    way_out: str = "",
 ) -> None:
     """The rule for a field that nothing reads, in configs of networks and of schedulers alike.
 
@@ -88,14 +87,14 @@ def check_unread(
     underscore) never refuse a model. Any other does: nobody knows what it changes.
 
     Args:
-        where: how errors name the file or part. way_out: what else to do about a value of `fixed` that has a reason.
+        where: how errors name the file or part.
 
     Raises:
         ValueError: naming the field, its value, and what it means if that is known.
     """
     if name in fixed:
         choices, why = fixed[name] if isinstance(fixed[name], Fixed) else (fixed[name], "")
-        _check_value(where, name, value, choices, f": {why}; {way_out}".rstrip("; ") if why else "")
+        _check_value(where, name, value, choices, f": {why}" if why else "")
     elif not name.startswith("_") and name not in EMA_FIELDS and name not in harmless:
         raise ValueError(f"{where}: the field {name!r} (value {value!r:.100}) is not known here; remove it if unused")
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from imagereward_jax.diffusion.flow import FlowSchedule, read_schedule
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.sampler import Sampler
-from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.diffusion.samplers import check_scheduler_config, make_sampler
 from imagereward_jax.models import lora, quantized
 from imagereward_jax.pipelines import prompt_ids
 from imagereward_jax.pipelines.blend import Blend, blended_denoiser
@@ -71,6 +71,7 @@ class TextToImage(Networks):
         self.text_encoders = {name: folder for name, folder in self.text_encoders.items() if name in configs}
         super().__init__(configs, source=source, dtype=dtype, vae_dtype=vae_dtype, remat=remat)
         self.schedule = read_schedule(scheduler_config)
+        check_scheduler_config(scheduler_config)
         # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x. It never clips flows.
         clip_sample = None if isinstance(self.schedule, FlowSchedule) else False
         self.scheduler_config = override_scheduler(scheduler_config, clip_sample=clip_sample)

@@ -139,10 +139,6 @@ def test_a_continuous_timestep_is_harmful_with_v_prediction_alone():
         ({"num_train_timesteps": 1000, "shift": 3.0}, "shift=3.0"),
         ({"base_shift": 0.5, "use_dynamic_shifting": True}, "base_shift=0.5"),
         ({"sigma_data": 0.5, "prediction_type": "epsilon"}, "sigma_data=0.5"),
-        (
-            {"_class_name": "LMSDiscreteScheduler", "use_flow_sigmas": True},
-            "use_flow_sigmas=True",
-        ),
         ({"_class_name": "SomeNewScheduler", "num_train_timesteps": 1000}, "SomeNewScheduler"),
     ],
 )

@@ -435,6 +435,7 @@ REFUSED = {
     "stabilityai/cosxl": (sdxl(scheduler=EDM | {"_class_name": "EDMEulerScheduler"}), "EDM's sigma_data"),
     "latent-consistency/lcm-sdxl": (sdxl(UNET_XL | {"time_cond_proj_dim": 256}), "the guidance scale is an input"),
     "h94/IP-Adapter": (sdxl(UNET_XL | {"encoder_hid_dim_type": "ip_image_proj"}), "projects its conditions"),
+    "a field of tomorrow": (sd(scheduler=PNDM | {"some_new_field": 3}), "'some_new_field' (value 3) is not known here"),
     "a refiner saved as SDXL": (
         sdxl(UNET_XL | {"projection_class_embeddings_input_dim": 320}),
         "SDXL's refiner has 5 and is not implemented",
