@@ -129,8 +129,12 @@ def _training_sigmas(config):
 
 def _respaced(config, first, last, num_steps):
     """Sigmas spaced anew between these ends, or between those that the config states."""
-    stated = [config.get(name) or end for name, end in (("sigma_max", first), ("sigma_min", last))]
-    return spaced(spacing_of(config), *stated, num_steps)
+    first, last = config.get("sigma_max") or first, config.get("sigma_min") or last
+    if first < last:
+        raise ValueError(
+            f"scheduler_config.json: sigmas would rise from {first:g} to {last:g}: expected sigma_max above sigma_min"
+        )
+    return spaced(spacing_of(config), first, last, num_steps)
 
 
 def _close(sigmas, config, training):

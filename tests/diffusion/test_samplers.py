@@ -162,8 +162,8 @@ def test_tcd_without_eta_is_ddim_on_its_timesteps():
 def test_sigmas_spaced_anew(name, field, monkeypatch):
     """Karras, exponential, beta and Lu's, with ends of their own and with a cosine schedule.
 
-    With the cosine, whose first sigma is above 20,000 and is a float32 in diffusers, 5e-4. Few steps of Heun's divide
-    differences of float32 numbers by a small sigma.
+    With the cosine, whose first sigma is above 20,000 and is a float32 in diffusers, 5e-4. Not two
+    steps of Heun's, which divide differences of float32 numbers by a small sigma.
     """
     if field not in DEFAULTS[name]:
         pytest.skip(f"{CLASSES[name].__name__} has no {field}")
@@ -172,7 +172,7 @@ def test_sigmas_spaced_anew(name, field, monkeypatch):
         configs.append(SD1 | {field: True, "sigma_min": 0.05, "sigma_max": 11.0})
     for config in configs:
         tolerance = 5e-4 if config["beta_schedule"] == "squaredcos_cap_v2" else 1e-5
-        for num_steps in (10, 40) if name == "heun" else (2, 10, 40):
+        for num_steps in (1, 10, 40):
             check(name, config, num_steps, monkeypatch, tolerance=tolerance)
 
 
@@ -307,6 +307,7 @@ def test_schedule_is_that_of_diffusers(prediction_type):
         ("ddim", {"some_new_field": 3}, 10, "'some_new_field' (value 3) is not known here"),
         ("ddpm", {"variance_type": "learned_range"}, 10, "variance_type='learned_range'"),
         ("euler", {"interpolation_type": "log_linear"}, 10, "interpolation_type='log_linear'"),
+        ("unipc", {"use_beta_sigmas": True, "sigma_min": 20.0}, 10, "expected sigma_max above sigma_min"),
         ("heun", {}, 10, "num_steps=10 should be odd for heun"),
         ("euler", {"use_beta_sigmas": True, "use_karras_sigmas": True}, 10, "use_karras_sigmas and use_beta_sigmas"),
         ("dpmpp_2m", {"solver_order": 3}, 10, "solver_order=3"),
