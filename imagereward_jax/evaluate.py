@@ -1,9 +1,9 @@
 """Agreement of scorers with people: `python -m imagereward_jax.evaluate --model ImageReward-v1.0 --data test.json`.
 
-From rankings (ImageReward's test.json, any file of id, prompt, generations and ranking, or shapes:held_out) it measures
-preference accuracy, recall@k and filter@k. From prompts alone and the images of several generators (--images DIR with
-DIR/GENERATOR/ID_K.png) it measures each generator's mean score and Spearman's rho to the human order. Intervals are
-bootstraps over prompts.
+From rankings (test.json of ImageReward or of HPDv2, Pick-a-Pic, ImageRewardDB: docs/files.md; or shapes:held_out) it
+measures preference accuracy, recall@k and filter@k. From prompts alone and the images of several generators (--images
+DIR with DIR/GENERATOR/ID_K.png) it measures each generator's mean score and Spearman's rho to the human order.
+Intervals are bootstraps over prompts.
 """
 
 import argparse
