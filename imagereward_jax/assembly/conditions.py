@@ -20,6 +20,8 @@ from imagereward_jax.assembly.given import training_rows
 from imagereward_jax.assembly.rows import nested_cond, pair_batch, rows_spec
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.batches import make_iterator
+from imagereward_jax.data.buckets import BucketBatches, Size, bucket_sizes, make_buckets
+from imagereward_jax.data.errors import DataError
 from imagereward_jax.data.groups import Pairs, padded
 from imagereward_jax.data.pairs import load_pairs
 from imagereward_jax.data.preferences import load_preferences
@@ -201,17 +203,61 @@ def pair_source(
     if parts.abstract:
         return DataSource(name, None, dict, spec, **options)
     rows = load_pairs_of(config, prompt, folder)
+    if config.data.bucket_step:
+        return DataSource(name, *_bucket_batches(parts, rows), spec, **options)
     cache = encoded.pair_cache(parts, rows, folder=folder) if config.data.get("cache") else None
     return DataSource(name, *_pair_batches(parts, rows, cache), spec, **options)
 
 
-def _pair_batches(parts, rows, cache):
+def _bucket_batches(parts, rows):
+    """As `_pair_batches`, each batch of one of the sizes of config.data.bucket_step."""
+    config, found, counts = parts.config, {}, {}
+    try:
+        buckets = make_buckets(rows, sizes_of(config, parts.pipeline))
+    except DataError as error:
+        raise DataError(f"config.data.bucket_step={config.data.bucket_step}: {error}") from error
+    for (height, width), bucket in buckets.items():
+        name = f"{width}x{height}"
+        cache = encoded.pair_cache(parts, bucket, bucket=name) if config.data.get("cache") else None
+        found[name], transform = _pair_batches(parts, bucket, cache, workers=0)  # else each size has so many
+        counts[name] = len(bucket)
+    if jax.process_index() == 0:
+        listed = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
+        reader = (
+            f", read by threads instead of config.data.workers={config.data.workers}" if config.data.workers else ""
+        )
+        say(f"config.data.pairs: {len(rows):,} images, {listed} (width x height){reader}", sys.stderr)
+    return BucketBatches(found, counts, config.seed), transform
+
+
+def sizes_of(config: Any, pipeline: Any) -> list[Size]:
+    """The sizes of config.data.bucket_step, each of which the model can make.
+
+    Raises:
+        ConfigError: it does not divide config.data.image_size, or the model cannot make one of them.
+    """
+    data = config.data
+    if data.image_size % data.bucket_step:
+        raise ConfigError(
+            f"config.data.image_size={data.image_size} should be a multiple of config.data.bucket_step="
+            f"{data.bucket_step}, so that squares are among the sizes"
+        )
+    sizes = bucket_sizes(data.image_size, data.bucket_step, data.bucket_max_ratio)
+    for height, width in sizes:
+        try:
+            pipeline.latent_shape(height, width)
+        except ValueError as error:
+            raise ConfigError(f"config.data.bucket_step={data.bucket_step}: {error}") from error
+    return sizes
+
+
+def _pair_batches(parts, rows, cache, **options):
     """(batches of pairs, or of a cache of them, with dropped captions; the transform of a batch)."""
     config, share = parts.config, parts.config.data.caption_dropout
     if cache is None:
-        batches = iterate(config, rows, functools.partial(drop_caption, share))
+        batches = iterate(config, rows, functools.partial(drop_caption, share), **options)
         return batches, functools.partial(pair_batch, parts.pipeline)
-    return iterate(config, cache, encoded.DropPrompt(share, cache.empty())), encoded.cached_batch
+    return iterate(config, cache, encoded.DropPrompt(share, cache.empty()), **options), encoded.cached_batch
 
 
 def preference_source(parts: Any) -> DataSource:
@@ -253,6 +299,8 @@ def drop_caption(share: float, item: dict[str, Any], rng: np.random.Generator) -
 def pair_spec(config: Any, pipeline: Any) -> Batch:
     """Shapes of a global batch of pairs."""
     rows, side = config.batch_size, config.data.image_size
+    if config.data.get("bucket_step"):
+        sizes_of(config, pipeline)
     sizes = {"time_ids": jax.ShapeDtypeStruct((rows, 6), jnp.float32)} if pipeline.micro_conditioned else {}
     if config.data.get("cache"):
         mean = jax.ShapeDtypeStruct((rows, *pipeline.latent_shape(side, side)), jnp.float32)
@@ -278,6 +326,11 @@ def load_pairs_of(config: Any, prompt: str | None = None, folder: Path | None = 
 
 def image_source(parts: Any) -> DataSource:
     """See `Parts.images`."""
+    if parts.config.data.bucket_step:
+        raise ConfigError(
+            f"config.data.bucket_step={parts.config.data.bucket_step}: an autoencoder is trained and measured on "
+            "squares; pass --config.data.bucket_step=0"
+        )
     rows, side = parts.config.batch_size, parts.config.data.image_size
     spec = {"image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32)}
     batches = None if parts.abstract else iterate(parts.config, load_pairs_of(parts.config))
@@ -331,18 +384,25 @@ def _largest_group(parts, pairs):
     return MOST_IN_A_GROUP
 
 
-def iterate(config: Any, rows: Any, item_transform: Callable | None = None, *, size: int | None = None) -> Any:
+def iterate(
+    config: Any,
+    rows: Any,
+    item_transform: Callable | None = None,
+    *,
+    size: int | None = None,
+    workers: int | None = None,
+) -> Any:
     """This process's batches of random-access `rows`: a `BatchIterator`.
 
     Args:
         item_transform: (item, rng) -> item, where the item is read.
-        size: rows of a global batch; None for config.batch_size.
+        size: rows of a global batch; None for config.batch_size. workers: None for config.data.workers.
     """
     return make_iterator(
         rows,
         batch_size=(size or config.batch_size) // jax.process_count(),
         seed=config.seed,
-        num_workers=config.data.workers,
+        num_workers=config.data.workers if workers is None else workers,
         item_transform=item_transform,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

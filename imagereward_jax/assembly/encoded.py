@@ -60,12 +60,18 @@ class EncodedPrompts:
 
 
 def pair_cache(
-    parts: Any, pairs: Any, fields: tuple[str, ...] = (*PAIR_FIELDS, "caption_noise"), *, folder: Path | None = None
+    parts: Any,
+    pairs: Any,
+    fields: tuple[str, ...] = (*PAIR_FIELDS, "caption_noise"),
+    *,
+    folder: Path | None = None,
+    bucket: str = "",
 ) -> Cache:
     """The cache of a config's pairs, or those of `folder`, with every missing shard computed; each process computes
     its share.
 
-    A row may be of several images, [K, S, S, 3]; fields: of config.data, that the rows follow from.
+    A row may be of several images, [K, S, S, 3]; fields: of config.data, that the rows follow from; bucket: the size of
+    all these images, whose cache is a folder by that name.
 
     The crop and the mirroring of an image are drawn once, by `config.seed`; latents are drawn anew each epoch from the
     stored mean and variance.
@@ -77,6 +83,8 @@ def pair_cache(
     made_by, where = _fingerprint(parts, pairs, fields), Path(parts.config.data.cache)
     if folder is not None:
         made_by, where = made_by | {"config.data.pairs": str(folder)}, where / CLASS
+    if bucket:
+        made_by, where = made_by | {"size": bucket}, where / bucket
     state_of = getattr(pairs, "state_of", None)  # those of the shapes world are in no files
     cache = open_cache(where, made_by, len(pairs), state_of)
 

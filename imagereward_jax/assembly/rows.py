@@ -19,7 +19,7 @@ def pair_batch(pipeline: Any, batch: Batch) -> Batch:
     """A stacked batch of pairs with token ids, and for SDXL the sizes of the images if they are known."""
     inputs = {"image": batch["image"], "ids": pipeline.tokenize(batch["prompt"]), HOST: {"prompt": batch["prompt"]}}
     if pipeline.micro_conditioned and "original_size" in batch:
-        size = np.full_like(batch["original_size"], batch["image"].shape[1])
+        size = np.broadcast_to(np.array(batch["image"].shape[1:3], np.int32), batch["original_size"].shape)
         inputs["time_ids"] = make_time_ids(batch["original_size"], batch["crop_top_left"], size)
     return inputs
 

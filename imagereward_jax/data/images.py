@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from imagereward_jax.data.errors import DataError, ImageError, ImageNotFound, MissingDataError, missing_file
 from imagereward_jax.terminal import say
@@ -123,6 +123,23 @@ def open_bounded(encoded: bytes, max_pixels: int, where: str = "") -> Image.Imag
         image = Image.open(io.BytesIO(encoded), formats=readable_formats())
         _check_size(image, max_pixels)
         return image
+
+
+def shown_size(image: Any, where: str = "") -> tuple[int, int]:
+    """Height and width of an image as `open_image` shows it, from its header alone if it is a file.
+
+    Raises:
+        ImageError, ImageNotFound: as `open_image`, for what the header tells.
+    """
+    with _naming(image, where, "shown"):
+        if isinstance(image, (str, os.PathLike, bytes)):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=readable_formats())
+        elif not isinstance(image, Image.Image):
+            return as_array(image).shape[:2]
+        turned = False
+        with contextlib.suppress(Exception):  # as in `_as_shown`
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size if turned else image.size[::-1]
 
 
 def open_square(image: Any, size: int, where: str = "", rule: str = "shown", *, rgb_first: bool = False) -> np.ndarray:
@@ -302,31 +319,38 @@ def crop_square(image: Image.Image, size: int, *, rgb_first: bool = False) -> np
 
 
 def fit_and_locate(
-    image: Image.Image, size: int, *, crop: str = "center", flip: bool = False, rng: np.random.Generator | None = None
+    image: Image.Image,
+    size: int | tuple[int, int],
+    *,
+    crop: str = "center",
+    flip: bool = False,
+    rng: np.random.Generator | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Resizes the shorter side to `size` (bicubic, antialiased) and crops a square, for training a generator.
+    """Resizes an image until it covers `size` (bicubic, antialiased) and crops it, for training a generator.
 
     Not for reward models, which see `crop_square`.
 
     Args:
         image: RGB PIL image.
+        size: (height, width), or the side of a square.
         crop: "center", or "random" (needs `rng`).
         flip: mirrors half of the images left to right (needs `rng`).
 
     Returns:
-        (image, original_size, crop_top_left): float32 [size, size, 3] in [0, 1]; int32 [2] each, (height, width) of
+        (image, original_size, crop_top_left): float32 [height, width, 3] in [0, 1]; int32 [2] each, (height, width) of
         `image` before it was resized, and (top, left) of the crop in the resized image, or in its mirror image if it
         was flipped. SDXL is conditioned on both.
     """
     original_size = np.array([image.height, image.width], np.int32)
-    scale = size / min(image.size)
-    width, height = (max(size, round(length * scale)) for length in image.size)
+    tall, wide = (size, size) if isinstance(size, int) else size
+    scale = max(tall / image.height, wide / image.width)
+    width, height = max(wide, round(image.width * scale)), max(tall, round(image.height * scale))
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = (width - wide) // 2, (height - tall) // 2
     if crop == "random":
-        left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-    array = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / np.float32(255)
+        left, top = int(rng.integers(width - wide + 1)), int(rng.integers(height - tall + 1))
+    array = np.asarray(image.crop((left, top, left + wide, top + tall)), np.float32) / np.float32(255)
     if flip and rng.random() < 0.5:
-        array, left = array[:, ::-1].copy(), width - size - left
+        array, left = array[:, ::-1].copy(), width - wide - left
     return array, original_size, np.array([top, left], np.int32)

@@ -97,6 +97,11 @@ class Pairs:
         """Reads a pair with the crop and mirroring that were asked for, drawn from `rng`."""
         return self._item(index, crop=self.crop, flip=self.flip, rng=rng)
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width of the image of a pair, before it is resized."""
+        where = self.table.where(index)
+        return images.shown_size(self._encoded(index, where), where)
+
     def state_of(self, rows: Iterable[int]) -> str:
         """What changes when the image files of these rows do, whose names stay; "" if they are in the table."""
         if self.found is None:

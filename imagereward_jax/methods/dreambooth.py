@@ -39,6 +39,11 @@ class Config(denoising.Config):
                     f"config.method.class_images={self.class_images!r} has no effect without config.method.class_prompt"
                 )
             return
+        if config.data.bucket_step:
+            raise ConfigError(
+                f"config.data.bucket_step={config.data.bucket_step}: a batch of instance and class images is of one "
+                "size; pass --config.data.bucket_step=0, or no config.method.class_prompt"
+            )
         pairs, classes = (
             Path(os.path.expanduser(name)).absolute() for name in (config.data.pairs, self.class_images or "/")
         )

@@ -74,6 +74,10 @@ class Pairs(Section, path="data"):
     image_size: int = field(512, at_least=1, at_most=MAX_SIDE)
     random_crop: bool = False
     random_flip: bool = False
+    # aspect-ratio buckets: images keep their shape, with sides that are multiples of this and at most image_size^2
+    # pixels; 64 is usual. Each size compiles a program of its own. 0: squares
+    bucket_step: int = field(0, at_least=0, at_most=MAX_SIDE)
+    bucket_max_ratio: float = field(2.0, at_least=1.0, at_most=16.0)  # of the longer to the shorter side of a bucket
     caption_dropout: float = field(0.1, at_least=0.0, at_most=1.0)  # share of pairs trained with the empty prompt
     # shapes:train only: share of captions with a wrong word
     caption_noise: float = field(0.0, at_least=0.0, at_most=1.0)

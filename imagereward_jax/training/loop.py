@@ -121,7 +121,7 @@ class _Loop:
         self.assembled, self.method, self.hook, self.lock = run, run.method, hook, lock
         self.main = jax.process_index() == 0
         self.progress = Progress(config, run.method, main=self.main)
-        self.program = TrainingProgram(config, run, mesh)
+        self.program, self.compiled = TrainingProgram(config, run, mesh), {}
         self.fixed = self.program.fixed(run)
         self.state = self.program.initial_state(run.trainable)
         run.trainable = run.reference_of = None  # the state has a copy; these would keep the first on the devices
@@ -174,7 +174,7 @@ class _Loop:
                 begin = time.monotonic()
                 self.batches = self._next_batches()
                 self.waited = time.monotonic() - begin
-                self.train_step = self._compile()
+                self._program_for(self.batches)
             with self.progress.bar(self.step) as bar:
                 while not self._ended:
                     self._stop_if_asked()
@@ -196,9 +196,16 @@ class _Loop:
     def _ended(self):
         return self.step >= self.config.steps or bool(self.watch.stopped)
 
-    def _compile(self):
+    def _program_for(self, batches):
+        """The compiled step for batches of these shapes, of which there are several if images have several sizes."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batches))
+        if shapes not in self.compiled:
+            self.compiled[shapes] = self._compile(batches)
+        return self.compiled[shapes]
+
+    def _compile(self, batches):
         start = time.monotonic()
-        lowered = self.program.jitted().lower(self.state, self.fixed, self.batches, np.int32(0))
+        lowered = self.program.jitted().lower(self.state, self.fixed, batches, np.int32(0))
         self.progress.say(f"traced the training step in {time.monotonic() - start:.1f} s, compiling it")
         start = time.monotonic()
         compiled = lowered.compile(self.program.compile_options)
@@ -241,7 +248,8 @@ class _Loop:
                 jax.block_until_ready(found[: update - 1])  # one waits behind the one that runs, not all of them
                 self._stop_if_asked(within_step=True)
             batches, self.batches = self.batches or self._next_batches(), None
-            self.state, metrics = self.train_step(self.state, self.fixed, batches, np.int32(update))
+            program = self._program_for(batches)
+            self.state, metrics = program(self.state, self.fixed, batches, np.int32(update))
             found.append(metrics)
         return found
 

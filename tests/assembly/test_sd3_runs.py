@@ -1,7 +1,12 @@
 """Every method on a Stable Diffusion 3 that PyTorch diffusers saved: full and adapters, with and without a cache."""
 
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import child
 import jax
 import numpy as np
 import pytest
@@ -185,6 +190,90 @@ def test_adapters_of_the_text_encoders_open_in_diffusers(here):
     for name, expected in (("prompt_embeds", embeds.numpy()), ("pooled_prompt_embeds", pooled.numpy())):
         assert np.abs(ours[1][name] - ours[0][name]).max() > 1e-2
         np.testing.assert_allclose(ours[1][name], expected, atol=1e-5 * np.abs(expected).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [pytest.param("", id="decoded", marks=pytest.mark.slow), pytest.param("data.cache=several_cache", id="cached")],
+)
+def test_images_of_several_shapes_train_in_buckets_and_resume_bit_for_bit(here, cache):
+    """Four steps, and two and two more: the same adapter; a program is compiled for every size that comes."""
+    rng, wide = np.random.default_rng(0), Path("several")
+    wide.mkdir(exist_ok=True)
+    for index, (width, height) in enumerate([(8, 8), (9, 8), (16, 9), (20, 12)]):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(wide / f"{index}.png")
+        (wide / f"{index}.txt").write_text(PROMPTS[index % 3])
+    options = [*SMALL, "data.pairs=several", "data.image_size=8", "data.bucket_step=2", "lora.rank=2", "eval.prompts="]
+    options += ["checkpoint.every=2", *([cache] if cache else [])]
+    exported = []
+    for name, ends in (("whole", [4]), ("resumed", [2, 4])):
+        for steps in ends:
+            recipe = command("sd35_lora", f"buckets_{name}_{bool(cache)}", *options, f"steps={steps}")
+            assert main(recipe) == 0
+        exported.append(read_tensors(Path(recipe[2].partition("=")[2]) / "export/pytorch_lora_weights.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, *exported)
+    if cache:
+        assert {path.name for path in Path("several_cache").iterdir()} == {"8x8", "10x6"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["data.bucket_step=3"], "image_size=8 should be a multiple of config.data.bucket_step=3"),
+        (["data.bucket_step=1"], "bucket_step=1: .*should be a positive multiple of 2"),
+        (["data.bucket_step=2", "data.pairs=shapes:train"], "bucket_step=2: the images of the shapes world are drawn"),
+    ],
+)
+def test_buckets_that_cannot_be_are_refused(here, capsys, options, message):
+    sized = ["data.pairs=pairs", "data.image_size=8", *options]
+    assert main(command("sd35_lora", "refused", *SMALL, *sized, "steps=1")) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("refused").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("drtune_sd35_lora", [*DRTUNE, "data.cache=cache"]),
+        ("sd35_lora", ["data.pairs=pairs", "data.image_size=8"]),
+        ("dreambooth_sd35_lora", ["data.pairs=pairs", "data.image_size=8", "method.class_prompt='a cross'"]),
+    ],
+    ids=["drtune", "supervised", "dreambooth"],
+)
+def test_killed_and_resumed_ends_in_the_same_bits(here, recipe, options):
+    """Killed before its third update, one step after a checkpoint: the adapter of a run that never stopped."""
+    options = [*SMALL, *options, "steps=3", "checkpoint.every=1", "lora.rank=2", "method.num_class_images=3"]
+    options = [one for one in options if "class_images" not in one or recipe.startswith("dreambooth")]
+    script = [sys.executable, str(Path(__file__).parent / "killed_run.py")]
+    exported = []
+    for name, moments in (("whole", [("never", "0")]), ("killed", [("batch", "3"), ("never", "0")])):
+        for place, call in moments:
+            arguments = command(recipe, f"{recipe}_{name}", *options)[1:]
+            done = subprocess.run(
+                [*script, place, call, "SIGKILL", *arguments], env=child.environment(), capture_output=True, text=True
+            )
+            assert done.returncode == (0 if place == "never" else -signal.SIGKILL), done.stderr[-3000:]
+        exported.append(read_tensors(Path(f"{recipe}_{name}/export/pytorch_lora_weights.safetensors")))
+    jax.tree.map(np.testing.assert_array_equal, *exported)
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_losses_of_one(here):
+    """Three steps of DRTune adapters, data 4 x fsdp 2: losses and rewards within 1e-5 relative."""
+    options = [*SMALL, *DRTUNE, "steps=3", "batch_size=8", "eval.batch_size=8"]
+    assert main(command("drtune_sd35_lora", "one", *options, "mesh.data=1")) == 0
+    sharded = command("drtune_sd35_lora", "eight", *options, "mesh.data=4", "mesh.fsdp=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "imagereward_jax.train", *sharded[1:]],
+        env=child.environment(8), capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, eight = (read_rows(Path(name) / "metrics.jsonl") for name in ("one", "eight"))
+    assert len(one) == 4
+    for a, b in zip(one[1:], eight[1:], strict=True):
+        for name in ("reward_gradient/loss", "reward_gradient/reward"):
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-5, err_msg=f"{name} at step {a['step']}")
 
 
 @pytest.mark.parametrize(
