@@ -29,6 +29,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, metavar="FILE", help="rankings, prompts, or shapes:held_out")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images; default: beside the file")
+    parser.add_argument(
+        "--prompt-column", metavar="NAME", help="column of prompts alone; default: text, prompt, caption or prompts"
+    )
     parser.add_argument("--human-order", metavar="A,B,C", help="generators as people rank them, best first")
     parser.add_argument("--limit", type=int, help="number of prompts to read; default: all")
     parser.add_argument(
@@ -65,7 +68,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from imagereward_jax.agreement.page import short_names
     from imagereward_jax.agreement.sources import Generations, load_evaluation
 
-    data = load_evaluation(args.data, args.images, args.limit, args.spoilt)
+    data = load_evaluation(args.data, args.images, args.limit, args.spoilt, args.prompt_column)
     options = {"resamples": args.resamples, "level": args.level, "seed": args.seed}
     names = short_names(args.model)
     if isinstance(data, Generations):

@@ -62,6 +62,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prompts.add_argument(
         "--prompts", metavar="FILE", help="prompts, one per line (.txt), or .json, .csv, ... with prompt and id"
     )
+    parser.add_argument(
+        "--prompt-column", metavar="NAME", help="column of --prompts; default: text, prompt, caption or prompts"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the images")
     parser.add_argument("--num-images", type=int, default=1, help="images per prompt")
     parser.add_argument(
@@ -287,13 +290,15 @@ def read_prompts(args: argparse.Namespace) -> dict[str, str]:
         ValueError: a prompt or the file is empty, or an id cannot name a file.
     """
     if args.prompt is not None:
+        if args.prompt_column is not None:
+            raise ValueError("--prompt-column has no effect without --prompts")
         if empty := [i for i, prompt in enumerate(args.prompt) if not prompt.strip()]:
             raise ValueError(f"--prompt number {empty[0] + 1} is empty")
         prompts = {str(i): prompt for i, prompt in enumerate(args.prompt)}
     else:
         from imagereward_jax.data.prompts import load_named_prompts
 
-        prompts = load_named_prompts(args.prompts)
+        prompts = load_named_prompts(args.prompts, args.prompt_column)
     for prompt in (*prompts.values(), args.negative_prompt):
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ValueError(f"the prompt {prompt!r} is not text in UTF-8: it holds half a character")

@@ -121,11 +121,13 @@ def test_prompts_of_a_tsv_and_of_a_text_file(generations, loaded, capsys, tmp_pa
             (tmp_path / "images" / model / f"{i}_0.png").write_bytes(
                 (generations / "images" / model / f"000{i}_0.png").read_bytes()
             )
-    (tmp_path / "p.tsv").write_text("Prompt\tCategory\na dog\tx\na cat\ty\n")
+    (tmp_path / "p.tsv").write_text("Prompt\tOther\na dog\tx\na cat\ty\n")
     (tmp_path / "p.txt").write_text("a dog\n\na cat\n")
+    (tmp_path / "xy.txt").write_text("x\ny\n")
     arguments = ["--model", "tiny", "--images", tmp_path / "images", "--json", "--data"]
-    found = [json.loads(printed(capsys, *arguments, tmp_path / name))["models"] for name in ("p.tsv", "p.txt")]
-    assert found[0] == found[1] and set(found[0]["tiny"]["mean_score"]) == {"alpha", "beta"}
+    files = [("p.tsv",), ("p.txt",), ("p.tsv", "--prompt-column", "Other"), ("xy.txt",)]
+    found = [json.loads(printed(capsys, *arguments, tmp_path / name, *more))["models"] for name, *more in files]
+    assert found[0] == found[1] != found[2] == found[3] and set(found[0]["tiny"]["mean_score"]) == {"alpha", "beta"}
 
 
 def test_models_come_out_in_the_right_order_on_shapes(capsys):
@@ -238,7 +240,15 @@ BAD = {
     "missing image": (["--data", "{r}/test.json"], "test.json, row 1: .*no such image"),
     "ranks for other images": (["--data", "{b}/short.json"], "short.json, row 1: 'ranking' must be a list of 2"),
     "rank of zero": (["--data", "{b}/zero.json"], "zero.json, row 1: .*numbers from 1"),
-    "no rankings and no --images": (["--data", "{g}/prompts.json"], "also give --images DIR"),
+    "no rankings and no --images": (["--data", "{g}/prompts.json"], "only id, prompt; .*also give --images DIR"),
+    "column of rankings": (
+        ["--data", "{r}/test.json", "--prompt-column", "id"],
+        "--prompt-column is for prompts alone",
+    ),
+    "no such column": (
+        ["--data", "{g}/prompts.json", "--images", "{g}/images", "--prompt-column", "promt"],
+        "no column 'promt'; there are id, prompt; did you mean 'prompt'",
+    ),
     "folder without generators": (["--data", "{g}/prompts.json", "--images", "{g}/images/beta"], "no folders in it"),
     "generator short of an image": (
         ["--data", "{g}/prompts.json", "--images", "{b}/images"],

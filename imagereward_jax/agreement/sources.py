@@ -36,7 +36,11 @@ class Generations(NamedTuple):
 
 
 def load_evaluation(
-    source: str | os.PathLike, images: str | os.PathLike | None = None, limit: int | None = None, spoilt: bool = True
+    source: str | os.PathLike,
+    images: str | os.PathLike | None = None,
+    limit: int | None = None,
+    spoilt: bool = True,
+    prompt_column: str | None = None,
 ) -> list[RankedPrompt] | Generations:
     """Reads evaluation data.
 
@@ -49,6 +53,7 @@ def load_evaluation(
             of MODEL/ID_K.png (or another image format).
         limit: number of prompts to read (shapes: 100 by default).
         spoilt: for shapes only, see `ShapesGroups`.
+        prompt_column: of prompts without rankings; by default as of `load_prompts`.
 
     Returns:
         A list of `RankedPrompt`, or `Generations`.
@@ -68,20 +73,22 @@ def load_evaluation(
         raise missing_file(images, "folder of images")
     table = read_table(source)
     folder = Path(images) if images is not None else table.folder
+    rankings = has_rankings(table)
+    if rankings and prompt_column is not None:
+        raise DataError("--prompt-column is for prompts alone; this data has people's rankings in it")
     ids = row_names(table)[:limit]
     if "ranking" in (table.columns() or ()):
         return _ranked(table, check_texts(table, column_values(table, "prompt"), "prompt")[:limit], ids, folder)
-    if has_rankings(table):
+    if rankings:
         groups = read_groups(table, folder)[:limit]
         return [RankedPrompt(group.id, group.prompt, group.paths, group.ranking) for group in groups]
-    prompts = table_prompts(table)[:limit]
     if images is None:
         raise DataError(
             f"{table.name}: no rankings in it, only {', '.join(table.columns() or ['plain text'])}; expected a form of "
             "docs/files.md (as id, prompt, generations, ranking). For prompts alone also give --images DIR, with the "
             "images in DIR/MODEL/ID_K.png"
         )
-    return find_generations(table, prompts, ids, folder)
+    return find_generations(table, table_prompts(table, prompt_column, "--prompt-column")[:limit], ids, folder)
 
 
 def _shapes(source, count, spoilt):

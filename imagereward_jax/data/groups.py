@@ -140,7 +140,7 @@ def _read_groups(table, folder):
 def has_rankings(table: Table) -> bool:
     """Whether a table is in one of the forms that `load_groups` names, by its columns."""
     columns = set(table.columns() or ())
-    if columns & {"generations", "human_preference", "img_better", "jpg_0"}:
+    if columns & {"generations", "ranking", "human_preference", "img_better", "jpg_0"}:
         return True
     return "rank" in columns and bool(columns & {"image", "image_path", "file_path"})
 

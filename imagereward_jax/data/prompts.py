@@ -33,8 +33,11 @@ def load_prompts(source: str | os.PathLike, *, column: str | None = None, split:
     return load_prompt_rows(source, column=column, split=split).prompts
 
 
-def load_named_prompts(source: str | os.PathLike) -> dict[str, str]:
+def load_named_prompts(source: str | os.PathLike, column: str | None = None) -> dict[str, str]:
     """Loads prompts by names for their files: each row's "id" if the source has them, else its number from 0.
+
+    Args:
+        column: as of `load_prompts`; --prompt-column of a command.
 
     Raises:
         StorageError: an id cannot name a file. DataError: two ids are equal; or see `load_prompts`.
@@ -42,7 +45,7 @@ def load_named_prompts(source: str | os.PathLike) -> dict[str, str]:
     if str(source).startswith(SHAPES_PREFIX):
         return {str(i): prompt for i, prompt in enumerate(load_prompts(source))}
     table, named = read_table(source), {}
-    for i, (name, prompt) in enumerate(zip(row_names(table), table_prompts(table))):
+    for i, (name, prompt) in enumerate(zip(row_names(table), table_prompts(table, column, "--prompt-column"))):
         if single_name(name, f"{table.where(i)}: id") in named:
             raise DataError(f"{table.where(i)}: id {name!r} is not the only one of that name")
         named[name] = prompt
@@ -63,11 +66,15 @@ def load_prompt_rows(source: str | os.PathLike, *, column: str | None = None, sp
     return PromptRows(prompts, {name: column_values(table, name) for name in others if _in_every_row(table, name)})
 
 
-def table_prompts(table: Table, column: str | None = None) -> list[str]:
-    """Lists the prompts of a table: its rows, if they are plain text, or a column; errors as of `load_prompts`."""
+def table_prompts(table: Table, column: str | None = None, flag: str = "column=") -> list[str]:
+    """Lists the prompts of a table: its rows, if they are plain text, or a column; errors as of `load_prompts`.
+
+    Args:
+        flag: what the user sets to choose another column, for the message.
+    """
     if column is None and isinstance(table.rows[0], str):
         return check_texts(table, list(table.rows), "prompt")
-    column = pick_column(table, column, PROMPT_COLUMNS, "column=")
+    column = pick_column(table, column, PROMPT_COLUMNS, flag)
     return check_texts(table, column_values(table, column), f"prompt in column {column!r}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from imagereward_jax.data.errors import DataError
-from imagereward_jax.data.prompts import load_prompt_rows, load_prompts
+from imagereward_jax.data.prompts import load_named_prompts, load_prompt_rows, load_prompts
 from imagereward_jax.data.tables import read_table
 
 PROMPTS = ["a cat, sitting", 'a "quoted" dog', "naïve café 日本"]
@@ -118,6 +118,9 @@ def test_a_column_can_be_chosen(tmp_path):
     path = write(tmp_path / "p.csv", "text,long\nx,a long one\n")
     assert load_prompts(path) == ["x"]
     assert load_prompts(path, column="long") == ["a long one"]
+    assert load_named_prompts(path, "long") == {"0": "a long one"}
+    with pytest.raises(DataError, match="there are words: say which with --prompt-column"):
+        load_named_prompts(write(tmp_path / "q.csv", "words\nx\n"))
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs shared/real/refl_data.json beside the checkout")
