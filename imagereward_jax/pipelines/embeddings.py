@@ -39,8 +39,10 @@ def with_embeddings(pipeline: TextToImage, embeddings: Sequence[Embedding]) -> T
     """
     if not embeddings:
         return pipeline
-    if pipeline.source is None:
-        raise WeightsError(f"{embeddings[0].path}: embeddings are added to a model that is opened from files")
+    if pipeline.source is None or pipeline.embedded:
+        raise WeightsError(
+            f"{embeddings[0].path}: embeddings are added, all at once, to a model that is opened from files"
+        )
     words = _by_word(pipeline, embeddings)
     configs, tokenizers, sources = {}, dict(pipeline.tokenizers), {}
     for encoder, tokenizer in pipeline.tokenizers.items():
@@ -88,6 +90,10 @@ def _by_word(pipeline, embeddings):
             _check_word(pipeline, path, word, encoder, len(array))
     paths = {embedding.token: embedding.path for embedding in embeddings}
     for word, parts in words.items():
+        if clash := words.keys() & _tokens(word, max(map(len, parts.values())))[1:]:
+            raise WeightsError(
+                f"{paths[word]}: {min(clash)!r} is a vector of {word!r} and a word itself; choose another: FILE=WORD"
+            )
         absent = [name for name in pipeline.trained_encoders if name not in parts]
         if absent:
             widths = ", ".join(str(_width(pipeline.configs[name])) for name in absent)

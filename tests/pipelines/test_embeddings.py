@@ -247,6 +247,16 @@ def test_sdxl_wants_vectors_for_both_encoders(sdxl, tmp_path):
         with_embeddings(pipeline, [embedding, embedding])
 
 
+def test_words_do_not_share_tokens(sd1, tmp_path):
+    """A word of two vectors is two tokens, the second WORD_1; embeddings are added once."""
+    path = write(tmp_path / "e.safetensors", {"<e>": vectors(2, 24)})
+    pipeline = open_pipeline(str(sd1))
+    with pytest.raises(WeightsError, match="'<e>_1' is a vector of '<e>' and a word itself"):
+        with_embeddings(pipeline, [read_embedding(path), read_embedding(path, "<e>_1")])
+    with pytest.raises(WeightsError, match="added, all at once"):
+        with_embeddings(with_embeddings(pipeline, [read_embedding(path)]), [read_embedding(path, "<f>")])
+
+
 def test_path_and_word(tmp_path):
     (tmp_path / "a=b.pt").touch()
     assert parse_embedding(f"{tmp_path}/a=b.pt") == (f"{tmp_path}/a=b.pt", None)
