@@ -53,6 +53,8 @@ class TextToImage(Networks):
     lora_targets = lora.ATTENTION
     # Layers that `quantized` leaves as they are.
     kept_precise = quantized.KEPT_OF_UNET
+    # Words of `embeddings.with_embeddings`, each with its number of vectors by text encoder.
+    embedded: Mapping[str, Mapping[str, int]] = {}
 
     def __init__(
         self,
@@ -357,8 +359,12 @@ class TextToImage(Networks):
 
         Raises:
             FileExistsError: `folder` is there and not empty, and `overwrite` is false.
-            ValueError: a component is neither in `params` nor in files.
+            ValueError: a component is neither in `params` nor in files, or the pipeline has embeddings.
         """
+        if self.embedded:
+            raise ValueError(
+                f"a pipeline with the embeddings {', '.join(self.embedded)} is for sampling; save the one without them"
+            )
         if set(params) < set(self.components):
             self._files()
         if jax.process_index():

@@ -228,6 +228,17 @@ def test_other_kinds_are_refused_by_what_they_are(model, tmp_path, key):
         open_pipeline(tmp_path / "other.safetensors")
 
 
+def test_a_part_of_a_file_is_refused_with_a_way_out(tmp_path):
+    shapes = {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "model.diffusion_model.time_embed.0.weight": (1280, 320),
+        "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+    }
+    write_safetensors(tmp_path / "m.safetensors", {name: np.zeros(shape, np.float16) for name, shape in shapes.items()})
+    with pytest.raises(WeightsError, match=r"m\.safetensors: its unet is not whole, or .*from_single_file\(FILE\)"):
+        open_pipeline(str(tmp_path / "m.safetensors"))
+
+
 def test_what_a_file_does_not_show_has_to_be_said(model):
     kind, _, _, path, options = model
     if kind == "sd2":
