@@ -83,7 +83,8 @@ def open_network(args, batch):
     from flax import nnx
 
     from imagereward_jax.models.blip import ImageRewardModel
-    from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
+    from imagereward_jax.models.unet import UNet2DConditionModel
+    from imagereward_jax.models.unet_config import UNet2DConditionConfig
     from imagereward_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
     from imagereward_jax.rewards.checkpoint import V1
 

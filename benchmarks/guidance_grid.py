@@ -1,11 +1,13 @@
 """Share of fully right images of shapes models over guidance and steps: an untuned model beside tuned ones.
 
     python benchmarks/guidance_grid.py tiny-shapes runs/refl_tiny/export
-    python benchmarks/guidance_grid.py tiny-shapes refl=runs/a/export,runs/b/export --plot docs/images/grid.png
+    python benchmarks/guidance_grid.py untuned=tiny-shapes,tiny-shapes refl=runs/a/export,runs/b/export \
+        --plot docs/images/grid.png
 
-Each argument is a model, or NAME=MODEL,MODEL,... for the mean over models that were tuned with different seeds. Every
-model makes the same held-out prompts from the same noise. Prints Markdown: share of images in which the rule-based
-checker finds all four words; in bold what is at least as good as the first model.
+Each argument is a model, or NAME=MODEL,MODEL,... for the mean over models that were tuned with different seeds. All
+make the same held-out prompts; the n-th model of a name begins at the n-th noise, so name an untuned model as often.
+Prints Markdown: share of images in which the rule-based checker finds all four words; in bold what is at least as good
+as the first model.
 """
 
 import argparse
@@ -26,13 +28,13 @@ from imagereward_jax.training.mesh import make_mesh
 SIZE, BATCH = 32, 64
 
 
-def grid_of(model, arguments):
-    """[steps, guidance] shares of fully right images of one model."""
+def grid_of(model, number, arguments):
+    """[steps, guidance] shares of fully right images of one model, from the noise of a number."""
     pipeline = open_pipeline(model)
     params = jax.tree.map(jnp.asarray, pipeline.load_params())
     prompts = list(load_prompts("shapes:held_out"))[: arguments.prompts]
     prompts = [prompt for prompt in prompts for _ in range(arguments.images)]
-    keys = jax.random.split(jax.random.key(0), len(prompts))
+    keys = jax.random.split(jax.random.key(number), len(prompts))
     rows = []
     for steps in arguments.steps:
         sampler = ImageSampler(
@@ -108,13 +110,15 @@ def main():
     for argument in arguments.models:
         name, _, models = argument.rpartition("=")
         models = models.split(",")
-        for model in models:
-            key = json.dumps([model, *settings])
+        seeds = []
+        for number, model in enumerate(models):
+            key = json.dumps([model, number, *settings])
             if key not in kept:
-                kept[key] = grid_of(model, arguments).tolist()
+                kept[key] = grid_of(model, number, arguments).tolist()
                 if arguments.kept:
                     arguments.kept.write_text(json.dumps(kept, indent=1))
-        grids[name or models[0]] = np.array([kept[json.dumps([model, *settings])] for model in models])
+            seeds.append(kept[key])
+        grids[name or models[0]] = np.array(seeds)
     if arguments.plot:
         draw(grids, arguments)
     print(table(grids, arguments))

@@ -14,7 +14,7 @@ from imagereward_jax.recipes import default_config
 def get_config():
     """The recipe."""
     config = default_config("ddpo")
-    config.steps = 40
+    config.steps = 20
     config.batch_size = 32
     config.model.path = "tiny-shapes"
     config.model.remat = "none"

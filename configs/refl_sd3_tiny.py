@@ -15,9 +15,6 @@ from imagereward_jax.recipes import recipe_beside
 def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "refl_tiny")
-    config.steps = 60
-    config.eval.every = 30
-    config.checkpoint.every = 30
     config.model.path = "tiny-shapes-sd3"
     config.method.sampler = "euler"
     return config

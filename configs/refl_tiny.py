@@ -13,14 +13,14 @@ from imagereward_jax.recipes import default_config
 def get_config():
     """The recipe."""
     config = default_config("refl")
-    config.steps = 100
+    config.steps = 60
     config.batch_size = 32
     config.model.path = "tiny-shapes"
     config.model.remat = "none"
     config.reward.path = "tiny-shapes"
     config.method.sampler = "ddim"
     config.method.num_steps = 10
-    config.method.stop_min = 2
+    config.method.stop_min = 5
     config.method.stop_max = 9
     config.method.height = 32
     config.method.width = 32
@@ -44,8 +44,8 @@ def get_config():
     config.eval.num_steps = 20
     config.eval.guidance_scale = 3.0  # of use: the untuned model's best
     config.eval.guidance_scales = (1.0, 2.0, 5.0)
-    config.eval.every = 50
-    config.checkpoint.every = 50
+    config.eval.every = 30
+    config.checkpoint.every = 30
     config.log_every = 5
     config.writers = ("jsonl", "tensorboard")
     return config

@@ -1,9 +1,9 @@
 """Agreement of scorers with people: `python -m imagereward_jax.evaluate --model ImageReward-v1.0 --data test.json`.
 
-From rankings (ImageReward's test.json, any file of id, prompt, generations and ranking, or shapes:held_out) it measures
-preference accuracy, recall@k and filter@k. From prompts alone and the images of several generators (--images DIR with
-DIR/GENERATOR/ID_K.png) it measures each generator's mean score and Spearman's rho to the human order. Intervals are
-bootstraps over prompts.
+From rankings (test.json of ImageReward or of HPDv2, Pick-a-Pic, ImageRewardDB: docs/files.md; or shapes:held_out) it
+measures preference accuracy, recall@k and filter@k. From prompts alone and the images of several generators (--images
+DIR with DIR/GENERATOR/ID_K.png) it measures each generator's mean score and Spearman's rho to the human order.
+Intervals are bootstraps over prompts.
 """
 
 import argparse
@@ -29,6 +29,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, metavar="FILE", help="rankings, prompts, or shapes:held_out")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images; default: beside the file")
+    parser.add_argument(
+        "--prompt-column", metavar="NAME", help="column of prompts alone; default: text, prompt, caption or prompts"
+    )
     parser.add_argument("--human-order", metavar="A,B,C", help="generators as people rank them, best first")
     parser.add_argument("--limit", type=int, help="number of prompts to read; default: all")
     parser.add_argument(
@@ -65,7 +68,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from imagereward_jax.agreement.page import short_names
     from imagereward_jax.agreement.sources import Generations, load_evaluation
 
-    data = load_evaluation(args.data, args.images, args.limit, args.spoilt)
+    data = load_evaluation(args.data, args.images, args.limit, args.spoilt, args.prompt_column)
     options = {"resamples": args.resamples, "level": args.level, "seed": args.seed}
     names = short_names(args.model)
     if isinstance(data, Generations):

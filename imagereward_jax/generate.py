@@ -62,6 +62,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prompts.add_argument(
         "--prompts", metavar="FILE", help="prompts, one per line (.txt), or .json, .csv, ... with prompt and id"
     )
+    parser.add_argument(
+        "--prompt-column", metavar="NAME", help="column of --prompts; default: text, prompt, caption or prompts"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the images")
     parser.add_argument("--num-images", type=int, default=1, help="images per prompt")
     parser.add_argument(
@@ -72,6 +75,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="an adapter that diffusers, PEFT, kohya or this package wrote; may be given several times",
     )
     parser.add_argument("--lora-scale", type=float, help="factor on the weights of all --lora: 0 none, 1 as trained")
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="PATH[=WORD]",
+        help="a textual-inversion embedding and the word in prompts that it stands for (default: the file's); may be "
+        "given several times",
+    )
     add_blend_flags(parser)
     parser.add_argument("--negative-prompt", default="", help="text to keep out of the images")
     parser.add_argument(
@@ -79,10 +90,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--sampler",
-        help="ddim, ddpm, euler, euler_ancestral or dpmpp_2m; of a flow euler, heun or dpmpp_2m (default: the model's)",
+        help="ddim, euler, dpmpp_2m, unipc, lcm, ...: docs/samplers.md lists them (default: the model's)",
     )
     parser.add_argument("--steps", type=int, help="default: the model's")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise in ddim's steps, from 0 to 1")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise in the steps of ddim and tcd, from 0 to 1")
     parser.add_argument("--height", type=int, help="pixels; default: those the model was trained on")
     parser.add_argument("--width", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -141,11 +152,14 @@ def generate(args: argparse.Namespace) -> int:
     from imagereward_jax.pipelines import open_pipeline
     from imagereward_jax.pipelines.adapted import load_base, load_params
     from imagereward_jax.pipelines.blend import make_blend
+    from imagereward_jax.pipelines.embeddings import embedding_notes, with_embeddings
     from imagereward_jax.storage.errors import writing
     from imagereward_jax.storage.lock import Lock
+    from imagereward_jax.weights.embeddings import parse_embedding, read_embedding
 
+    embeddings = [read_embedding(*parse_embedding(text)) for text in args.embedding]
     options = {"dtype": args.dtype, "variant": args.variant, "prediction_type": args.prediction_type}
-    pipeline = open_pipeline(args.model, parts=args.parts, **options)
+    pipeline = with_embeddings(open_pipeline(args.model, parts=args.parts, **options), embeddings)
     take_defaults(args, pipeline.generation, adapters)
     size = args.height or pipeline.default_size, args.width or pipeline.default_size
     shape = pipeline.latent_shape(*size)
@@ -154,13 +168,15 @@ def generate(args: argparse.Namespace) -> int:
     requests = plan(args, prompts, read_noise(args.noise, (len(prompts) * args.num_images, *shape)))
     params, base = load_params(pipeline, adapters, args.dtype, keep_base=blend is not None and not args.base)
     if args.base:
-        opened = open_pipeline(args.base, **options)
+        opened = with_embeddings(open_pipeline(args.base, **options), embeddings)
         base = load_base(pipeline, opened, params, args.dtype, f"--base {args.base}")
     for prompt in [*prompts.values(), args.negative_prompt]:
         if rest := pipeline.cut_off(prompt):
             say(f"warning: longer than {pipeline.max_tokens} tokens, left out: {rest!r}", file=sys.stderr)
     with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
+    for note in embedding_notes(pipeline, [*prompts.values(), args.negative_prompt]):
+        say(note)
     say(f"{args.sampler}, {args.steps} steps, guidance scale {args.guidance_scale:g}")
     draw = make_draw(pipeline, params, sampler, args, blend=blend, base=base)
     with Lock(args.out / ".lock", f"--out {args.out}"):
@@ -274,13 +290,15 @@ def read_prompts(args: argparse.Namespace) -> dict[str, str]:
         ValueError: a prompt or the file is empty, or an id cannot name a file.
     """
     if args.prompt is not None:
+        if args.prompt_column is not None:
+            raise ValueError("--prompt-column has no effect without --prompts")
         if empty := [i for i, prompt in enumerate(args.prompt) if not prompt.strip()]:
             raise ValueError(f"--prompt number {empty[0] + 1} is empty")
         prompts = {str(i): prompt for i, prompt in enumerate(args.prompt)}
     else:
         from imagereward_jax.data.prompts import load_named_prompts
 
-        prompts = load_named_prompts(args.prompts)
+        prompts = load_named_prompts(args.prompts, args.prompt_column)
     for prompt in (*prompts.values(), args.negative_prompt):
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ValueError(f"the prompt {prompt!r} is not text in UTF-8: it holds half a character")
@@ -405,6 +423,7 @@ def settings_of(request: ImageRequest, args: argparse.Namespace) -> dict[str, An
         "model": args.model,
         **{name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance_scale", "dtype")},
         "lora": " ".join(args.lora) or None,
+        "embedding": " ".join(args.embedding) or None,
         **{name: getattr(args, name) for name in ("lora_scale", *BLEND)},
     }
     return {name: value for name, value in settings.items() if value is not None}

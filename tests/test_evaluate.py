@@ -5,8 +5,10 @@ import json
 import re
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from imagereward_jax import evaluate
 
@@ -78,6 +80,54 @@ def test_rankings_beside_the_models_own_scores(rankings, tiny_reward, tiny_rewar
     assert (
         report["models"]["random"]["recall@2"]["cases"] == 2 and report["models"]["random"]["recall@4"]["value"] is None
     )
+
+
+def test_rankings_of_other_data_sets(tmp_path, loaded, capsys):
+    """HPDv2's test.json and Pick-a-Pic as Parquet: scores of the same images in ImageReward's form, and a page."""
+    rng = np.random.default_rng(3)
+    names = [f"{k}.png" for k in range(6)]
+    for name in names:
+        smooth(rng).save(tmp_path / name)
+    groups = [(names[:3], [3, 1, 2]), (names[3:5], [1, 2]), (names[4:], [2, 1])]
+    rows = {
+        "ours.json": [{"prompt": "a cat", "generations": paths, "ranking": ranks} for paths, ranks in groups],
+        "test.json": [{"prompt": "a cat", "image_path": paths, "rank": ranks} for paths, ranks in groups],
+    }
+    for name, value in rows.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    pairs = groups[1:]
+    files = [[(tmp_path / name).read_bytes() for name in paths] for paths, _ in pairs]
+    columns = {f"jpg_{k}": [row[k] for row in files] for k in range(2)}
+    columns |= {f"label_{k}": [float(ranks[k] == 1) for _, ranks in pairs] for k in range(2)}
+    parquet.write_table(pyarrow.table({"caption": ["a cat", "a cat"], **columns}), tmp_path / "pick.parquet")
+
+    def scores(name, *more):
+        report = json.loads(printed(capsys, "--model", "tiny", "--data", tmp_path / name, "--json", *more))
+        return [row["scores"]["tiny"] for row in report["prompts"]], report["models"]["tiny"]["accuracy"]
+
+    ours = scores("ours.json")
+    assert scores("test.json") == ours and ours[1]["cases"] == 5
+    found, accuracy = scores("pick.parquet", "--html", tmp_path / "page.html")
+    np.testing.assert_allclose(found, ours[0][1:], atol=1e-5)
+    assert accuracy["cases"] == 2
+    assert len([tag for tag, _ in Page((tmp_path / "page.html").read_text()).tags if tag == "img"]) == 4
+
+
+def test_prompts_of_a_tsv_and_of_a_text_file(generations, loaded, capsys, tmp_path):
+    """Names of images by number, as `generate --prompts` gives them."""
+    for model in ("alpha", "beta"):
+        (tmp_path / "images" / model).mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / "images" / model / f"{i}_0.png").write_bytes(
+                (generations / "images" / model / f"000{i}_0.png").read_bytes()
+            )
+    (tmp_path / "p.tsv").write_text("Prompt\tOther\na dog\tx\na cat\ty\n")
+    (tmp_path / "p.txt").write_text("a dog\n\na cat\n")
+    (tmp_path / "xy.txt").write_text("x\ny\n")
+    arguments = ["--model", "tiny", "--images", tmp_path / "images", "--json", "--data"]
+    files = [("p.tsv",), ("p.txt",), ("p.tsv", "--prompt-column", "Other"), ("xy.txt",)]
+    found = [json.loads(printed(capsys, *arguments, tmp_path / name, *more))["models"] for name, *more in files]
+    assert found[0] == found[1] != found[2] == found[3] and set(found[0]["tiny"]["mean_score"]) == {"alpha", "beta"}
 
 
 def test_models_come_out_in_the_right_order_on_shapes(capsys):
@@ -190,7 +240,15 @@ BAD = {
     "missing image": (["--data", "{r}/test.json"], "test.json, row 1: .*no such image"),
     "ranks for other images": (["--data", "{b}/short.json"], "short.json, row 1: 'ranking' must be a list of 2"),
     "rank of zero": (["--data", "{b}/zero.json"], "zero.json, row 1: .*numbers from 1"),
-    "no rankings and no --images": (["--data", "{g}/prompts.json"], "also give --images DIR"),
+    "no rankings and no --images": (["--data", "{g}/prompts.json"], "only id, prompt; .*also give --images DIR"),
+    "column of rankings": (
+        ["--data", "{r}/test.json", "--prompt-column", "id"],
+        "--prompt-column is for prompts alone",
+    ),
+    "no such column": (
+        ["--data", "{g}/prompts.json", "--images", "{g}/images", "--prompt-column", "promt"],
+        "no column 'promt'; there are id, prompt; did you mean 'prompt'",
+    ),
     "folder without generators": (["--data", "{g}/prompts.json", "--images", "{g}/images/beta"], "no folders in it"),
     "generator short of an image": (
         ["--data", "{g}/prompts.json", "--images", "{b}/images"],

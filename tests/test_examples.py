@@ -46,6 +46,7 @@ def test_as_a_script(example, tmp_path):
     assert "2/2" in done.stderr  # the bar
 
 
+@pytest.mark.slow  # the same lines, by another program
 def test_as_a_notebook(example, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

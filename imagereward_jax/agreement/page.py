@@ -16,6 +16,7 @@ from imagereward_jax.agreement.metrics import average_ranks, known_ranks, prefer
 from imagereward_jax.agreement.sources import RankedPrompt
 from imagereward_jax.agreement.summary import disagreement
 from imagereward_jax.bulk_scoring.scorers import RANDOM
+from imagereward_jax.data.groups import encoded
 from imagereward_jax.data.images import open_image
 
 GENERATOR = '<meta name="generator" content="imagereward_jax.evaluate">'
@@ -132,7 +133,7 @@ def _pairs_of(k, ranks, scores):
 
 def thumbnail(image: Any) -> str:
     """Encodes an image as a data URL: JPEG, at most `THUMBNAIL` pixels per side."""
-    image = open_image(image)
+    image = open_image(encoded(image, ""))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88)

@@ -1,4 +1,4 @@
-"""Human rankings of images: the original repository's test files, and the shapes world."""
+"""Human rankings of images: test files of ImageReward and of others, and the shapes world."""
 
 import os
 import re
@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imagereward_jax.data.errors import DataError, missing_file
-from imagereward_jax.data.groups import load_groups
+from imagereward_jax.data.groups import has_rankings, load_groups, read_groups
 from imagereward_jax.data.images import find_image, image_suffixes
-from imagereward_jax.data.prompts import SHAPES_PREFIX
+from imagereward_jax.data.prompts import SHAPES_PREFIX, table_prompts
 from imagereward_jax.data.tables import Table, check_texts, column_values, read_table, row_names
 
 SHAPES_GROUPS = 100
 
 
 class RankedPrompt(NamedTuple):
-    """One prompt with its images (paths, bytes or arrays) and their human ranks: 1 is best, None unranked.
+    """One prompt with its images (paths, bytes, arrays or `RowImage`s) and their human ranks: 1 is best, None unranked.
 
     `labels` names the images, if they have names.
     """
@@ -36,17 +36,24 @@ class Generations(NamedTuple):
 
 
 def load_evaluation(
-    source: str | os.PathLike, images: str | os.PathLike | None = None, limit: int | None = None, spoilt: bool = True
+    source: str | os.PathLike,
+    images: str | os.PathLike | None = None,
+    limit: int | None = None,
+    spoilt: bool = True,
+    prompt_column: str | None = None,
 ) -> list[RankedPrompt] | Generations:
     """Reads evaluation data.
 
     Args:
         source: a .json, .jsonl or .parquet of {"id", "prompt", "generations": [images], "ranking": [1 is best, null
-            for not ranked]}; one of {"id", "prompt"} with `images`; or "shapes:held_out", "shapes:train".
-        images: folder that the paths in "generations" are relative to (default: the file's folder); without rankings
-            the folder of MODEL/ID_K.png (or another image format).
+            for not ranked]}; rankings in another form that `groups.load_groups` reads (HPDv2, Pick-a-Pic,
+            ImageRewardDB, pairs), also as `datasets`; prompts in a form of `load_prompts` with `images`; or
+            "shapes:held_out", "shapes:train".
+        images: folder that paths of images are relative to (default: the file's folder); without rankings the folder
+            of MODEL/ID_K.png (or another image format).
         limit: number of prompts to read (shapes: 100 by default).
         spoilt: for shapes only, see `ShapesGroups`.
+        prompt_column: of prompts without rankings; by default as of `load_prompts`.
 
     Returns:
         A list of `RankedPrompt`, or `Generations`.
@@ -65,22 +72,23 @@ def load_evaluation(
     if images is not None and not Path(images).is_dir():
         raise missing_file(images, "folder of images")
     table = read_table(source)
-    columns = table.columns() or []
-    if "prompt" not in columns:
-        raise DataError(
-            f"{table.where(0)}: expected an object with id, prompt, generations and ranking (or id and prompt, "
-            f"with --images DIR); there is {', '.join(columns) or 'plain text'}"
-        )
-    prompts = check_texts(table, column_values(table, "prompt"), "prompt")[:limit]
+    folder = Path(images) if images is not None else table.folder
+    rankings = has_rankings(table)
+    if rankings and prompt_column is not None:
+        raise DataError("--prompt-column is for prompts alone; this data has people's rankings in it")
     ids = row_names(table)[:limit]
-    if "ranking" in columns:
-        return _ranked(table, prompts, ids, Path(images) if images is not None else table.folder)
+    if "ranking" in (table.columns() or ()):
+        return _ranked(table, check_texts(table, column_values(table, "prompt"), "prompt")[:limit], ids, folder)
+    if rankings:
+        groups = read_groups(table, folder)[:limit]
+        return [RankedPrompt(group.id, group.prompt, group.paths, group.ranking) for group in groups]
     if images is None:
         raise DataError(
-            f"{table.name}: no column 'ranking'; for prompts alone also give --images DIR, with the images in "
-            "DIR/MODEL/ID_K.png"
+            f"{table.name}: no rankings in it, only {', '.join(table.columns() or ['plain text'])}; expected a form of "
+            "docs/files.md (as id, prompt, generations, ranking). For prompts alone also give --images DIR, with the "
+            "images in DIR/MODEL/ID_K.png"
         )
-    return find_generations(table, prompts, ids, Path(images))
+    return find_generations(table, table_prompts(table, prompt_column, "--prompt-column")[:limit], ids, folder)
 
 
 def _shapes(source, count, spoilt):

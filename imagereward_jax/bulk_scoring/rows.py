@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from imagereward_jax.data.tables import Table, check_texts, column_values, pick_
 from imagereward_jax.storage.files import whole_file
 
 OUTPUTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_UNQUOTED = re.compile(r"[\t\r\n]")  # characters that a .tsv has no way to hold
 
 
 class Rows(NamedTuple):
@@ -149,6 +151,11 @@ def check_output(path: str | os.PathLike, table: Table, names: Sequence[str], ov
         for name, value in row.items():
             if _holds_bytes(value):
                 raise DataError(f"{table.where(i)}: the column {name!r} holds bytes, which only .parquet can store")
+            if suffix == ".tsv" and _UNQUOTED.search(f"{name}{_cell(value)}"):
+                raise DataError(
+                    f"{table.where(i)}: the column {name!r} holds a tab or a line break, which .tsv cannot store; "
+                    "choose another format for --output"
+                )
 
 
 def _holds_bytes(value):
@@ -184,21 +191,28 @@ def _merged(table, added):
 
 
 def _write_csv(partial, suffix, table, added):
-    def cell(value):
-        return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict, bool)) else value
-
+    """Writes .csv, and .tsv as `data.tables` reads it: without quoting."""
     errors = {name: [_no_formula(value) for value in values] for name, values in added.items()}
+    unquoted = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
     with open(partial, "w", encoding="utf-8", newline="", errors="replace") as file:
-        writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
+        writer = csv.writer(file, lineterminator="\n", **(unquoted if suffix == ".tsv" else {}))
         columns = [*columns_of(table), *added]
         writer.writerow(columns)
         for row in _merged(table, errors):
-            writer.writerow([cell(row.get(name)) for name in columns])
+            writer.writerow([_cell(row.get(name)) for name in columns])
+
+
+def _cell(value):
+    if isinstance(value, list | dict | bool):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else str(value)
 
 
 def _no_formula(value):
-    """A text that spreadsheets take for a text; the user's own cells are copied as they are."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    """A text of one line that spreadsheets take for a text; the user's own cells are copied as they are."""
+    if not isinstance(value, str):
+        return value
+    return _UNQUOTED.sub(" ", f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value)
 
 
 def _write_json(partial, suffix, table, added):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from imagereward_jax.data.errors import ImageError
+from imagereward_jax.data.groups import encoded
 
 CHUNKS_AHEAD = 2  # chunks read ahead, so that one slow image does not stall the devices
 
@@ -27,7 +28,10 @@ class Scorer(Protocol):
 
 
 class Item(NamedTuple):
-    """One image to score: `image` is a path, the bytes of a file, or an array; `where` names its row in errors."""
+    """One image to score; `where` names its row in errors.
+
+    `image` is a path, the bytes of a file, an array, or a `RowImage`.
+    """
 
     prompt: str
     image: Any
@@ -113,7 +117,7 @@ def score_items(
 def _prepare(scorer, item):
     if isinstance(item.image, Unusable):
         raise ImageError(item.image)
-    return scorer.prepare(item.image, item.where)
+    return scorer.prepare(encoded(item.image, item.where), item.where)
 
 
 def _start(scorer, chunk, futures, skip_errors):

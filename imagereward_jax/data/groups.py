@@ -6,6 +6,7 @@ Images are read, resized and cropped as scoring does it (`images.open_square`).
 import hashlib
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError, missing_file
 from imagereward_jax.data.prompts import SHAPES_PREFIX, shapes_captions
 from imagereward_jax.data.shapes.sources import ShapesGroups
-from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column, read_table
+from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column, read_table, row_names
+from imagereward_jax.terminal import say
 
 SHAPES_SIZE = 20_000
 
@@ -28,11 +30,17 @@ class RowImage(NamedTuple):
     index: int
     column: str
     item: int | None = None
+    folder: Path | None = None
 
-    def read(self, folder: Path | None, where: str) -> images.Encoded:
-        """Reads the row and looks up its image."""
+    def read(self, where: str) -> images.Encoded:
+        """Reads the row and looks up its image, a path in it relative to `folder`."""
         value = self.rows[self.index][self.column]
-        return images.find_image(value if self.item is None else value[self.item], folder, where)
+        return images.find_image(value if self.item is None else value[self.item], self.folder, where)
+
+
+def encoded(image: images.Encoded | RowImage, where: str) -> images.Encoded:
+    """Reads an image of a group from its table, if it is still there."""
+    return image.read(where) if isinstance(image, RowImage) else image
 
 
 class Group(NamedTuple):
@@ -67,6 +75,8 @@ def load_groups(
             its training code reads;
             ImageRewardDB, one image a row: {"prompt_id", "prompt", "image" or "image_path", "rank"};
             the same, a prompt a row: lists in "image" and "rank";
+            HPDv2: {"prompt", "image_path": [images], "rank": [least is best]} of its test.json, and {"prompt",
+            "file_path" or "image_path": [two images], "human_preference": [1 for the preferred, 0]} of its train.json;
             pairs: {"prompt", "img_better", "img_worse"};
             Pick-a-Pic: {"caption", "jpg_0", "jpg_1", "label_0", "label_1"}, the labels 1 and 0, or 0.5 for a tie.
         image_size: S; images are preprocessed as for scoring, see `images.open_square`.
@@ -90,7 +100,7 @@ def load_groups(
     table = read_table(source, split)
     folder = table.folder if images is None else Path(images)
     groups = read_groups(table, folder)
-    return Groups(groups, table.where, image_size, folder=folder, cache=cache, image_rule=image_rule)
+    return Groups(groups, table.where, image_size, cache=cache, image_rule=image_rule)
 
 
 def read_groups(table: Table, folder: Path | None) -> list[Group]:
@@ -108,11 +118,14 @@ def read_groups(table: Table, folder: Path | None) -> list[Group]:
 def _read_groups(table, folder):
     columns = table.columns() or []
     if "img_better" in columns:
-        return _pair_groups(table)
+        return _pair_groups(table, folder)
     if "jpg_0" in columns:
-        return _pick_a_pic(table)
+        return _pick_a_pic(table, folder)
+    if "human_preference" in columns:
+        return _listed_images(table, folder, "human_preference")
     if "generations" not in columns and ("rank" in columns or "image" in columns):
-        return _imagereward_db(table, folder)
+        one = isinstance(table.rows[0].get("rank"), list)
+        return _listed_images(table, folder, "rank") if one else _imagereward_db(table, folder)
     prompts = check_texts(table, column_values(table, "prompt"), "prompt")
     generations, rankings = column_values(table, "generations"), column_values(table, "ranking")
     groups = []
@@ -124,50 +137,100 @@ def _read_groups(table, folder):
     return groups
 
 
-def _pair_groups(table):
+def has_rankings(table: Table) -> bool:
+    """Whether a table is in one of the forms that `load_groups` names, by its columns."""
+    columns = set(table.columns() or ())
+    if columns & {"generations", "ranking", "human_preference", "img_better", "jpg_0"}:
+        return True
+    return "rank" in columns and bool(columns & {"image", "image_path", "file_path"})
+
+
+def _pair_groups(table, folder):
     """Reads rows of a better and a worse image."""
     prompts = check_texts(table, column_values(table, "prompt"), "prompt")
     columns = ("img_better", "img_worse")
     pick_column(table, columns[1], (), "")
     return [
-        Group(str(i), prompt, tuple(RowImage(table.rows, i, column) for column in columns), (1, 2), i)
+        Group(str(i), prompt, tuple(RowImage(table.rows, i, name, folder=folder) for name in columns), (1, 2), i)
         for i, prompt in enumerate(prompts)
     ]
 
 
-def _pick_a_pic(table):
-    """Reads rows of Pick-a-Pic v2: label_0 is 1 if jpg_0 was preferred, 0 if jpg_1 was, 0.5 if neither."""
+def _pick_a_pic(table, folder):
+    """Reads rows of Pick-a-Pic v2: label_0 is 1 if jpg_0 was preferred, 0 if jpg_1 was, 0.5 if neither.
+
+    Rows that nobody labelled (has_label is False) are left out and counted.
+    """
     prompts = check_texts(table, column_values(table, "caption"), "caption")
     columns = ("jpg_0", "jpg_1")
     for name in ("jpg_1", "label_0", "label_1"):
         pick_column(table, name, (), "")
     labels = [column_values(table, f"label_{k}") for k in range(2)]
     ranks = {(1, 0): (1, 2), (0, 1): (2, 1), (0.5, 0.5): (1, 1)}
+    known = column_values(table, "has_label") if "has_label" in table.columns() else [True] * len(prompts)
     groups = []
     for i, prompt in enumerate(prompts):
+        if known[i] is False:
+            continue
         found = labels[0][i], labels[1][i]
         if found not in ranks:
             raise DataError(
                 f"{table.where(i)}: label_0={found[0]!r} and label_1={found[1]!r}: expected 1 and 0, 0 and 1, or 0.5 "
                 "twice for a tie"
             )
-        groups.append(Group(str(i), prompt, tuple(RowImage(table.rows, i, name) for name in columns), ranks[found], i))
+        paths = tuple(RowImage(table.rows, i, name, folder=folder) for name in columns)
+        groups.append(Group(str(i), prompt, paths, ranks[found], i))
+    if len(groups) < len(prompts):
+        say(f"{table.name}: {len(prompts) - len(groups)} rows without a label are left out", file=sys.stderr)
     return groups
 
 
+def _listed_images(table, folder, column):
+    """Reads rows of a prompt with lists of images and of ranks from 0 or 1, or of 1 for the preferred image and 0.
+
+    Rows of one prompt stay groups of their own: people ranked each by itself. Lone images are left out.
+    """
+    images_column = pick_column(table, None, ("image_path", "file_path", "image"), "the column of images")
+    prompts = check_texts(table, column_values(table, "prompt"), "prompt")
+    listed, values = column_values(table, images_column), column_values(table, column)
+    ids = column_values(table, "prompt_id") if "prompt_id" in table.columns() else row_names(table)
+    groups = []
+    for i, (prompt, names, ranks) in enumerate(zip(prompts, listed, values)):
+        where = table.where(i)
+        if not isinstance(names, list):
+            raise DataError(f"{where}: {images_column!r} must be a list of images; got {names!r:.100}")
+        if not isinstance(ranks, list) or len(ranks) != len(names) or not all(_is_count(rank) for rank in ranks):
+            raise DataError(
+                f"{where}: {column!r} must be a list of {len(names)} whole numbers, as many as images; got {ranks!r}"
+            )
+        if column == "human_preference":
+            if not {0, 1}.issuperset(ranks):
+                raise DataError(f"{where}: {column!r} must hold 1 for the preferred image and 0; got {ranks!r}")
+            ranks = [2 - rank for rank in ranks]
+        if len(ranks) < 2:
+            continue
+        ranking = tuple(rank + (min(ranks) == 0) for rank in ranks)
+        paths = tuple(RowImage(table.rows, i, images_column, item, folder) for item in range(len(names)))
+        if images_column != "image":  # names, few enough to be looked up now
+            paths = tuple(path.read(where) for path in paths)
+        groups.append(Group(str(ids[i]), prompt, paths, ranking, i))
+    return groups
+
+
+def _is_count(rank):
+    return isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0
+
+
 def _imagereward_db(table, folder):
-    """Reads rows of ImageRewardDB: images with their rank, or prompts with lists of both. Lone images are left out."""
+    """Reads rows of ImageRewardDB, images with their rank. Lone images are left out."""
     column = pick_column(table, None, ("image", "image_path"), "the column of images")
     prompts = check_texts(table, column_values(table, "prompt"), "prompt")
     ranks = column_values(table, pick_column(table, "rank", (), ""))
     ids = column_values(table, "prompt_id") if "prompt_id" in table.columns() else prompts
     members = {}
     for i, rank in enumerate(ranks):
-        if isinstance(rank, list):
-            found = [(RowImage(table.rows, i, column, item), r) for item, r in enumerate(rank)]
-        else:
-            found = [(RowImage(table.rows, i, column), rank)]
-        members.setdefault(str(ids[i]), (prompts[i], i, []))[2].extend(found)
+        found = RowImage(table.rows, i, column, folder=folder), rank
+        members.setdefault(str(ids[i]), (prompts[i], i, []))[2].append(found)
     groups = []
     for name, (prompt, row, found) in members.items():
         if len(found) < 2:
@@ -175,7 +238,7 @@ def _imagereward_db(table, folder):
         paths, ranking = zip(*found, strict=True)
         _check_ranking(ranking, len(paths), table.where(row))
         if column == "image_path":  # there are few enough of them to be looked up now
-            paths = tuple(path.read(folder, table.where(path.index)) for path in paths)
+            paths = tuple(path.read(table.where(path.index)) for path in paths)
         groups.append(Group(name, prompt, paths, ranking, row))
     return groups
 
@@ -189,11 +252,10 @@ class Groups:
         where: Callable[[int], str],
         image_size: int,
         *,
-        folder: Path | None = None,
         cache: str | os.PathLike | None = None,
         image_rule: str = "shown",
     ):
-        self.groups, self.where, self.image_size, self.folder = groups, where, image_size, folder
+        self.groups, self.where, self.image_size = groups, where, image_size
         self.image_rule = image_rule
         self.cache = None if cache is None else Path(cache)
         self.largest = max(len(group.paths) for group in groups)
@@ -221,7 +283,7 @@ class Groups:
 
     def _image(self, path, where):
         """Reads uint8 [S, S, 3], from the cache if it is there."""
-        found = path.read(self.folder, where) if isinstance(path, RowImage) else path
+        found = encoded(path, where)
         kept = self.cache and _cache_file(self.cache, found, self.image_size, self.image_rule)
         if kept and kept.is_file():
             return np.load(kept)

@@ -15,7 +15,7 @@ from imagereward_jax.data import images
 from imagereward_jax.data.errors import DataError
 from imagereward_jax.data.prompts import PROMPT_COLUMNS, SHAPES_PREFIX, shapes_captions
 from imagereward_jax.data.shapes.sources import ShapesPairs
-from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column, read_file, read_table
+from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column, read_file, read_table, read_text
 
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "path", "file")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -159,4 +159,4 @@ def _image_files(folder):
 
 
 def _caption(path):
-    return " ".join(read_file(path).rows)
+    return " ".join(read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n"))

@@ -12,7 +12,7 @@ import numpy as np
 
 from imagereward_jax.data import images as image_files
 from imagereward_jax.data.errors import DataError, missing_file
-from imagereward_jax.data.groups import Group, RowImage, ranked_pairs, read_groups
+from imagereward_jax.data.groups import Group, encoded, ranked_pairs, read_groups
 from imagereward_jax.data.pairs import IMAGE_COLUMNS, read_pairs_table
 from imagereward_jax.data.prompts import PROMPT_COLUMNS, SHAPES_PREFIX, shapes_captions
 from imagereward_jax.data.shapes.sources import ShapesGroups
@@ -56,14 +56,12 @@ def load_preferences(
     folder = Path(os.path.expanduser(source))
     if (folder / CHOSEN).is_dir():
         table, groups = _read_folders(folder)
-        root = folder
     else:
         if images is not None and not Path(images).is_dir():
             raise missing_file(images, "folder of images")
         table = read_table(source, split)
-        root = table.folder if images is None else Path(images)
-        groups = read_groups(table, root)
-    return Preferences(table, groups, root, image_size=image_size, crop=crop, flip=flip)
+        groups = read_groups(table, table.folder if images is None else Path(images))
+    return Preferences(table, groups, image_size=image_size, crop=crop, flip=flip)
 
 
 def _read_folders(folder):
@@ -106,12 +104,10 @@ class _Pairs:
 class Preferences(_Pairs):
     """Reads preferences of files by number; see `load_preferences`."""
 
-    def __init__(
-        self, table: Table, groups: list[Group], folder: Path | None, *, image_size: int, crop: str, flip: bool
-    ):
+    def __init__(self, table: Table, groups: list[Group], *, image_size: int, crop: str, flip: bool):
         self.rankings = [group.ranking for group in groups]
         super().__init__(table.name, self.rankings)
-        self.table, self.groups, self.folder = table, groups, folder
+        self.table, self.groups = table, groups
         self.image_size, self.crop, self.flip = image_size, crop, flip
 
     @property
@@ -132,9 +128,7 @@ class Preferences(_Pairs):
         where = self.table.where(group.row)
         found = []
         for chosen in self.ordered(index, group.ranking):
-            path = group.paths[chosen]
-            path = path.read(self.folder, where) if isinstance(path, RowImage) else path
-            image = image_files.open_image(path, where)
+            image = image_files.open_image(encoded(group.paths[chosen], where), where)
             found.append(image_files.fit_and_locate(image, self.image_size, **options)[0])
         return {"prompt": group.prompt, "image": np.stack(found)}
 

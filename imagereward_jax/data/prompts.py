@@ -6,10 +6,10 @@ from typing import Any
 from imagereward_jax.data.errors import DataError, nearest
 from imagereward_jax.data.shapes.drawing import Caption
 from imagereward_jax.data.shapes.drawing import split as split_shapes
-from imagereward_jax.data.tables import check_texts, column_values, pick_column, read_table, row_names
+from imagereward_jax.data.tables import Table, check_texts, column_values, pick_column, read_table, row_names
 from imagereward_jax.storage.names import single_name
 
-PROMPT_COLUMNS = ("text", "prompt", "caption")
+PROMPT_COLUMNS = ("text", "prompt", "caption", "prompts")
 SHAPES_PREFIX = "shapes:"
 
 
@@ -19,7 +19,8 @@ def load_prompts(source: str | os.PathLike, *, column: str | None = None, split:
     Args:
         source: a .json list of strings or objects, .jsonl, .csv, .tsv, .txt (one per line) or .parquet file; a folder
             saved by `datasets`; a hub name "owner/name"; "tfds:NAME"; "shapes:train" or "shapes:held_out".
-        column: the column that holds the prompt; by default the first of text, prompt, caption that is there.
+        column: the column that holds the prompt; by default the first of text, prompt, caption, prompts that is there,
+            in any case.
         split: of a `datasets` or TFDS data set.
 
     Returns:
@@ -32,17 +33,19 @@ def load_prompts(source: str | os.PathLike, *, column: str | None = None, split:
     return load_prompt_rows(source, column=column, split=split).prompts
 
 
-def load_named_prompts(source: str | os.PathLike) -> dict[str, str]:
+def load_named_prompts(source: str | os.PathLike, column: str | None = None) -> dict[str, str]:
     """Loads prompts by names for their files: each row's "id" if the source has them, else its number from 0.
+
+    Args:
+        column: as of `load_prompts`; --prompt-column of a command.
 
     Raises:
         StorageError: an id cannot name a file. DataError: two ids are equal; or see `load_prompts`.
     """
-    prompts = load_prompts(source)
     if str(source).startswith(SHAPES_PREFIX):
-        return {str(i): prompt for i, prompt in enumerate(prompts)}
+        return {str(i): prompt for i, prompt in enumerate(load_prompts(source))}
     table, named = read_table(source), {}
-    for i, (name, prompt) in enumerate(zip(row_names(table), prompts)):
+    for i, (name, prompt) in enumerate(zip(row_names(table), table_prompts(table, column, "--prompt-column"))):
         if single_name(name, f"{table.where(i)}: id") in named:
             raise DataError(f"{table.where(i)}: id {name!r} is not the only one of that name")
         named[name] = prompt
@@ -55,12 +58,24 @@ def load_prompt_rows(source: str | os.PathLike, *, column: str | None = None, sp
     if source.startswith(SHAPES_PREFIX):
         return PromptRows([caption.text for caption in shapes_captions(source)])
     table = read_table(source, split)
-    if column is None and isinstance(table.rows[0], str):
-        return PromptRows(check_texts(table, list(table.rows), "prompt"))
+    prompts = table_prompts(table, column)
+    if table.columns() is None:
+        return PromptRows(prompts)
     column = pick_column(table, column, PROMPT_COLUMNS, "column=")
-    prompts = check_texts(table, column_values(table, column), f"prompt in column {column!r}")
     others = [name for name, value in table.rows[0].items() if name != column and _is_plain(value)]
     return PromptRows(prompts, {name: column_values(table, name) for name in others if _in_every_row(table, name)})
+
+
+def table_prompts(table: Table, column: str | None = None, flag: str = "column=") -> list[str]:
+    """Lists the prompts of a table: its rows, if they are plain text, or a column; errors as of `load_prompts`.
+
+    Args:
+        flag: what the user sets to choose another column, for the message.
+    """
+    if column is None and isinstance(table.rows[0], str):
+        return check_texts(table, list(table.rows), "prompt")
+    column = pick_column(table, column, PROMPT_COLUMNS, flag)
+    return check_texts(table, column_values(table, column), f"prompt in column {column!r}")
 
 
 class PromptRows:

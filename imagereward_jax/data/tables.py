@@ -1,6 +1,7 @@
 """Tables of rows from files, `datasets` folders and names, and TFDS. One reader for all kinds of data.
 
-A `Table` returns rows by number, and the place of a row so that a message can name it.
+A `Table` returns rows by number, and the place of a row so that a message can name it. Lines without anything in them
+are no rows, in any format of lines (docs/files.md).
 """
 
 import csv
@@ -9,14 +10,17 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from imagereward_jax.data.errors import DataError, MissingDataError, missing_file, nearest
+from imagereward_jax.terminal import say
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
 TFDS_PREFIX = "tfds:"
+_QUOTED_TABS = "a file whose quotes are CSV's should be named .csv, tabs or not"
 
 
 class Table(NamedTuple):
@@ -64,7 +68,7 @@ def read_table(source: str | os.PathLike, split: str = "train") -> Table:
 
 
 def read_file(path: str | os.PathLike) -> Table:
-    """Reads the rows of one file, by its suffix; the table may be empty."""
+    """Reads the rows of one file, by its suffix; the table may be empty. Says on stderr how many lines were blank."""
     path = Path(path)
     readers = {
         ".json": _json_rows,
@@ -82,7 +86,12 @@ def read_file(path: str | os.PathLike) -> Table:
     return Table(str(path), rows, lambda i: f"{path}, {where(i)}", path.parent)
 
 
-def _read_text(path):
+def read_text(path: Path) -> str:
+    """Reads a text file in UTF-8, with a byte order mark or without.
+
+    Raises:
+        DataError: it is not UTF-8; names the line.
+    """
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -94,7 +103,7 @@ def _read_text(path):
 
 
 def _json_rows(path):
-    text = _read_text(path)
+    text = read_text(path)
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -115,43 +124,89 @@ def _broken_json(path, error, line=None):
 
 
 def _json_lines(path):
-    rows, lines = [], []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as e:
-                raise _broken_json(path, e, number) from e
-            lines.append(number)
-    return rows, lambda i: f"line {lines[i]}"
+    rows, numbers = [], []
+    for number, line in _filled_lines(path):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as e:
+            raise _broken_json(path, e, number) from e
+        numbers.append(number)
+    return rows, lambda i: f"line {numbers[i]}"
 
 
 def _csv_rows(path):
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
-    rows, lines = [], []
+    """Reads .csv, whose delimiter follows from its header, and .tsv, where quotes are text like any other."""
+    text, tsv = read_text(path), path.suffix.lower() == ".tsv"
+    delimiter = "\t" if tsv else _delimiter(text)
+    quoting = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    header, rows, lines, blank = None, [], [], 0
     try:
-        header = next(reader, [])
-        if doubled := [name for i, name in enumerate(header) if name in header[:i]]:
-            raise DataError(f"{path}, line 1: two columns are called {doubled[0]!r}; rename one")
         for values in reader:
-            if not values:
-                continue
-            if len(values) != len(header):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(values)} values, but the header has {len(header)} columns "
-                    f"({', '.join(header)}); put text that holds a {'tab' if delimiter != ',' else 'comma'} in quotes"
-                )
-            rows.append(dict(zip(header, values)))
-            lines.append(reader.line_num)
+            if not any(value.strip() for value in values):
+                blank += 1
+            elif header is None:
+                header = values
+                if doubled := [name for i, name in enumerate(header) if name in header[:i]]:
+                    line = reader.line_num
+                    raise DataError(f"{path}, line {line}: two columns are called {doubled[0]!r}; rename one")
+            elif len(values) != len(header):
+                raise _uneven(path, reader.line_num, values, header, delimiter)
+            else:
+                rows.append(dict(zip(header, values)))
+                lines.append(reader.line_num)
     except csv.Error as e:
         raise DataError(f"{path}, line {reader.line_num}: broken CSV: {e}") from e
+    _tell_blank(path, blank)
+    if tsv:
+        _tell_quoted(path, rows, lines)
     return rows, lambda i: f"line {lines[i]}"
 
 
+def _delimiter(text):
+    """The delimiter of a CSV that splits its header into the most columns; spreadsheets of many countries write ";"."""
+    header = text.lstrip("\r\n").split("\n", 1)[0]
+    return max(",;\t", key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
+
+
+def _uneven(path, line, values, header, delimiter):
+    name = {",": "comma", ";": "semicolon", "\t": "tab"}[delimiter]
+    advice = f"put text that holds a {name} in quotes"
+    if path.suffix.lower() == ".tsv":
+        advice = f"quotes in .tsv are text; {_QUOTED_TABS}"
+    return DataError(
+        f"{path}, line {line}: {len(values)} values, but the header has {len(header)} columns ({', '.join(header)}), "
+        f"by the {name}s between them; {advice}"
+    )
+
+
+def _tell_quoted(path, rows, lines):
+    """Warns of a .tsv that seems to be written with CSV's quoting."""
+    found = [n for n, row in zip(lines, rows) if any(len(v) > 1 and v[0] == v[-1] == '"' for v in row.values())]
+    if found:
+        say(
+            f"warning: {path}: values in quotes ({len(found)} rows, the first on line {found[0]}): quotes in .tsv are "
+            f"read as text; {_QUOTED_TABS}",
+            file=sys.stderr,
+        )
+
+
 def _text_lines(path):
-    lines = _read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
-    return [] if lines == [""] else lines, lambda i: f"line {i + 1}"
+    lines = _filled_lines(path)
+    return [line for _, line in lines], lambda i: f"line {lines[i][0]}"
+
+
+def _filled_lines(path):
+    """Lists (number, line) of the lines that have something in them."""
+    lines = read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    _tell_blank(path, len(lines) - len(filled))
+    return filled
+
+
+def _tell_blank(path, count):
+    if count:
+        say(f"{path}: {count} blank line{'s are' if count > 1 else ' is'} left out", file=sys.stderr)
 
 
 class _ArrowRows(Sequence):
@@ -288,6 +343,7 @@ def pick_column(table: Table, wanted: str | None, usual: Sequence[str], flag: st
             )
         return wanted
     found = [name for name in usual if name in columns]
+    found = found or [name for name in columns if name.lower() in usual]
     if not found:
         raise DataError(
             f"{table.name}: none of the columns {', '.join(usual)}; there are {', '.join(columns)}: "

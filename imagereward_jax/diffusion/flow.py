@@ -13,17 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagereward_jax.diffusion.schedule import (
-    FLOW_PREDICTION,
-    NoiseSchedule,
-    Schedule,
-    along_rows,
-    check_fields,
-    one_of,
-    stated,
-)
+from imagereward_jax.diffusion.schedule import FLOW_PREDICTION, NoiseSchedule, Schedule, along_rows
+from imagereward_jax.diffusion.scheduler_fields import check_fields, one_of, stated
+from imagereward_jax.diffusion.sigmas import spaced, spacing_of
 
-CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # Schedulers of betas that follow a flow with use_flow_sigmas.
 _WITH_FLOW_SIGMAS = frozenset(
     f"{name}Scheduler"
@@ -38,11 +32,9 @@ ALLOWED = {
     "invert_sigmas": (False, None),
     "shift_terminal": (None, 0, 0.0),
     "stochastic_sampling": (False, None),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
     "final_sigmas_type": ("zero",),
+    "scale_factors": (None, []),  # latents that grow from step to step
 }
 
 
@@ -72,6 +64,8 @@ class FlowSchedule(Schedule):
         use_dynamic_shifting: shift by the size of the image instead, by `dynamic_shift`.
         base_shift, max_shift: mu of images of `base_image_seq_len` and `max_image_seq_len` tokens; linear between.
         time_shift_type: the factor is e^mu ("exponential") or mu ("linear").
+        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: space the shifted sigmas of samplers anew
+            (`sigmas.spaced`).
     """
 
     num_train_timesteps: int = 1000
@@ -82,6 +76,9 @@ class FlowSchedule(Schedule):
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
     time_shift_type: str = "exponential"
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
 
     prediction_type = FLOW_PREDICTION
 
@@ -106,6 +103,7 @@ class FlowSchedule(Schedule):
             raise ValueError(f"scheduler_config.json: num_train_timesteps={steps!r} should be a positive integer")
         if not (isinstance(shift, int | float) and shift > 0):
             raise ValueError(f"scheduler_config.json: shift={shift!r} should be a positive number")
+        spacing_of(given)
         return schedule
 
     def train_sigmas(self) -> np.ndarray:
@@ -113,7 +111,12 @@ class FlowSchedule(Schedule):
         sigmas = np.arange(self.num_train_timesteps, 0, -1, dtype=np.float32) / np.float32(self.num_train_timesteps)
         return sigmas if self.use_dynamic_shifting else _shifted(sigmas, np.float32(self.shift))
 
-    def sampling_sigmas(self, num_steps: int, image_tokens: int | None = None) -> np.ndarray:
+    @property
+    def spacing(self) -> str | None:
+        """The field that spaces the sigmas of samplers anew, see `sigmas.spacing_of`."""
+        return spacing_of(dataclasses.asdict(self))
+
+    def sampling_sigmas(self, num_steps: int, image_tokens: int | None = None, *, anew: bool = True) -> np.ndarray:
         """The sigmas of Euler's steps, falling, float32 [S].
 
         They run from the first to the last of training, in which the shift already is, and are shifted again, as in
@@ -121,6 +124,7 @@ class FlowSchedule(Schedule):
 
         Args:
             image_tokens: of the image in the network's sequence; needed with `use_dynamic_shifting`.
+            anew: whether they are spaced by `spacing`, which diffusers' Heun's method does not know.
 
         Raises:
             ValueError: if it is needed and not given.
@@ -128,7 +132,10 @@ class FlowSchedule(Schedule):
         first, last = self.train_sigmas()[[0, -1]].astype(np.float64)
         total = self.num_train_timesteps
         even = np.linspace(first * total, last * total, num_steps) / total
-        return self.shift_sigmas(even, image_tokens).astype(np.float32)
+        sigmas = self.shift_sigmas(even, image_tokens)
+        if anew and self.spacing:
+            sigmas = spaced(self.spacing, sigmas[0], sigmas[-1], num_steps)
+        return sigmas.astype(np.float32)
 
     def shift_sigmas(self, sigmas: np.ndarray, image_tokens: int | None = None) -> np.ndarray:
         """Sigmas shifted by `shift` or by the size of the image; `image_tokens` as for `sampling_sigmas`."""

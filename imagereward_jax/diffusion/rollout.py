@@ -377,7 +377,7 @@ def _recorded(steps, state, record):
         trajectory = jax.tree.map(
             lambda kept, new: kept.at[slot].set(new.astype(kept.dtype), mode="drop"), trajectory, found
         )
-        return SamplerState(following, transition.original), trajectory
+        return state.followed_by(following, transition.original), trajectory
 
     empty = jnp.zeros((count, *shape), record.dtype)
     means = jnp.zeros(empty.shape, jnp.float32) if record.means else None

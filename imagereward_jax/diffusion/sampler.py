@@ -1,9 +1,10 @@
 """A sampler: the table of weights of its steps, and the Gaussian that every step draws the next latents from.
 
 Each step is linear: the next latents are a weighted sum of the latents, the predicted clean latents, the predicted
-noise, the clean latents predicted one step earlier, and fresh noise. Stepping gathers a row of the table for each
-sample of the batch, so samples may be at different steps of one compiled program. The tables are leaves of a pytree:
-passed as an argument, one compiled program serves every sampler of as many steps.
+noise, the clean latents predicted one step earlier, for UniPC those of two steps earlier, and fresh noise. Stepping
+gathers a row of the table for each sample of the batch, so samples may be at different steps of one compiled program.
+The tables are leaves of a pytree: passed as an argument, one compiled program serves every sampler of as many steps,
+and a second one UniPC.
 """
 
 import dataclasses
@@ -19,17 +20,26 @@ from imagereward_jax.diffusion.schedule import per_sample, to_noise, to_original
 
 
 class SamplerState(NamedTuple):
-    """Latents and the clean latents predicted last (zeros at first), float32 [B, h, w, c]."""
+    """Latents and the clean latents predicted last (zeros at first), float32 [B, h, w, c].
+
+    `earlier`: the clean latents predicted before those; None if the sampler's weights have no such term.
+    """
 
     latents: jax.Array
     original: jax.Array
+    earlier: jax.Array | None = None
+
+    def followed_by(self, latents: jax.Array, original: jax.Array) -> "SamplerState":
+        """The state one step on: the new latents and the clean latents that the step predicted."""
+        return SamplerState(latents, original, None if self.earlier is None else self.original)
 
 
 class Weights(NamedTuple):
     """Weight of each term in a step, float32 [S]; all zero for a term that the sampler does not use.
 
     The terms are the latents, the predicted clean latents, the predicted noise, the clean latents predicted one step
-    earlier, and fresh standard normal noise.
+    earlier, fresh standard normal noise, and the clean latents predicted two steps earlier. The last is None, and not
+    held in the state, for samplers that do not use it.
     """
 
     latents: np.ndarray
@@ -37,6 +47,7 @@ class Weights(NamedTuple):
     noise: np.ndarray
     previous: np.ndarray
     random: np.ndarray
+    earlier: np.ndarray | None = None
 
 
 class Transition(NamedTuple):
@@ -122,7 +133,8 @@ class Sampler:
     def init(self, noise: jax.Array) -> SamplerState:
         """The initial state. noise: standard normal [B, h, w, c]."""
         latents = noise.astype(jnp.float32) * self.init_noise_sigma
-        return SamplerState(latents, jnp.zeros_like(latents))
+        none = jnp.zeros_like(latents)
+        return SamplerState(latents, none, None if self.weights.earlier is None else none)
 
     def timestep(self, step: jax.Array) -> jax.Array:
         """The network's timestep, of the shape of `step`, float32."""
@@ -162,6 +174,8 @@ class Sampler:
             "noise": to_noise(*self._prediction(state, model_output, step)),
             "previous": state.original,
         }
+        if state.earlier is not None:
+            terms["earlier"] = state.earlier
         mean = sum(per_sample(getattr(self.weights, name), step, original.ndim) * term for name, term in terms.items())
         std = per_sample(self.weights.random, step, original.ndim)
         if noise_scale is not None:
@@ -185,7 +199,7 @@ class Sampler:
         if noise is None and self.stochastic:
             raise ValueError("this sampler is stochastic: pass standard normal noise of the shape of the latents")
         mean, std, original = self.transition(state, model_output, step)
-        return SamplerState(mean if noise is None else mean + std * noise, original)
+        return state.followed_by(mean if noise is None else mean + std * noise, original)
 
     def steps_where(self, mask: jax.Array, other: "Sampler") -> "Sampler":
         """The sampler with this one's steps where `mask` [S], may be traced, and elsewhere those of `other`, which has

@@ -5,78 +5,68 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from imagereward_jax.diffusion import flow, solvers
+from imagereward_jax.diffusion import flow, flow_solvers, solvers
 from imagereward_jax.diffusion.sampler import Sampler
-from imagereward_jax.diffusion.schedule import (
-    PREDICTION_TYPES,
-    SCHEDULE_DEFAULTS,
-    check_has_betas,
-    one_of,
-    stated,
-)
+from imagereward_jax.diffusion.schedule import PREDICTION_TYPES, SCHEDULE_DEFAULTS, schedule_defaults
+from imagereward_jax.diffusion.scheduler_fields import check_has_betas, check_known, one_of, stated
 
 _SPACED = SCHEDULE_DEFAULTS | {"steps_offset": 0}
-_SIGMAS = {
+_SPACINGS = {
     "timestep_spacing": "linspace",
-    "final_sigmas_type": "zero",
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
+_ENDS = {"sigma_min": None, "sigma_max": None}  # of sigmas that are spaced anew
+_MULTISTEP = {"final_sigmas_type": "zero", "solver_order": 2, "lower_order_final": True}
+_DISTILLED = {"original_inference_steps": 50}
 # The fields of scheduler_config.json that each sampler reads, with the defaults of diffusers' class.
 DEFAULTS = {
     "ddpm": _SPACED | {"timestep_spacing": "leading", "variance_type": "fixed_small"},
     "ddim": _SPACED | {"timestep_spacing": "leading", "set_alpha_to_one": True},
-    "euler": _SPACED
-    | _SIGMAS
-    | {"interpolation_type": "linear", "timestep_type": "discrete", "sigma_min": None, "sigma_max": None},
+    "lcm": _SPACED | _DISTILLED | {"timestep_scaling": 10.0},
+    "tcd": _SPACED | _DISTILLED,
+    "euler": _SPACED | _SPACINGS | _ENDS | {"final_sigmas_type": "zero", "interpolation_type": "linear"},
     "euler_ancestral": _SPACED | {"timestep_spacing": "linspace"},
+    "heun": _SPACED | _SPACINGS,
     "dpmpp_2m": _SPACED
-    | _SIGMAS
+    | _SPACINGS
+    | _MULTISTEP
     | {
         "algorithm_type": "dpmsolver++",
-        "solver_order": 2,
         "solver_type": "midpoint",
-        "lower_order_final": True,
         "euler_at_final": False,
         "use_lu_lambdas": False,
-        "use_flow_sigmas": False,
-        "use_dynamic_shifting": False,
         "lambda_min_clipped": -float("inf"),
-        "variance_type": None,
     },
+    "unipc": _SPACED
+    | _SPACINGS
+    | _ENDS
+    | _MULTISTEP
+    | {"solver_type": "bh2", "predict_x0": True, "disable_corrector": (), "solver_p": None},
 }
-# Pixels lie in [-1, 1], so schedulers bound the predicted sample, DDPM's and DDIM's by default. Latents have no bounds,
-# and all models here are latent ones: no sampler clips, whatever these fields say.
-_OF_PIXEL_SPACE = {
-    *("clip_sample", "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "thresholding"),
-}
-# Fields of the other schedulers that one checkpoint may be sampled with; they say nothing about these.
-_OF_OTHER_SCHEDULERS = {
-    *("disable_corrector", "flow_shift", "predict_x0", "rho", "shift_terminal", "sigma_data", "sigma_schedule"),
-    *("skip_prk_steps", "solver_p", "time_shift_type"),
-}
-_KNOWN = (_OF_PIXEL_SPACE | _OF_OTHER_SCHEDULERS).union(*DEFAULTS.values())
-_FLOW_KNOWN = _KNOWN.union(flow.FIELDS, flow.ALLOWED)
+_READ = frozenset().union(*DEFAULTS.values())
+_FLOW_FIELDS = frozenset(flow.FIELDS).union(flow.ALLOWED)
+_FLOW_READ = _READ | _FLOW_FIELDS
 
-# The only values implemented. The solver types of other multistep schedulers mean midpoint, as in diffusers.
+# The only values implemented, of fields that a sampler reads. Names of other multistep schedulers' types mean the
+# sampler's own type, as in diffusers.
 _ALLOWED = {
     "prediction_type": PREDICTION_TYPES,
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None),
     "final_sigmas_type": ("zero", "sigma_min"),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
     "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "algorithm_type": ("dpmsolver++", "deis"),
-    "solver_order": (2,),
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
-    "use_lu_lambdas": (False,),
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
+    "algorithm_type": ("dpmsolver++", "deis", "data_prediction"),
+}
+_ALLOWED_OF = {
+    "dpmpp_2m": {"solver_order": (2,), "solver_type": ("midpoint", "logrho", "bh1", "bh2")},
+    "unipc": {
+        "solver_order": (1, 2),
+        "solver_type": ("bh1", "bh2", "midpoint", "heun", "logrho"),
+        "predict_x0": (True,),
+        "solver_p": (None,),
+    },
 }
 
 
@@ -85,17 +75,25 @@ _SOLVERS = {
     "ddim": solvers.ddim,
     "euler": solvers.euler,
     "euler_ancestral": solvers.euler_ancestral,
+    "heun": solvers.heun,
     "dpmpp_2m": solvers.dpmpp_2m,
+    "unipc": solvers.unipc,
+    "lcm": solvers.lcm,
+    "tcd": solvers.tcd,
 }
-# Those of flows with fresh noise, and the largest eta that they take.
+# Those of betas with fresh noise by eta, which is at most 1.
+_NOISY = ("ddim", "tcd")
+# Those of flows with fresh noise by eta, and the largest that they take.
 NOISY_FLOWS = {"flow_sde": np.inf, "dance_sde": np.inf, "cps": 1.0}
 _FLOW_SOLVERS = {
-    "euler": solvers.flow_euler,
-    "heun": solvers.flow_heun,
-    "dpmpp_2m": solvers.flow_dpmpp_2m,
-    "flow_sde": solvers.flow_sde,
-    "dance_sde": solvers.flow_dance,
-    "cps": solvers.flow_cps,
+    "euler": flow_solvers.flow_euler,
+    "heun": flow_solvers.flow_heun,
+    "dpmpp_2m": flow_solvers.flow_dpmpp_2m,
+    "unipc": flow_solvers.flow_unipc,
+    "lcm": flow_solvers.flow_lcm,
+    "flow_sde": flow_solvers.flow_sde,
+    "dance_sde": flow_solvers.flow_dance,
+    "cps": flow_solvers.flow_cps,
 }
 SAMPLERS = tuple(_SOLVERS | _FLOW_SOLVERS)  # the schedule decides which of the two a name stands for
 
@@ -105,6 +103,11 @@ def check_sampler(name: str) -> None:
     if name not in SAMPLERS:
         close = difflib.get_close_matches(str(name), SAMPLERS, n=1, cutoff=0)[0]
         raise ValueError(f"unknown sampler {name!r}; did you mean {close!r}? There are: {', '.join(SAMPLERS)}")
+
+
+def check_scheduler_config(scheduler_config: Mapping) -> None:
+    """Raises ValueError for a field of scheduler_config.json of which nobody knows what it changes."""
+    check_known(scheduler_config, _FLOW_READ if flow.is_flow(scheduler_config) else _READ)
 
 
 def samplers_of(scheduler_config: Mapping) -> tuple[str, ...]:
@@ -121,13 +124,14 @@ def make_sampler(
     (`DDIMScheduler.from_config(pndm_config)` does the same).
 
     Args:
-        name: of a schedule of betas "ddpm", "ddim", "euler", "euler_ancestral" or "dpmpp_2m"; of a flow "euler",
-            "heun" or "dpmpp_2m", and with fresh noise "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO) or "cps".
+        name: of a schedule of betas "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m" or "unipc", for
+            models distilled to few steps "lcm" or "tcd"; of a flow "euler", "heun", "dpmpp_2m", "unipc" or "lcm", and
+            with fresh noise "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO) or "cps".
         scheduler_config: the content of scheduler_config.json.
         num_steps: how many times the network is called. Heun's method calls it twice per step but the last: 2n - 1
             for diffusers' n steps.
-        eta: for DDIM, from 0 (deterministic) to 1 (as noisy as DDPM); for "cps" from 0 to 1, for "flow_sde" and
-            "dance_sde" from 0: each is euler at 0.
+        eta: for DDIM, from 0 (deterministic) to 1 (as noisy as DDPM); for TCD, where it is the paper's gamma, alike;
+            for "cps" from 0 to 1, for "flow_sde" and "dance_sde" from 0: each is euler at 0.
         image_tokens: of the image in the network's sequence; needed by flows with use_dynamic_shifting.
 
     Raises:
@@ -145,15 +149,16 @@ def make_sampler(
     config = _read_config(name, scheduler_config)
     train_steps = config["num_train_timesteps"]
     _check_num_steps(num_steps, train_steps)
-    if not 0 <= eta <= (1 if name == "ddim" else 0):
-        raise ValueError(f"eta={eta} should be in [0, 1] for ddim and 0 for other samplers (here {name})")
+    if not 0 <= eta <= (1 if name in _NOISY else 0):
+        raise ValueError(f"eta={eta} should be in [0, 1] for ddim and tcd, and 0 for other samplers (here {name})")
+    _check_heun(name, num_steps)
     sampler = _SOLVERS[name](config, num_steps, eta)
     if sampler.timesteps.max() > train_steps - 1:
         raise ValueError(
             f"num_steps={num_steps} with steps_offset={config['steps_offset']} begins at timestep "
             f"{sampler.timesteps.max():g}, past the last training step {train_steps - 1}; take fewer steps"
         )
-    if not all(np.isfinite(table).all() for table in sampler.weights):
+    if not all(np.isfinite(table).all() for table in sampler.weights if table is not None):
         raise ValueError(f"{name} cannot take num_steps={num_steps}: some steps would not move; take fewer steps")
     return sampler
 
@@ -165,13 +170,12 @@ def _make_flow_sampler(name, scheduler_config, num_steps, eta, image_tokens):
         raise ValueError(f"eta={eta} should be {'at least 0' if eta < 0 else 'in [0, 1]'} for {name}")
     if eta and name not in NOISY_FLOWS:
         raise ValueError(
-            f"eta={eta} should be 0: {name} follows the flow's ordinary differential equation, whose steps add no "
-            f"noise; those of {', '.join(NOISY_FLOWS)} do"
+            f"eta={eta} should be 0: {name} has no noise that eta scales; the steps of {', '.join(NOISY_FLOWS)} do"
         )
-    if name == "heun" and num_steps % 2 == 0:
+    _check_heun(name, num_steps)
+    if schedule.spacing and name in _ALLOWED_OF:
         raise ValueError(
-            f"num_steps={num_steps} should be odd for heun, which calls the network twice per step but the last: "
-            f"take {num_steps - 1} or {num_steps + 1}"
+            f"scheduler_config.json: {schedule.spacing}=True is not implemented for {name} on a flow; take euler"
         )
     return _FLOW_SOLVERS[name](schedule, num_steps, image_tokens, config, eta)
 
@@ -185,28 +189,33 @@ def _class_of(scheduler_config):
     return scheduler_config.get("_class_name", "no _class_name")
 
 
+def _check_heun(name, num_steps):
+    if name == "heun" and num_steps % 2 == 0:
+        raise ValueError(
+            f"num_steps={num_steps} should be odd for heun, which calls the network twice per step but the last: "
+            f"take {num_steps - 1} or {num_steps + 1}"
+        )
+
+
 def _read_config(name, scheduler_config):
     check_has_betas(scheduler_config)
-    given = stated(scheduler_config)
-    _check_known(given, _KNOWN)
-    config = {key: given.get(key, default) for key, default in DEFAULTS[name].items()}
-    for field in config.keys() & _ALLOWED.keys():
-        one_of(field, config[field], _ALLOWED[field])
-    return config
+    check_scheduler_config(scheduler_config)
+    return _fields(name, DEFAULTS[name] | schedule_defaults(scheduler_config), stated(scheduler_config))
 
 
 def _read_flow_config(name, scheduler_config):
-    """The fields that a sampler reads beside those of the flow: DPM-Solver++'s own."""
-    given = stated(scheduler_config)
-    _check_known(given, _FLOW_KNOWN)
-    if name != "dpmpp_2m":
+    """The fields that a sampler reads beside those of the flow: those of multistep solvers."""
+    check_scheduler_config(scheduler_config)
+    if name not in _ALLOWED_OF:
         return {}
-    config = {key: given.get(key, default) for key, default in DEFAULTS[name].items() if key not in flow.ALLOWED}
-    for field in config.keys() & _ALLOWED.keys():
-        one_of(field, config[field], _ALLOWED[field])
+    own = {field: default for field, default in DEFAULTS[name].items() if field not in _FLOW_FIELDS}
+    return _fields(name, own, stated(scheduler_config))
+
+
+def _fields(name, defaults, given):
+    """The fields of `defaults`, checked, as given or by default."""
+    config = {field: given.get(field, default) for field, default in defaults.items()}
+    allowed = _ALLOWED | _ALLOWED_OF.get(name, {})
+    for field in config.keys() & allowed.keys():
+        one_of(field, config[field], allowed[field])
     return config
-
-
-def _check_known(given, known):
-    if unknown := sorted(given.keys() - known):
-        raise ValueError(f"scheduler_config.json: {unknown[0]}={given[unknown[0]]!r} is not a field that is known")

@@ -6,12 +6,13 @@ the methods gather from them is float32.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from imagereward_jax.diffusion.scheduler_fields import check_has_betas, one_of, stated
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW_PREDICTION = "flow_prediction"  # noise - x_0, where alpha = 1 - sigma (see `flow`)
@@ -27,95 +28,21 @@ SCHEDULE_DEFAULTS = {
     "rescale_betas_zero_snr": False,
 }
 
-
-MAX_TIMESTEPS = 100_000
-_NUMBERS = (
-    *("beta_start", "beta_end", "shift", "base_shift", "max_shift", "flow_shift"),
-    *("base_image_seq_len", "max_image_seq_len"),
-)
-_SWITCHES = ("rescale_betas_zero_snr", "use_dynamic_shifting", "use_flow_sigmas")
-_TEXTS = ("_class_name", "beta_schedule", "prediction_type", "time_shift_type")
-_BETA_FIELDS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
-# diffusers' schedulers whose configuration may leave out betas that are the default ones.
-_WITH_BETAS = frozenset(
-    f"{name}Scheduler"
-    for name in (
-        *("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep"),
-        *("DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete"),
-        *("EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM"),
-        *("RePaint", "SASolver", "TCD", "UniPCMultistep"),
-    )
-)
-# Fields of schedulers without betas (flow matching, EDM), by which a configuration without a class is told.
-_WITHOUT_BETAS = ("shift", "base_shift", "max_shift", "stochastic_sampling", "sigma_data", "sigma_schedule")
+# What the schedules of these classes are by default.
+_RANGE = {"beta_start": 0.00085, "beta_end": 0.012}
+_CLASS_DEFAULTS = {
+    "HeunDiscreteScheduler": _RANGE,
+    "KDPM2AncestralDiscreteScheduler": _RANGE,
+    "KDPM2DiscreteScheduler": _RANGE,
+    "LCMScheduler": _RANGE | {"beta_schedule": "scaled_linear"},
+    "TCDScheduler": _RANGE | {"beta_schedule": "scaled_linear"},
+    "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
+}
 
 
-def check_fields(config: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the field of scheduler_config.json, for a value of another kind or beyond reason."""
-
-    def refuse(field, expected):
-        raise ValueError(f"scheduler_config.json: {field}={config[field]!r:.100}: expected {expected}")
-
-    for field, value in config.items():
-        if field in _NUMBERS and not _is_number(value):
-            refuse(field, "a number")
-        if field in _SWITCHES and not isinstance(value, bool | None):
-            refuse(field, "true or false")
-        if field in _TEXTS and not isinstance(value, str | None):
-            refuse(field, "a text")
-    steps = config.get("num_train_timesteps", 1)
-    if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
-        refuse("num_train_timesteps", f"a whole number from 1 to {MAX_TIMESTEPS:,}")
-    betas, defaulted = config.get("trained_betas"), config.get("_use_default_values", [])
-    if betas is not None and not (isinstance(betas, list | tuple) and all(map(_is_number, betas))):
-        refuse("trained_betas", "a list of numbers, or null")
-    if not isinstance(defaulted, list | tuple):
-        refuse("_use_default_values", "a list of names")
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_has_betas(config: Mapping) -> None:
-    """Raises ValueError unless a scheduler_config.json describes a noise schedule of betas.
-
-    Flow-matching schedulers, EDM's and others have none; read as one of betas, they would train another model.
-    """
-    name, given = config.get("_class_name"), stated(config)
-    advice = (
-        "expected a schedule of betas (beta_start, beta_end and beta_schedule, or trained_betas; Stable Diffusion 1.x "
-        "and SDXL have them) or a flow (FlowMatchEulerDiscreteScheduler, or use_flow_sigmas with "
-        "prediction_type='flow_prediction'): open a model that was trained with one"
-    )
-    has_betas = any(config.get(field) is not None for field in _BETA_FIELDS)
-    if name is not None and name not in _WITH_BETAS and not has_betas:
-        raise ValueError(f"scheduler_config.json: _class_name={name!r} is a scheduler without betas; {advice}")
-    if name is None and not has_betas:
-        for field in _WITHOUT_BETAS:
-            if field in given:
-                raise ValueError(
-                    f"scheduler_config.json: {field}={given[field]!r} belongs to a scheduler without betas; {advice}"
-                )
-    for field, usual in (("use_flow_sigmas", False), ("snr_shift_scale", 1.0)):
-        if given.get(field, usual) != usual:
-            raise ValueError(
-                f"scheduler_config.json: {field}={given[field]!r} ({name or 'no _class_name'}) replaces the schedule "
-                f"of betas by another; {advice}"
-            )
-
-
-def one_of(field, value, allowed):
-    """Raises ValueError, naming the field of scheduler_config.json and its value, unless `value` is in `allowed`."""
-    if value not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise ValueError(f"scheduler_config.json: {field}={value!r} is not supported; supported: {choices}")
-
-
-def stated(config):
-    """The fields that a scheduler_config.json sets: no bookkeeping, and nothing that diffusers noted as a default."""
-    defaulted = config.get("_use_default_values", ())
-    return {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
+def schedule_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedule that a scheduler_config.json leaves unsaid: that of its class, with which the model was trained."""
+    return SCHEDULE_DEFAULTS | _CLASS_DEFAULTS.get(config.get("_class_name"), {})
 
 
 def betas_from_config(config):
@@ -127,7 +54,7 @@ def betas_from_config(config):
     Raises:
         ValueError: naming the field that is not supported or does not fit.
     """
-    config = SCHEDULE_DEFAULTS | stated(config)
+    config = schedule_defaults(config) | stated(config)
     steps, kind = config["num_train_timesteps"], config["beta_schedule"]
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"scheduler_config.json: num_train_timesteps={steps!r} should be a positive integer")
@@ -161,7 +88,7 @@ def alphas_cumprod_from_config(config):
             (`rescale_betas_zero_snr`) although the model predicts noise, from which no image follows.
     """
     alphas_cumprod = np.cumprod(1 - betas_from_config(config))
-    settings = SCHEDULE_DEFAULTS | stated(config)
+    settings = schedule_defaults(config) | stated(config)
     if settings["rescale_betas_zero_snr"]:
         one_of("prediction_type (with rescale_betas_zero_snr)", settings["prediction_type"], PREDICTION_TYPES[1:])
         alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
@@ -271,7 +198,7 @@ class NoiseSchedule(Schedule):
     def from_config(cls, config):
         """From the content of scheduler_config.json. Raises ValueError naming what is not supported."""
         check_has_betas(config)
-        prediction_type = (SCHEDULE_DEFAULTS | stated(config))["prediction_type"]
+        prediction_type = (schedule_defaults(config) | stated(config))["prediction_type"]
         one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         return cls(alphas_cumprod_from_config(config), prediction_type)
 

@@ -15,10 +15,17 @@ from imagereward_jax.terminal import Parser, say
 
 HERE = Path(__file__).parent
 CLIENT, CLIENT_COPY = HERE.parent / "rewards" / "http_client.py", "imagereward_client.py"
-# {program: (folder that it has for such things, file here, its place in the copy)}
+# {program: (folder that it has for such things, {place in the copy: file here})}
 PROGRAMS = {
-    "comfyui": ("custom_nodes", HERE / "comfyui" / "__init__.py", "__init__.py"),
-    "webui": ("extensions", HERE / "sdwebui.py", "scripts/imagereward_scores.py"),
+    "comfyui": ("custom_nodes", {"__init__.py": HERE / "comfyui" / "__init__.py", CLIENT_COPY: CLIENT}),
+    "webui": (
+        "extensions",
+        {
+            "scripts/imagereward_scores.py": HERE / "sdwebui.py",
+            "imagereward_prompts.py": HERE / "webui_prompts.py",
+            CLIENT_COPY: CLIENT,
+        },
+    ),
 }
 
 
@@ -35,14 +42,14 @@ def install(program: str, folder: Path, python: str = sys.executable) -> Path:
     from imagereward_jax.rewards.http_client import PYTHON_FILE
     from imagereward_jax.storage.folders import new_folder
 
-    place, script, name = PROGRAMS[program]
+    place, files = PROGRAMS[program]
     if not (folder / place).is_dir():
         raise FileNotFoundError(f"{folder} has no folder {place}: expected the folder of {program}")
     target = folder / place / "imagereward"
     with new_folder(target, overwrite=True, marker=CLIENT_COPY) as new:
-        (new / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(script, new / name)
-        shutil.copyfile(CLIENT, new / CLIENT_COPY)
+        for name, file in files.items():
+            (new / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, new / name)
         (new / PYTHON_FILE).write_text(python + "\n", encoding="utf-8")
     return target
 

@@ -5,19 +5,19 @@
 copies it with its client into the web UI's `extensions`; restart the web UI, and choose "ImageReward scores" under
 Script. Nothing is installed into the web UI's environment: a server scores (docs/serve.md), which this script starts
 from the environment of imagereward-jax if none runs. Images are saved after they are scored, with the score in their
-parameters; those below the limit are neither shown nor saved.
+parameters; those below the limit are neither shown nor saved. An image is scored for what its prompt draws last.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 from imagereward_client import DEFAULT_URL, LocalServer, installed_python
-from modules import images, prompt_parser, scripts
+from imagereward_prompts import drawn_last
+from modules import images, scripts
 from modules.processing import process_images
 from modules.shared import opts
 
@@ -28,11 +28,15 @@ ROW_FIELDS = ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds"
 server = LocalServer()  # both tabs of the web UI share it
 
 
-def plain_prompt(prompt: str) -> str:
-    """Removes `<lora:...>` and the marks of emphasis from a prompt."""
-    prompt = re.sub(r"<\w+:[^>]*>", "", prompt)
-    parts = prompt_parser.parse_prompt_attention(prompt)
-    return "".join(", " if text == "BREAK" else text for text, _ in parts).strip()
+def final_prompts(p: Any, prompts: Sequence[str]) -> list[str]:
+    """What the images of a `StableDiffusionProcessing` show at the end, of its prompts: see `drawn_last`."""
+    if getattr(p, "enable_hr", False):
+        prompts = (getattr(p, "all_hr_prompts", None) or prompts)[: len(prompts)]
+        return [drawn_last(prompt, p.hr_second_pass_steps or p.steps, first_steps=p.steps) for prompt in prompts]
+    last = p.steps
+    if hasattr(p, "init_images") and not opts.img2img_fix_steps:  # image to image makes a part of the steps
+        last = min(last, int(p.denoising_strength * p.steps) + 1)
+    return [drawn_last(prompt, p.steps, last=last) for prompt in prompts]
 
 
 def with_score(infotext: str, score: float) -> str:
@@ -99,7 +103,7 @@ class Script(scripts.Script):
         client = server.connect(url, reward, python=python, device=device)
         processed = _generate_unsaved(p)
         extras = _take_extras(processed)
-        prompts = [plain_prompt(prompt) for prompt in processed.all_prompts[: len(processed.images)]]
+        prompts = final_prompts(p, processed.all_prompts[: len(processed.images)])
         scores = client.score_images(processed.images, prompts)
         _add_scores(processed, scores)
         kept = chosen(scores, limit, sort)

@@ -36,7 +36,7 @@ class RewardTuningConfig(MethodConfig):
 
     sampler: str = field("ddim", choices=SAMPLERS)
     num_steps: int = field(50, at_least=1, at_most=MAX_STEPS)  # sampler steps of a whole generation
-    eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's steps
+    eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's and tcd's steps
     rollout_quantization: str = field("none", choices=KINDS)  # of the denoiser in steps without gradient; needs qwix
     guidance_scale: float = 1.0  # at most 1: no guidance while training, half the work
     # if given, each sample's guidance is drawn from [guidance_scale, guidance_max], evenly in its logarithm

@@ -4,13 +4,16 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 Config = TypeVar("Config")
 MAX_SIZE = 10_000_000  # of any number of a network's config
 MAX_LAYERS = 1000  # layers are built one by one, before they are compared with the weights
-LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_layers", "depth")
+LAYERS = (
+    *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+    *("num_hidden_layers", "num_layers", "depth"),
+)
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 # Fields that transformers writes into every config.json or uses only for initialisation.
@@ -29,14 +32,25 @@ TRANSFORMERS_FIELDS = (
     "torch_dtype",
     "transformers_version",
 )
-# What diffusers' EMAModel writes beside a network's settings: numbers of the average.
+# What diffusers' EMAModel writes beside a model's settings: numbers of the average.
 EMA_FIELDS = (
     *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
 )
 
 
+class Fixed(NamedTuple):
+    """The implemented values of a setting that is not read, and what another one says of the model."""
+
+    values: Sequence[Any]
+    why: str
+
+
 def read_config(
-    cls: type[Config], values: dict[str, Any], *, fixed: Mapping[str, Sequence[Any]], ignored: Sequence[str] = ()
+    cls: type[Config],
+    values: dict[str, Any],
+    *,
+    fixed: Mapping[str, Fixed | Sequence[Any]],
+    ignored: Collection[str] = (),
 ) -> Config:
     """Builds the dataclass `cls` from a checkpoint's config.json.
 
@@ -44,7 +58,7 @@ def read_config(
         cls: a dataclass; its fields are the supported settings. Lists become tuples.
         values: the content of config.json.
         fixed: name -> implemented values, for settings that are not fields of `cls`.
-        ignored: names without effect on the network, beside all that begin with an underscore.
+        ignored: names without effect on the network, beside those that `check_unread` passes.
 
     Raises:
         ValueError: a field or value is not implemented; the message names it.
@@ -54,13 +68,35 @@ def read_config(
     for name, value in values.items():
         if name in fields:
             kept[name] = value
-        elif name in fixed:
-            check_choice(cls, name, value, fixed[name])
-        elif not name.startswith("_") and name not in ignored:
-            raise ValueError(
-                f"{cls.__name__}: the field {name!r} (value {value!r}) is not implemented; remove it if unused"
-            )
+        else:
+            check_unread(cls.__name__, name, value, fixed=fixed, harmless=ignored)
     return cls(**check_types(cls, kept, cls.__name__))
+
+
+def check_unread(
+    where: str,
+    name: str,
+    value: Any,
+    *,
+    fixed: Mapping[str, Fixed | Sequence[Any]],
+    harmless: Collection[str] = (),
+) -> None:
+    """The rule for a field that nothing reads, in configs of networks and of schedulers alike.
+
+    One of `fixed` has to have an implemented value. `harmless` ones, those of averages and bookkeeping (a leading
+    underscore) never refuse a model. Any other does: nobody knows what it changes.
+
+    Args:
+        where: how errors name the file or part.
+
+    Raises:
+        ValueError: naming the field, its value, and what it means if that is known.
+    """
+    if name in fixed:
+        choices, why = fixed[name] if isinstance(fixed[name], Fixed) else (fixed[name], "")
+        _check_value(where, name, value, choices, f": {why}" if why else "")
+    elif not name.startswith("_") and name not in EMA_FIELDS and name not in harmless:
+        raise ValueError(f"{where}: the field {name!r} (value {value!r:.100}) is not known here; remove it if unused")
 
 
 def check_types(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -73,15 +109,27 @@ def check_types(cls: type, values: Mapping[str, Any], where: str) -> dict[str, A
         ValueError: naming field, value and what is expected; also a size beyond reason.
     """
     hints = typing.get_type_hints(cls)
-    checked = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    checked = {name: _as_tuple(value) for name, value in values.items()}
     for name, value in checked.items():
         if not _fits(value, hints[name]):
             raise ValueError(f"{where}: {name}={values[name]!r:.100}: expected {_words(hints[name])}")
         most = MAX_LAYERS if name in LAYERS else MAX_SIZE
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in _flat(value):
             if isinstance(number, int) and abs(number) > most:
                 raise ValueError(f"{where}: {name}={number}: expected at most {most:,}")
     return checked
+
+
+def _as_tuple(value):
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def _as_list(value):
+    return list(map(_as_list, value)) if isinstance(value, list | tuple) else value
+
+
+def _flat(value):
+    return [item for part in value for item in _flat(part)] if isinstance(value, tuple) else [value]
 
 
 def _fits(value, hint):
@@ -108,16 +156,19 @@ def _words(hint):
 
 def write_config(config: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass as in config.json: tuples become lists."""
-    values = dataclasses.asdict(config)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: _as_list(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def check_choice(cls: type, name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises ValueError if `value` is not one of `choices`."""
+    _check_value(cls.__name__, name, value, choices)
+
+
+def _check_value(where, name, value, choices, why=""):
     # 1 == True in Python, so types are compared too; 1 and 1.0 are the same setting.
     if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
         listed = " or ".join(map(repr, choices))
-        raise ValueError(f"{cls.__name__}: {name}={value!r} is not implemented, only {listed}")
+        raise ValueError(f"{where}: {name}={value!r} is not implemented, only {listed}{why}")
 
 
 def check_positive(config: Any, *names: str) -> None:

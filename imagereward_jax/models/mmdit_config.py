@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from imagereward_jax.models.config import EMA_FIELDS, check_choice, check_positive, read_config, write_config
+from imagereward_jax.models.config import check_choice, check_positive, read_config, write_config
 
 # config.json of the published models, without default values.
 SD3_MEDIUM = {
@@ -82,7 +82,7 @@ class SD3Transformer2DConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SD3Transformer2DConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
-        return read_config(cls, values, fixed={}, ignored=EMA_FIELDS)
+        return read_config(cls, values, fixed={})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of config.json, as diffusers reads it."""

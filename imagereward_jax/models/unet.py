@@ -5,165 +5,19 @@ Attributes are named as in the published checkpoints; images are [B, H, W, C].
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagereward_jax.models.config import (
-    EMA_FIELDS,
-    check_all_positive,
-    check_choice,
-    check_positive,
-    read_config,
-    write_config,
-)
 from imagereward_jax.models.embeddings import TimestepEmbedding, sinusoidal_embedding
 from imagereward_jax.models.layers import Conv, GroupNorm, Keys, RngsLike
 from imagereward_jax.models.remat import call_with_remat, check_remat, remat_mode
 from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, last_layers
 from imagereward_jax.models.sharding import shard_batch
 from imagereward_jax.models.transformer import Transformer2DModel
-
-_DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
-_UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
-_FIXED = {
-    "act_fn": ("silu", "swish"),
-    "addition_embed_type_num_heads": (64,),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False, None),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dropout": (0.0,),
-    "dual_cross_attention": (False, None),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1.0,),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-    # Attention weights are always float32 here, so both settings are met.
-    "upcast_attention": (False, True, None),
-}
-
-# config.json of Stable Diffusion 1.x and XL, without default values.
-SD1 = {"sample_size": 64, "cross_attention_dim": 768}
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class UNet2DConditionConfig:
-    """config.json of a UNet; the defaults are diffusers', as old files omit them.
-
-    `attention_head_dim` is the *number* of heads, a mistake that the checkpoints have kept. `attention_head_dim`,
-    `transformer_layers_per_block` and `layers_per_block` are one number, or one per down block.
-    """
-
-    sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 4
-    out_channels: int = 4
-    flip_sin_to_cos: bool = True
-    freq_shift: int = 0
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8
-    use_linear_projection: bool = False
-    addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-    conv_in_kernel: int = 3
-    conv_out_kernel: int = 3
-
-    def __post_init__(self):
-        levels = len(self.block_out_channels)
-        for name, choices in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
-            self._check_length(name, levels)
-            for kind in getattr(self, name):
-                check_choice(type(self), name, kind, choices)
-        check_positive(
-            self, "in_channels", "out_channels", "norm_num_groups", "cross_attention_dim", "conv_in_kernel",
-            "conv_out_kernel",
-        )  # fmt: skip
-        check_all_positive(self, "block_out_channels", "layers_per_block", "attention_head_dim")
-        check_choice(type(self), "addition_embed_type", self.addition_embed_type, (None, "text_time"))
-        if self.sample_size is not None:
-            check_all_positive(self, "sample_size")
-        if self.addition_embed_type is not None:
-            check_positive(self, "addition_time_embed_dim", "projection_class_embeddings_input_dim")
-        for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
-            if isinstance(getattr(self, name), tuple):
-                self._check_length(name, levels)
-        self._check_divisible()
-
-    def _check_length(self, name, levels):
-        value = getattr(self, name)
-        if len(value) != levels:
-            raise ValueError(
-                f"UNet2DConditionConfig: {name}={value!r} should have {levels} items, as block_out_channels has"
-            )
-
-    def _check_divisible(self):
-        if any(not isinstance(depth, int) or depth < 0 for depth in self.per_level("transformer_layers_per_block")):
-            raise ValueError(
-                f"UNet2DConditionConfig: transformer_layers_per_block={self.transformer_layers_per_block!r} "
-                "is not implemented, only one whole number per level"
-            )
-        for kernel in ("conv_in_kernel", "conv_out_kernel"):
-            if getattr(self, kernel) % 2 == 0:
-                raise ValueError(f"UNet2DConditionConfig: {kernel}={getattr(self, kernel)} should be odd")
-        for channels, heads in zip(self.block_out_channels, self.per_level("attention_head_dim")):
-            if channels % heads:
-                raise ValueError(
-                    f"UNet2DConditionConfig: attention_head_dim={heads} (the number of heads) does not divide "
-                    f"{channels} of block_out_channels"
-                )
-
-    def per_level(self, name: str) -> tuple[int, ...]:
-        """Returns the field `name` as one number per level, finest first."""
-        value = getattr(self, name)
-        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "UNet2DConditionConfig":
-        """Reads the content of config.json; ValueError names a field and value that are not implemented."""
-        return read_config(cls, values, fixed=_FIXED, ignored=EMA_FIELDS)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the content of config.json, as diffusers reads it."""
-        return {"_class_name": "UNet2DConditionModel", **write_config(self)}
+from imagereward_jax.models.unet_config import NO_ATTENTION, UNet2DConditionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +37,15 @@ class _Level:
             eps=config.norm_eps, remat=self.remat, dtype=self.dtype, rngs=self.rngs,
         )  # fmt: skip
 
-    def transformer(self, channels):
+    def transformers(self, channels, kind, depths):
+        """One of each depth, in a block whose kind has them."""
+        return nnx.List([self.transformer(channels, depth) for depth in depths if "CrossAttn" in kind])
+
+    def transformer(self, channels, depth):
         config = self.config
         return Transformer2DModel(
             channels, config.per_level("attention_head_dim")[self.index], config.cross_attention_dim,
-            depth=config.per_level("transformer_layers_per_block")[self.index], linear=config.use_linear_projection,
+            depth=depth, linear=config.use_linear_projection,
             groups=config.norm_num_groups, remat=self.remat, dtype=self.dtype, rngs=self.rngs,
         )  # fmt: skip
 
@@ -195,11 +53,11 @@ class _Level:
 class DownBlock(nnx.Module):
     """Residual blocks (each with a transformer in "CrossAttnDownBlock2D"), then a downsampler if `halve`."""
 
-    def __init__(self, level: _Level, kind: str, in_channels: int, channels: int, *, layers: int, halve: bool) -> None:
+    def __init__(self, level: _Level, kind: str, in_channels: int, channels: int, *, halve: bool) -> None:
         self.mode = remat_mode(level.remat, "full")
-        self.resnets = nnx.List([level.resnet(channels if i else in_channels, channels) for i in range(layers)])
-        cross = kind == "CrossAttnDownBlock2D"
-        self.attentions = nnx.List([level.transformer(channels) for _ in range(layers if cross else 0)])
+        depths = level.config.transformer_depths(level.index)
+        self.resnets = nnx.List([level.resnet(channels if i else in_channels, channels) for i in range(len(depths))])
+        self.attentions = level.transformers(channels, kind, depths)
         options = {"remat": level.remat, "dtype": level.dtype, "rngs": level.rngs}
         self.downsamplers = nnx.List([Downsample2D(channels, **options)] if halve else [])
 
@@ -221,19 +79,22 @@ class DownBlock(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """Residual block, transformer, residual block at the coarsest resolution."""
+    """Residual block at the coarsest resolution; unless `kind` is without attention, a transformer and another one."""
 
-    def __init__(self, level: _Level, channels: int) -> None:
+    def __init__(self, level: _Level, kind: str, channels: int) -> None:
         self.mode = remat_mode(level.remat, "full")
-        self.resnets = nnx.List([level.resnet(channels, channels) for _ in range(2)])
-        self.attentions = nnx.List([level.transformer(channels)])
+        depths = level.config.transformer_depths(level.index)[: int(kind != NO_ATTENTION)]
+        self.resnets = nnx.List([level.resnet(channels, channels) for _ in range(1 + len(depths))])
+        self.attentions = level.transformers(channels, kind, depths)
 
     def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
         return call_with_remat(self._forward, x, time, context, mode=self.mode)
 
     def _forward(self, x, time, context):
-        x = self.attentions[0](self.resnets[0](x, time), context)
-        return self.resnets[1](x, time)
+        x = self.resnets[0](x, time)
+        for attention, resnet in zip(self.attentions, self.resnets[1:]):
+            x = resnet(attention(x, context), time)
+        return x
 
 
 class UpBlock(nnx.Module):
@@ -245,8 +106,7 @@ class UpBlock(nnx.Module):
         self.mode = remat_mode(level.remat, "full")
         widths = [in_channels] + [channels] * (len(skip_channels) - 1)
         self.resnets = nnx.List([level.resnet(a + b, channels) for a, b in zip(widths, skip_channels)])
-        cross = kind == "CrossAttnUpBlock2D"
-        self.attentions = nnx.List([level.transformer(channels) for _ in range(len(skip_channels) if cross else 0)])
+        self.attentions = level.transformers(channels, kind, level.config.transformer_depths(level.index, up=True))
         options = {"remat": level.remat, "dtype": level.dtype, "rngs": level.rngs}
         self.upsamplers = nnx.List([Upsample2D(channels, **options)] if double else [])
 
@@ -303,7 +163,8 @@ class UNet2DConditionModel(nnx.Module):
         )
         levels = [_Level(config, index, remat, dtype, rngs) for index in range(len(channels))]
         self.down_blocks, skip_channels = _down_blocks(config, levels)
-        self.mid_block = MidBlock(levels[-1], channels[-1])
+        kind = config.mid_block_type
+        self.mid_block = None if kind is None else MidBlock(levels[-1], kind, channels[-1])
         self.up_blocks = _up_blocks(config, levels, skip_channels)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps, dtype=dtype)
         self.conv_out = Conv(
@@ -341,7 +202,8 @@ class UNet2DConditionModel(nnx.Module):
         for block in self.down_blocks:
             x, more = block(x, time, context)
             skips += more
-        x = self.mid_block(x, time, context)
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, context)
         for block in self.up_blocks:
             count = len(block.resnets)
             taken, skips = skips[-count:][::-1], skips[:-count]
@@ -388,7 +250,7 @@ def _down_blocks(config, levels):
         levels, config.down_block_types, config.block_out_channels, config.per_level("layers_per_block")
     ):
         halve = level is not levels[-1]
-        blocks.append(DownBlock(level, kind, width, channels, layers=layers, halve=halve))
+        blocks.append(DownBlock(level, kind, width, channels, halve=halve))
         skip_channels += [channels] * (layers + halve)
         width = channels
     return nnx.List(blocks), skip_channels

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from imagereward_jax.models.config import (
-    EMA_FIELDS,
+    Fixed,
     check_all_positive,
     check_choice,
     check_positive,
@@ -22,10 +22,11 @@ from imagereward_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2
 from imagereward_jax.models.transformer import Attention
 
 _EPS = 1e-6
+_NORMALISED = "the model's latents are normalised by channel (Playground 2.5), not scaled by one factor"
 _FIXED = {
     "act_fn": ("silu", "swish"),
-    "latents_mean": (None,),
-    "latents_std": (None,),
+    "latents_mean": Fixed((None,), _NORMALISED),
+    "latents_std": Fixed((None,), _NORMALISED),
     "mid_block_add_attention": (True,),
 }
 
@@ -94,7 +95,7 @@ class AutoencoderKLConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AutoencoderKLConfig":
         """Reads the content of config.json; ValueError names a field and value that are not implemented."""
-        return read_config(cls, values, fixed=_FIXED, ignored=EMA_FIELDS)
+        return read_config(cls, values, fixed=_FIXED)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of config.json, as diffusers reads it."""

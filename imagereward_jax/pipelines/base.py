@@ -12,14 +12,14 @@ from jax.typing import ArrayLike, DTypeLike
 from imagereward_jax.diffusion.flow import FlowSchedule, read_schedule
 from imagereward_jax.diffusion.rollout import rollout
 from imagereward_jax.diffusion.sampler import Sampler
-from imagereward_jax.diffusion.samplers import make_sampler
+from imagereward_jax.diffusion.samplers import check_scheduler_config, make_sampler
 from imagereward_jax.models import lora, quantized
 from imagereward_jax.pipelines import prompt_ids
 from imagereward_jax.pipelines.blend import Blend, blended_denoiser
 from imagereward_jax.pipelines.networks import Networks, Params
 from imagereward_jax.storage.folders import refuse_existing
 from imagereward_jax.weights import components, diffusers, mapping
-from imagereward_jax.weights.generation import Generation
+from imagereward_jax.weights.generation import Generation, distilled_generation
 from imagereward_jax.weights.sources import Source
 
 Batch = dict[str, Any]
@@ -53,6 +53,8 @@ class TextToImage(Networks):
     lora_targets = lora.ATTENTION
     # Layers that `quantized` leaves as they are.
     kept_precise = quantized.KEPT_OF_UNET
+    # Words of `embeddings.with_embeddings`, each with its number of vectors by text encoder.
+    embedded: Mapping[str, Mapping[str, int]] = {}
 
     def __init__(
         self,
@@ -71,10 +73,12 @@ class TextToImage(Networks):
         self.text_encoders = {name: folder for name, folder in self.text_encoders.items() if name in configs}
         super().__init__(configs, source=source, dtype=dtype, vae_dtype=vae_dtype, remat=remat)
         self.schedule = read_schedule(scheduler_config)
+        check_scheduler_config(scheduler_config)
         # Exports say so too: diffusers clips by default, and corrects only Stable Diffusion 1.x. It never clips flows.
         clip_sample = None if isinstance(self.schedule, FlowSchedule) else False
         self.scheduler_config = override_scheduler(scheduler_config, clip_sample=clip_sample)
-        self.generation = generation or self.default_generation(scheduler_config)
+        distilled = distilled_generation(scheduler_config.get("_class_name"))
+        self.generation = generation or distilled or self.default_generation(scheduler_config)
         self.default_size = configs[self.denoiser].sample_size * configs["vae"].downsampling
         self.tokenizer_folders = {
             name: Path(tokenizers[name]) for name in self.text_encoders.values() if prompt_ids.is_path(tokenizers[name])
@@ -355,8 +359,12 @@ class TextToImage(Networks):
 
         Raises:
             FileExistsError: `folder` is there and not empty, and `overwrite` is false.
-            ValueError: a component is neither in `params` nor in files.
+            ValueError: a component is neither in `params` nor in files, or the pipeline has embeddings.
         """
+        if self.embedded:
+            raise ValueError(
+                f"a pipeline with the embeddings {', '.join(self.embedded)} is for sampling; save the one without them"
+            )
         if set(params) < set(self.components):
             self._files()
         if jax.process_index():

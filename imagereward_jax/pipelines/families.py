@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from imagereward_jax.models import clip, mmdit_config, t5, unet, vae
+from imagereward_jax.models import clip, mmdit_config, t5, unet_config, vae
 from imagereward_jax.pipelines.base import TextToImage, override_scheduler
 from imagereward_jax.pipelines.model_files import ModelFiles, config_of
 from imagereward_jax.pipelines.published_settings import (
@@ -25,8 +25,8 @@ from imagereward_jax.weights.sources import DiffusersSource, OrbaxSource, Single
 FAMILIES = {family.pipeline_class: family for family in (StableDiffusion1, StableDiffusionXL, StableDiffusion3)}
 
 # config.json of the published networks by component.
-SD1 = {"unet": unet.SD1, "vae": vae.SD1, "text_encoder": clip.VIT_L}
-SDXL = {"unet": unet.SDXL, "vae": vae.SDXL, "text_encoder": clip.VIT_L, "text_encoder_2": clip.VIT_BIG_G}
+SD1 = {"unet": unet_config.SD1, "vae": vae.SD1, "text_encoder": clip.VIT_L}
+SDXL = {"unet": unet_config.SDXL, "vae": vae.SDXL, "text_encoder": clip.VIT_L, "text_encoder_2": clip.VIT_BIG_G}
 SD35 = {
     "vae": vae.SD3,
     "text_encoder": clip.VIT_L_PROJECTED,

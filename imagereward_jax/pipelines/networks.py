@@ -58,9 +58,7 @@ class Networks:
             )
             for name, class_name in self.components.items()
         }
-        self.networks = {
-            name: mapping.abstract(lambda build=build: build(rngs=nnx.Rngs(0))) for name, build in self._build.items()
-        }
+        self.networks = {name: _abstract(build) for name, build in self._build.items()}
         self._graphdefs = {name: nnx.split(network)[0] for name, network in self.networks.items()}
 
     def init(self, key: jax.Array, names: Sequence[str] | None = None) -> Params:
@@ -112,6 +110,21 @@ class Networks:
         adapted._graphdefs = {**self._graphdefs, name: nnx.split(network)[0]}
         return adapted
 
+    def replaced(self, configs: Mapping[str, Any], **attributes: Any) -> Self:
+        """Returns a pipeline with other settings for the networks that `configs` names, and other `attributes`."""
+        other = copy.copy(self)
+        vars(other).update(attributes, configs={**self.configs, **configs})
+        builds = {
+            name: functools.partial(
+                self._build[name].func, self._build[name].args[0], config, **self._build[name].keywords
+            )
+            for name, config in configs.items()
+        }
+        networks = {name: _abstract(build) for name, build in builds.items()}
+        other._build, other.networks = {**self._build, **builds}, {**self.networks, **networks}
+        other._graphdefs = {name: nnx.split(network)[0] for name, network in other.networks.items()}
+        return other
+
     def component_config(self, name: str) -> dict[str, Any]:
         """The content of a network's config.json, with its class."""
         return self.configs[name].to_dict() | components.label(self.components[name])
@@ -129,6 +142,10 @@ class Networks:
 
     def _network(self, name, params):
         return nnx.merge(self._graphdefs[name], params[name])
+
+
+def _abstract(build):
+    return mapping.abstract(lambda: build(rngs=nnx.Rngs(0)))
 
 
 def _vae_dtype(dtype, vae_dtype):

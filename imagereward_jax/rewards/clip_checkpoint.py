@@ -11,10 +11,11 @@ from imagereward_jax.models.clip_score import CLIPConfig, CLIPVisionConfig
 from imagereward_jax.models.config import check_types
 from imagereward_jax.rewards.checkpoint import read_cached
 from imagereward_jax.rewards.preprocess import CLIP_STATISTICS, Statistics
-from imagereward_jax.weights import clip_layouts, files, hub
+from imagereward_jax.weights import clip_layouts, diffusers, files, hub
 from imagereward_jax.weights.files import WeightsError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+_INDEX = ".index.json"  # says which shard holds which tensor
 # Only OpenAI's archives hold it.
 _OPENAI_MARK = "input_resolution"
 # Width and layers of a vision tower: (width of its heads, width of the text tower, whose heads have 64, activation), as
@@ -66,7 +67,7 @@ def read_clip(path: Path, root: Path, base: Base | None = None) -> Clip:
     """Reads a CLIP in any published layout.
 
     Args:
-        path: a file of OpenAI, OpenCLIP or transformers, or a folder of the latter two.
+        path: a file of OpenAI, OpenCLIP or transformers, or a folder of the latter two, whole or in shards.
         root: folder for converted copies of pickles if the checkpoint's folder is not writable.
         base: the CLIP that the score was trained from; None if it takes any.
 
@@ -76,7 +77,7 @@ def read_clip(path: Path, root: Path, base: Base | None = None) -> Clip:
             show; the message says which file would.
     """
     file = _weights_in(path) if path.is_dir() else path
-    stored, beside = read_cached(file, root), file.with_name("config.json")
+    stored, beside = _read(file, root), file.with_name("config.json")
     if "visual_projection.weight" in stored and beside.is_file():
         config = config_from_json(files.read_json(beside), str(beside))
         return Clip(stored, config, _transformers_statistics(file.with_name("preprocessor_config.json")))
@@ -86,10 +87,17 @@ def read_clip(path: Path, root: Path, base: Base | None = None) -> Clip:
 
 def _weights_in(folder):
     names = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    names += tuple(f"{name}{_INDEX}" for name in names[:2])
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         raise hub.ModelNotFound(f"{folder}: no weights; expected {' or '.join(names)} in it")
     return file
+
+
+def _read(file, root):
+    if file.name.endswith(_INDEX):
+        return diffusers.read_shards(file, lambda shard: read_cached(shard, root))
+    return read_cached(file, root)
 
 
 def config_of(tensors: dict[str, np.ndarray], file: Path, base: Base | None = None) -> tuple[CLIPConfig, Statistics]:

@@ -307,7 +307,7 @@ class Samples(Section, path="eval"):
     num_steps: int | None = field(None, at_least=1, at_most=MAX_STEPS)  # None: what the model's folder says
     guidance_scale: float | None = None  # None: what the model's folder says; at most 1: no guidance
     guidance_scales: tuple[float, ...] = field((), at_least=0.0)  # evaluated as well: eval/reward_mean@3, ...
-    eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's steps
+    eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's and tcd's steps
     seed: int = field(0, at_least=0)  # the same noise for the same prompts at every evaluation
     grid: int = field(16, at_least=1, at_most=2**20)  # images in samples/step_*.png
 

@@ -22,34 +22,11 @@ from imagereward_jax.weights.files import WeightsError
 FILE = "pytorch_lora_weights.safetensors"
 
 
-def find_adapter(name_or_path):
-    """The file of an adapter: a file, a folder that holds `FILE` or one file of safetensors, or a name on the hub.
-
-    Raises:
-        FileNotFoundError: there is none; the message says what was looked for.
-    """
-    path = Path(os.path.expanduser(str(name_or_path)))
-    if path.is_file():
-        return path
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-        if (path / FILE).is_file():
-            return path / FILE
-        if len(found) == 1:
-            return found[0]
-        names = ", ".join(each.name for each in found) or "no .safetensors file"
-        raise FileNotFoundError(f"{path}: expected {FILE}, found {names}; pass the path of the file")
-    name = str(name_or_path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name) and not path.suffix and not hub.looks_like_path(name):
-        return hub.resolve_file(name, FILE)
-    raise FileNotFoundError(f"{name}: no such adapter; expected a .safetensors file, or a folder with {FILE}")
-
-
 def read_adapter(name_or_path, networks):
     """Reads an adapter for a model, in any of the layouts of `adapter_names` and formats of `adapter_updates`.
 
     Args:
-        name_or_path: see `find_adapter`. networks: the model's, by name (`pipeline.networks`).
+        name_or_path: see `hub.find_file`. networks: the model's, by name (`pipeline.networks`).
 
     Returns:
         {network: {layer: LowRank or Factors}} of the networks that the file adapts.
@@ -59,7 +36,7 @@ def read_adapter(name_or_path, networks):
         WeightsError: naming keys that fit no layer, parts that are absent, shapes that are wrong, settings that are
             malformed or not implemented.
     """
-    path = find_adapter(name_or_path)
+    path = hub.find_file(name_or_path, FILE, "adapter")
     tensors = files.read_tensors(path)
     aliases = layer_aliases(networks)
     layers = _gather(path, tensors, aliases)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagereward_jax.models import clip, mmdit, mmdit_config, t5, unet, vae
+from imagereward_jax.models import clip, mmdit, mmdit_config, t5, unet, unet_config, vae
 from imagereward_jax.weights import mapping
 
 
@@ -23,7 +23,9 @@ class Component(NamedTuple):
 
 
 COMPONENTS = {
-    "UNet2DConditionModel": Component(unet.UNet2DConditionConfig, unet.UNet2DConditionModel, "diffusers", remat=True),
+    "UNet2DConditionModel": Component(
+        unet_config.UNet2DConditionConfig, unet.UNet2DConditionModel, "diffusers", remat=True
+    ),
     "SD3Transformer2DModel": Component(
         mmdit_config.SD3Transformer2DConfig, mmdit.SD3Transformer2DModel, "diffusers", remat=True
     ),

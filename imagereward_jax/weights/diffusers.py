@@ -181,7 +181,7 @@ def load_component(
         path = _find_weights(part, name, None)
     if path is None:
         raise FileNotFoundError(_nothing_found(part, name, variant))
-    tensors = _read_shards(path, read) if path.suffix == ".json" else read(path)
+    tensors = read_shards(path, read) if path.suffix == ".json" else read(path)
     if path.suffix == ".msgpack":
         tensors, config = flax_to_torch(tensors), _without_flax_fields(config)
     return config, modern_names(name, tensors)
@@ -194,7 +194,7 @@ def tokenizers_of(folder: str | Path) -> dict[str, Path]:
 
 def load_scheduler_config(folder: str | Path) -> dict[str, Any]:
     """Reads scheduler/scheduler_config.json of a folder."""
-    return read_json(Path(folder) / "scheduler" / "scheduler_config.json")
+    return read_json(Path(folder) / "scheduler" / "scheduler_config.json", infinite=True)
 
 
 def save_component(
@@ -368,8 +368,13 @@ def _nothing_found(part, name, variant):
     return f"{part}: no {wanted}; {found}"
 
 
-def _read_shards(index, read):
-    """Reads all files that an index names; checks that each holds the tensors that the index says."""
+def read_shards(index: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Reads all files that an index names, each by `read`.
+
+    Raises:
+        FileNotFoundError: a file that it names is absent. StorageError: a file lacks tensors that it should hold, or
+            the index is broken.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f'{index}: no "weight_map" that says which file holds which tensor')

@@ -43,11 +43,15 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-_LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-
-
 class _Inert:
-    """Stands in for a class that a pickle names beside its tensors; nothing of it is read."""
+    """Stands in for a class that a pickle names beside its tensors; it runs nothing."""
+
+
+# Classes in files of Stability's own, and in textual-inversion embeddings of its first trainer.
+_INERT = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "torch.nn.modules.container.ParameterDict",
+)
 
 
 class WeightsError(StorageError):
@@ -183,8 +187,11 @@ def cast(tensors: Mapping[str, np.ndarray], dtype: DTypeLike, *, what: str) -> d
     return converted
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path, *, infinite: bool = False) -> dict[str, Any]:
     """Reads the object in a JSON file.
+
+    Args:
+        infinite: whether numbers may be; JSON has none, but diffusers writes -Infinity into scheduler_config.json.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -196,7 +203,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > MAX_JSON:
         raise WeightsError(f"{path}: {size:,} bytes are too many for a file of settings (at most {MAX_JSON:,})")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        constant = _infinity if infinite else _refuse_constant
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -206,6 +214,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def _refuse_constant(name):
     raise ValueError(f"it holds {name}, which JSON has not")
+
+
+def _infinity(name):
+    return _refuse_constant(name) if name == "NaN" else float(name)
 
 
 def _refuse_placeholders(path):
@@ -261,22 +273,35 @@ def _view(tensor, data):
     return part.view(tensor.dtype).reshape(tensor.shape)
 
 
-def _read_pickle(path):
-    """Reads a PyTorch file without running anything that it holds."""
+def load_pickle(path: Path) -> Any:
+    """Loads what a PyTorch file holds, tensors as PyTorch's, without running anything.
+
+    Raises:
+        WeightsError: the file is damaged, or holds objects that opening could run code of.
+    """
+    _refuse_placeholders(path)
     _refuse_compressed(path)
-    if is_torchscript(path):
-        return _read_torchscript(path)
     import torch
 
     try:
-        # Files of today are mapped into memory: only what is used is read. Stability's own name a class of Lightning.
-        with torch.serialization.safe_globals([(_Inert, _LIGHTNING)]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # Files of today are mapped into memory: only what is used is read.
+        with torch.serialization.safe_globals([(_Inert, name) for name in _INERT]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path}: {_why_unsafe(error)}") from error
     except Exception as error:  # torch's many decoders raise errors of many kinds for a broken file
         reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
         raise WeightsError(f"{path}: not a whole PyTorch checkpoint ({reason}); fetch it again") from error
+
+
+def _read_pickle(path):
+    """Reads the tensors of a PyTorch file."""
+    if is_torchscript(path):
+        _refuse_compressed(path)
+        return _read_torchscript(path)
+    import torch
+
+    loaded = load_pickle(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
@@ -288,7 +313,7 @@ def _read_pickle(path):
         raise WeightsError(f"{path}: expected tensors only, but these entries are not: {', '.join(others[:10])}")
     if unnamed := [name for name in loaded if not isinstance(name, str)]:
         raise WeightsError(f"{path}: its tensors should have names; one is called {unnamed[0]!r}")
-    return {name: _torch_to_numpy(path, name, tensor) for name, tensor in loaded.items()}
+    return {name: torch_to_numpy(path, name, tensor) for name, tensor in loaded.items()}
 
 
 def _refuse_compressed(path):
@@ -333,7 +358,8 @@ def _why_unsafe(error):
     )
 
 
-def _torch_to_numpy(path, name, tensor):
+def torch_to_numpy(path: Path, name: str, tensor: Any) -> np.ndarray:
+    """Converts a PyTorch tensor of plain numbers, which may share its memory; WeightsError names path and tensor."""
     import torch
 
     kind = "quantised" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout).split(".")[1]

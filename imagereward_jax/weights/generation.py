@@ -19,6 +19,16 @@ class Generation:
     guidance_scale: float = 7.5
 
 
+# Schedulers of models that are distilled to few steps without guidance, by the names of their samplers.
+_DISTILLED = {"LCMScheduler": "lcm", "FlowMatchLCMScheduler": "lcm", "TCDScheduler": "tcd"}
+
+
+def distilled_generation(scheduler_class: str | None) -> Generation | None:
+    """The settings of a model whose scheduler_config.json names a consistency model's scheduler; None for others."""
+    sampler = _DISTILLED.get(scheduler_class)
+    return None if sampler is None else Generation(sampler, 4, 1.0)
+
+
 def read_generation(folder: str | Path) -> Generation | None:
     """Reads the `Generation` that a folder states; None if it has no such file.
 

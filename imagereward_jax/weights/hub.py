@@ -70,6 +70,29 @@ def resolve_file(repo_id: str, filename: str, *, cache_dir: str | Path | None = 
     return _download(repo, revision, [filename], cache_dir) / filename
 
 
+def find_file(name_or_path: str | Path, filename: str, what: str) -> Path:
+    """Finds a file: itself, in a folder (`filename`, or the only .safetensors), or `filename` of a hub repository.
+
+    Raises:
+        FileNotFoundError: there is none; the message says what was looked for and calls it `what`.
+    """
+    name = str(name_or_path)
+    path = Path(os.path.expanduser(name))
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if (path / filename).is_file():
+            return path / filename
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(each.name for each in found) or "no .safetensors file"
+        raise FileNotFoundError(f"{path}: expected {filename}, found {names}; pass the path of the file")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name) and not path.suffix and not looks_like_path(name):
+        return resolve_file(name, filename)
+    raise FileNotFoundError(f"{name}: no such {what}; expected a .safetensors file, or a folder with {filename}")
+
+
 def resolve_url(url: str, path: str | Path) -> Path:
     """Downloads `url` to `path`, if there is no file at `path`; the file appears whole or not at all.
 

@@ -87,7 +87,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: no such folder")
     if not (folder / MANIFEST).is_file():
         raise WeightsError(f"{folder}: no {MANIFEST}, so it is no checkpoint that convert/from_diffusers.py wrote")
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, infinite=True)
     if manifest.get("format") != FORMAT:
         raise WeightsError(
             f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}; convert it again"

@@ -207,7 +207,11 @@ def _find(path, name, tensors, candidates):
             config = layout.config(own)
         except (KeyError, ValueError, IndexError) as error:
             reason = f"{error.args[0]} is absent" if isinstance(error, KeyError) else error
-            raise WeightsError(f"{path}: its {name} has a structure that is not implemented ({reason})") from error
+            raise WeightsError(
+                f"{path}: its {name} is not whole, or has a structure that is not implemented ({reason}). If PyTorch "
+                "opens the file, StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes a folder "
+                "of it to try"
+            ) from error
         if layout is _OPEN_CLIP and config["num_hidden_layers"] == 24:
             config["num_hidden_layers"] = 23  # Stable Diffusion 2 reads what goes into ViT-H's last layer
         return Place(prefix, layout.naming, config)

@@ -19,7 +19,7 @@ from imagereward_jax import score
 from imagereward_jax.bulk_scoring.journal import Journal
 from imagereward_jax.bulk_scoring.rows import write_rows
 from imagereward_jax.bulk_scoring.scorers import RandomScorer
-from imagereward_jax.data.tables import Table
+from imagereward_jax.data.tables import Table, read_table
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -245,6 +245,7 @@ TABLES = {
     "bytes in a later row": ([{**ROW, "b": None}, {**ROW, "b": b"x"}], ".csv", "row 2: the column 'b' holds bytes"),
     "mixed kinds": ([{**ROW, "k": 1}, {**ROW, "k": "x"}], ".parquet", "cannot store the column 'k'"),
     "half a character": ([ROW, {**ROW, "k": "\ud83d"}], ".parquet", "cannot store the column 'k'"),
+    "a tab": ([ROW, {**ROW, "k": "a\tb"}], ".tsv", "2: the column 'k' holds a tab or a line break, which .tsv"),
     "a score of its own": ([ROW, {**ROW, "score": 1}], ".csv", "has a column 'score' already"),
 }
 
@@ -356,6 +357,14 @@ def test_folders_and_files_that_the_command_did_not_write_stay(data, tmp_path, c
 def test_a_message_that_a_spreadsheet_would_run_is_text(tmp_path):
     write_rows(tmp_path / "o.csv", Table("t", [{"a": "=1"}], str, None), {"error": ["=cmd()"]})
     assert read_csv(tmp_path / "o.csv") == [{"a": "=1", "error": "'=cmd()"}]
+
+
+def test_a_tsv_is_read_as_it_was_written(tmp_path):
+    """Quotes as they are; a message's line break becomes a space."""
+    rows = [{"text": '"a" cat'}, {"text": 'a "dog"'}]
+    write_rows(tmp_path / "o.tsv", Table("t", rows, str, None), {"score": [0.5, None], "error": [None, "=a\nb"]})
+    added = [{"score": "0.5", "error": ""}, {"score": "", "error": "'=a b"}]
+    assert read_table(tmp_path / "o.tsv").rows == [row | more for row, more in zip(rows, added)]
 
 
 def command(rows, output, model, *more):

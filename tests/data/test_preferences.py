@@ -33,16 +33,17 @@ def colours_of(found):
     return [(item["prompt"], *np.round(255 * item["image"][:, 0, 0, 0]).astype(int).tolist()) for item in items]
 
 
-def test_pick_a_pic_as_parquet(folder):
-    """Either label, bytes in the columns; a tie is left out and counted."""
+def test_pick_a_pic_as_parquet(folder, capsys):
+    """Either label, bytes in the columns; a tie is left out and counted, as is a row without a label."""
     datasets = pytest.importorskip("datasets")
-    rows = [("a", 10, 60, 1.0, 0.0), ("b", 110, 160, 0.5, 0.5), ("c", 210, 60, 0.0, 1.0)]
+    rows = [("a", 10, 60, 1.0, 0.0), ("b", 110, 160, 0.5, 0.5), ("c", 210, 60, 0.0, 1.0), ("d", 10, 60, 0.0, 0.0)]
     columns = {
         "caption": [row[0] for row in rows],
         "jpg_0": [encoded(row[1]) for row in rows],
         "jpg_1": [encoded(row[2]) for row in rows],
         "label_0": [row[3] for row in rows],
         "label_1": [row[4] for row in rows],
+        "has_label": [True, True, True, False],
     }
     datasets.Dataset.from_dict(columns).to_parquet(folder / "pick.parquet")
     datasets.Dataset.from_dict(columns).save_to_disk(folder / "saved")
@@ -50,6 +51,7 @@ def test_pick_a_pic_as_parquet(folder):
         found = load_preferences(folder / source, image_size=8)
         assert colours_of(found) == [("a", 10, 60), ("c", 60, 210)] and found.ties == 1
         assert found.prompts == ["a", "c"]
+        assert capsys.readouterr().err.endswith(f"{source}: 1 rows without a label are left out\n")
 
 
 def write(folder, rows):
@@ -114,9 +116,30 @@ def test_shapes_are_the_best_and_the_worst_of_a_group():
             "p.json: all of 1 pairs are ties",
         ),
         ([{"prompt": "a", "image": "10.png"}], "rank"),
+        ([{"prompt": "a", "image_path": ["10.png", "60.png"], "rank": [1]}], "row 1: 'rank' must be a list of 2 whole"),
+        ([{"prompt": "a", "image_path": ["10.png", "60.png"], "rank": [1, -1]}], "row 1: 'rank' must be a list of 2"),
+        ([{"prompt": "a", "image_path": ["10.png", "6.png"], "rank": [1, 2]}], r"row 1: .*6\.png: no such image"),
+        ([{"prompt": "a", "file_path": "10.png", "human_preference": [1, 0]}], "row 1: 'file_path' must be a list"),
+        (
+            [{"prompt": "a", "file_path": ["10.png", "60.png"], "human_preference": [2, 0]}],
+            "row 1: 'human_preference' must hold 1 for the preferred image and 0",
+        ),
         ([{"prompt": "a", "generations": ["10.png", "none.png"], "ranking": [1, 2]}], "none.png"),
     ],
 )
 def test_broken_rows_are_named(folder, rows, said):
     with pytest.raises(DataError, match=said):
         load_preferences(write(folder, rows), image_size=8)
+
+
+def test_hpdv2_as_published(folder):
+    """test.json: lists of images and ranks, from 1 or 0, equal prompts apart; train.json: the preferred of two."""
+    rows = [
+        {"prompt": "a", "image_path": ["10.png", "60.png", "110.png"], "rank": [2, 3, 1], "raw_annotations": []},
+        {"prompt": "a", "image_path": ["160.png", "210.png"], "rank": [1, 0], "raw_annotations": []},
+    ]
+    found = load_preferences(write(folder, rows), image_size=8)
+    assert sorted(colours_of(found)) == [("a", 10, 60), ("a", 110, 10), ("a", 110, 60), ("a", 210, 160)]
+    for column in ("file_path", "image_path"):
+        rows = [{"prompt": "b", column: ["10.png", "60.png"], "human_preference": [0, 1], "user_hash": "x"}]
+        assert colours_of(load_preferences(write(folder, rows), image_size=8)) == [("b", 60, 10)]

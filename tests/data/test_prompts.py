@@ -1,6 +1,7 @@
 """Every way to bring prompts gives the same list; every way to get them wrong is told with file and row."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from imagereward_jax.data.errors import DataError
-from imagereward_jax.data.prompts import load_prompt_rows, load_prompts
+from imagereward_jax.data.prompts import load_named_prompts, load_prompt_rows, load_prompts
+from imagereward_jax.data.tables import read_table
 
 PROMPTS = ["a cat, sitting", 'a "quoted" dog', "naïve café 日本"]
 REAL = Path(__file__).parents[3] / "shared" / "real" / "refl_data.json"
@@ -32,11 +34,46 @@ def test_json_and_json_lines(tmp_path, key):
 def test_tables_and_text(tmp_path, encoding):
     quoted = [p.replace('"', '""') for p in PROMPTS]
     csv = "id,text\r\n" + "".join(f'{i},"{p}"\r\n' for i, p in enumerate(quoted))
-    tsv = "id\ttext\n" + "".join(f'{i}\t"{p}"\n' for i, p in enumerate(quoted))
+    tsv = "id\ttext\n" + "".join(f"{i}\t{p}\n" for i, p in enumerate(PROMPTS))
     assert load_prompts(write(tmp_path / "p.csv", csv, encoding)) == PROMPTS
     assert load_prompts(write(tmp_path / "p.tsv", tsv, encoding)) == PROMPTS
     assert load_prompts(write(tmp_path / "p.txt", "\n".join(PROMPTS) + "\n\n", encoding)) == PROMPTS
     assert load_prompts(write(tmp_path / "p.txt", "\r\n".join(PROMPTS), encoding)) == PROMPTS
+
+
+BLANK = {
+    "p.txt": "\na cat \n\na dog\n   \nan owl\n",
+    "p.jsonl": '\n{"text": "a cat "}\n\n{"text": "a dog"}\n  \n{"text": "an owl"}\n',
+    "p.csv": "\nid,text\r\n1,a cat \r\n\r\n2,a dog\r\n,\r\n3,an owl\r\n",
+    "p.tsv": "\nid\ttext\n1\ta cat \n\n2\ta dog\n\t \n3\tan owl",
+}
+
+
+@pytest.mark.parametrize("name", BLANK)
+def test_blank_lines_are_left_out_and_counted(name, tmp_path, capsys):
+    """In every format alike, those of empty cells too; later rows keep their line numbers."""
+    path = write(tmp_path / name, BLANK[name])
+    assert load_prompts(path) == ["a cat ", "a dog", "an owl"]
+    assert capsys.readouterr().err == f"{path}: 3 blank lines are left out\n"
+    assert read_table(path).where(2).endswith(f"line {len(BLANK[name].splitlines())}")
+
+
+def test_quotes_in_tsv_are_text(tmp_path, capsys):
+    """As in PartiPrompts.tsv, whose columns begin with capitals; values that are quoted as a whole are told."""
+    rows = ['"G I G G L E" painted on a wall\tWriting', 'the words "Fly"\tOutdoor', '5" wide\tAbstract']
+    path = write(tmp_path / "p.tsv", "\n".join(["Prompt\tCategory", *rows]) + "\n")
+    assert load_prompts(path) == [row.split("\t")[0] for row in rows] and capsys.readouterr().err == ""
+    write(path, 'Prompt\tCategory\n"a ""red"" cat"\tx\n')
+    assert load_prompts(path) == ['"a ""red"" cat"']
+    assert re.search(r"p\.tsv: values in quotes \(1 rows, the first on line 2\).*named \.csv", capsys.readouterr().err)
+    assert load_prompts(path.rename(tmp_path / "p.csv")) == ['a "red" cat']
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", ","])
+def test_a_csv_is_split_as_its_header_says(delimiter, tmp_path):
+    """Spreadsheets of many countries write semicolons."""
+    path = write(tmp_path / "p.csv", f'id{delimiter}text\n1{delimiter}"a; b, c\td"\n2{delimiter}e\n')
+    assert load_prompts(path) == ["a; b, c\td", "e"]
 
 
 def test_parquet_and_saved_datasets(tmp_path):
@@ -81,6 +118,9 @@ def test_a_column_can_be_chosen(tmp_path):
     path = write(tmp_path / "p.csv", "text,long\nx,a long one\n")
     assert load_prompts(path) == ["x"]
     assert load_prompts(path, column="long") == ["a long one"]
+    assert load_named_prompts(path, "long") == {"0": "a long one"}
+    with pytest.raises(DataError, match="there are words: say which with --prompt-column"):
+        load_named_prompts(write(tmp_path / "q.csv", "words\nx\n"))
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs shared/real/refl_data.json beside the checkout")
@@ -99,11 +139,14 @@ MISTAKES = {
     "empty file": ("p.txt", "", r"p\.txt: there are no rows"),
     "only a header": ("p.csv", "text\n", r"p\.csv: there are no rows"),
     "empty prompt": ("p.json", '["a", " ", ""]', r"p\.json, row 2: the prompt is empty \(2 rows like this\)"),
-    "empty line": ("p.txt", "a\n\nb\n", r"p\.txt, line 2: the prompt is empty"),
+    "only blank lines": ("p.txt", "\n  \n", r"p\.txt: there are no rows"),
+    "an empty cell": ("p.csv", "id,text\n1,\n", r"p\.csv, line 2: the prompt in column 'text' is empty"),
+    "a quoted tab": ("p.tsv", 'id\ttext\n1\t"a\tb"\n', r"p\.tsv, line 2: 3 values, .*quotes in \.tsv are text"),
+    "a semicolon": ("p.csv", "id;text\n1;a; b\n", r"p\.csv, line 2: 3 values, .*that holds a semicolon in"),
     "a number": ("p.json", '["a", 5]', r"p\.json, row 2: the prompt must be a string; got int 5"),
     "null": ("p.jsonl", '{"text": "a"}\n{"text": null}', r"p\.jsonl, line 2: .*'text' must be a string; got nothing"),
     "all numbers": ("p.json", "[1, 2]", r"p\.json, row 1: expected an object with named columns; got int 1"),
-    "no usual column": ("p.json", '[{"txt": "a"}]', r"none of the columns text, prompt, caption; there are txt: say"),
+    "no usual column": ("p.json", '[{"txt": "a"}]', r"none of the columns text, prompt, .*; there are txt: say"),
     "row without": ("p.json", '[{"text": "a"}, {"txt": "b"}]', r"row 2: expected an object with 'text'; .* 'txt'"),
     "a comma": (
         "p.csv",

@@ -90,15 +90,23 @@ def random_outputs(count):
     return np.random.default_rng(0).standard_normal((count + 1, *SHAPE)).astype(np.float32)
 
 
-def reference(name, config, steps, outputs):
-    """diffusers' latents after each of the network's calls, whose outputs are given, and what it tells the network."""
+def reference(name, config, steps, outputs, monkeypatch=None):
+    """diffusers' latents after each of the network's calls, whose outputs are given, and what it tells the network.
+
+    The noise of steps that add some is 0.1.
+    """
     classes = {
         "euler": diffusers.FlowMatchEulerDiscreteScheduler,
         "heun": diffusers.FlowMatchHeunDiscreteScheduler,
         "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+        "unipc": diffusers.UniPCMultistepScheduler,
+        "lcm": diffusers.FlowMatchLCMScheduler,
     }
     scheduler = classes[name].from_config(config)
     scheduler.set_timesteps(steps)
+    if monkeypatch:
+        fill = f"{classes[name].__module__}.randn_tensor"
+        monkeypatch.setattr(fill, lambda shape, **_: torch.full(shape, 0.1), raising=False)
     latents, trajectory = torch.tensor(outputs[0]), []
     for timestep, output in zip(scheduler.timesteps, outputs[1:], strict=True):
         latents = scheduler.step(torch.tensor(output), timestep, latents).prev_sample
@@ -107,43 +115,60 @@ def reference(name, config, steps, outputs):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize(("name", "steps", "calls"), [("euler", 6, 6), ("heun", 6, 11), ("dpmpp_2m", 6, 6)])
-def test_trajectory_is_that_of_diffusers(name, steps, calls, shift):
+@pytest.mark.parametrize(
+    ("name", "steps", "calls"), [("euler", 6, 6), ("heun", 6, 11), ("dpmpp_2m", 6, 6), ("unipc", 6, 6), ("lcm", 6, 6)]
+)
+def test_trajectory_is_that_of_diffusers(name, steps, calls, shift, monkeypatch):
     """Six steps with random outputs of the network: latents after every call within 1e-5, and the same timesteps.
 
     Heun's velocities are differences of latents over sigma, the last of which is 0.001 without a shift: 3e-5.
     """
     tolerance = 3e-5 if (name, shift) == ("heun", 1.0) else 1e-5
     config = SD3 | {"shift": shift}
-    theirs = SANA | {"flow_shift": shift} if name == "dpmpp_2m" else config
+    theirs = SANA | {"flow_shift": shift} if name in ("dpmpp_2m", "unipc") else config
     outputs = random_outputs(calls)
-    timesteps, expected = reference(name, theirs, steps, outputs)
+    timesteps, expected = reference(name, theirs, steps, outputs, monkeypatch)
     for read in (config, SANA | {"flow_shift": shift}):
         sampler = make_sampler(name, read, calls)
         np.testing.assert_allclose(sampler.timesteps, timesteps, rtol=1e-6)
-        assert not sampler.stochastic
+        assert sampler.stochastic == (name == "lcm")
         state = sampler.init(jnp.asarray(outputs[0]))
         for step in range(calls):
             original = sampler.pred_original(state, jnp.asarray(outputs[step + 1]), step)
             clean = state.latents - sampler.sigma[step] * outputs[step + 1]
             np.testing.assert_allclose(original, clean, rtol=1e-6, atol=1e-6)
-            state = sampler.step(state, jnp.asarray(outputs[step + 1]), step)
+            state = sampler.step(state, jnp.asarray(outputs[step + 1]), step, jnp.full(SHAPE, 0.1))
             np.testing.assert_allclose(state.latents, expected[step], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("field", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_sigmas_spaced_anew_are_those_of_diffusers(field):
+    """The same float32 numbers within 1e-7, from 1 to 40 steps; diffusers' Heun's method does not know these fields."""
+    config = SD3 | {field: True}
+    for num_steps in (1, 2, 7, 40):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        scheduler.set_timesteps(num_steps)
+        sampler = make_sampler("euler", config, num_steps)
+        np.testing.assert_allclose(sampler.sigma, scheduler.sigmas.numpy()[:-1], rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(make_sampler("heun", config, 7).sigma, make_sampler("heun", SD3, 7).sigma)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 14, 15, 20])
-def test_dpm_solver_of_other_numbers_of_steps(steps):
-    """Orders at the ends differ below 15 steps; latents within 1e-5 of the largest."""
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_multistep_solvers_of_other_numbers_of_steps(name, steps):
+    """Orders at the ends differ, DPM-Solver's below 15 steps; latents within 1e-5 of the largest."""
     outputs = random_outputs(steps)
-    _, expected = reference("dpmpp_2m", SANA, steps, outputs)
-    sampler = make_sampler("dpmpp_2m", SANA, steps)
+    _, expected = reference(name, SANA, steps, outputs)
+    sampler = make_sampler(name, SANA, steps)
     state = sampler.init(jnp.asarray(outputs[0]))
     for step in range(steps):
         state = sampler.step(state, jnp.asarray(outputs[step + 1]), step)
         np.testing.assert_allclose(state.latents, expected[step], atol=1e-5 * np.abs(expected[step]).max())
 
 
-@pytest.mark.parametrize(("name", "calls", "error"), [("euler", 64, 0.06), ("heun", 63, 0.02), ("dpmpp_2m", 64, 0.02)])
+@pytest.mark.parametrize(
+    ("name", "calls", "error"), [("euler", 64, 0.06), ("heun", 63, 0.02), ("dpmpp_2m", 64, 0.02), ("unipc", 64, 0.02)]
+)
 def test_samplers_converge_to_the_solution_of_the_equation(name, calls, error):
     """Data of one normal number N(m, d^2): the velocity in closed form; the flow maps noise z to m + d z."""
     mean, deviation = 0.5, 0.3
@@ -197,19 +222,18 @@ def test_noising_is_that_of_diffusers_at_its_training_timesteps():
 @pytest.mark.parametrize(
     ("name", "changes", "options", "message"),
     [
-        ("ddim", {}, {}, "sampler 'ddim' does not fit .*FlowMatchEuler.* a flow: take euler, heun, dpmpp_2m"),
-        ("euler", {}, {"eta": 0.5}, "eta=0.5 should be 0: euler follows"),
+        ("ddim", {}, {}, "sampler 'ddim' does not fit .*FlowMatchEuler.* a flow: take euler, heun, dpmpp_2m, unipc"),
+        ("euler", {}, {"eta": 0.5}, "eta=0.5 should be 0: euler has no noise"),
         ("heun", {}, {}, "num_steps=10 should be odd for heun.*take 9 or 11"),
         ("euler", {"invert_sigmas": True}, {}, "invert_sigmas=True"),
-        ("euler", {"use_karras_sigmas": True}, {}, "use_karras_sigmas=True"),
-        ("euler", {"use_exponential_sigmas": True}, {}, "use_exponential_sigmas=True"),
-        ("euler", {"use_beta_sigmas": True}, {}, "use_beta_sigmas=True"),
+        ("unipc", {"use_karras_sigmas": True}, {}, "use_karras_sigmas=True is not implemented for unipc on a flow"),
+        ("euler", {"scale_factors": [1, 2]}, {}, "scale_factors="),
         ("euler", {"shift_terminal": 0.02}, {}, "shift_terminal=0.02"),
         ("euler", {"stochastic_sampling": True}, {}, "stochastic_sampling=True"),
         ("euler", {"time_shift_type": "cubic"}, {}, "time_shift_type='cubic'"),
         ("euler", {"shift": 0.0}, {}, "shift=0.0"),
         ("euler", {"num_train_timesteps": 0}, {}, "num_train_timesteps=0"),
-        ("euler", {"some_new_field": 3}, {}, "some_new_field=3"),
+        ("euler", {"some_new_field": 3}, {}, "'some_new_field' .value 3. is not known here"),
         ("euler", {"num_train_timesteps": 8}, {}, "num_steps=10 should be from 1 to 8"),
     ],
 )
@@ -231,11 +255,11 @@ def test_fields_of_dpm_solver_with_flow_sigmas_are_checked(changes, message):
         make_sampler("dpmpp_2m", SANA | changes, 10)
 
 
-def test_a_schedule_of_betas_has_no_heun_and_is_no_flow():
+def test_samplers_fit_the_kind_of_schedule():
     betas = {"_class_name": "DDIMScheduler"}
     assert isinstance(read_schedule(betas), NoiseSchedule) and isinstance(read_schedule(SANA), FlowSchedule)
-    with pytest.raises(ValueError, match=r"'heun' does not fit .*DDIMScheduler.* betas: take ddpm, ddim"):
-        make_sampler("heun", betas, 9)
+    with pytest.raises(ValueError, match=r"'cps' does not fit .*DDIMScheduler.* betas: take ddpm, ddim"):
+        make_sampler("cps", betas, 9)
     with pytest.raises(ValueError, match=r"DDIMScheduler.* is not a flow"):
         FlowSchedule.from_config(betas)
 

@@ -16,7 +16,8 @@ from imagereward_jax.methods import refl
 from imagereward_jax.methods.base import Phase
 from imagereward_jax.models import layers
 from imagereward_jax.models.hardware import target_platform
-from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
+from imagereward_jax.models.unet import UNet2DConditionModel
+from imagereward_jax.models.unet_config import UNet2DConditionConfig
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.training.state import init_state
 from imagereward_jax.training.step import Fixed, cast, make_train_step

@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from score_server import grey, serving
 
 from imagereward_jax.bulk_scoring.scorers import open_scorer
 from imagereward_jax.integrations.__main__ import PROGRAMS, install, main
-from imagereward_jax.rewards import http_client
 from imagereward_jax.rewards.http_client import LocalServer, ServerError
 
 ALONE = """
@@ -45,8 +43,8 @@ def test_the_client_is_of_python_3_9():
     """Its syntax, by Python's own parser: web UIs run in 3.10."""
     import ast
 
-    for path in (http_client.__file__, *(script for _, script, _ in PROGRAMS.values())):
-        ast.parse(Path(path).read_text(encoding="utf-8"), feature_version=(3, 9))
+    for path in {path for _, files in PROGRAMS.values() for path in files.values()}:
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 9))
 
 
 def test_a_server_is_started_once_scores_and_is_stopped(python, url, monkeypatch):

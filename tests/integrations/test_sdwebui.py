@@ -29,12 +29,14 @@ def module(opts, monkeypatch, tmp_path_factory):
     (folder / "extensions").mkdir()
     extension = install("webui", folder, python="/env/bin/python")
     monkeypatch.syspath_prepend(extension)
-    monkeypatch.delitem(sys.modules, "imagereward_client", raising=False)
+    for name in ("imagereward_client", "imagereward_prompts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     spec = importlib.util.spec_from_file_location("imagereward_script", extension / "scripts" / "imagereward_scores.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     yield script
-    sys.modules.pop("imagereward_client", None)
+    for name in ("imagereward_client", "imagereward_prompts"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -133,6 +135,19 @@ def test_the_prompt_is_scored_as_a_person_would_say_it(ready, request_of, tiny_r
     scores = expected_scores(tiny_reward, "a red cat, on the ocean")
     assert score_in(processed.infotexts[-1]) == pytest.approx(min(scores.values()), abs=1e-4)
     assert processed.all_prompts[0].endswith("<lora:style:0.8>"), "what the web UI shows is not touched"
+
+
+def test_the_pass_that_draws_last_decides(module, request_of):
+    """The second of hires. fix, with a prompt of its own; as many steps as image to image makes of an image."""
+    p = request_of(prompt="a [cat:dog:0.9]", steps=10)
+    assert module.final_prompts(p, [p.prompt] * 2) == ["a dog"] * 2
+    p.enable_hr, p.hr_second_pass_steps = True, 5
+    assert module.final_prompts(p, ["[cat:dog:1.5]", "[cat:dog:15]"]) == ["dog", "cat"]
+    p.all_hr_prompts = ["an owl", "a fox", "a bird"]
+    assert module.final_prompts(p, [p.prompt] * 2) == ["an owl", "a fox"]
+    p = request_of(steps=10)
+    p.init_images = [None]
+    assert module.final_prompts(p, ["[cat:dog:0.75]", "[cat:dog:0.85]"]) == ["dog", "cat"]
 
 
 def test_what_other_scripts_add_is_left_alone(ready, request_of, monkeypatch):

@@ -5,7 +5,6 @@ happens inside is the least that a script can see. Anything else that the script
 """
 
 import os
-import re
 import types
 from dataclasses import dataclass, field
 
@@ -45,6 +44,7 @@ def options(**changes):
         "grid_format": "png",
         "grid_only_if_multiple": True,
         "grid_extended_filename": False,
+        "img2img_fix_steps": False,
     }
     return types.SimpleNamespace(**{**defaults, **changes})
 
@@ -57,6 +57,10 @@ class Processing:
     prompt: str = "a cat"
     negative_prompt: str = ""
     seed: int = 100
+    steps: int = 20
+    enable_hr: bool = False
+    hr_second_pass_steps: int = 0
+    denoising_strength: float = 0.75
     batch_size: int = 2
     n_iter: int = 2
     outpath_samples: str = ""
@@ -65,6 +69,7 @@ class Processing:
     do_not_save_grid: bool = False
     batch_index: int = 0
     all_prompts: list = field(default_factory=list)
+    all_hr_prompts: list | None = None
 
     def save_samples(self) -> bool:
         return self.opts.samples_save and not self.do_not_save_samples
@@ -170,12 +175,6 @@ def make_modules(opts):
             infotexts=texts,
         )
 
-    def parse_prompt_attention(text):
-        """[[text, weight]]: brackets and weights taken off."""
-        parts = re.split(r"\s*\bBREAK\b\s*", re.sub(r":[\d.]+\)|[()\[\]]", "", text))
-        pairs = [[part, 1.0] for part in parts]
-        return [pair for i, pair in enumerate(pairs) for pair in ([["BREAK", -1]] if i else []) + [pair]]
-
     class Script:
         """`modules.scripts.Script`, as far as a script in the menu uses it."""
 
@@ -193,7 +192,6 @@ def make_modules(opts):
 
     parts = {
         "images": {"save_image": save_image, "image_grid": image_grid},
-        "prompt_parser": {"parse_prompt_attention": parse_prompt_attention},
         "scripts": {"Script": Script},
         "processing": {"process_images": process_images, "Processed": Processed},
         "shared": {"opts": opts},

@@ -21,7 +21,8 @@ from flax import nnx
 
 from imagereward_jax.models.embeddings import sinusoidal_embedding
 from imagereward_jax.models.remat import REMAT_POLICIES
-from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
+from imagereward_jax.models.unet import UNet2DConditionModel
+from imagereward_jax.models.unet_config import UNet2DConditionConfig
 from imagereward_jax.weights import mapping
 
 torch = pytest.importorskip("torch")
@@ -99,7 +100,15 @@ SMALL = {
         "conv_out_kernel": 1,
     },
 }
+SMALL["pruned"] = SMALL["shallow"] | {  # as SSD-1B
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, [1, 2]],
+    "reverse_transformer_layers_per_block": [[2, 1, 1], 1],
+    "mid_block_type": "UNetMidBlock2D",
+}
 AGREE = tuple(SMALL)
+SMALL["without_mid_block"] = SMALL["pruned"] | {"mid_block_type": None}  # as KOALA-700M
 SMALL["tiny"] = {
     **SD1,
     "block_out_channels": [8],
@@ -169,7 +178,7 @@ def test_output_and_gradients_agree_with_diffusers(name):
     assert worst_gradient_error(mapping.to_torch(graphdef_module(name), of_params), expected) < 1e-3
 
 
-@pytest.mark.parametrize("name", AGREE)
+@pytest.mark.parametrize("name", [*AGREE, "without_mid_block"])
 def test_odd_sizes_agree_with_diffusers(name):
     """Sizes that cannot be halved at every level: the way up ends where the way down began."""
     sample, context, added = inputs(name, 13, 6)
@@ -291,7 +300,8 @@ def test_config_goes_to_diffusers_and_back(config):
         {"only_cross_attention": [True, True, True, False]},
         {"cross_attention_dim": [768, 768, 768, 768]},
         {"transformer_layers_per_block": [[1, 1], [2, 2], 1, 1]},
-        {"reverse_transformer_layers_per_block": [1, 1, 1, 1]},
+        {"reverse_transformer_layers_per_block": [1, 1, 1, [1, 1]]},
+        {"reverse_transformer_layers_per_block": [1, 1, 1, -1]},
         {"attention_head_dim": 7},
         {"attention_head_dim": [8, 8]},
         {"norm_num_groups": None},

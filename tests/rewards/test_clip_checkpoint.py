@@ -1,6 +1,7 @@
 """What CLIP's weights do not show: heads, activation and pixels, from the files beside them or published sizes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -46,6 +47,13 @@ def open_clip_config(*, vision_cfg=(), text_cfg=(), preprocess_cfg=(), **model):
 def settings_of(clip):
     vision, text = clip.config.vision, clip.config.text
     return vision.num_attention_heads, text.num_attention_heads, vision.hidden_act, text.hidden_act
+
+
+def test_an_absent_shard_of_a_clip_is_named(tmp_path):
+    index = {"weight_map": {"visual_projection.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=re.escape("model-00001-of-00002.safetensors: this file is named in")):
+        read_clip(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

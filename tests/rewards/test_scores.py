@@ -106,7 +106,7 @@ def save_openclip(path, vocab_size):
     return model
 
 
-def save_transformers(folder, vocab):
+def save_transformers(folder, vocab, **options):
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(4)
@@ -114,7 +114,7 @@ def save_transformers(folder, vocab):
     text = {**sizes, "vocab_size": vocab[1], "max_position_embeddings": LENGTH, "eos_token_id": vocab[1] - 1}
     vision = {**sizes, "image_size": 28, "patch_size": 14, "hidden_act": "gelu"}
     model = CLIPModel(CLIPConfig(text_config={**text, "hidden_act": "gelu"}, vision_config=vision, projection_dim=24))
-    model.eval().save_pretrained(folder)
+    model.eval().save_pretrained(folder, **options)
     copy_vocabulary(vocab[0], folder)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= {"top_k": 50, "num_beams": 1, "bad_words_ids": None}  # as files of 2022 have them
@@ -195,9 +195,11 @@ def test_hpsv2_from_an_openclip_checkpoint(vocab, images, tmp_path):
     close(reward.score(PROMPTS, images), model(pixels, torch_ids(vocab[0])))
 
 
-def test_pickscore_from_a_folder_of_transformers(vocab, images, tmp_path):
-    """Its score is the cosine times the learnt scale."""
-    model = save_transformers(tmp_path, vocab)
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+def test_pickscore_from_a_folder_of_transformers(vocab, images, tmp_path, max_shard_size):
+    """Its score is the cosine times the learnt scale; from one file and from shards."""
+    model = save_transformers(tmp_path, vocab, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors").is_file() == (max_shard_size == "1GB")
     reward = imagereward_jax.load_score("PickScore", path=tmp_path, device="cpu")
     ids = torch.from_numpy(reward.tokenize(PROMPTS)["input_ids"].astype(np.int64))
     with torch.no_grad():

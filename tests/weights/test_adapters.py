@@ -17,7 +17,8 @@ from imagereward_jax import generate
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.models import lora
 from imagereward_jax.models.param_tree import join
-from imagereward_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
+from imagereward_jax.models.unet import UNet2DConditionModel
+from imagereward_jax.models.unet_config import UNet2DConditionConfig
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.weights import adapters, mapping
 from imagereward_jax.weights.adapter_names import layer_aliases

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import single_files
 
-from imagereward_jax.models import clip, mmdit_config, unet, vae
+from imagereward_jax.models import clip, mmdit_config, unet_config, vae
 from imagereward_jax.pipelines import open_pipeline
 from imagereward_jax.pipelines.families import FAMILIES
 from imagereward_jax.rewards.tokens import CLIPPromptTokenizer
@@ -176,9 +176,9 @@ SD2_UNET = {
     "cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [5, 10, 20, 20],
 }  # fmt: skip
 PUBLISHED = {
-    "sd1": ("unet", "UNet2DConditionModel", unet.SD1, configs.unet),
+    "sd1": ("unet", "UNet2DConditionModel", unet_config.SD1, configs.unet),
     "sd2": ("unet", "UNet2DConditionModel", SD2_UNET, configs.unet),
-    "sdxl": ("unet", "UNet2DConditionModel", unet.SDXL, configs.unet),
+    "sdxl": ("unet", "UNet2DConditionModel", unet_config.SDXL, configs.unet),
     "sd3": ("transformer", "SD3Transformer2DModel", mmdit_config.SD3_MEDIUM, configs.mmdit),
     "sd35_medium": ("transformer", "SD3Transformer2DModel", mmdit_config.SD35_MEDIUM, configs.mmdit),
     "sd35_large": ("transformer", "SD3Transformer2DModel", mmdit_config.SD35_LARGE, configs.mmdit),
@@ -226,6 +226,17 @@ def test_other_kinds_are_refused_by_what_they_are(model, tmp_path, key):
     write_safetensors(tmp_path / "other.safetensors", tensors)
     with pytest.raises(WeightsError, match=re.escape(message)):
         open_pipeline(tmp_path / "other.safetensors")
+
+
+def test_a_part_of_a_file_is_refused_with_a_way_out(tmp_path):
+    shapes = {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "model.diffusion_model.time_embed.0.weight": (1280, 320),
+        "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+    }
+    write_safetensors(tmp_path / "m.safetensors", {name: np.zeros(shape, np.float16) for name, shape in shapes.items()})
+    with pytest.raises(WeightsError, match=r"m\.safetensors: its unet is not whole, or .*from_single_file\(FILE\)"):
+        open_pipeline(str(tmp_path / "m.safetensors"))
 
 
 def test_what_a_file_does_not_show_has_to_be_said(model):
