@@ -75,9 +75,9 @@ def curves(workdir):
 
 
 def spread(values):
-    """ "mean (least to most)" of numbers; one number alone."""
+    """ "mean (least to most)" of numbers; one number if all are equal."""
     mean = sum(values) / len(values)
-    return f"{mean:.3g}" if len(values) == 1 else f"{mean:.3g} ({min(values):.3g} to {max(values):.3g})"
+    return f"{mean:.3g}" if min(values) == max(values) else f"{mean:.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def table(runs):

@@ -28,7 +28,7 @@ def get_config():
     config.method.clip_range = 1e-3  # of 256 latent numbers, where Stable Diffusion has 16,384
     config.method.prompt_buffer = 0  # a prompt comes too seldom to have statistics of its own
     config.data.prompts = "shapes:train"
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 1e-4
     config.optimizer.weight_decay = 1e-4
     config.eval.prompts = "shapes:held_out"
     config.eval.num_prompts = 64

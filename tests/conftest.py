@@ -26,7 +26,7 @@ if jax.__version_info__ < (0, 11):
     QUICK_XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}".strip()
 # Traces are large graphs of Python objects, which the collector would walk again and again: a tenth of the time.
-gc.set_threshold(100_000, 20, 100)
+gc.set_threshold(50_000)
 os.environ["IMAGEREWARD_JAX_CACHE"] = "off"  # no test fills the user's own cache
 for _name, _value in QUICK_COMPILATION.items():
     os.environ[_name.upper()] = str(_value)

@@ -96,7 +96,7 @@ CASES = {
         "promt.*prompt",
     ),
     "empty prompt list": (training("--config.data.prompts={folder}/none.json"), "none.json.*(no |empty)"),
-    "empty prompt in a row": (training("--config.data.prompts={folder}/gap.txt"), "gap.txt.*2.*empty"),
+    "empty prompt in a row": (training("--config.data.prompts={folder}/gap.json"), "gap.json.*2.*empty"),
     "number instead of a prompt": (training("--config.data.prompts={folder}/number.json"), "number.json.*2"),
     "pair whose picture is not there": (
         training("--config.data.pairs={folder}/pairs.jsonl"),
@@ -181,6 +181,7 @@ def make_bad_files(folder):
     (folder / "list.py").write_text(recipe)
     (folder / "empty.py").write_text("")
     (folder / "gap.txt").write_text("a cat\n\na dog\n")
+    (folder / "gap.json").write_text('["a cat", ""]')
     (folder / "number.json").write_text('["a cat", 5]')
     (folder / "empty.txt").write_text("")
     (folder / "pairs.jsonl").write_text('{"image": "gone.png", "text": "a cat"}\n')

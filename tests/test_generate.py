@@ -140,7 +140,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, flags, message):
     ("content", "message"),
     [
         ("", "no rows"),
-        ("a cat\n\n a dog", "line 2"),
+        ('[{"prompt": "a cat"}, {"prompt": " "}]', "row 2"),
         ('[{"id": "a/b", "prompt": "a cat"}]', "id: 'a/b' should be a name of a file or folder, not a path"),
         ('[{"id": 1, "prompt": "a cat"}, {"id": 1, "prompt": "a dog"}]', "row 2"),
     ],
