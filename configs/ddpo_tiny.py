@@ -4,8 +4,9 @@
 
 `--config.reward.path=jpeg-compressibility`, or module:function (a Python function of yours), needs no other change.
 Each step samples 64 images, with the guidance that they are evaluated with, and makes two updates. Hardware: 2 CPU
-cores, some 25 seconds per step. Result to expect: not measured with this learning rate. With a third of it the reward
-had gone from 1.670 to 1.684 after 20 steps and the checker's share from 0.754 to 0.738: it shows that it runs.
+cores, some 14 minutes. Result to expect (one seed): next to nothing after 1,280 images, of which policy gradients need
+many times as many; the reward goes from 1.670 to 1.684, the checker's share from 0.754 to 0.738. It shows that it runs.
+With three times the learning rate it loses.
 """
 
 from imagereward_jax.recipes import default_config
