@@ -1,5 +1,6 @@
 """Every method on a Stable Diffusion 3 that PyTorch diffusers saved: full and adapters, with and without a cache."""
 
+import os
 import re
 import signal
 import subprocess
@@ -246,12 +247,14 @@ def test_killed_and_resumed_ends_in_the_same_bits(here, recipe, options):
     options = [*SMALL, *options, "steps=3", "checkpoint.every=1", "lora.rank=2", "method.num_class_images=3"]
     options = [one for one in options if "class_images" not in one or recipe.startswith("dreambooth")]
     script = [sys.executable, str(Path(__file__).parent / "killed_run.py")]
+    environment = child.environment()
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), environment.get("PYTHONPATH", "")])  # of the reward
     exported = []
     for name, moments in (("whole", [("never", "0")]), ("killed", [("batch", "3"), ("never", "0")])):
         for place, call in moments:
             arguments = command(recipe, f"{recipe}_{name}", *options)[1:]
             done = subprocess.run(
-                [*script, place, call, "SIGKILL", *arguments], env=child.environment(), capture_output=True, text=True
+                [*script, place, call, "SIGKILL", *arguments], env=environment, capture_output=True, text=True
             )
             assert done.returncode == (0 if place == "never" else -signal.SIGKILL), done.stderr[-3000:]
         exported.append(read_tensors(Path(f"{recipe}_{name}/export/pytorch_lora_weights.safetensors")))
