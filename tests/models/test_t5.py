@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from published_parts import T5 as PUBLISHED
 
 from imagereward_jax.models.t5 import XXL, T5Config, T5EncoderModel, relative_buckets
 from imagereward_jax.weights import mapping
@@ -18,37 +19,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 MANIFEST = Path(__file__).parents[3] / "shared/manifests/t5_v1_1_xxl_encoder.json"
-# As Stable Diffusion 3 has it in text_encoder_3.
-PUBLISHED = {
-    "_name_or_path": "google/t5-v1_1-xxl",
-    "architectures": ["T5EncoderModel"],
-    "classifier_dropout": 0.0,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "d_model": 4096,
-    "decoder_start_token_id": 0,
-    "dense_act_fn": "gelu_new",
-    "dropout_rate": 0.1,
-    "eos_token_id": 1,
-    "feed_forward_proj": "gated-gelu",
-    "initializer_factor": 1.0,
-    "is_encoder_decoder": True,
-    "is_gated_act": True,
-    "layer_norm_epsilon": 1e-06,
-    "model_type": "t5",
-    "num_decoder_layers": 24,
-    "num_heads": 64,
-    "num_layers": 24,
-    "output_past": True,
-    "pad_token_id": 0,
-    "relative_attention_max_distance": 128,
-    "relative_attention_num_buckets": 32,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.41.2",
-    "use_cache": True,
-    "vocab_size": 32128,
-}
 TINY = {**PUBLISHED, "d_model": 32, "d_kv": 6, "d_ff": 40, "num_layers": 3, "num_heads": 4, "vocab_size": 60}
 
 

@@ -18,6 +18,7 @@ from agreement import (
     worst_gradient_error,
 )
 from flax import nnx
+from published_parts import UNET as SD1
 
 from imagereward_jax.models.embeddings import sinusoidal_embedding
 from imagereward_jax.models.remat import REMAT_POLICIES
@@ -28,28 +29,7 @@ from imagereward_jax.weights import mapping
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-# As stabilityai, runwayml and CompVis published them: old files leave out what was added later.
-SD1 = {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": "0.2.2",
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}
+# As stabilityai published it: old files leave out what was added later.
 SDXL = {
     **SD1,
     "addition_embed_type": "text_time",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from published_parts import VAE as SD1
 
 from imagereward_jax.models import vae
 from imagereward_jax.models.remat import REMAT_POLICIES
@@ -19,20 +20,7 @@ from imagereward_jax.weights import mapping
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-# As CompVis published it with Stable Diffusion 1.4, and what diffusers saves today for SDXL.
-SD1 = {
-    "_class_name": "AutoencoderKL",
-    "_diffusers_version": "0.2.2",
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "out_channels": 3,
-    "sample_size": 512,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
+# What diffusers saves today for SDXL.
 SDXL = {
     **SD1,
     "force_upcast": True,

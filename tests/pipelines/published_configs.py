@@ -4,30 +4,11 @@ Widths are divided by 8, norms' groups alike, and layers are few, so that struct
 there, the odd ones above all. `SETS` maps a repository to its folder's JSON files.
 """
 
-LEVELS = {
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [40, 80, 160, 160],
-}
+from published_parts import CLIP, UNET, VAE
+from published_parts import T5 as T5_XXL
+
 # As diffusers 0.2 wrote it.
-UNET_1 = LEVELS | {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": "0.2.2",
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "center_input_sample": False,
-    "cross_attention_dim": 96,
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 8,
-    "out_channels": 4,
-    "sample_size": 64,
-}
+UNET_1 = UNET | {"block_out_channels": [40, 80, 160, 160], "cross_attention_dim": 96, "norm_num_groups": 8}
 UNET_2 = UNET_1 | {
     "_diffusers_version": "0.10.0.dev0",
     "attention_head_dim": [5, 10, 20, 20],
@@ -84,20 +65,7 @@ UNET_XL = {
     "sample_size": 128,
     "transformer_layers_per_block": [1, 1, 2],
 }
-VAE_1 = {
-    "_class_name": "AutoencoderKL",
-    "_diffusers_version": "0.2.2",
-    "act_fn": "silu",
-    "block_out_channels": [16, 32, 64, 64],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 4,
-    "out_channels": 3,
-    "sample_size": 512,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
+VAE_1 = VAE | {"block_out_channels": [16, 32, 64, 64], "norm_num_groups": 4}
 VAE_XL = VAE_1 | {"_diffusers_version": "0.20.0.dev0", "force_upcast": True, "scaling_factor": 0.13025}
 VAE_XL |= {"sample_size": 1024}
 VAE_LATER = VAE_XL | {
@@ -119,28 +87,12 @@ VAE_3 = VAE_LATER | {
     "use_post_quant_conv": False,
     "use_quant_conv": False,
 }
-CLIP_L = {
-    "_name_or_path": "openai/clip-vit-large-patch14",
-    "architectures": ["CLIPTextModel"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "dropout": 0.0,
-    "eos_token_id": 2,
-    "hidden_act": "quick_gelu",
+CLIP_L = CLIP | {
     "hidden_size": 96,
-    "initializer_factor": 1.0,
-    "initializer_range": 0.02,
     "intermediate_size": 384,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
     "num_hidden_layers": 2,
-    "pad_token_id": 1,
     "projection_dim": 96,
-    "torch_dtype": "float32",
     "transformers_version": "4.22.0.dev0",
-    "vocab_size": 49408,
 }
 CLIP_H = CLIP_L | {
     "hidden_act": "gelu",
@@ -158,36 +110,7 @@ CLIP_G = CLIP_L | {
     "projection_dim": 160,
     "torch_dtype": "float16",
 }
-T5 = {
-    "_name_or_path": "google/t5-v1_1-xxl",
-    "architectures": ["T5EncoderModel"],
-    "classifier_dropout": 0.0,
-    "d_ff": 1280,
-    "d_kv": 8,
-    "d_model": 512,
-    "decoder_start_token_id": 0,
-    "dense_act_fn": "gelu_new",
-    "dropout_rate": 0.1,
-    "eos_token_id": 1,
-    "feed_forward_proj": "gated-gelu",
-    "initializer_factor": 1.0,
-    "is_encoder_decoder": True,
-    "is_gated_act": True,
-    "layer_norm_epsilon": 1e-06,
-    "model_type": "t5",
-    "num_decoder_layers": 24,
-    "num_heads": 64,
-    "num_layers": 2,
-    "output_past": True,
-    "pad_token_id": 0,
-    "relative_attention_max_distance": 128,
-    "relative_attention_num_buckets": 32,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.41.2",
-    "use_cache": True,
-    "vocab_size": 32128,
-}
+T5 = T5_XXL | {"d_ff": 1280, "d_kv": 8, "d_model": 512, "num_layers": 2}
 MMDIT = {
     "_class_name": "SD3Transformer2DModel",
     "_diffusers_version": "0.29.0.dev0",
