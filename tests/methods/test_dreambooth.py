@@ -33,6 +33,8 @@ def test_loss_and_gradient_are_those_of_diffusers_script(tmp_path):
     transformer within 1e-3 of its largest entry, as train_dreambooth_sd3.py computes them."""
     torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
     diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
+    from sd3_reference import clean_predictions
+
     pipeline = open_pipeline(tiny_sd3.save_small(tmp_path))
     params, key = pipeline.load_params(), jax.random.key(4)
     encode = jax.jit(pipeline.encode_prompts)
@@ -56,23 +58,14 @@ def test_loss_and_gradient_are_those_of_diffusers_script(tmp_path):
     in_turn = images.swapaxes(0, 1).reshape(4, 8, 8, 3)
     latents = jax.jit(pipeline.encode)(params, in_turn, encode_key)
     noise = jax.random.normal(noise_key, latents.shape)
-    indices = np.floor(1000 * np.array(draw_share(time_key, 4, USUAL))).astype(int)
-    latents, noise = (torch.tensor(np.moveaxis(np.array(x), -1, 1)[[0, 2, 1, 3]]) for x in (latents, noise))
+    order = np.array([0, 2, 1, 3])
+    latents, noise, share = (np.array(rows)[order] for rows in (latents, noise, draw_share(time_key, 4, USUAL)))
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")
-    scheduler, indices = (
-        diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config),
-        indices[[0, 2, 1, 3]],
-    )
-    sigmas, timesteps = scheduler.sigmas[indices].reshape(-1, 1, 1, 1), scheduler.timesteps[indices]
     embeds = [
-        torch.cat([torch.tensor(np.array(batch[n]["cond"][c])) for n in batch])
-        for c in ("prompt_embeds", "pooled_prompt_embeds")
+        np.concatenate([batch[name]["cond"][kind] for name in batch])
+        for kind in ("prompt_embeds", "pooled_prompt_embeds")
     ]
-    noisy = (1.0 - sigmas) * latents + sigmas * noise
-    prediction = pipe.transformer(
-        noisy, encoder_hidden_states=embeds[0], pooled_projections=embeds[1], timestep=timesteps
-    )
-    prediction = prediction.sample * (-sigmas) + noisy
+    prediction, latents, sigmas = clean_predictions(pipe, latents, noise, share, embeds)
     (instances, classes), (target, target_prior) = torch.chunk(prediction, 2), torch.chunk(latents, 2)
     instance_loss = torch.mean(((instances - target) ** 2).reshape(2, -1), 1).mean()
     prior_loss = torch.mean(((classes - target_prior) ** 2).reshape(2, -1), 1).mean()

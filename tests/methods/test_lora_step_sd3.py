@@ -9,6 +9,8 @@ torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers"
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
 peft = pytest.importorskip("peft", reason="the reference is PyTorch PEFT")
 
+from sd3_reference import clean_predictions
+
 from imagereward_jax.methods.base import Models
 from imagereward_jax.methods.denoising import USUAL, draw_share, make_loss
 from imagereward_jax.models import lora
@@ -43,7 +45,7 @@ def test_loss_and_every_lora_gradient_agree_with_peft(tmp_path):
     encode_key, noise_key, time_key = jax.random.split(key, 3)
     latents = jax.jit(pipeline.encode)(params, batch["image"], encode_key)
     noise = jax.random.normal(noise_key, latents.shape)
-    share = np.array(draw_share(time_key, 2, USUAL))
+    share = draw_share(time_key, 2, USUAL)
 
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")
     tensors = mapping.to_torch(network, adapter, kind=lora.LoRAParam)
@@ -58,7 +60,9 @@ def test_loss_and_every_lora_gradient_agree_with_peft(tmp_path):
     assert weights.keys() == tensors.keys()
     for name, weight in weights.items():
         weight.data = torch.from_numpy(tensors[name].copy())
-    expected = torch_loss(pipe, latents, noise, share, prompts)
+    embeds = prompts["prompt_embeds"], prompts["pooled_prompt_embeds"]
+    prediction, target, _ = clean_predictions(pipe, latents, noise, share, embeds)
+    expected = torch.mean(((prediction - target) ** 2).reshape(2, -1), 1).mean()
     expected.backward()
 
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
@@ -68,19 +72,3 @@ def test_loss_and_every_lora_gradient_agree_with_peft(tmp_path):
         theirs = weight.grad.numpy()
         assert np.abs(theirs).max() > 0, name
         np.testing.assert_allclose(ours[name], theirs, rtol=0, atol=1e-3 * np.abs(theirs).max(), err_msg=name)
-
-
-def torch_loss(pipe, latents, noise, share, prompts):
-    """The preconditioned loss of train_dreambooth_lora_sd3.py; latents, noise [B, h, w, c], share [B]."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    indices = np.floor(1000 * share).astype(int)
-    sigmas, timesteps = scheduler.sigmas[indices].reshape(-1, 1, 1, 1), scheduler.timesteps[indices]
-    latents, noise = (torch.tensor(np.moveaxis(np.array(array), -1, 1)) for array in (latents, noise))
-    noisy = (1.0 - sigmas) * latents + sigmas * noise
-    velocity = pipe.transformer(
-        noisy,
-        encoder_hidden_states=torch.tensor(np.array(prompts["prompt_embeds"])),
-        pooled_projections=torch.tensor(np.array(prompts["pooled_prompt_embeds"])),
-        timestep=timesteps,
-    ).sample
-    return torch.mean(((velocity * (-sigmas) + noisy - latents) ** 2).reshape(len(latents), -1), 1).mean()
