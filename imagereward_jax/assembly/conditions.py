@@ -199,21 +199,22 @@ def pair_source(
     config, pipeline = parts.config, parts.pipeline
     prepare = functools.partial(with_conditions, pipeline)
     spec = pair_spec(config, pipeline)
+    sizes = sizes_of(config, pipeline) if config.data.bucket_step else []
     options = {"images": config.batch_size, "prepare": prepare}
     if parts.abstract:
         return DataSource(name, None, dict, spec, **options)
     rows = load_pairs_of(config, prompt, folder)
-    if config.data.bucket_step:
-        return DataSource(name, *_bucket_batches(parts, rows), spec, **options)
+    if sizes:
+        return DataSource(name, *_bucket_batches(parts, rows, sizes), spec, **options)
     cache = encoded.pair_cache(parts, rows, folder=folder) if config.data.get("cache") else None
     return DataSource(name, *_pair_batches(parts, rows, cache), spec, **options)
 
 
-def _bucket_batches(parts, rows):
+def _bucket_batches(parts, rows, sizes):
     """As `_pair_batches`, each batch of one of the sizes of config.data.bucket_step."""
     config, found, counts = parts.config, {}, {}
     try:
-        buckets = make_buckets(rows, sizes_of(config, parts.pipeline))
+        buckets = make_buckets(rows, sizes)
     except DataError as error:
         raise DataError(f"config.data.bucket_step={config.data.bucket_step}: {error}") from error
     for (height, width), bucket in buckets.items():
@@ -299,8 +300,6 @@ def drop_caption(share: float, item: dict[str, Any], rng: np.random.Generator) -
 def pair_spec(config: Any, pipeline: Any) -> Batch:
     """Shapes of a global batch of pairs."""
     rows, side = config.batch_size, config.data.image_size
-    if config.data.get("bucket_step"):
-        sizes_of(config, pipeline)
     sizes = {"time_ids": jax.ShapeDtypeStruct((rows, 6), jnp.float32)} if pipeline.micro_conditioned else {}
     if config.data.get("cache"):
         mean = jax.ShapeDtypeStruct((rows, *pipeline.latent_shape(side, side)), jnp.float32)
