@@ -43,6 +43,15 @@ def default_config(method: str) -> ConfigDict:
     return config
 
 
+def sections_of(config: ConfigDict) -> Iterator[type[Section]]:
+    """The sections that a config consists of, by its method.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    return _sections(find_method(config.method.name).Config)
+
+
 def _sections(kind) -> Iterator[type[Section]]:
     yield from RUN_SECTIONS
     yield from (PARTS[name] for name in ("model", "workers", *kind.uses))
