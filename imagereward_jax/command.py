@@ -26,7 +26,8 @@ _PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryEr
 # The extra of pyproject.toml that installs a package which is not among the base's.
 EXTRAS = {
     **dict.fromkeys(("absl", "clu", "datasets", "grain", "matplotlib", "ml_collections", "optax", "orbax"), "train"),
-    **dict.fromkeys(("tensorboard", "tensorflow", "tensorflow_datasets"), "train"),
+    "tensorboard": "train",
+    **dict.fromkeys(("tensorflow", "tensorflow_datasets"), "tfds"),
     **dict.fromkeys(("diffusers", "torch"), "convert"),
     "qwix": "quantization",
     "wandb": "wandb",

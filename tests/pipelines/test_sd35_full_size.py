@@ -43,9 +43,10 @@ def write_theirs(folder, noise):
 def open_ours(folder, noise):
     """The image that they make of our export."""
     import diffusers
+    import torch
 
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder / "export", text_encoder_3=None, tokenizer_3=None)
-    np.save(folder / "again.npy", torch_image(pipe, noise))
+    np.save(folder / "again.npy", torch_image(pipe.to(torch.float32), noise))
 
 
 def torch_image(pipe, noise):
