@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "how well scorers agree with people",
     "plan": "memory, FLOPs and time of a run on hardware that is not here",
     "serve": "score over HTTP, for other programs and machines",
+    "export": "write the model of a checkpoint, also while the run goes on",
     "convert": "convert models and adapters between formats; make data",
     "recipes": "list the package's recipes",
 }

@@ -40,6 +40,7 @@ COMMANDS = {
     "imagereward": ("parse_args", ["a", "b"]),
     "shapes_subject": ("parse_args", ["a"]),
     "single_file": ("convert", ["a", "b"]),
+    "export": ("parse_args", ["a", "b"]),
     "serve": ("serve", ["--reward", "random"]),
     "integrations.__main__": ("install", ["comfyui", "a"]),
     "__main__": ("shipped_files", ["recipes"]),
