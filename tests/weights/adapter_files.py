@@ -20,11 +20,8 @@ SDXL_LAYERS = (
     "output_blocks_0_1_transformer_blocks_0_ff_net_0_proj",
     "output_blocks_1_1_transformer_blocks_1_attn1_to_out_0",
 )
-TEXT_LAYERS = (
-    "text_model_encoder_layers_0_self_attn_q_proj",
-    "text_model_encoder_layers_1_self_attn_out_proj",
-    "text_model_encoder_layers_1_mlp_fc2",
-)
+# Of each layer of CLIP; diffusers 0.27 reads no file that leaves out some of them.
+TEXT_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
 def random(rng, *shape):
@@ -39,6 +36,7 @@ def exported(folder, pipeline, targets, *, rank, alpha):
         pipeline = pipeline.with_lora(network, pattern, rank=rank, alpha=alpha)
         shapes = mapping.params_of(pipeline.networks[network], lora.LoRAParam)
         own[network] = jax.tree.map(lambda leaf: random(rng, *leaf.shape), shapes)
+    folder.mkdir(parents=True, exist_ok=True)
     adapters.write_adapter(folder, pipeline.networks, own, rank=rank, alpha=alpha)
     return read_tensors(folder / adapters.FILE)
 
@@ -74,15 +72,19 @@ def kohya(tensors, scale=1.0):
     return found
 
 
+def text_layers(encoder, count=2):
+    """Names of the adapted layers of a text encoder of so many layers."""
+    return [f"{encoder}.text_model.encoder.layers.{layer}.{name}" for layer in range(count) for name in TEXT_LAYERS]
+
+
 def random_text_layers():
-    """Random low-rank pairs of some layers of tiny_sd1's text encoder, in PEFT's names."""
+    """Random low-rank pairs of tiny_sd1's text encoder, in PEFT's names."""
     rng, tensors = np.random.default_rng(7), {}
-    shapes = {"self_attn.q_proj": (24, 24), "self_attn.out_proj": (24, 24), "mlp.fc1": (48, 24)}
-    for layer in range(2):
-        for name, (out, features) in shapes.items():
-            stem = f"text_encoder.text_model.encoder.layers.{layer}.{name}"
-            tensors[f"{stem}.lora_A.weight"] = rng.standard_normal((2, features)).astype(np.float32)
-            tensors[f"{stem}.lora_B.weight"] = rng.standard_normal((out, 2)).astype(np.float32)
+    shapes = {"mlp.fc1": (48, 24), "mlp.fc2": (24, 48)}
+    for name in text_layers("text_encoder"):
+        out, features = next((shape for end, shape in shapes.items() if name.endswith(end)), (24, 24))
+        tensors[f"{name}.lora_A.weight"] = random(rng, 2, features)
+        tensors[f"{name}.lora_B.weight"] = random(rng, out, 2)
     return tensors
 
 
@@ -91,15 +93,15 @@ def kohya_of_sdxl(pipeline):
     rng, tensors = np.random.default_rng(3), {}
     stems = {
         "unet": [f"lora_unet_{name}" for name in SDXL_LAYERS],
-        "text_encoder": [f"lora_te1_{name}" for name in TEXT_LAYERS],
-        "text_encoder_2": [f"lora_te2_{name}" for name in TEXT_LAYERS],
+        "text_encoder": [name.replace(".", "_") for name in text_layers("lora_te1")],
+        "text_encoder_2": [name.replace(".", "_") for name in text_layers("lora_te2", 3)],
     }
     aliases = layer_aliases(pipeline.networks)
     for network, names in stems.items():
         for stem in names:
             shape = mapping.torch_layout(pipeline.networks[network])[f"{aliases[stem][0].layer}.weight"].torch_shape
-            tensors[f"{stem}.lora_down.weight"] = rng.standard_normal((2, shape[1])).astype(np.float32)
-            tensors[f"{stem}.lora_up.weight"] = rng.standard_normal((shape[0], 2)).astype(np.float32)
+            tensors[f"{stem}.lora_down.weight"] = random(rng, 2, shape[1])
+            tensors[f"{stem}.lora_up.weight"] = random(rng, shape[0], 2)
             tensors[f"{stem}.alpha"] = np.float32(1)
     return tensors
 

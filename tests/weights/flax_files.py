@@ -40,10 +40,10 @@ def old_vae_names(path):
     return path
 
 
-FILES = {  # (file, the path of a PyTorch layer to that of Flax's) by component
-    "unet": ("diffusion_flax_model.msgpack", numbers_joined),
-    "vae": ("diffusion_flax_model.msgpack", lambda path: numbers_joined(old_vae_names(path))),
-    "text_encoder": ("flax_model.msgpack", lambda path: f"text_model.{path.removeprefix('text_model.')}"),
+FILES = {  # by component: file, the path of a PyTorch layer to that of Flax's, fields of config.json
+    "unet": ("diffusion_flax_model.msgpack", numbers_joined, {"split_head_dim": False}),
+    "vae": ("diffusion_flax_model.msgpack", lambda path: numbers_joined(old_vae_names(path)), {}),
+    "text_encoder": ("flax_model.msgpack", lambda path: f"text_model.{path.removeprefix('text_model.')}", {}),
 }
 
 
@@ -51,7 +51,7 @@ def write(folder, network):
     """Writes a PyTorch network's weights into its component's folder, whose config.json gets the fields of Flax."""
     from flax.serialization import msgpack_serialize
 
-    file, rename = FILES[folder.name]
+    file, rename, fields = FILES[folder.name]
     (folder / file).write_bytes(msgpack_serialize(flax_tree(network, rename)))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32", "split_head_dim": False}))
+    (folder / "config.json").write_text(json.dumps(config | fields))
