@@ -1,11 +1,11 @@
 """Adapter files against diffusers and PEFT: what is written there is read here and the other way round."""
 
-import importlib.util
+import functools
 import re
 import types
-from pathlib import Path
 
 import adapter_files
+import convert_scripts
 import jax
 import numpy as np
 import pytest
@@ -29,7 +29,6 @@ torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers"
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
 peft = pytest.importorskip("peft", reason="the reference is PyTorch PEFT")
 
-ROOT = Path(__file__).parents[2]
 TARGETS = lora.ATTENTION + r"|proj_in|resnets\.\d+\.conv1"
 PROMPT = "a small blue cross in the center"
 
@@ -260,12 +259,11 @@ def test_block_numbers_of_sdxl_are_diffusers():
         assert key == f"lora_unet_{name.replace('.', '_')}.lora_down.weight"
 
 
-def test_generate_with_an_adapter_is_generate_with_the_merged_model(folder, exported, made_by_peft, tmp_path, capsys):
+def test_generate_with_an_adapter_is_generate_with_the_merged_model(folder, exported, made_by_peft, tmp_path):
     """Two adapters with weights on the command line; the pixels are those of the model that merge_lora.py wrote."""
-    merge = script("merge_lora")
-    assert merge.main([str(folder), str(exported), str(tmp_path / "one"), "--weight", "0.5"]) == 0
-    assert "layers adapted" in capsys.readouterr().out
-    assert merge.main([str(tmp_path / "one"), str(made_by_peft), str(tmp_path / "both")]) == 0
+    merge = functools.partial(convert_scripts.run, "merge_lora")
+    assert "layers adapted" in merge(folder, exported, tmp_path / "one", "--weight", "0.5")
+    merge(tmp_path / "one", made_by_peft, tmp_path / "both")
     common = ["--prompt", PROMPT, "--steps", "3", "--guidance-scale", "1"]
     loras = ["--lora", f"{exported}:0.5", "--lora", str(made_by_peft / adapters.FILE)]
     assert generate.main(["--model", str(folder), "--out", str(tmp_path / "a"), *loras, *common]) == 0
@@ -275,13 +273,6 @@ def test_generate_with_an_adapter_is_generate_with_the_merged_model(folder, expo
     assert a.text["lora"] == " ".join(loras[1::2])
     assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
     assert np.abs(np.asarray(a, int) - np.asarray(c, int)).mean() > 3
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "convert" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def change(tensors, kind):
@@ -344,7 +335,12 @@ def test_flags_that_cannot_work_are_one_line(folder, tmp_path, capsys):
         assert generate.main(flags) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert script("merge_lora").main([str(folder), str(folder / "unet"), str(tmp_path / "out"), "--weight", "nan"]) == 2
+    assert (
+        convert_scripts.load("merge_lora").main(
+            [str(folder), str(folder / "unet"), str(tmp_path / "out"), "--weight", "nan"]
+        )
+        == 2
+    )
     assert "--weight nan" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
