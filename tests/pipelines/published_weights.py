@@ -3,8 +3,8 @@
     python tests/pipelines/published_weights.py [--only REGEX] [--gigabytes N]
 
 A set's files have the names and shapes of PyTorch's own networks, float16, in shards where PyTorch makes some, and hold
-zeros, which take no room on the disk. Networks whose weights need more than N gigabytes are held in one byte per number
-instead of two.
+zeros, which take no room on the disk. A network whose names and shapes are those of one before is not loaded again. One
+that needs more than N gigabytes is held in one byte per number instead of two.
 """
 
 import argparse
@@ -91,16 +91,17 @@ def _write_zeros(path, shapes):
         file.truncate(8 + len(text) + start)
 
 
-def load(folder: str, gigabytes: float) -> dict[str, Any]:
-    """Loads a model's networks, one after the other; numbers of parameters, bytes in files, seconds and peak memory."""
+def load(folder: str, parts: list[str], gigabytes: float) -> dict[str, float]:
+    """Loads networks of a model, one after the other: their number of parameters, seconds, bytes of memory at most."""
     import jax
     import jax.numpy as jnp
 
     from imagereward_jax.pipelines import open_pipeline
 
     start, pipeline = time.monotonic(), open_pipeline(folder, dtype=jnp.float16)
-    parameters = 0
-    for name, shapes in pipeline.abstract_params().items():
+    parameters, abstract = 0, pipeline.abstract_params()
+    for name in parts:
+        shapes = abstract[name]
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         dtype = jnp.float16 if 2 * count <= gigabytes * 1e9 else jnp.float8_e4m3fn
         target = jax.tree.map(lambda leaf, dtype=dtype: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
@@ -112,18 +113,17 @@ def load(folder: str, gigabytes: float) -> dict[str, Any]:
     return {"parameters": parameters, "seconds": time.monotonic() - start, "peak": peak}
 
 
-def write_model(folder: Path, name: str) -> None:
-    """A published set's folder: settings, tokenizers and weights."""
-    from published_configs import SETS
+def write_model(folder: Path, files: dict[str, Any], parts: list[str]) -> None:
+    """Writes a published set's folder: settings, tokenizers, and the weights of `parts`."""
     from tiny_sd3 import t5_tokenizer
 
     from imagereward_jax.pipelines import published_settings
 
-    for file, content in SETS[name].items():
+    for file, content in files.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps(content))
-        if "/config" in file:
-            write_weights((folder / file).parent, content)
+    for part in parts:
+        write_weights(folder / part, files[f"{part}/config.json"])
     clip = published_settings.tokenizer(
         "StableDiffusionPipeline", "tokenizer", "text_encoder", {"text_encoder": {"vocab_size": 49408}}, download=False
     )
@@ -132,31 +132,50 @@ def write_model(folder: Path, name: str) -> None:
     t5_tokenizer().save_pretrained(folder / "tokenizer_3")
 
 
-def measure(name: str, gigabytes: float) -> dict[str, Any]:
-    """`load` of a published set, in a process of its own; the folder is gone afterwards."""
+def measure(files: dict[str, Any], parts: list[str], gigabytes: float) -> dict[str, float]:
+    """`load` in a process of its own; the folder is gone afterwards."""
     with tempfile.TemporaryDirectory() as place:
-        write_model(Path(place), name)
-        program = "import json, sys, published_weights as p; print(json.dumps(p.load(sys.argv[1], float(sys.argv[2]))))"
+        write_model(Path(place), files, parts)
+        program = "import json, sys, published_weights as p; print(json.dumps(p.load(*json.loads(sys.argv[1]))))"
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", program, place, str(gigabytes)]
+        command = [sys.executable, "-c", program, json.dumps([place, parts, gigabytes])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+        raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def new_parts(files: dict[str, Any], seen: dict[str, str], name: str) -> list[str]:
+    """The networks of a set that no set before had; they are noted in `seen`, by shapes."""
+    configs = {file.split("/")[0]: content for file, content in files.items() if "/config" in file}
+    shapes = {part: json.dumps(torch_shapes(config)) for part, config in configs.items()}
+    parts = [part for part, text in shapes.items() if text not in seen]
+    seen |= {shapes[part]: name for part in parts}
+    return parts
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Prints parameters, seconds and peak memory of each set."""
+    """Prints the networks that are loaded of each set, their size, seconds and peak memory."""
     from published_configs import SETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="sets to load (default: all)")
     parser.add_argument("--gigabytes", type=float, default=12.0, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
-    for name in (name for name in SETS if re.search(args.only, name)):
-        found = measure(name, args.gigabytes)
-        gigabytes = f"{found['parameters'] * 2e-9:5.1f} GB of files, {found['peak'] * 1e-9:5.1f} GB at most in memory"
-        print(f"{name:52} {found['parameters']:14,} parameters, {gigabytes}, {found['seconds']:4.0f} s", flush=True)
+    chosen = [name for name in SETS if re.search(args.only, name)]
+    seen, networks = {}, 0
+    for name in chosen:
+        parts = new_parts(SETS[name], seen, name)
+        if not parts:
+            print(f"{name}: networks of sets before", flush=True)
+            continue
+        found = measure(SETS[name], parts, args.gigabytes)
+        networks += len(parts)
+        size = f"{found['parameters']:,} parameters, {found['parameters'] * 2e-9:.1f} GB of files"
+        print(
+            f"{name}: {', '.join(parts)}: {size}, {found['seconds']:.0f} s, {found['peak'] * 1e-9:.1f} GB", flush=True
+        )
+    print(f"{len(chosen)} of {len(chosen)} sets, {networks} networks")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The settings of published text-to-image models open; those of others are refused for what they are."""
 
 import json
+import math
 import re
 import shutil
 
 import numpy as np
 import pytest
 from published_configs import REFUSED, SETS, cut
-from published_weights import torch_shapes
+from published_weights import measure, new_parts, torch_shapes
 from tiny_sd3 import t5_tokenizer
 
 from imagereward_jax.diffusion.samplers import samplers_of
@@ -54,6 +55,20 @@ def test_a_published_model_opens(name, tokenizers, tmp_path):
     for sampler in samplers_of(pipeline.scheduler_config):
         size = 64 if pipeline.family == "sd3" else 128
         assert np.isfinite(pipeline.make_sampler(sampler, 5, 0.0, size, size).timesteps).all()
+
+
+@pytest.mark.slow
+def test_weights_of_published_sizes_load():
+    """From files of PyTorch's names and shapes, float16, each network once: every number arrives, and memory holds one
+    network at a time. Networks over 8 GB are held in one byte per number. A quarter of an hour on one busy core."""
+    seen = {}
+    for name, files in SETS.items():
+        if parts := new_parts(files, seen, name):
+            counts = [sum(map(math.prod, torch_shapes(files[f"{part}/config.json"]).values())) for part in parts]
+            found = measure(files, parts, gigabytes=8)
+            assert found["parameters"] == sum(counts), name
+            assert found["peak"] < max(count * (2 if count < 4e9 else 1) for count in counts) + 2e9, name
+    assert len(seen) >= 20
 
 
 def test_there_are_thirty_of_them():

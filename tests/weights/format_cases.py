@@ -15,6 +15,7 @@ import tiny_sd1
 import tiny_sd3
 import tiny_sdxl
 
+from imagereward_jax.models.lora import CLIP_ATTENTION
 from imagereward_jax.pipelines import load_pipeline, open_pipeline
 from imagereward_jax.pipelines.embeddings import with_embeddings
 from imagereward_jax.weights import adapters
@@ -201,13 +202,15 @@ def sd1_adapters(place: Path) -> Iterator[Case]:
     """Plain LoRA of Stable Diffusion 1, in the names of each program."""
     base, place = place / "model", place / "adapters"
     pipeline = open_pipeline(base)
-    attention, convolutions = (
+    both = ATTENTION | {"text_encoder": CLIP_ATTENTION}
+    attention, convolutions, with_encoder = (
         adapter_files.exported(place / str(number), pipeline, targets, rank=RANK, alpha=ALPHA)
-        for number, targets in enumerate((ATTENTION, CONVOLUTIONS))
+        for number, targets in enumerate((ATTENTION, CONVOLUTIONS, both))
     )
     with_text = attention | adapter_files.random_text_layers()
     for name, tensors in {
         "PEFT's names (this package, diffusers)": convolutions,
+        "PEFT's names, text encoder too": with_encoder,
         "diffusers before 2024": adapter_files.of_2024(convolutions),
         "attention processors of 2023": adapter_files.of_2023(adapter_files.of_2024(attention)),
         "kohya, alpha": adapter_files.kohya(with_text, ALPHA / RANK),

@@ -28,5 +28,5 @@ def test_every_format(tmp_path):
     pythons = {"new": sys.executable} | ({"old": OLD_PYTHON} if OLD_PYTHON else {})
     rows, versions = compare(tmp_path, pythons)
     check(rows, versions)
-    assert len(rows) >= 37 and sum(row.exact is True for row in rows) >= 20
+    assert len(rows) >= 38 and sum(row.exact is True for row in rows) >= 20
     assert all("new" in row.images for row in rows)
