@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -26,11 +27,11 @@ from toy import assemble_toy, main, toy_config, train
 from imagereward_jax.config import ConfigError
 from imagereward_jax.methods.base import Evaluation, ImageSamples
 from imagereward_jax.storage.errors import WriteError
-from imagereward_jax.training import loop, program
+from imagereward_jax.training import loop, program, progress
 from imagereward_jax.training.checkpoints import CheckpointError
 from imagereward_jax.training.interruptions import Interrupted, RunError
 from imagereward_jax.training.metric_writers import Meter, read_rows
-from imagereward_jax.training.optimizer import make_optimizer
+from imagereward_jax.training.optimizer import make_optimizer, make_schedule
 from imagereward_jax.training.workdir import WorkdirError
 
 TIMES = ("time", "images_per_second")
@@ -52,6 +53,32 @@ def clean(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("clean") / "run"
     assert loop.train(toy_config(), assemble_toy, workdir)
     return workdir
+
+
+def test_the_learning_rate_is_logged_as_it_stands(tmp_path, capsys):
+    """That of the last update before the row, of two a step; and the run says first what it is about to do."""
+    config = toy_config()
+    config.optimizer.schedule, config.optimizer.warmup_steps, config.log_every = "linear", 2, 3
+    assert loop.train(config, assemble_toy, tmp_path / "run")
+    rows = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if "learning_rate" in row]
+    schedule = make_schedule(config.optimizer, 2 * config.steps, config.batch_size)
+    assert [row["learning_rate"] for row in rows] == [float(schedule(2 * row["step"] - 1)) for row in rows]
+    assert len(rows) > 3
+    said = capsys.readouterr().err
+    assert re.search(
+        r"parameters train beside [\d,]+ that do not; batches of \d+ on \d+ x \w+ \(data \d, fsdp 1\)", said
+    )
+
+
+def test_long_work_shows_that_it_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    shown = progress.Progress(toy_config(), None, main=True)
+    with shown.waiting("compiling"):
+        time.sleep(0.2)
+    assert re.search(r"compiling: 0 s", capsys.readouterr().err)
+    with progress.Progress(toy_config(), None, main=False).waiting("compiling"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_leaves_what_the_design_lists(clean):
