@@ -163,6 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gigabytes", type=float, default=12.0, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
     chosen = [name for name in SETS if re.search(args.only, name)]
+    if not chosen:
+        parser.error(f"--only {args.only}: no set has such a name")
     seen, networks = {}, 0
     for name in chosen:
         parts = new_parts(SETS[name], seen, name)

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -170,10 +171,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--old-python", metavar="PYTHON", help=f"an interpreter with {OLD}")
     parser.add_argument("--only", default="", metavar="REGEX", help="formats to compare (default: all)")
     args = parser.parse_args(argv)
+    if args.old_python and not shutil.which(args.old_python):
+        parser.error(f"--old-python {args.old_python}: no such program")
     pythons = {"new": sys.executable} | ({"old": args.old_python} if args.old_python else {})
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         rows, versions = compare(Path(place), pythons, args.only)
+    if not rows:
+        parser.error(f"--only {args.only}: no format has such a name")
     print(table(rows, versions))
     for found in versions.values():
         print(", ".join(f"{name} {version}" for name, version in found.items()))
