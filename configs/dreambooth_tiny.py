@@ -4,8 +4,8 @@
     python -m imagereward_jax.train --config configs/dreambooth_tiny.py
     python benchmarks/dreambooth_shapes.py tiny-shapes runs/dreambooth_tiny/export
 
-The class are all captions of the shapes world but the held-out ones; the untouched model makes 256 images of them first,
-each of another caption. The last command counts rings among images of "zq circle", also in colours and places that no
+The class are the captions of the shapes world but the held-out ones; the untouched model first makes 256 images, each
+of another. The last command counts rings among images of "zq circle", also in colours and places that no
 instance had, and what became of circles.
 
 Hardware: 2 CPU cores, some four minutes. Result to expect, after 150 steps (one seed): a ring in 75 % of the images of
