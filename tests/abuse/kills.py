@@ -306,14 +306,16 @@ def attempt(name: str, work: Work, clean: Clean, folder: Path, number: int, rng:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results by signal and phase, as a table of Markdown."""
+    """The results by signal and phase, as a table of Markdown, and how many there are of each method."""
     rows = collections.defaultdict(list)
     for one in results:
         what = "training" if one.name in METHODS else one.name
         rows[signal.Signals(one.number).name, what, one.phase].append(not one.fault)
     lines = ["| signal | of | in the phase | tried | equal |", "| --- | --- | --- | ---: | ---: |"]
     lines += [f"| {' | '.join(row)} | {len(equal)} | {sum(equal)} |" for row, equal in sorted(rows.items())]
-    return "\n".join([*lines, f"| **all** | | | {len(results)} | {sum(not one.fault for one in results)} |"])
+    lines.append(f"| **all** | | | {len(results)} | {sum(not one.fault for one in results)} |")
+    methods = collections.Counter(one.name for one in results if one.name in METHODS)
+    return "\n".join([*lines, "", "By method: " + ", ".join(f"`{name}` {count}" for name, count in methods.items())])
 
 
 def import_all() -> None:
