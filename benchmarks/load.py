@@ -2,6 +2,7 @@
 
     python benchmarks/load.py --work /tmp/load                  # an SDXL of random weights: 7 GB of disk and of memory
     python benchmarks/load.py --work /tmp/load --size small
+    python benchmarks/load.py --work /tmp/load --size sd35-large --parts text_encoder_3     # T5 alone, 9.5 of 26 GB
 
 Writes a diffusers folder of random bfloat16 weights, then loads it in two fresh processes: as NumPy arrays, and onto 8
 virtual devices with fsdp=8. Each prints a line of JSON: the peaks of anonymous memory and of the resident size against
@@ -24,7 +25,8 @@ def parse_args():
     parser.add_argument(
         "--work", type=Path, required=True, help="folder for the model; an existing model is used again"
     )
-    parser.add_argument("--size", choices=("sdxl", "small"), default="sdxl")
+    parser.add_argument("--size", choices=("sdxl", "small", "sd35-medium", "sd35-large"), default="sdxl")
+    parser.add_argument("--parts", nargs="+", help="components that are loaded; default: all")
     parser.add_argument("--side", choices=("write", "numpy", "sharded"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -35,17 +37,24 @@ def write(folder, size):
     import numpy as np
     from common import PRESETS
 
-    from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer
+    from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer, write_t5_tokenizer
     from imagereward_jax.models.clip import VIT_L
-    from imagereward_jax.pipelines.families import SDXL, from_architecture
+    from imagereward_jax.pipelines.families import PUBLISHED, SDXL, from_architecture
     from imagereward_jax.weights import diffusers, mapping
 
+    flow = size.startswith("sd35")
     scheduler = {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1}
+    if flow:
+        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
     small = {"unet": PRESETS["small"]["unet"] | {"cross_attention_dim": 64}, "vae": PRESETS["small"]["vae"]}
     small |= {"text_encoder": VIT_L | {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}}
-    with tempfile.TemporaryDirectory() as tokenizer:
-        write_clip_tokenizer(tokenizer)
-        pipeline = from_architecture((SDXL if size == "sdxl" else small) | {"scheduler": scheduler}, tokenizer)
+    sizes = {"sdxl": SDXL, "small": small}
+    sizes |= {f"sd35-{name}": PUBLISHED[f"stabilityai/stable-diffusion-3.5-{name}"][1] for name in ("medium", "large")}
+    with tempfile.TemporaryDirectory() as clip, tempfile.TemporaryDirectory() as t5:
+        write_clip_tokenizer(clip)
+        write_t5_tokenizer(t5)
+        tokenizers = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5} if flow else clip
+        pipeline = from_architecture(sizes[size] | {"scheduler": scheduler}, tokenizers)
 
         def networks():
             for name, network in pipeline.networks.items():
@@ -83,8 +92,8 @@ def anonymous():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def load(folder, sharded):
-    """Loads in bfloat16; returns the figures."""
+def load(folder, sharded, parts):
+    """Loads components in bfloat16; returns the figures."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -111,7 +120,8 @@ def load(folder, sharded):
         spec = NamedSharding(mesh, weight_spec(leaf.shape, devices.size)) if sharded else None
         return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=spec)
 
-    target = jax.tree.map(struct, pipeline.abstract_params())
+    shapes = pipeline.abstract_params()
+    target = jax.tree.map(struct, {name: shapes[name] for name in parts or shapes})
     before, peak = anonymous(), Peak()
     peak.start()
     start = time.perf_counter()
@@ -137,13 +147,15 @@ def main():
         write(folder, args.size)
         return
     if args.side:
-        print(json.dumps({"size": args.size} | load(folder, args.side == "sharded")))
+        figures = load(folder, args.side == "sharded", args.parts)
+        print(json.dumps({"size": args.size, "parts": args.parts or "all"} | figures))
         return
     sides = ["numpy", "sharded"] if folder.is_dir() else ["write", "numpy", "sharded"]
     for side in sides:
         flags = "--xla_force_host_platform_device_count=8" if side == "sharded" else ""
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         command = [sys.executable, __file__, "--work", str(args.work), "--size", args.size, "--side", side]
+        command += ["--parts", *args.parts] if args.parts else []
         subprocess.run(command, env=environment, check=True)
 
 

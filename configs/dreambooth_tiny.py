@@ -22,8 +22,8 @@ def get_config():
     config.batch_size = 16
     config.model.path = "tiny-shapes"
     config.model.remat = "none"
-    config.method.class_prompt = "a large red circle in the center"
-    config.method.num_class_images = 64
+    config.method.class_prompts = "shapes:train"
+    config.method.num_class_images = 256
     config.method.train_text_encoder = True
     config.data.pairs = "runs/shapes_subject"
     config.data.image_size = 32

@@ -13,32 +13,13 @@ over all devices. With more devices take a larger round_size and fewer rounds. c
 prompts, so that no step runs T5. Result to expect: not measured yet.
 """
 
-from imagereward_jax.recipes import default_config
+from imagereward_jax.recipes import recipe_beside
 
 
 def get_config():
     """The recipe."""
-    config = default_config("nft")
-    config.steps = 1000
+    config = recipe_beside(__file__, "grpo_sd35_lora", method="nft")
     config.batch_size = 1152
     config.accumulation = 144
-    config.dtype = "bfloat16"
-    config.ema_decay = 0.9
-    config.model.path = "stabilityai/stable-diffusion-3.5-medium"
-    config.reward.path = "PickScore"
-    config.lora.rank = 32
-    config.lora.alpha = 64.0
-    config.lora.targets = r"attn\.(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-    config.method.rounds = 48
-    config.method.round_size = 24
-    config.data.prompts = "prompts.txt"
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.weight_decay = 1e-4
-    config.eval.prompts = "held_out.txt"
-    config.eval.num_prompts = 32  # two images each
-    config.eval.num_steps = 40
     config.eval.guidance_scale = 1.0
-    config.eval.every = 50
-    config.checkpoint.every = 10
-    config.log_every = 1
     return config

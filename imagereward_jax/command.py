@@ -1,6 +1,7 @@
 """How a command ends: whatever happens is a line and an exit status, and never a traceback.
 
-0 done; 2 bad input, which the line names with the way out; 1 the work failed; 130 after Ctrl-C. What this package did
+0 done; 2 bad input, which the line names with the way out; 1 the work failed; 130 after Ctrl-C; 141, without a line, if
+who read the output is gone. What this package did
 not foresee is 1, and the line says in which file the traceback is.
 """
 
@@ -20,11 +21,13 @@ from typing import NoReturn
 from imagereward_jax.terminal import say
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 128 + signal.SIGINT
+CUT_OFF = 141  # as a shell says of SIGPIPE, which Windows does not have
 _PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 # The extra of pyproject.toml that installs a package which is not among the base's.
 EXTRAS = {
     **dict.fromkeys(("absl", "clu", "datasets", "grain", "matplotlib", "ml_collections", "optax", "orbax"), "train"),
-    **dict.fromkeys(("tensorboard", "tensorflow", "tensorflow_datasets"), "train"),
+    "tensorboard": "train",
+    **dict.fromkeys(("tensorflow", "tensorflow_datasets"), "tfds"),
     **dict.fromkeys(("diffusers", "torch"), "convert"),
     "qwix": "quantization",
     "wandb": "wandb",
@@ -42,14 +45,15 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     An exception class says its status by an attribute `exit_status`. Else a ValueError that this package raised, and an
     error about a path, is bad input. If a package of an extra is not installed, the line names the extra.
 
-    In a module that runs as a script, a process that was interrupted ends without Python's own end, in which jax's
-    threads may crash, and a second Ctrl-C ends it even while it compiles, which no exception interrupts.
+    In a module that runs as a script (`script`: as if it did), a process that was interrupted ends without Python's own
+    end, in which jax's threads may crash, and a second Ctrl-C ends it even while it compiles, which no exception
+    interrupts.
     """
 
     @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> int:
+    def run(argv: Sequence[str] | None = None, *, script: bool = main.__module__ == "__main__") -> int:
         # A job in the background is started with Ctrl-C ignored, and stays so.
-        armed = main.__module__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        armed = script and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         try:
             if armed:
                 _CtrlC()
@@ -60,6 +64,8 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
                 end_interrupted()
             return INTERRUPTED
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads(error):
+                return CUT_OFF
             status, text = explain(error)
             say(f"error: {text}", file=sys.stderr)
             return status
@@ -84,6 +90,14 @@ def explain(error: Exception) -> tuple[int, str]:
         return (BAD_INPUT if isinstance(error, _PATHS) else FAILED), text
     first = (str(error).strip().splitlines() or [""])[0]
     return FAILED, f"not foreseen: {type(error).__name__}: {first} ({_place(error)}); {_keep(error)}"
+
+
+def _nobody_reads(error):
+    """Whether who read what this package prints is gone, as of `| head`; then no more is written there."""
+    if Path(traceback.extract_tb(error.__traceback__)[-1].filename).stem != "terminal":
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _is_own(error):

@@ -1,12 +1,15 @@
 """Compiled programs are kept on disk, so that the next start of the same command compiles less."""
 
 import argparse
+import contextlib
 import hashlib
 import os
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from imagereward_jax.terminal import say
 
@@ -57,6 +60,24 @@ def use_compilation_cache(enabled: bool = True) -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
+
+
+@contextlib.contextmanager
+def counting_hits() -> Iterator[list[str]]:
+    """Yields a list that has an entry for each program that was read from the cache instead of compiled meanwhile."""
+    import jax
+
+    found: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            found.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def default_folder() -> Path | None:

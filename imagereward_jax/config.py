@@ -70,6 +70,11 @@ class Section:
         return found
 
     @classmethod
+    def bounds(cls) -> dict[str, Mapping[str, Any]]:
+        """{field: its bounds}, the arguments of `field` that were given."""
+        return {one.name: one.metadata for one in dataclasses.fields(cls)}
+
+    @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         """The section of a config's values, each checked against the bounds of its field.
 
@@ -139,18 +144,18 @@ def _check_bounds(name, value, one, bounds):
     if not too_low and not too_high:
         return
     if low is not None and high not in (None, MAX_INT):
-        ends = f"{_plain(low)}, {_plain(high)}"
+        ends = f"{plain(low)}, {plain(high)}"
         interval = f"{'(' if 'above' in bounds else '['}{ends}{')' if 'below' in bounds else ']'}"
         raise ConfigError(f"{name}={value}: expected a number in {interval}")
     if too_low:
         words = "a number above" if "above" in bounds else "at least"
     else:
         words = "a number below" if "below" in bounds else "at most"
-    raise ConfigError(f"{name}={value}: expected {words} {_plain(low if too_low else high)}")
+    raise ConfigError(f"{name}={value}: expected {words} {plain(low if too_low else high)}")
 
 
-def _plain(number):
-    """A bound as people write it: 1048576, 0.5."""
+def plain(number: float) -> str:
+    """A number as people write it: 1048576, 0.5."""
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from imagereward_jax.command import command
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
-from imagereward_jax.terminal import Parser, escape, say
+from imagereward_jax.terminal import Parser, escape, program, say
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from imagereward_jax.bulk_scoring.flags import add_scorer_flags
 
-    parser = Parser(prog="python -m imagereward_jax.evaluate", description=__doc__)
+    parser = Parser(prog=program("evaluate"), description=__doc__)
     parser.add_argument(
         "--model", action="append", required=True, help="any model that `score` takes; may be given several times"
     )

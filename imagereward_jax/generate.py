@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from imagereward_jax.command import command
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
 from imagereward_jax.config import MAX_SIDE, MAX_STEPS
-from imagereward_jax.terminal import Parser, escape, say
+from imagereward_jax.terminal import Parser, escape, program, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,7 @@ class ImageRequest(NamedTuple):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m imagereward_jax.generate", description=__doc__)
+    parser = Parser(prog=program("generate"), description=__doc__)
     parser.add_argument(
         "--model",
         required=True,

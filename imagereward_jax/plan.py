@@ -22,18 +22,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from imagereward_jax.command import command
-from imagereward_jax.terminal import Parser, say
+from imagereward_jax.terminal import Parser, program, say
 
 if TYPE_CHECKING:
     from imagereward_jax.planning.topologies import Topology
 
-USAGE = "usage: python -m imagereward_jax.plan --config FILE.py --topology NAME [--json] [--config.field=value ...]"
+USAGE = "--config FILE.py --topology NAME [--json] [--config.field=value ...]"
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses; returns (this command's arguments, the config's arguments)."""
     parser = Parser(
-        prog="python -m imagereward_jax.plan",
+        prog=program("plan"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from imagereward_jax.train import parse_flags
 
     topology = find_topology(args.topology)
-    config, *_ = parse_flags(["plan", *rest], usage=USAGE)
+    config, *_ = parse_flags(["plan", *rest], usage=f"usage: {program('plan')} {USAGE}")
     validate(config)
     figures = print_plan(config, topology, args)
     return 0 if figures["fits"] else 3

@@ -43,18 +43,50 @@ def default_config(method: str) -> ConfigDict:
     return config
 
 
+def sections_of(config: ConfigDict) -> Iterator[type[Section]]:
+    """The sections that a config consists of, by its method.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    return _sections(find_method(config.method.name).Config)
+
+
 def _sections(kind) -> Iterator[type[Section]]:
     yield from RUN_SECTIONS
     yield from (PARTS[name] for name in ("model", "workers", *kind.uses))
     yield kind
 
 
-def recipe_beside(file: str | Path, name: str) -> ConfigDict:
-    """The config of the recipe `name`.py in the folder of `file`, for recipes that change a few fields of another."""
+def recipe_beside(file: str | Path, name: str, method: str | None = None) -> ConfigDict:
+    """The config of the recipe `name`.py in the folder of `file`, for recipes that change a few fields of another.
+
+    Args:
+        method: another than the recipe's. Fields that differ from the defaults of the recipe's own method, and that
+            `method` has too, are set in the default config of `method`.
+    """
     spec = importlib.util.spec_from_file_location(name, Path(file).with_name(f"{name}.py"))
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    return recipe.get_config()
+    config = recipe.get_config()
+    if method is None:
+        return config
+    untouched, other = _flat(default_config(config.method.name)), default_config(method)
+    changed = {name: value for name, value in _flat(config).items() if untouched.get(name) != value}
+    other.update_from_flattened_dict({name: changed[name] for name in changed.keys() & _flat(other).keys()})
+    return other
+
+
+def _flat(config, prefix=""):
+    """{"a.b": value}, of optional fields that hold nothing, too."""
+    found = {}
+    for name in config:
+        value = config.get(name)
+        if isinstance(value, ConfigDict) and len(value):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def validate(config: ConfigDict) -> None:

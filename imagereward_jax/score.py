@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagereward_jax.command import command
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
-from imagereward_jax.terminal import Parser, escape, say
+from imagereward_jax.terminal import Parser, escape, program, say
 
 if TYPE_CHECKING:
     from imagereward_jax.bulk_scoring.score_table import Outcome
@@ -26,7 +26,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from imagereward_jax.bulk_scoring.flags import add_scorer_flags
 
     parser = Parser(
-        prog="python -m imagereward_jax.score",
+        prog=program("score"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

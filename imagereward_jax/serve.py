@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from imagereward_jax.command import command
 from imagereward_jax.compilation_cache import add_flag, use_compilation_cache
-from imagereward_jax.terminal import Parser, say
+from imagereward_jax.terminal import Parser, program, say
 
 GRACE_SECONDS = 60.0  # for clients whose requests were accepted
 MEGABYTE = 2**20
@@ -26,7 +26,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from imagereward_jax.bulk_scoring.flags import add_scorer_flags
 
     parser = Parser(
-        prog="python -m imagereward_jax.serve",
+        prog=program("serve"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -32,6 +32,11 @@ def say(text: object, file: TextIO | None = None) -> None:
     print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
+def program(name: str) -> str:
+    """What a user types to start the command `name`, as help shows it."""
+    return sys.argv[0] if sys.argv[0] == f"imagereward {name}" else f"python -m imagereward_jax.{name}"
+
+
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are escaped: a shell's * puts names of files on the command line."""
 

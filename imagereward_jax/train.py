@@ -1,7 +1,8 @@
 """`python -m imagereward_jax.train --config configs/refl_tiny.py [--workdir DIR] [--config.field=value ...]`
 
-Trains by a config. The default --workdir is runs/NAME, after the config file's name. The same command again resumes an
-interrupted run, or says that it is complete.
+Trains by a config: a file, or the name of one of the package's recipes (`--config refl_tiny`; `imagereward recipes`
+lists them). With --config, --help prints every field, its value there and what it means. The default --workdir is
+runs/NAME, after the config file's name. The same command again resumes an interrupted run, or says that it is complete.
 
 On several machines every process gets the same command: on TPU pods and in Slurm jobs with --distributed, elsewhere
 with --coordinator HOST:PORT --num-processes N --process-id I (see launch/). WORKDIR is on a file system that all share.
@@ -20,13 +21,15 @@ from typing import TYPE_CHECKING
 from imagereward_jax.command import command
 from imagereward_jax.config import did_you_mean
 from imagereward_jax.distributed import join
-from imagereward_jax.terminal import say
+from imagereward_jax.shipped import shipped_files
+from imagereward_jax.terminal import program, say
 
 if TYPE_CHECKING:
     from imagereward_jax.trainer import Trainer
 
 DASHES = {"--num-processes": "--num_processes", "--process-id": "--process_id"}  # absl's flags have underscores
-USAGE = "usage: python -m imagereward_jax.train --config FILE.py [--workdir DIR] [--config.field=value ...]"
+HELP = ("-h", "--help", "--helpshort", "--helpfull")
+USAGE = "--config FILE.py [--workdir DIR] [--config.field=value ...]"
 
 
 @command
@@ -63,7 +66,7 @@ def run(trainer: "Trainer") -> int:
     return 0
 
 
-def parse_flags(argv, usage=USAGE):
+def parse_flags(argv, usage=None):
     """(config, workdir, processes) from the command line; processes are what `distributed.join` takes, or None.
 
     Raises:
@@ -73,8 +76,14 @@ def parse_flags(argv, usage=USAGE):
     from absl import flags
     from ml_collections import config_flags
 
+    usage = usage or f"usage: {program('train')} {USAGE}"
     argv = [DASHES.get(name, name) + equals + value for name, equals, value in (text.partition("=") for text in argv)]
-    file = _check_config_file(argv, usage)
+    asked = [argument for argument in argv[1:] if argument in HELP]
+    argv = [argument for argument in argv if argument not in HELP]
+    if asked and not any(argument.startswith(("--config", "-config")) for argument in argv[1:]):
+        say(f"{__doc__}\n{usage}")
+        raise SystemExit(0)
+    argv, file = find_config(argv, usage)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of the run; default runs/NAME", flag_values=values)
@@ -99,6 +108,11 @@ def parse_flags(argv, usage=USAGE):
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; {usage}")
     config = values.config
+    if asked:
+        from imagereward_jax.config_help import describe
+
+        say(f"{usage}\n\n{describe(config)}")
+        raise SystemExit(0)
     workdir = values.workdir or Path("runs") / Path(values["config"].config_filename).stem
     processes = (values.coordinator, values.num_processes, values.process_id)
     joins = values.distributed or any(value is not None for value in processes)
@@ -112,25 +126,36 @@ def _one_line(error):
     return f"{first} {told[-1]}" if told else first
 
 
-def _check_config_file(argv, usage):
-    given = [
-        argument for argument in argv[1:] if argument in ("--config", "-config") or argument.startswith("--config=")
-    ]
-    if any(argument in ("-h", "--help", "--helpshort", "--helpfull") for argument in argv[1:]):
-        say(f"{__doc__}\n{USAGE}")
-        raise SystemExit(0)
-    if not given:
-        raise ValueError(f"--config is missing; {usage}")
-    if given[0].startswith("--config="):
-        path = given[0].partition("=")[2]
+def find_config(argv: list[str], usage: str) -> tuple[list[str], Path]:
+    """Puts the file of a packaged recipe in the place of its name in `--config NAME`.
+
+    Returns:
+        (argv, the config's file).
+
+    Raises:
+        ValueError: there is no --config. FileNotFoundError: nor such a file or recipe.
+    """
+    for position, argument in enumerate(argv[1:], 1):  # noqa: B007
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            break
     else:
-        after = argv[argv.index(given[0]) + 1 :]
-        path = after[0] if after else ""
-    path = Path(path.partition(":")[0])
+        raise ValueError(f"--config is missing; {usage}")
+    if not equals:
+        position += 1
+        value = argv[position] if position < len(argv) else ""
+    name, colon, option = value.partition(":")
+    path = Path(name)
     if not path.is_file():
+        recipes = {recipe.stem: recipe for recipe in shipped_files("configs")}
         there = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"--config {path}: no such file{did_you_mean(path, there)}")
-    return path
+        if name not in recipes:
+            near = did_you_mean(name, [*there, *recipes])
+            raise FileNotFoundError(f"--config {name}: no such file, nor a recipe of this package{near}")
+        path = recipes[name]
+    argv = list(argv)
+    argv[position] = f"{'--config=' if equals else ''}{path}{colon}{option}"
+    return argv, path
 
 
 if __name__ == "__main__":

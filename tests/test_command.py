@@ -21,7 +21,10 @@ from imagereward_jax.training.interruptions import catch_signals
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-SMALL = {f"imagereward_jax.{name}" for name in ("command", "terminal", "compilation_cache", "config", "distributed")}
+SMALL = {
+    f"imagereward_jax.{name}"
+    for name in ("command", "terminal", "compilation_cache", "config", "distributed", "shipped")
+}
 # Command to the function that does its work and arguments.
 COMMANDS = {
     "score": ("score_files", ["--prompt", "a cat", "1.png"]),
@@ -37,8 +40,10 @@ COMMANDS = {
     "imagereward": ("parse_args", ["a", "b"]),
     "shapes_subject": ("parse_args", ["a"]),
     "single_file": ("convert", ["a", "b"]),
+    "export": ("parse_args", ["a", "b"]),
     "serve": ("serve", ["--reward", "random"]),
     "integrations.__main__": ("install", ["comfyui", "a"]),
+    "__main__": ("shipped_files", ["recipes"]),
 }
 
 
@@ -81,7 +86,7 @@ def test_a_package_that_is_not_installed_names_its_extra(monkeypatch, capsys):
     assert re.match("error: not foreseen: ModuleNotFoundError: .*'nowhere'", capsys.readouterr().err)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     imported = {"orbax-checkpoint": "orbax", "absl-py": "absl", "tensorflow-cpu": "tensorflow"}
-    for extra in ("train", "convert", "quantization", "wandb"):
+    for extra in ("train", "tfds", "convert", "quantization", "wandb"):
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement)[0]
             assert imported.get(name, name.replace("-", "_")) in EXTRAS, requirement
@@ -91,7 +96,11 @@ def test_every_script_is_such_a_command():
     """A module that calls its `main` as a script has the decorator on it, and imports nothing large before."""
     scripts = [*(ROOT / "imagereward_jax").rglob("*.py"), *(ROOT / "convert").glob("*.py")]
     scripts = [path for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
-    scripts = {f"{path.parent.name}.__main__" if path.stem == "__main__" else path.stem: path for path in scripts}
+    package = ROOT / "imagereward_jax"
+    scripts = {
+        ".".join(path.relative_to(package).with_suffix("").parts) if path.is_relative_to(package) else path.stem: path
+        for path in scripts
+    }
     assert scripts.keys() == COMMANDS.keys()
     for path in scripts.values():
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ T5 = {
 }
 
 
-def make(folder, *, with_t5=True, transformer=TRANSFORMER, vae=VAE):
+def make(folder, *, with_t5=True, transformer=TRANSFORMER, vae=VAE, projections=(24, 20)):
     """PyTorch diffusers' pipeline of random networks. The tokenizers' files are written into `folder`."""
     import diffusers
     import torch
@@ -48,7 +48,7 @@ def make(folder, *, with_t5=True, transformer=TRANSFORMER, vae=VAE):
     torch.manual_seed(0)
     clips = [
         transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**(config | {"projection_dim": size})))
-        for config, size in ((first, 24), (second, 20))
+        for config, size in zip((first, second), projections)
     ]
     folder = Path(folder)
     pipe = diffusers.StableDiffusion3Pipeline(

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from imagereward_jax.config import ConfigError
 from imagereward_jax.data.images import list_images
 from imagereward_jax.pipelines.sample import ImageSampler
 from imagereward_jax.storage.contact_sheet import to_uint8
-from imagereward_jax.storage.files import save_image
+from imagereward_jax.storage.files import save_image, whole_file
 from imagereward_jax.terminal import escape, say
 from imagereward_jax.training.mesh import from_all_processes, weight_shardings
 from imagereward_jax.training.program import placed
@@ -23,14 +24,16 @@ from imagereward_jax.training.program import placed
 NAME = "class_{:05d}.png"
 
 
-def make_images(parts: Any, prompt: str, count: int, folder: Path) -> None:
+def make_images(parts: Any, prompts: Sequence[str], count: int, folder: Path, *, captions: bool) -> None:
     """Makes the images that `folder` lacks of `count`, one file at a time; images that are there stay as they are.
 
     They have the size that is trained on, config.data.image_size, and the model's own sampler, steps and guidance.
-    Image k depends on config.seed and k alone, so that a run that was stopped makes the others.
+    Image k has prompt k modulo their number, and depends on that, config.seed and k alone, so that a run that was
+    stopped makes the others.
 
     Args:
-        prompt: of the class. folder: made if absent; any image in it or below counts.
+        prompts: of the class. folder: made if absent; any image in it or below counts. captions: write a .txt with its
+            prompt beside each image.
 
     Raises:
         FileExistsError: `folder` is a file. ConfigError: the model gives NaN.
@@ -49,19 +52,26 @@ def make_images(parts: Any, prompt: str, count: int, folder: Path) -> None:
     with tqdm(total=missing, unit="image", desc="class images", disable=not main, file=sys.stderr) as progress:
         for start in range(0, missing, sample.batch_size):
             some = numbers[start : start + sample.batch_size]
-            for number, image in zip(some, sample(prompt, some)):
+            asked = [prompts[number % len(prompts)] for number in some]
+            for number, prompt, image in zip(some, asked, sample(asked, some)):
                 if not np.isfinite(image).all():
                     raise ConfigError(
                         f"class image {number} has values that are not numbers: the weights of config.model.path may "
                         "be broken, or need --config.dtype=float32"
                     )
-                if main:
-                    save_image(folder / NAME.format(number), Image.fromarray(to_uint8(image)), {"prompt": prompt})
+                if not main:
+                    continue
+                path = folder / NAME.format(number)
+                if captions:  # first: an image counts as made
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with whole_file(path.with_suffix(".txt")) as temporary:
+                        temporary.write_text(f"{prompt}\n", encoding="utf-8")
+                save_image(path, Image.fromarray(to_uint8(image)), {"prompt": prompt})
             progress.update(len(some))
 
 
 def _sampler(parts):
-    """(prompt, numbers of images) -> images, by the model that training starts from."""
+    """(prompts, numbers of images) -> images, by the model that training starts from."""
     pipeline, mesh, config = parts.base_pipeline, parts.mesh, parts.config
     generation, size = pipeline.generation, (config.data.image_size, config.data.image_size)
     steps = generation.num_inference_steps
@@ -77,9 +87,9 @@ def _sampler(parts):
     shapes = trainable.held(parts, pipeline.abstract_params(), trained={})
     params, key = parts.load(placed(shapes, weight_shardings(mesh, shapes))), jax.random.key(config.seed)
 
-    def sample(prompt, numbers):
+    def sample(prompts, numbers):
         keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(np.asarray(numbers))
-        return make(params, [prompt] * len(numbers), keys=keys)
+        return make(params, prompts, keys=keys)
 
     sample.batch_size = make.batch_size
     return sample

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tqdm.auto import tqdm
 
 from imagereward_jax.assembly import encoded
 from imagereward_jax.assembly.conditions import iterate, load_pairs_of
@@ -109,7 +111,19 @@ class SampleEvaluator:
         """See the class."""
         seed = jax.random.key(self.settings.seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(seed, index))(np.arange(len(self.prompts)))
-        images = self.sample(components, self.prompts, keys=keys)
+        with tqdm(
+            total=len(self.prompts) * (1 + len(self.settings.guidance_scales)),
+            unit="image",
+            desc="evaluating",
+            leave=False,
+            delay=1.0,
+            disable=jax.process_index() != 0,
+            file=sys.stderr,
+        ) as bar:
+            return self._evaluate(components, keys, bar.update)
+
+    def _evaluate(self, components, keys, progress):
+        images = self.sample(components, self.prompts, keys=keys, progress=progress)
         pixels = to_uint8(images)
         scores, more, embeds = self._scores(components, images, pixels)
         captions = self._captions(scores)
@@ -127,7 +141,7 @@ class SampleEvaluator:
             metrics[f"eval/diversity{ending}"] = diversity.mean()
             errors[f"eval/diversity{ending}"] = diversity.std() / len(diversity) ** 0.5
         for scale in self.settings.guidance_scales:
-            others = self.sample(components, self.prompts, keys=keys, guidance_scale=scale)
+            others = self.sample(components, self.prompts, keys=keys, guidance_scale=scale, progress=progress)
             found, _ = self._means(self._scores(components, others, to_uint8(others))[0])
             metrics |= {f"{name}@{scale:g}": found[name] for name in COMPARED if name in found}
         shown, rewards = self.settings.grid, scores.get("eval/reward_mean")

@@ -18,7 +18,7 @@ from imagereward_jax.assembly import class_images, conditions, encoded, evaluato
 from imagereward_jax.assembly.given import Given
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.groups import load_groups
-from imagereward_jax.data.prompts import SHAPES_PREFIX
+from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
 from imagereward_jax.methods.base import Evaluator, Export, Method, Params, Source, find_method
 from imagereward_jax.models import lora
 from imagereward_jax.pipelines import families
@@ -165,19 +165,22 @@ class Parts:
         """
         return conditions.pair_source(self, prompt)
 
-    def class_images(self, prompt: str, count: int, folder: str) -> Source:
+    def class_images(self, prompt: str, count: int, folder: str, *, prompts: str = "") -> Source:
         """Batches as of `pairs` of images of a class, of which the model makes what `folder` lacks before it trains.
 
         Args:
-            prompt: of the class. count: images that there should be. folder: "" for WORKDIR/class_images.
+            prompt: of the class, the caption of every image. count: images that there should be.
+            folder: "" for WORKDIR/class_images.
+            prompts: where `prompt` is empty, a file of several; each image then has its own in a .txt beside it.
 
         Raises:
-            DataError, FileExistsError: see `class_images.make_images`.
+            DataError, FileExistsError: see `load_prompts` and `class_images.make_images`.
         """
         where = Path(os.path.expanduser(folder)) if folder else (self.given.workdir or Path()) / CLASS_IMAGES
         if not self.abstract:
-            class_images.make_images(self, prompt, count, where)
-        return conditions.pair_source(self, prompt, name="class", folder=where)
+            several = None if prompt else load_prompts(prompts)
+            class_images.make_images(self, several or [prompt], count, where, captions=bool(several))
+        return conditions.pair_source(self, prompt or None, name="class", folder=where)
 
     def preferences(self) -> Source:
         """Batches of pairs of images of one prompt, the preferred first: "cond" and "image" [B, 2, H, W, 3], or latents

@@ -26,6 +26,7 @@ class Config(denoising.Config):
 
     instance_prompt: str = ""  # of every instance image, "a photo of sks dog"; "": each has a caption, as other pairs
     class_prompt: str = ""  # "a photo of dog": preserves the prior; "": does not
+    class_prompts: str = ""  # several instead, a file as config.data.prompts; each class image then has its own .txt
     class_images: str = ""  # folder of class images, where missing ones are made; "": WORKDIR/class_images
     num_class_images: int = field(100, at_least=1)  # if the folder has fewer, the model makes the others first
     prior_weight: float = field(1.0, at_least=0.0)  # of the class images' loss
@@ -33,16 +34,20 @@ class Config(denoising.Config):
     def check(self, config):
         """Class images need a prompt, and a folder apart from the instances'."""
         super().check(config)
-        if not self.class_prompt:
+        if self.class_prompt and self.class_prompts:
+            raise ConfigError(
+                f"config.method.class_prompt={self.class_prompt!r} and class_prompts={self.class_prompts!r}: give one"
+            )
+        if not self.class_prompt and not self.class_prompts:
             if self.class_images:
                 raise ConfigError(
-                    f"config.method.class_images={self.class_images!r} has no effect without config.method.class_prompt"
+                    f"config.method.class_images={self.class_images!r} has no effect without a class_prompt"
                 )
             return
         if config.data.bucket_step:
             raise ConfigError(
                 f"config.data.bucket_step={config.data.bucket_step}: a batch of instance and class images is of one "
-                "size; pass --config.data.bucket_step=0, or no config.method.class_prompt"
+                "size; pass --config.data.bucket_step=0, or no class prompt"
             )
         pairs, classes = (
             Path(os.path.expanduser(name)).absolute() for name in (config.data.pairs, self.class_images or "/")
@@ -61,9 +66,11 @@ def make(config: Config, parts: Any) -> Method:
         ConfigError: a field is for other schedules than the model's.
     """
     instances = parts.pairs(config.instance_prompt or None)
-    if config.class_prompt:
+    if config.class_prompt or config.class_prompts:
         loss = make_loss(parts.pipeline, config.prior_weight, **config.loss_options)
-        classes = parts.class_images(config.class_prompt, config.num_class_images, config.class_images)
+        classes = parts.class_images(
+            config.class_prompt, config.num_class_images, config.class_images, prompts=config.class_prompts
+        )
         source = JoinedSource({"instance": instances, "class": classes})
     else:
         loss, source = denoising.make_loss(parts.pipeline, **config.loss_options), instances

@@ -1,6 +1,7 @@
 """Samples images for prompts, for the commands, evaluation and on-policy methods alike: padding, mesh and seeds."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ class ImageSampler:
         step_keys: jax.Array | None = None,
         guidance_scale: float | None = None,
         base: Params | None = None,
+        progress: Callable[[int], Any] | None = None,
     ) -> np.ndarray:
         """Makes images float32 [N, H, W, 3] in [0, 1] for N prompts; an image does not depend on the others.
 
@@ -73,6 +75,7 @@ class ImageSampler:
             step_keys: [N] jax keys for the noise of stochastic samplers; `keys` by default.
             guidance_scale: of these images; None for the sampler's own. All scales above 1 share one program.
             base: of a sampler with `blend`, the base model's components that differ from `params`, on the mesh.
+            progress: called with the number of images of each batch when they are there.
 
         Raises:
             ValueError: neither keys nor noise are given, a stochastic sampler has no keys, or one of `blend` and `base`
@@ -97,18 +100,12 @@ class ImageSampler:
             "noise": None if noise is None else np.asarray(noise, np.float32),
             "step_keys": _key_data(step_keys),
         }
-        images = [
-            np.asarray(
-                self._sample(
-                    params,
-                    base,
-                    self.sampler,
-                    np.float32(guidance_scale),
-                    jax.tree.map(self._put, _rows_of(inputs, start, self.batch_size)),
-                )
-            )
-            for start in range(0, len(prompts), self.batch_size)
-        ]
+        images, scale = [], np.float32(guidance_scale)
+        for start in range(0, len(prompts), self.batch_size):
+            rows = jax.tree.map(self._put, _rows_of(inputs, start, self.batch_size))
+            images.append(np.asarray(self._sample(params, base, self.sampler, scale, rows)))
+            if progress is not None:
+                progress(min(self.batch_size, len(prompts) - start))
         return np.concatenate(images)[: len(prompts)]
 
     def _put(self, rows):

@@ -53,22 +53,24 @@ class Checkpoints:
         folder: made if absent.
         keep: how many of the latest stay; the best by each of `best` stays as well.
         best: names of metrics whose largest value is best; with a minus before it, the smallest.
+        read_only: changes nothing there, since another process may be writing.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int, best: Sequence[str]):
+    def __init__(self, folder: str | Path, *, keep: int, best: Sequence[str], read_only: bool = False):
         def best_by(name):
             metric = functools.partial(goodness, best=name)
             return BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False)
 
         self.folder, self.ranked_by = Path(folder).absolute(), tuple(best)
         self.damaged = self.folder.with_name(DAMAGED)
-        self.set_aside_at_start = self._clean()
+        self.set_aside_at_start = [] if read_only else self._clean()
         logging.getLogger("absl").addFilter(_not_orbax)
         logging.getLogger("asyncio").addFilter(_was_retrieved)
         policy = AnyPreservationPolicy([LatestN(keep), *(best_by(name) for name in best)])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             best_fn=functools.partial(goodness, best=best[0] if best else ""),  # without it, no metrics are kept
+            read_only=read_only,
         )
         with self._explained("make room for"):
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "loop"))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from imagereward_jax.compilation_cache import counting_hits
 from imagereward_jax.methods.base import ImageSamples
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.errors import writing
 from imagereward_jax.storage.files import save_image, write_text
+from imagereward_jax.terminal import say
 from imagereward_jax.training.baseline import Baseline
 from imagereward_jax.training.checkpoints import Checkpoints, abstract, exports_best, goodness
 from imagereward_jax.training.export import chosen_by, write_ending, write_export
@@ -39,7 +42,7 @@ from imagereward_jax.training.mesh import (
 from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_installed, make_writers
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
-from imagereward_jax.training.progress import Progress, listed
+from imagereward_jax.training.progress import Progress, described, listed
 from imagereward_jax.training.resume import locked, newest_whole
 from imagereward_jax.training.state import from_checkpoint, to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
@@ -87,6 +90,8 @@ def train(
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(locked(workdir)) if workdir.is_dir() else None
         wait_for_all("checked the workdir")  # before process 0 writes into it
+        if jax.process_index() == 0:
+            say(f"{config.method.name}: opening {config.model.get('path') or 'its parts'}", file=sys.stderr)
         run = assemble(config, mesh)  # before anything is written: a bad path leaves no workdir behind
         check_measured(config, run.method.evaluate.values())
         with writing(workdir):
@@ -125,6 +130,7 @@ class _Loop:
         self.fixed = self.program.fixed(run)
         self.state = self.program.initial_state(run.trainable)
         run.trainable = run.reference_of = None  # the state has a copy; these would keep the first on the devices
+        self.progress.say(described(config, mesh, self.state.params, run.frozen, workdir))
         self.watch = Watch(config.stop)
         self.baseline = Baseline(workdir, config, main=self.main)
         dtype = jnp.dtype(config.dtype)
@@ -205,11 +211,14 @@ class _Loop:
 
     def _compile(self, batches):
         start = time.monotonic()
-        lowered = self.program.jitted().lower(self.state, self.fixed, batches, np.int32(0))
+        with self.progress.waiting("tracing the training step"):
+            lowered = self.program.jitted().lower(self.state, self.fixed, batches, np.int32(0))
         self.progress.say(f"traced the training step in {time.monotonic() - start:.1f} s, compiling it")
         start = time.monotonic()
-        compiled = lowered.compile(self.program.compile_options)
-        self.progress.say(f"compiled the training step in {time.monotonic() - start:.1f} s")
+        with self.progress.waiting("compiling the training step"), counting_hits() as hits:
+            compiled = lowered.compile(self.program.compile_options)
+        done = "read the compiled training step from the cache" if hits else "compiled the training step"
+        self.progress.say(f"{done} in {time.monotonic() - start:.1f} s")
         return compiled
 
     def _positions(self):
@@ -268,6 +277,7 @@ class _Loop:
             metrics |= {f"{phase.name}/{name}": value for name, value in phase.source.metrics.items()}
         images = self.method.phases[0].source.images * self.program.updates
         metrics["images_per_second"] = images / (time.monotonic() - begin)
+        metrics["learning_rate"] = self.program.learning_rate(self.step)
         self.meter.add(metrics)
         for phase in self.method.phases:
             self._show_samples(phase.source.samples)

@@ -26,11 +26,11 @@ from imagereward_jax.training.interruptions import RunError
 METRICS = "metrics.jsonl"  # in the workdir
 WANDB_RUN = "wandb_run.json"  # in the workdir, the id that a resumed run continues
 TEST = "test/"  # how metrics of the test set begin
-COUNTERS = ("skipped",)  # metrics that count since the run began: their last value is logged, not their mean
+COUNTERS = ("skipped", "learning_rate")  # metrics whose last value is logged, not their mean
 
 
 class Meter:
-    """Means of the step metrics since the last log step; counters keep their last value.
+    """Means of the step metrics since the last log step; of `COUNTERS` the last value.
 
     Its state goes into checkpoints, so that a resumed run logs the same numbers.
     """

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from imagereward_jax.methods.base import Export, Method
 from imagereward_jax.models.hardware import target_platform
 from imagereward_jax.training.mesh import batch_sharding, replicated, weight_shardings
-from imagereward_jax.training.optimizer import make_optimizer
+from imagereward_jax.training.optimizer import make_optimizer, make_schedule
 from imagereward_jax.training.state import TrainState, init_state
 from imagereward_jax.training.step import Fixed, cast, compile_options, make_train_step
 
@@ -62,6 +62,7 @@ class TrainingProgram:
         self.on_policy = any(phase.source.on_policy for phase in run.method.phases)
         self.compile_options = compile_options(config.optimization_level, on_policy=self.on_policy)
         updates = config.steps * self.updates * len(run.method.phases)
+        self._schedule = make_schedule(config.optimizer, updates, config.batch_size)
         self.optimizer = make_optimizer(config.optimizer, updates, config.batch_size)
         self._make_state = functools.partial(
             init_state,
@@ -72,6 +73,10 @@ class TrainingProgram:
         )
         self.abstract_state: TrainState = jax.eval_shape(self._make_state, run.trainable)
         self.state_shardings: TrainState = weight_shardings(mesh, self.abstract_state)
+
+    def learning_rate(self, step: int) -> float:
+        """That of the last update of a step, numbered from 1, if none was skipped."""
+        return float(self._schedule(step * self.updates * len(self.method.phases) - 1))
 
     def initial_state(self, trainable: Any) -> TrainState:
         """The state of a new run, sharded."""

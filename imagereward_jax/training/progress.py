@@ -1,13 +1,21 @@
 """What a run says on stderr while it trains: a bar, and lines above it."""
 
+import contextlib
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
 from tqdm.auto import tqdm  # a widget in notebooks
 
 from imagereward_jax.methods.base import Method
 from imagereward_jax.terminal import escape
+
+EVERY = 5.0  # seconds between two signs of life while nothing else shows
 
 
 class Progress:
@@ -49,6 +57,28 @@ class Progress:
                 self._warned.add(name)
                 self.say(f"warning: step {step}: {name} {metrics[name]:.3g} is above {limit:g}: {meaning}")
 
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Says every few seconds, in a line that goes away again, that `what` goes on, and for how long."""
+        ended = threading.Event()
+
+        def tell():
+            begin, clock = time.monotonic(), tqdm(bar_format="{desc}", leave=False, file=sys.stderr)
+            while not ended.wait(EVERY):
+                clock.set_description_str(f"{what}: {time.monotonic() - begin:.0f} s")
+            clock.close()
+
+        if not self.main:
+            yield
+            return
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def say(self, text: str) -> None:
         """Writes a line above the bar."""
         if self.main:
@@ -58,3 +88,14 @@ class Progress:
 def listed(metrics: Mapping[str, float]) -> str:
     """Metrics in one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def described(config: Any, mesh: Mesh, trained: Any, frozen: Any, workdir: Path) -> str:
+    """What a run is about to do, in one line: method, model, what trains, batch, devices, workdir."""
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trained, frozen)]
+    kind = mesh.devices.flat[0].device_kind
+    model = config.model.get("path") or "a model from scratch"
+    return (
+        f"{config.method.name} of {model}: {sizes[0]:,} parameters train beside {sizes[1]:,} that do not; batches of "
+        f"{config.batch_size} on {mesh.size} x {kind} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}); {workdir}"
+    )

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from imagereward_jax.models.lora import ATTENTION
 from imagereward_jax.recipes import default_config
 from imagereward_jax.storage.files import is_temporary
@@ -41,6 +43,28 @@ NOW_NONE = {"lora.targets": ATTENTION}  # defaults that runs from before wrote, 
 
 class WorkdirError(ValueError):
     """The workdir belongs to another run, or to something else."""
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a workdir.
+
+    Raises:
+        FileNotFoundError: there is none. WorkdirError: its config is of another version, or cannot be read.
+    """
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the workdir of a run")
+    try:
+        there = dict(flat_fields(json.loads(path.read_bytes())))
+        config = default_config(there["method.name"])
+        config.update_from_flattened_dict({name: _tuples(value) for name, value in there.items()})
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise WorkdirError(f"{path} is not the config of a run of this version: {error}") from error
+    return config
+
+
+def _tuples(value):
+    return tuple(value) if isinstance(value, list) else value
 
 
 def is_complete(workdir: Path, config: Any) -> bool:

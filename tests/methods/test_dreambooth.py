@@ -133,6 +133,30 @@ def test_class_images_are_made_once_and_never_replaced(folder, tmp_path, capsys)
     assert "making" not in capsys.readouterr().err.replace("making 1", "")
 
 
+def test_class_images_of_several_prompts_keep_each_its_own(folder, tmp_path):
+    """In turn, in a .txt beside each, also when one is made again; one of the user's own brings its caption."""
+    (tmp_path / "prompts.txt").write_text("a circle\na cross\n")
+    classes = tmp_path / "classes"
+    changes = {"class_prompt": "", "class_prompts": str(tmp_path / "prompts.txt"), "class_images": str(classes)}
+    config = config_of(folder, **{f"method__{name}": value for name, value in changes.items()})
+    classes.mkdir()
+    Image.new("RGB", (8, 8), "red").save(classes / "a.png")
+    (classes / "a.txt").write_text("a red square")
+
+    def batches(number):
+        source = dreambooth.make(config_section(config), parts_of(config)).phases[0].source
+        found = source.batches(None, jax.random.key(0))
+        return [prompt for _ in range(number) for prompt in next(found)["class"]["host"]["prompt"]]
+
+    assert set(batches(3)) == {"a red square", "a circle", "a cross"}
+    captions = {path.name: path.read_text() for path in classes.glob("class*.txt")}
+    assert captions == {"class_00000.txt": "a circle\n", "class_00001.txt": "a cross\n"}
+    (classes / "class_00001.png").unlink()
+    batches(1)
+    assert (classes / "class_00001.png").is_file()
+    assert {path.name: path.read_text() for path in classes.glob("class*.txt")} == captions
+
+
 def config_section(config):
     validate(config)
     return dreambooth.Config.read(config.method)
@@ -170,6 +194,7 @@ def test_a_step_of_the_other_families_is_traced(folder, tmp_path, make, rank):
         ({"method__class_prompt": "", "method__class_images": "x"}, "class_images='x' has no effect without"),
         ({"method__class_images": "FOLDER/instances/classes"}, "one folder holds the other"),
         ({"method__class_images": "FOLDER"}, "one folder holds the other"),
+        ({"method__class_prompts": "prompts.txt"}, "class_prompts='prompts.txt': give one"),
         ({"method__num_class_images": 0}, "num_class_images=0: expected at least 1"),
         ({"method__prior_weight": -1.0}, "prior_weight=-1.0: expected at least 0"),
         ({"data__pairs": ""}, "config.data.pairs is empty"),

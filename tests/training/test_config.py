@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("ml_collections")
 
 from imagereward_jax.config import ConfigError, did_you_mean
-from imagereward_jax.recipes import default_config, judge, reward_term, validate
+from imagereward_jax.recipes import default_config, judge, recipe_beside, reward_term, validate
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,3 +97,14 @@ def test_values_that_cannot_work_name_their_field(fields, message):
     config.update_from_flattened_dict(fields)
     with pytest.raises(ConfigError, match=message):
         validate(config)
+
+
+def test_a_recipe_of_another_method_keeps_what_both_have():
+    """What differs from the first method's defaults, optional fields included; the rest is the second's own."""
+    grpo = recipe_beside(ROOT / "configs/x", "grpo_tiny")
+    nft = recipe_beside(ROOT / "configs/x", "grpo_tiny", method="nft")
+    assert nft.method.name == "nft" and nft.method.num_steps == 10 and nft.method.noise_levels == 9
+    for name in ("group_size", "guidance_scale", "rounds", "height"):
+        assert nft.method[name] == grpo.method[name] != default_config("nft").method[name], name
+    assert "clip_range" not in nft.method and nft.eval == grpo.eval and nft.optimizer == grpo.optimizer
+    validate(nft)
