@@ -4,9 +4,9 @@
 
 `--config.reward.path=jpeg-compressibility`, or module:function (a Python function of yours), needs no other change.
 Each step samples 64 images, with the guidance that they are evaluated with, and makes two updates. Hardware: 2 CPU
-cores, some 14 minutes. Result to expect (one seed): after 1,280 images, of which policy gradients need many times as
-many, the mean reward at guidance 3 goes from 1.659 to 1.681 and the share of fully right images from 0.77 to 0.77. With
-three times the learning rate it loses.
+cores, some 14 minutes. Result to expect at guidance 3, mean of three seeds: the mean reward goes from 1.659 to 1.670
+after 640 images, and back to 1.659 after 1,280 (1.623 to 1.681), the share of fully right images from 0.77 to 0.78 and
+0.75. So few images are too few for a policy gradient: docs/methods.md. It shows the method at work, not a better model.
 """
 
 from imagereward_jax.recipes import default_config

@@ -70,6 +70,23 @@ def _flops_of(equation, while_trips):
     return Counter({dtype: times * count for dtype, count in _sum(inner).items()})
 
 
+def attention_kernels(jaxpr: ClosedJaxpr | Jaxpr) -> dict[str, int]:
+    """Counts the fused attention kernels in a traced program, {"cudnn" or "pallas": calls}; one in a loop counts once.
+
+    Attention that is none of these is products and a softmax, whole or by blocks.
+    """
+    found = Counter()
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name = equation.primitive.name
+        if name.startswith("dot_product_attention"):
+            found["cudnn"] += 1
+        elif name == "pallas_call":
+            found["pallas"] += 1
+        else:
+            found += _sum(Counter(attention_kernels(inner)) for inner in _inner(equation.params))
+    return dict(found)
+
+
 def _counted(equation, count):
     return Counter({equation.invars[0].aval.dtype.name: count})
 

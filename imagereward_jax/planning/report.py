@@ -62,6 +62,7 @@ def plan(config: Any, topology: Topology) -> dict[str, Any]:
         "flops_per_chip": total_flops // topology.chips,
         "flops_per_chip_by_dtype": {dtype: count // topology.chips for dtype, count in flops.items()},
         "flops_per_image": total_flops // images,
+        "attention_kernels": counts.attention_kernels(traced.jaxpr),
         "compiled_flops": None,
         "collective_bytes": None,
         "trace_seconds": round(time.monotonic() - start, 1),
@@ -198,6 +199,8 @@ def as_text(figures: dict[str, Any], config: Any) -> str:
     lines += ["", f"FLOPs a chip and step   {figures['flops_per_chip'] / 1e12:.4g} T"]
     lines += [f"  {name:<22}{count / 1e12:.4g} T" for name, count in figures["flops_per_chip_by_dtype"].items()]
     lines.append(f"FLOPs an image          {figures['flops_per_image'] / 1e12:.4g} T")
+    kernels = [f"{name} at {calls} place(s)" for name, calls in figures["attention_kernels"].items()]
+    lines.append(f"fused attention         {', '.join(kernels) or 'none'}")
     if figures["collective_bytes"] is not None:
         lines.append("bytes moved a chip and step, by collective")
         moved = figures["collective_bytes"]

@@ -1,19 +1,20 @@
 """The files of settings of published text-to-image models, in the form that their repositories have them.
 
-Widths are divided by 8, norms' groups alike, and layers are few, so that structures are quick to build; every field is
-there, the odd ones above all. `SETS` maps a repository to its folder's JSON files.
+Sizes are the published ones, and every field is there, the odd ones above all. `SETS` maps a repository to its folder's
+JSON files; `cut` makes them small.
 """
 
-from published_parts import CLIP, UNET, VAE
-from published_parts import T5 as T5_XXL
+from typing import Any
+
+from published_parts import CLIP, T5, UNET, VAE
 
 # As diffusers 0.2 wrote it.
-UNET_1 = UNET | {"block_out_channels": [40, 80, 160, 160], "cross_attention_dim": 96, "norm_num_groups": 8}
+UNET_1 = UNET
 UNET_2 = UNET_1 | {
     "_diffusers_version": "0.10.0.dev0",
     "attention_head_dim": [5, 10, 20, 20],
     "class_embed_type": None,
-    "cross_attention_dim": 128,
+    "cross_attention_dim": 1024,
     "dual_cross_attention": False,
     "num_class_embeds": None,
     "only_cross_attention": False,
@@ -55,17 +56,17 @@ UNET_XL = {
     **LATER,
     "_diffusers_version": "0.19.0.dev0",
     "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 32,
+    "addition_time_embed_dim": 256,
     "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [40, 80, 160],
-    "cross_attention_dim": 256,
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "projection_class_embeddings_input_dim": 352,
+    "projection_class_embeddings_input_dim": 2816,
     "sample_size": 128,
-    "transformer_layers_per_block": [1, 1, 2],
+    "transformer_layers_per_block": [1, 2, 10],
 }
-VAE_1 = VAE | {"block_out_channels": [16, 32, 64, 64], "norm_num_groups": 4}
+VAE_1 = VAE | {"norm_num_groups": 32}
 VAE_XL = VAE_1 | {"_diffusers_version": "0.20.0.dev0", "force_upcast": True, "scaling_factor": 0.13025}
 VAE_XL |= {"sample_size": 1024}
 VAE_LATER = VAE_XL | {
@@ -87,46 +88,42 @@ VAE_3 = VAE_LATER | {
     "use_post_quant_conv": False,
     "use_quant_conv": False,
 }
-CLIP_L = CLIP | {
-    "hidden_size": 96,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "projection_dim": 96,
-    "transformers_version": "4.22.0.dev0",
-}
+CLIP_L = CLIP | {"projection_dim": 768, "transformers_version": "4.22.0.dev0"}
 CLIP_H = CLIP_L | {
     "hidden_act": "gelu",
-    "hidden_size": 128,
-    "intermediate_size": 512,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
     "num_attention_heads": 16,
-    "projection_dim": 64,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
 }
 CLIP_G = CLIP_L | {
     "architectures": ["CLIPTextModelWithProjection"],
     "hidden_act": "gelu",
-    "hidden_size": 160,
-    "intermediate_size": 640,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
     "num_attention_heads": 20,
-    "projection_dim": 160,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
     "torch_dtype": "float16",
 }
-T5 = T5_XXL | {"d_ff": 1280, "d_kv": 8, "d_model": 512, "num_layers": 2}
 MMDIT = {
     "_class_name": "SD3Transformer2DModel",
     "_diffusers_version": "0.29.0.dev0",
-    "attention_head_dim": 8,
-    "caption_projection_dim": 192,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
     "in_channels": 16,
-    "joint_attention_dim": 512,
+    "joint_attention_dim": 4096,
     "num_attention_heads": 24,
-    "num_layers": 3,
+    "num_layers": 24,
     "out_channels": 16,
     "patch_size": 2,
-    "pooled_projection_dim": 256,
+    "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
     "sample_size": 128,
 }
 MMDIT_35 = MMDIT | {"_diffusers_version": "0.31.0.dev0", "dual_attention_layers": [], "qk_norm": "rms_norm"}
+MMDIT_35_LARGE = MMDIT_35 | {"caption_projection_dim": 2432, "num_attention_heads": 38, "num_layers": 38}
 
 BETAS = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000}
 BETAS |= {"trained_betas": None}
@@ -298,7 +295,7 @@ SETS = {
     "nota-ai/bk-sdm-tiny": sd(
         unet=UNET_1
         | {
-            "block_out_channels": [40, 80, 160],
+            "block_out_channels": [320, 640, 1280],
             "down_block_types": ["CrossAttnDownBlock2D"] * 3,
             "layers_per_block": 1,
             "mid_block_type": None,
@@ -339,13 +336,11 @@ SETS = {
     "a UniPC of SDXL": sdxl(scheduler=UNIPC),
     "stabilityai/stable-diffusion-3-medium-diffusers": sd3(),
     "stabilityai/stable-diffusion-3.5-medium": sd3(
-        MMDIT_35 | {"dual_attention_layers": [0, 1], "pos_embed_max_size": 384}, FLOW_LATER
+        MMDIT_35 | {"dual_attention_layers": list(range(13)), "pos_embed_max_size": 384}, FLOW_LATER
     ),
-    "stabilityai/stable-diffusion-3.5-large": sd3(
-        MMDIT_35 | {"caption_projection_dim": 304, "num_attention_heads": 38}, FLOW_LATER, t5=False
-    ),
+    "stabilityai/stable-diffusion-3.5-large": sd3(MMDIT_35_LARGE, FLOW_LATER),
     "stabilityai/stable-diffusion-3.5-large-turbo": sd3(
-        MMDIT_35, FLOW_LATER | {"use_dynamic_shifting": True}, t5=False
+        MMDIT_35_LARGE, FLOW_LATER | {"use_dynamic_shifting": True}, t5=False
     ),
 }
 ANOTHER = "_class_name={!r} is not implemented, only StableDiffusionPipeline"
@@ -360,7 +355,7 @@ REFUSED = {
     "h94/IP-Adapter": (sdxl(UNET_XL | {"encoder_hid_dim_type": "ip_image_proj"}), "projects its conditions"),
     "a field of tomorrow": (sd(scheduler=PNDM | {"some_new_field": 3}), "'some_new_field' (value 3) is not known here"),
     "a refiner saved as SDXL": (
-        sdxl(UNET_XL | {"projection_class_embeddings_input_dim": 320}),
+        sdxl(UNET_XL | {"projection_class_embeddings_input_dim": 2560}),
         "SDXL's refiner has 5 and is not implemented",
     ),
     **{
@@ -379,3 +374,35 @@ REFUSED = {
         }.items()
     },
 }
+
+
+def cut(files: dict[str, Any]) -> dict[str, Any]:
+    """A folder's files with widths divided by 8 and few layers, so that structures are quick to build."""
+    return {
+        name: {key: _cut(key, value, content) for key, value in content.items()} if "/config" in name else content
+        for name, content in files.items()
+    }
+
+
+_WIDTHS = {
+    *("addition_time_embed_dim", "block_out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim"),
+    *("caption_projection_dim", "joint_attention_dim", "pooled_projection_dim", "d_ff", "d_kv", "d_model"),
+    *("hidden_size", "intermediate_size", "projection_dim"),
+}
+
+
+def _cut(field, value, config):
+    kind = config.get("_class_name")
+    if field in _WIDTHS or (field, kind) == ("attention_head_dim", "SD3Transformer2DModel"):
+        return _map(lambda width: width and width // 8, value)
+    if field == "norm_num_groups":  # 40 and 16 channels
+        return 8 if kind == "UNet2DConditionModel" else 4
+    if field.endswith("transformer_layers_per_block"):
+        return _map(lambda layers: layers and min(layers, 2), value)
+    if field in ("num_layers", "num_hidden_layers"):
+        return min(value, 3 if kind else 2)
+    return [layer for layer in value if layer < 2] if field == "dual_attention_layers" else value
+
+
+def _map(function, value):
+    return [_map(function, item) for item in value] if isinstance(value, list) else function(value)

@@ -70,6 +70,18 @@ def test_flops_of_attention(path):
     assert gradient == forward * (3 if path == "plain" else 3.5)
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"), [("plain", {}), ("blocks", {}), ("pallas", {"pallas": 1}), ("cudnn", {"cudnn": 1})]
+)
+def test_fused_attention_is_counted_where_it_stands(path, expected):
+    """In a loop and a branch once each; on one device, of a program that is traced alone."""
+    shape = jax.ShapeDtypeStruct((2, 1024, 3, 64), jnp.bfloat16)
+    once = lambda x: attention(x, x, x, path=path)  # noqa: E731
+    looped = lambda x: jax.lax.fori_loop(0, 3, lambda _, y: once(y), x)  # noqa: E731
+    assert counts.attention_kernels(jax.make_jaxpr(once)(shape)) == expected
+    assert counts.attention_kernels(jax.make_jaxpr(looped)(shape)) == expected
+
+
 ON_EIGHT_DEVICES = """
 import functools, json, sys
 import jax, jax.numpy as jnp

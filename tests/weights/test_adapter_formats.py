@@ -1,17 +1,19 @@
 """Adapters in the names and formats of many programs, against diffusers' converters, PEFT and closed forms."""
 
+import adapter_files
 import jax
 import numpy as np
 import pytest
 import single_files
 import tiny_sd3
+from adapter_files import random
 
 from imagereward_jax.diffusion.samplers import make_sampler
 from imagereward_jax.models import lora
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.weights import adapters, mapping, single_file
 from imagereward_jax.weights.adapter_updates import Factors, LowRank, change
-from imagereward_jax.weights.files import WeightsError, read_tensors, write_safetensors
+from imagereward_jax.weights.files import WeightsError, write_safetensors
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
@@ -23,10 +25,6 @@ SPELLINGS = {  # (name of the layer, of its down weight, of its up weight) by St
     "kohya": lambda layer: (f"lora_unet_{layer.replace('.', '_')}", "lora_down", "lora_up"),
     "ComfyUI": lambda layer: (f"diffusion_model.{layer}", "lora_A", "lora_B"),
 }
-
-
-def random(rng, *shape):
-    return rng.standard_normal(shape).astype(np.float32) * 0.3
 
 
 @pytest.fixture(scope="module", params=["sdxl", "sd3"])
@@ -75,57 +73,18 @@ def test_every_layer_under_stability_s_names_is_merged_as_diffusers_converts_it(
     assert len(adapter[name]) == len(lora.slots(pipeline.networks[name]))
 
 
-def forms(peft_tensors):
-    """An adapter of SD 3's attention, of diffusers' form, in those of other programs."""
-    kohya, comfy, onetrainer, split = {}, {}, {}, {}
-    layers = sorted({key.rsplit(".lora_", 1)[0] for key in peft_tensors})
-    for layer in layers:
-        down, up = (peft_tensors[f"{layer}.lora_{half}.weight"] for half in "AB")
-        flat = layer.removeprefix("transformer.").replace(".", "_")
-        onetrainer[f"lora_transformer_{flat}.lora_down.weight"] = down
-        onetrainer[f"lora_transformer_{flat}.lora_up.weight"] = up * np.float32(2)
-        onetrainer[f"lora_transformer_{flat}.alpha"] = np.float32(len(down) / 2)
-    blocks = sorted({layer.rsplit(".attn.", 1)[0] for layer in layers})
-    for block in blocks:
-        number = block.rsplit(".", 1)[1]
-        for side, names, out in (("x", "to_{}", "to_out.0"), ("context", "add_{}_proj", "to_add_out")):
-            thirds = [f"{block}.attn.{names.format(letter)}" for letter in "qkv"]
-            downs, ups = ([peft_tensors[f"{name}.lora_{half}.weight"] for name in thirds] for half in "AB")
-            rank, rows = downs[0].shape[0], ups[0].shape[0]
-            up = np.zeros((3 * rows, 3 * rank), np.float32)
-            for third in range(3):
-                up[third * rows : (third + 1) * rows, third * rank : (third + 1) * rank] = ups[third]
-            parts = {"qkv": (np.concatenate(downs), up)}
-            if f"{block}.attn.{out}.lora_A.weight" in peft_tensors:
-                parts["proj"] = tuple(peft_tensors[f"{block}.attn.{out}.lora_{half}.weight"] for half in "AB")
-            for part, (down, above) in parts.items():
-                dotted = f"joint_blocks.{number}.{side}_block.attn.{part}"
-                flat = f"lora_unet_{dotted.replace('.', '_')}"
-                comfy[f"diffusion_model.{dotted}.lora_A.weight"], comfy[f"diffusion_model.{dotted}.lora_B.weight"] = (
-                    down,
-                    above,
-                )
-                for file, alpha in ((kohya, len(down)), (split, rank)):
-                    file[f"{flat}.lora_down.weight"], file[f"{flat}.lora_up.weight"] = down, above
-                    file[f"{flat}.alpha"] = np.float32(alpha)
-    return {"kohya": kohya, "ComfyUI": comfy, "OneTrainer": onetrainer, "kohya, split_qkv": split}
-
-
 def test_an_adapter_of_sd3_is_one_image_in_every_form_and_in_diffusers(tmp_path):
     """Our export, its copies in the forms of other programs, and diffusers' pipeline with our export: within 1e-5; in
     diffusers within 1e-4 (it rounds to float32 in another order)."""
     pipe = tiny_sd3.make(tmp_path / "tokenizers", with_t5=False)
     pipe.save_pretrained(tmp_path / "model")
     pipeline, params = load_pipeline(tmp_path / "model")
-    adapted = pipeline.with_lora("transformer", pipeline.lora_targets, rank=RANK, alpha=4.0)
-    rng = np.random.default_rng(0)
-    shapes = mapping.params_of(adapted.networks["transformer"], lora.LoRAParam)
-    own = {"transformer": jax.tree.map(lambda leaf: random(rng, *leaf.shape), shapes)}
-    adapters.write_adapter(tmp_path, adapted.networks, own, rank=RANK, alpha=4.0)
-    for name, tensors in forms(read_tensors(tmp_path / adapters.FILE)).items():
+    targets = {"transformer": pipeline.lora_targets}
+    forms = adapter_files.forms_of_sd3(adapter_files.exported(tmp_path, pipeline, targets, rank=RANK, alpha=4.0))
+    for name, tensors in forms.items():
         write_safetensors(tmp_path / f"{name}.safetensors", tensors)
     sampler = make_sampler("euler", pipeline.scheduler_config, 2)
-    noise = rng.standard_normal((1, 8, 8, 16)).astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal((1, 8, 8, 16)).astype(np.float32)
     ids = pipeline.tokenize(["a red square"])
     draw = jax.jit(lambda params: pipeline.sample(params, ids, None, noise, sampler=sampler))
 
@@ -136,7 +95,7 @@ def test_an_adapter_of_sd3_is_one_image_in_every_form_and_in_diffusers(tmp_path)
 
     expected = image(tmp_path / adapters.FILE)
     assert np.abs(expected - np.asarray(draw(params))).max() > 0.01
-    for name in ("kohya", "ComfyUI", "OneTrainer", "kohya, split_qkv"):
+    for name in forms:
         np.testing.assert_allclose(image(tmp_path / f"{name}.safetensors"), expected, atol=1e-5, err_msg=name)
     pipe.load_lora_weights(tmp_path, weight_name=adapters.FILE)
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2))
@@ -153,20 +112,18 @@ def sd1(tmp_path_factory):
 def test_attention_processors_of_2023(sd1, tmp_path):
     """`ATTENTION.processor.to_q_lora.down.weight`, with "unet.", the text encoder of that age, and bare."""
     pipeline, _ = sd1
-    rng, modern, old = np.random.default_rng(0), {}, {}
+    rng, modern = np.random.default_rng(0), {}
     for network in ("unet", "text_encoder"):
         layout = mapping.torch_layout(pipeline.networks[network])
         for name in lora.slots(pipeline.networks[network]):
             out, features, *_ = layout[f"{name}.weight"].torch_shape
-            block, _, layer = name.rpartition(".attn1.to_" if ".attn1.to_" in name else ".self_attn.")
-            if not block:
-                continue
-            pair = random(rng, RANK, features), random(rng, out, RANK)
-            letter = layer.removesuffix(".0").removesuffix("_proj")
-            aged = f"{block}.attn1.processor" if network == "unet" else f"{block}.self_attn"
-            for half, array in zip(("down", "up"), pair):
-                modern[f"{network}.{name}.lora.{half}.weight"] = array
-                old[f"{network}.{aged}.to_{letter}_lora.{half}.weight"] = array
+            if ".attn1.to_" in name or ".self_attn." in name:
+                modern[f"{network}.{name}.lora.down.weight"] = random(rng, RANK, features)
+                modern[f"{network}.{name}.lora.up.weight"] = random(rng, out, RANK)
+    old = adapter_files.of_2023(modern)
+    assert {key.rsplit(".to_", 1)[1] for key in old} == {
+        f"{letter}_lora.{half}.weight" for letter in ("q", "k", "v", "out") for half in ("down", "up")
+    }
     bare = {key.removeprefix("unet."): array for key, array in old.items() if key.startswith("unet.")}
     read = []
     for name, tensors in {"modern": modern, "old": old, "bare": bare}.items():
@@ -184,20 +141,12 @@ CONV = "down_blocks.0.resnets.0.conv1"
 
 
 def by_peft(config, weight):
-    """(keys and arrays of PEFT's adapter on a layer with this weight, random; the layer's weight with it merged)."""
+    """(tensors of a random adapter on a layer with this weight, as in PEFT's folders; the weight with it merged)."""
     out, features, *space = weight.shape
     layer = torch.nn.Conv2d(features, out, space[0], padding=1) if space else torch.nn.Linear(features, out)
     layer.weight.data = torch.from_numpy(np.array(weight))
     model = peft.get_peft_model(torch.nn.ModuleDict({"layer": layer}), config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.requires_grad:
-                value.copy_(
-                    1 + 0.3 * torch.rand(value.shape) if "magnitude" in name else 0.3 * torch.randn(value.shape)
-                )
-    tensors = {key.split("layer.", 1)[1]: value.numpy() for key, value in peft.get_peft_model_state_dict(model).items()}
-    tensors = {key: np.array(value) for key, value in tensors.items()}
+    tensors = adapter_files.randomised(model)
     return tensors, model.merge_and_unload()["layer"].weight.detach().numpy()
 
 
@@ -220,11 +169,8 @@ def test_lycoris_and_dora_are_merged_as_by_peft(sd1, tmp_path, kind, layer, tuck
     network = pipeline.networks["unet"]
     weight = mapping.to_torch(network, params["unet"])[f"{layer}.weight"]
     found, expected = by_peft(FORMATS[kind](tucker), weight)
-    name = f"lora_unet_{layer.replace('.', '_')}"
-    tensors = {
-        f"{name}.{key.replace('lora_A', 'lora_down').replace('lora_B', 'lora_up')}": a for key, a in found.items()
-    }
-    write_safetensors(tmp_path / "x.safetensors", tensors | {f"{name}.alpha": np.float32(2)})
+    tensors = {key.replace(".layer.", f".{layer}."): array for key, array in found.items()}
+    write_safetensors(tmp_path / "x.safetensors", adapter_files.lycoris(tensors, alpha=2))
     adapter = adapters.read_adapter(tmp_path / "x.safetensors", pipeline.networks)
     merged = adapters.merge(pipeline.networks, params, adapter)["unet"]
     np.testing.assert_allclose(mapping.to_torch(network, merged)[f"{layer}.weight"], expected, atol=1e-5)

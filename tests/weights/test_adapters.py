@@ -1,10 +1,11 @@
 """Adapter files against diffusers and PEFT: what is written there is read here and the other way round."""
 
-import importlib.util
+import functools
 import re
 import types
-from pathlib import Path
 
+import adapter_files
+import convert_scripts
 import jax
 import numpy as np
 import pytest
@@ -28,7 +29,6 @@ torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers"
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")
 peft = pytest.importorskip("peft", reason="the reference is PyTorch PEFT")
 
-ROOT = Path(__file__).parents[2]
 TARGETS = lora.ATTENTION + r"|proj_in|resnets\.\d+\.conv1"
 PROMPT = "a small blue cross in the center"
 
@@ -173,38 +173,22 @@ def test_an_export_needs_no_header(adapted, exported):
         np.testing.assert_allclose(seen, trained, rtol=1e-5, atol=1e-7)
 
 
-def kohya(pipeline, path, adapter, *, text_rank=2):
-    """Writes an adapter as kohya's sd-scripts do, with random layers of the text encoder, halved in scale."""
-    rng, tensors = np.random.default_rng(7), {}
-    for name, low_rank in adapter["unet"].items():
-        stem = "lora_unet_" + name.replace(".", "_")
-        tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = low_rank.down, low_rank.up
-        tensors[f"{stem}.alpha"] = np.float32(low_rank.scale * low_rank.rank)
-    for layer in range(2):
-        for name, (out, features) in {
-            "self_attn_q_proj": (24, 24),
-            "self_attn_out_proj": (24, 24),
-            "mlp_fc1": (48, 24),
-        }.items():
-            stem = f"lora_te_text_model_encoder_layers_{layer}_{name}"
-            tensors[f"{stem}.lora_down.weight"] = rng.standard_normal((text_rank, features)).astype(np.float32)
-            tensors[f"{stem}.lora_up.weight"] = rng.standard_normal((out, text_rank)).astype(np.float32)
-            tensors[f"{stem}.alpha"] = np.float32(text_rank / 2)
-    write_safetensors(path, tensors)
+def kohya(exported):
+    """An exported adapter as kohya's sd-scripts write it, at half its scale, with layers of the text encoder."""
+    tensors = read_tensors(exported / adapters.FILE) | adapter_files.random_text_layers()
+    return adapter_files.kohya(tensors, scale=0.5)
 
 
 def test_a_kohya_file_says_the_same_as_peft_s_and_as_in_diffusers(folder, base, exported, tmp_path):
     """The UNet's layers to the bit; the weights that diffusers fuses from the file within 1e-6, text encoder too."""
     pipeline, params = base
     adapter = adapters.read_adapter(exported, pipeline.networks)
-    kohya(pipeline, tmp_path / "kohya.safetensors", adapter)
+    write_safetensors(tmp_path / "kohya.safetensors", kohya(exported))
     read = adapters.read_adapter(tmp_path / "kohya.safetensors", pipeline.networks)
     assert read["unet"].keys() == adapter["unet"].keys()
     for name, low_rank in adapter["unet"].items():
         np.testing.assert_array_equal(read["unet"][name].down, low_rank.down)
-        np.testing.assert_array_equal(read["unet"][name].up, low_rank.up)
-        assert np.isclose(read["unet"][name].scale, low_rank.scale, rtol=1e-6)
-
+        np.testing.assert_array_equal(read["unet"][name].up * read["unet"][name].scale, low_rank.up)
     pipe = torch_pipeline(folder, (tmp_path / "kohya.safetensors", 1.0))
     assert_fused_alike(pipe, pipeline, params, read, 0.8)
 
@@ -212,8 +196,7 @@ def test_a_kohya_file_says_the_same_as_peft_s_and_as_in_diffusers(folder, base, 
 def test_a_whole_number_may_be_an_alpha(base, exported, tmp_path):
     """kohya writes alpha=16 as an integer tensor where nothing converts it."""
     pipeline, _ = base
-    kohya(pipeline, tmp_path / "float.safetensors", adapters.read_adapter(exported, pipeline.networks))
-    tensors = read_tensors(tmp_path / "float.safetensors")
+    tensors = kohya(exported)
     for scalar in (np.float32(2), np.int64(2)):
         written = {key: scalar if key.endswith(".alpha") else array for key, array in tensors.items()}
         write_safetensors(tmp_path / f"{scalar.dtype}.safetensors", written)
@@ -276,12 +259,11 @@ def test_block_numbers_of_sdxl_are_diffusers():
         assert key == f"lora_unet_{name.replace('.', '_')}.lora_down.weight"
 
 
-def test_generate_with_an_adapter_is_generate_with_the_merged_model(folder, exported, made_by_peft, tmp_path, capsys):
+def test_generate_with_an_adapter_is_generate_with_the_merged_model(folder, exported, made_by_peft, tmp_path):
     """Two adapters with weights on the command line; the pixels are those of the model that merge_lora.py wrote."""
-    merge = script("merge_lora")
-    assert merge.main([str(folder), str(exported), str(tmp_path / "one"), "--weight", "0.5"]) == 0
-    assert "layers adapted" in capsys.readouterr().out
-    assert merge.main([str(tmp_path / "one"), str(made_by_peft), str(tmp_path / "both")]) == 0
+    merge = functools.partial(convert_scripts.run, "merge_lora")
+    assert "layers adapted" in merge(folder, exported, tmp_path / "one", "--weight", "0.5")
+    merge(tmp_path / "one", made_by_peft, tmp_path / "both")
     common = ["--prompt", PROMPT, "--steps", "3", "--guidance-scale", "1"]
     loras = ["--lora", f"{exported}:0.5", "--lora", str(made_by_peft / adapters.FILE)]
     assert generate.main(["--model", str(folder), "--out", str(tmp_path / "a"), *loras, *common]) == 0
@@ -291,13 +273,6 @@ def test_generate_with_an_adapter_is_generate_with_the_merged_model(folder, expo
     assert a.text["lora"] == " ".join(loras[1::2])
     assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
     assert np.abs(np.asarray(a, int) - np.asarray(c, int)).mean() > 3
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "convert" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def change(tensors, kind):
@@ -360,7 +335,12 @@ def test_flags_that_cannot_work_are_one_line(folder, tmp_path, capsys):
         assert generate.main(flags) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert script("merge_lora").main([str(folder), str(folder / "unet"), str(tmp_path / "out"), "--weight", "nan"]) == 2
+    assert (
+        convert_scripts.load("merge_lora").main(
+            [str(folder), str(folder / "unet"), str(tmp_path / "out"), "--weight", "nan"]
+        )
+        == 2
+    )
     assert "--weight nan" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -380,36 +360,9 @@ def test_an_sdxl_file_of_kohya_s_is_fused_as_in_diffusers(tmp_path):
     """Stability's block numbers and both text encoders: every weight within 1e-6 of what diffusers fuses."""
     pipeline, params = tiny_sdxl.make(tmp_path / "tokenizers")
     pipeline.save(tmp_path / "saved", params)
-    rng, tensors = np.random.default_rng(3), {}
-    stems = {
-        "unet": {f"lora_unet_{name}": name for name in SDXL_LAYERS},
-        "text_encoder": {f"lora_te1_{name}": name for name in TEXT_LAYERS},
-        "text_encoder_2": {f"lora_te2_{name}": name for name in TEXT_LAYERS},
-    }
-    aliases = layer_aliases(pipeline.networks)
-    for network, names in stems.items():
-        for stem in names:
-            shape = mapping.torch_layout(pipeline.networks[network])[f"{aliases[stem][0].layer}.weight"].torch_shape
-            tensors[f"{stem}.lora_down.weight"] = rng.standard_normal((2, shape[1])).astype(np.float32)
-            tensors[f"{stem}.lora_up.weight"] = rng.standard_normal((shape[0], 2)).astype(np.float32)
-            tensors[f"{stem}.alpha"] = np.float32(1)
+    tensors = adapter_files.kohya_of_sdxl(pipeline)
     write_safetensors(tmp_path / "sdxl.safetensors", tensors)
     read = adapters.read_adapter(tmp_path / "sdxl.safetensors", pipeline.networks)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "saved")
     pipe.load_lora_weights(tmp_path / "sdxl.safetensors")
     assert_fused_alike(pipe, pipeline, params, read, 1.0)
-
-
-# Two levels of blocks with one layer each: input_blocks 0 to 3, output_blocks 0 to 3.
-SDXL_LAYERS = (
-    "input_blocks_3_1_transformer_blocks_1_attn1_to_q",
-    "input_blocks_3_1_proj_in",
-    "middle_block_1_transformer_blocks_0_attn2_to_k",
-    "output_blocks_0_1_transformer_blocks_0_ff_net_0_proj",
-    "output_blocks_1_1_transformer_blocks_1_attn1_to_out_0",
-)
-TEXT_LAYERS = (
-    "text_model_encoder_layers_0_self_attn_q_proj",
-    "text_model_encoder_layers_1_self_attn_out_proj",
-    "text_model_encoder_layers_1_mlp_fc2",
-)

@@ -1,8 +1,5 @@
 """The commands convert/from_diffusers.py and convert/to_diffusers.py, and the Orbax checkpoints between them."""
 
-import contextlib
-import importlib.util
-import io
 import json
 import os
 import re
@@ -15,6 +12,7 @@ import child
 import jax
 import numpy as np
 import pytest
+from convert_scripts import run
 
 from imagereward_jax.weights import diffusers as folders
 from imagereward_jax.weights import mapping
@@ -28,27 +26,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NETWORKS = ("unet", "vae", "text_encoder")
 
 
-def command(script):
-    """The `main` of a script in convert/."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, REPOSITORY / "convert" / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def run(script, *arguments, code=0):
-    """Runs a command of convert/ in this process; returns what it printed (of an error, to stderr)."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert command(script)(list(map(str, arguments))) == code, err.getvalue()
-    return out.getvalue() if code == 0 else err.getvalue()
-
-
 @pytest.fixture(scope="module")
 def checkpoint(pipeline_folder, tmp_path_factory):
     """The tiny pipeline as an Orbax checkpoint; tests must not write into it."""
     out = tmp_path_factory.mktemp("orbax") / "checkpoint"
-    printed = run("from_diffusers.py", pipeline_folder, out)
+    printed = run("from_diffusers", pipeline_folder, out)
     assert "unet: reading" in printed and printed.endswith(f"wrote {out}\n")
     return out
 
@@ -64,7 +46,7 @@ def structs(folder, name, **options):
 
 def test_there_and_back_is_exact(checkpoint, expected, pipeline_folder, tmp_path):
     """Folder -> Orbax -> folder: every tensor, setting and tokenizer file is the same to the bit."""
-    run("to_diffusers.py", checkpoint, tmp_path / "back")
+    run("to_diffusers", checkpoint, tmp_path / "back")
     for name in NETWORKS:
         config, tensors = folders.load_component(tmp_path / "back", name)
         assert config == json.loads((pipeline_folder / name / "config.json").read_text())
@@ -82,7 +64,7 @@ def test_diffusers_opens_the_export(checkpoint, torch_networks, tmp_path):
     import torch
     from diffusers import StableDiffusionPipeline
 
-    run("to_diffusers.py", checkpoint, tmp_path / "back")
+    run("to_diffusers", checkpoint, tmp_path / "back")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "back")
     generator = torch.Generator().manual_seed(0)
     latents, prompt = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 24, generator=generator)
@@ -94,8 +76,8 @@ def test_diffusers_opens_the_export(checkpoint, torch_networks, tmp_path):
 def test_bfloat16_is_the_rounded_original(expected, pipeline_folder, tmp_path):
     import ml_dtypes
 
-    run("from_diffusers.py", pipeline_folder, tmp_path / "half", "--dtype", "bfloat16")
-    run("to_diffusers.py", tmp_path / "half", tmp_path / "back", "--dtype", "bfloat16")
+    run("from_diffusers", pipeline_folder, tmp_path / "half", "--dtype", "bfloat16")
+    run("to_diffusers", tmp_path / "half", tmp_path / "back", "--dtype", "bfloat16")
     for name in NETWORKS:
         for key, array in folders.load_component(tmp_path / "back", name)[1].items():
             assert array.dtype == ml_dtypes.bfloat16
@@ -181,7 +163,7 @@ def test_a_folder_whose_weights_are_of_another_network(pipeline_folder, tmp_path
     """The command says in one message which tensors do not fit."""
     source = shutil.copytree(pipeline_folder, tmp_path / "source")
     shutil.copy(source / "unet" / "diffusion_pytorch_model.safetensors", source / "vae")
-    message = run("from_diffusers.py", source, tmp_path / "out", code=2)
+    message = run("from_diffusers", source, tmp_path / "out", code=2)
     assert message.startswith(f"error: {source / 'vae'} does not fit the network")
     assert "encoder.conv_in.weight" in message and "time_embedding.linear_1.weight" in message
     assert os.listdir(tmp_path) == ["source"]
@@ -191,7 +173,7 @@ def test_a_setting_that_is_not_implemented(pipeline_folder, tmp_path):
     source = shutil.copytree(pipeline_folder, tmp_path / "source")
     config = json.loads((source / "unet" / "config.json").read_text())
     (source / "unet" / "config.json").write_text(json.dumps(config | {"class_embed_type": "timestep"}))
-    message = run("from_diffusers.py", source, tmp_path / "out", code=2)
+    message = run("from_diffusers", source, tmp_path / "out", code=2)
     assert re.match(r"error: .*class_embed_type='timestep' is not implemented", message)
 
 
@@ -199,15 +181,15 @@ def test_nothing_is_overwritten_unless_asked(checkpoint, pipeline_folder, tmp_pa
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    for script, source in (("from_diffusers.py", pipeline_folder), ("to_diffusers.py", checkpoint)):
+    for script, source in (("from_diffusers", pipeline_folder), ("to_diffusers", checkpoint)):
         assert run(script, source, out, code=2) == (
             f"error: {out} exists already; choose another name, or overwrite it (--overwrite)\n"
         )
         assert "is not overwritten" in run(script, source, out, "--overwrite", code=2)
     assert (out / "notes.txt").read_text() == "mine"
-    run("to_diffusers.py", checkpoint, tmp_path / "back")
+    run("to_diffusers", checkpoint, tmp_path / "back")
     (tmp_path / "back" / "old").touch()
-    run("to_diffusers.py", checkpoint, tmp_path / "back", "--overwrite")
+    run("to_diffusers", checkpoint, tmp_path / "back", "--overwrite")
     assert not (tmp_path / "back" / "old").exists()
 
 
@@ -223,10 +205,10 @@ def test_from_the_command_line(pipeline_folder, checkpoint, tmp_path):
 
 
 def test_sources_that_are_not_what_they_should_be(checkpoint, pipeline_folder, tmp_path):
-    assert "no folder" in run("from_diffusers.py", tmp_path / "absent", tmp_path / "out", code=2)
-    assert "no such folder" in run("to_diffusers.py", tmp_path / "absent", tmp_path / "out", code=2)
-    assert "no checkpoint.json" in run("to_diffusers.py", pipeline_folder, tmp_path / "out", code=2)
-    assert "no model_index.json" in run("from_diffusers.py", checkpoint, tmp_path / "out", code=2)
+    assert "no folder" in run("from_diffusers", tmp_path / "absent", tmp_path / "out", code=2)
+    assert "no such folder" in run("to_diffusers", tmp_path / "absent", tmp_path / "out", code=2)
+    assert "no checkpoint.json" in run("to_diffusers", pipeline_folder, tmp_path / "out", code=2)
+    assert "no model_index.json" in run("from_diffusers", checkpoint, tmp_path / "out", code=2)
     assert not os.listdir(tmp_path)
 
 
@@ -261,9 +243,9 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(checkpoint, pipeline_folder, small_disk):
-    message = run("from_diffusers.py", pipeline_folder, small_disk / "out", code=1)
+    message = run("from_diffusers", pipeline_folder, small_disk / "out", code=1)
     assert re.match(rf"error: {small_disk}/out/unet: needs [\d.]+ MiB, but only 0\.4 MiB of disk are free\n$", message)
-    message = run("to_diffusers.py", checkpoint, small_disk / "out", code=1)
+    message = run("to_diffusers", checkpoint, small_disk / "out", code=1)
     assert re.match(rf"error: {small_disk}/out/unet/\S+: could not be written .*No space left on device.*\n$", message)
     assert "free some room and run the same command again" in message
     assert not os.listdir(small_disk)
@@ -277,8 +259,8 @@ def test_sdxl_there_and_back(tmp_path):
 
     pipeline, params = tiny_sdxl.make(tmp_path / "tokenizers", force_zeros_for_empty_prompt=False)
     pipeline.save(tmp_path / "saved", params)
-    run("from_diffusers.py", tmp_path / "saved", tmp_path / "checkpoint")
-    run("to_diffusers.py", tmp_path / "checkpoint", tmp_path / "back")
+    run("from_diffusers", tmp_path / "saved", tmp_path / "checkpoint")
+    run("to_diffusers", tmp_path / "checkpoint", tmp_path / "back")
     back, back_params = load_pipeline(tmp_path / "back")
     assert back.family == "sdxl" and not back.force_zeros_for_empty_prompt
     jax.tree.map(np.testing.assert_array_equal, back_params, params)

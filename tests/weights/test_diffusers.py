@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import flax_files
 import numpy as np
 import pytest
 
@@ -116,56 +117,12 @@ def test_safetensors_come_before_pickles(torch_networks, expected, copy):
     assert_same(folders.load_component(copy, "unet")[1], expected["unet"])
 
 
-def flax_tree(network, rename):
-    """A PyTorch network's parameters as diffusers' Flax models kept them, laid out by the kind of each layer."""
-    import torch
-
-    tree = {}
-    for path, layer in network.named_modules():
-        for kind, parameter in layer.named_parameters(recurse=False):
-            array = parameter.detach().numpy()
-            if isinstance(layer, torch.nn.Conv2d) and kind == "weight":
-                kind, array = "kernel", array.transpose(2, 3, 1, 0)
-            elif isinstance(layer, torch.nn.Linear) and kind == "weight":
-                kind, array = "kernel", array.T
-            elif isinstance(layer, torch.nn.Embedding):
-                kind = "embedding"
-            elif kind == "weight":
-                kind = "scale"
-            node = tree
-            for part in rename(path).split("."):
-                node = node.setdefault(part, {})
-            node[kind] = np.ascontiguousarray(array)
-    return tree
-
-
-def numbers_joined(path):
-    """down_blocks.0.attentions.1.to_out.0 -> down_blocks_0.attentions_1.to_out_0"""
-    return re.sub(r"\.(\d+)", r"_\1", path)
-
-
-def old_vae_names(path):
-    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
-        path = re.sub(rf"(attentions\.\d+)\.{re.escape(new)}$", rf"\1.{old}", path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "rename"),
-    [
-        ("unet", "diffusion_flax_model.msgpack", numbers_joined),
-        ("vae", "diffusion_flax_model.msgpack", lambda path: numbers_joined(old_vae_names(path))),
-        ("text_encoder", "flax_model.msgpack", lambda path: f"text_model.{path.removeprefix('text_model.')}"),
-    ],
-)
-def test_flax_checkpoints(torch_networks, expected, copy, name, file, rename):
-    from flax.serialization import msgpack_serialize
-
-    replace_weights(copy, name, None)
-    (copy / name / file).write_bytes(msgpack_serialize(flax_tree(torch_networks[name], rename)))
+@pytest.mark.parametrize("name", NETWORKS)
+def test_flax_checkpoints(torch_networks, expected, copy, name):
     config = json.loads((copy / name / "config.json").read_text())
-    flax_config = config | {"dtype": "float32", "split_head_dim": False}
-    (copy / name / "config.json").write_text(json.dumps(flax_config))
+    replace_weights(copy, name, None)
+    (copy / name / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    flax_files.write(copy / name, torch_networks[name])
     loaded, tensors = folders.load_component(copy, name)
     assert_same(tensors, expected[name])
     assert loaded == {key: value for key, value in config.items() if key != "dtype"}
@@ -176,7 +133,7 @@ def test_vae_attention_of_old(expected, copy, as_convolutions):
     old = {}
     for key, array in expected["vae"].items():
         module, kind = key.rsplit(".", 1)
-        old_key = f"{old_vae_names(module)}.{kind}"
+        old_key = f"{flax_files.old_vae_names(module)}.{kind}"
         if as_convolutions and old_key != key and kind == "weight":
             array = array[:, :, None, None]
         old[old_key] = array
