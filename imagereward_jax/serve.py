@@ -117,18 +117,9 @@ def _signals() -> Iterator[threading.Event]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    from imagereward_jax.rewards.errors import RewardError
-
     args = parse_args(argv)
     use_compilation_cache(args.compilation_cache)
-    try:
-        say(serve(args))
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
-    except RewardError as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 1
+    say(serve(args))
     return 0
 
 

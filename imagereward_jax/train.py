@@ -14,6 +14,7 @@ everything is saved; 130 at once after Ctrl-C before the first step, or a second
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,9 @@ def parse_flags(argv, usage=None):
     except AttributeError as error:  # how ml_collections reports an unknown field
         if "get_config" in str(error):
             raise ValueError(f"--config {file}: has no function get_config()") from error
-        raise ValueError("unknown config field " + " ".join(str(error.args[0]).split())) from error
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"--config {file}: " if any(Path(frame.filename).name == file.name for frame in frames) else ""
+        raise ValueError(f"{place}unknown config field " + " ".join(str(error.args[0]).split())) from error
     except (flags.Error, KeyError, TypeError) as error:
         raise ValueError(_one_line(error)) from error
     except ModuleNotFoundError:

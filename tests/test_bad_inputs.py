@@ -68,6 +68,10 @@ CASES = {
         without_get_config,
         r"--config .*empty.py: has no function get_config\(\)",
     ),
+    "config file that sets a misspelt field": (
+        lambda folder: train.main(["train", f"--config={folder}/misspelt.py"]),
+        r"--config .*misspelt.py: unknown config field .*Did you mean .checkpoint",
+    ),
     "misspelt field": (training("--config.method.guidnce_scale=2"), 'Did you mean "guidance_scale"'),
     "field of another type": (training("--config.steps=many"), "config.steps=many"),
     "unknown flag": (training("--wrkdir=x"), "wrkdir"),
@@ -176,6 +180,7 @@ def make_bad_files(folder):
     (folder / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
     (folder / "none.json").write_text("[]")
     (folder / "raises.py").write_text("def get_config():\n    return 1 / 0\n")
+    (folder / "misspelt.py").write_text(Path(REFL).read_text().replace("config.checkpoint.", "config.checkpiont."))
     (folder / "syntax.py").write_text("def get_config(:\n")
     recipe = Path(REFL).read_text().replace("return config", "config.eval.judges = ['tiny-shapes']\n    return config")
     (folder / "list.py").write_text(recipe)

@@ -379,17 +379,18 @@ def column_values(table: Table, column: str) -> list[Any]:
 
 
 def check_texts(table: Table, texts: list[Any], what: str) -> list[str]:
-    """Returns the texts if each is a string with something in it.
+    """Returns the texts if each is a string with something in it, and without NUL, which only a damaged file holds.
 
     Raises:
         DataError: names the first row that is not, and counts the others.
     """
-    bad = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
+    bad = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip() or "\0" in text]
     if bad:
         value = texts[bad[0]]
-        problem = (
-            f"the {what} is empty" if isinstance(value, str) else f"the {what} must be a string; got {_kind(value)}"
-        )
+        if isinstance(value, str):
+            problem = f"the {what} holds a NUL character" if value.strip() else f"the {what} is empty"
+        else:
+            problem = f"the {what} must be a string; got {_kind(value)}"
         more = f" ({len(bad)} rows like this)" if len(bad) > 1 else ""
         raise DataError(f"{table.where(bad[0])}: {problem}{more}; correct or remove it")
     return texts

@@ -39,7 +39,12 @@ ALLOWED = {
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler_config.json describes a flow: by its class, or as use_flow_sigmas of another class."""
+    """Whether a scheduler_config.json describes a flow: by its class, or as use_flow_sigmas of another class.
+
+    Raises:
+        ValueError: a field has a value of another kind (`check_fields`).
+    """
+    check_fields(config)
     name = config.get("_class_name")
     return name in CLASSES or (name in _WITH_FLOW_SIGMAS and bool(stated(config).get("use_flow_sigmas")))
 
@@ -50,7 +55,6 @@ def read_schedule(config: Mapping[str, Any]) -> "NoiseSchedule | FlowSchedule":
     Raises:
         ValueError: naming the class or field that is not supported.
     """
-    check_fields(config)
     return FlowSchedule.from_config(config) if is_flow(config) else NoiseSchedule.from_config(config)
 
 
@@ -103,6 +107,11 @@ class FlowSchedule(Schedule):
             raise ValueError(f"scheduler_config.json: num_train_timesteps={steps!r} should be a positive integer")
         if not (isinstance(shift, int | float) and shift > 0):
             raise ValueError(f"scheduler_config.json: shift={shift!r} should be a positive number")
+        if schedule.use_dynamic_shifting and not 0 < schedule.base_image_seq_len < schedule.max_image_seq_len:
+            raise ValueError(
+                f"scheduler_config.json: base_image_seq_len={schedule.base_image_seq_len!r}, max_image_seq_len="
+                f"{schedule.max_image_seq_len!r}: expected 0 < base_image_seq_len < max_image_seq_len"
+            )
         spacing_of(given)
         return schedule
 

@@ -147,20 +147,11 @@ def make_sampler(
     if flow.is_flow(scheduler_config):
         return _make_flow_sampler(name, scheduler_config, num_steps, eta, image_tokens)
     config = _read_config(name, scheduler_config)
-    train_steps = config["num_train_timesteps"]
-    _check_num_steps(num_steps, train_steps)
+    _check_num_steps(num_steps, config["num_train_timesteps"])
     if not 0 <= eta <= (1 if name in _NOISY else 0):
         raise ValueError(f"eta={eta} should be in [0, 1] for ddim and tcd, and 0 for other samplers (here {name})")
     _check_heun(name, num_steps)
-    sampler = _SOLVERS[name](config, num_steps, eta)
-    if sampler.timesteps.max() > train_steps - 1:
-        raise ValueError(
-            f"num_steps={num_steps} with steps_offset={config['steps_offset']} begins at timestep "
-            f"{sampler.timesteps.max():g}, past the last training step {train_steps - 1}; take fewer steps"
-        )
-    if not all(np.isfinite(table).all() for table in sampler.weights if table is not None):
-        raise ValueError(f"{name} cannot take num_steps={num_steps}: some steps would not move; take fewer steps")
-    return sampler
+    return _moving(_SOLVERS[name](config, num_steps, eta), name, num_steps)
 
 
 def _make_flow_sampler(name, scheduler_config, num_steps, eta, image_tokens):
@@ -177,7 +168,14 @@ def _make_flow_sampler(name, scheduler_config, num_steps, eta, image_tokens):
         raise ValueError(
             f"scheduler_config.json: {schedule.spacing}=True is not implemented for {name} on a flow; take euler"
         )
-    return _FLOW_SOLVERS[name](schedule, num_steps, image_tokens, config, eta)
+    return _moving(_FLOW_SOLVERS[name](schedule, num_steps, image_tokens, config, eta), name, num_steps)
+
+
+def _moving(sampler, name, num_steps):
+    """The sampler, unless steps of no length made its weights infinite."""
+    if not all(np.isfinite(table).all() for table in sampler.weights if table is not None):
+        raise ValueError(f"{name} cannot take num_steps={num_steps}: some steps would not move; take fewer steps")
+    return sampler
 
 
 def _check_num_steps(num_steps, train_steps):

@@ -67,10 +67,16 @@ def betas_from_config(config):
             )
     else:
         one_of("beta_schedule", kind, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        start, end = config["beta_start"], config["beta_end"]
+        if kind != "squaredcos_cap_v2" and not 0 < start <= end < 1:
+            raise ValueError(
+                f"scheduler_config.json: beta_start={start!r}, beta_end={end!r}: expected 0 < beta_start <= beta_end "
+                "< 1"
+            )
         if kind == "linear":
-            betas = np.linspace(config["beta_start"], config["beta_end"], steps)
+            betas = np.linspace(start, end, steps)
         elif kind == "scaled_linear":
-            betas = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, steps) ** 2
+            betas = np.linspace(start**0.5, end**0.5, steps) ** 2
         else:
             betas = _cosine_betas(steps)
     # Models were trained with float32 betas; where a beta is close to 1 the rounding is visible in 1 - beta.

@@ -13,16 +13,8 @@ from imagereward_jax.models.config import Fixed, check_unread
 
 WHERE = "scheduler_config.json"
 MAX_TIMESTEPS = 100_000
-_NUMBERS = (
-    *("beta_start", "beta_end", "shift", "base_shift", "max_shift", "flow_shift"),
-    *("base_image_seq_len", "max_image_seq_len", "timestep_scaling", "lambda_min_clipped"),
-)
-_SIGMAS = ("sigma_min", "sigma_max")
-_SWITCHES = (
-    *("rescale_betas_zero_snr", "use_dynamic_shifting", "use_flow_sigmas", "use_karras_sigmas"),
-    *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "lower_order_final"),
-)
-_TEXTS = ("_class_name", "beta_schedule", "prediction_type", "time_shift_type")
+_LARGEST = 1e6  # of any number, up or down
+_MOST = f"at most {_LARGEST:,.0f} in size"
 _BETA_FIELDS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 # Fields of schedulers without betas (flow matching, EDM), by which a configuration without a class is told.
 _WITHOUT_BETAS = ("shift", "base_shift", "max_shift", "stochastic_sampling", "sigma_data", "sigma_schedule")
@@ -94,42 +86,71 @@ HARMLESS = frozenset(
 )
 
 
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_positive(value):
+    return _is_number(value) and value > 0
+
+
+def _whole(least):
+    return lambda value: type(value) is int and least <= value <= MAX_TIMESTEPS
+
+
+def _list_of(fits):
+    return lambda value: isinstance(value, list | tuple) and all(map(fits, value))
+
+
+def _or_null(fits):
+    return lambda value: value is None or fits(value)
+
+
+# {field: (whether a value fits, what is expected)}, of the fields that a schedule or a sampler reads.
+_KINDS = {
+    **dict.fromkeys(
+        (
+            *("beta_start", "beta_end", "shift", "base_shift", "max_shift", "flow_shift"),
+            *("base_image_seq_len", "max_image_seq_len", "lambda_min_clipped"),
+        ),
+        (_is_number, f"a number, {_MOST}"),
+    ),
+    **dict.fromkeys(("sigma_min", "sigma_max"), (_or_null(_is_positive), f"a number above 0, {_MOST}, or null")),
+    "timestep_scaling": (_is_positive, f"a number above 0, {_MOST}"),
+    **dict.fromkeys(
+        (
+            *("rescale_betas_zero_snr", "use_dynamic_shifting", "use_flow_sigmas", "use_karras_sigmas"),
+            *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "lower_order_final"),
+            *("set_alpha_to_one", "euler_at_final", "predict_x0"),
+        ),
+        (_or_null(lambda value: isinstance(value, bool)), "true or false"),
+    ),
+    **dict.fromkeys(
+        ("_class_name", "beta_schedule", "prediction_type", "time_shift_type"),
+        (_or_null(lambda value: isinstance(value, str)), "a text"),
+    ),
+    **dict.fromkeys(
+        ("num_train_timesteps", "original_inference_steps", "solver_order"),
+        (_whole(1), f"a whole number from 1 to {MAX_TIMESTEPS:,}"),
+    ),
+    "steps_offset": (_whole(0), f"a whole number from 0 to {MAX_TIMESTEPS:,}"),
+    "trained_betas": (_or_null(_list_of(_is_number)), "a list of numbers, or null"),
+    "disable_corrector": (_list_of(lambda step: type(step) is int), "a list of steps"),
+    "_use_default_values": (_list_of(lambda name: isinstance(name, str)), "a list of names"),
+}
+
+
 def check_fields(config: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the field of scheduler_config.json, for a value of another kind or beyond reason."""
-
-    def refuse(field, expected):
-        raise ValueError(f"{WHERE}: {field}={config[field]!r:.100}: expected {expected}")
-
     for field, value in config.items():
+        # diffusers' default, which it writes to the file although JSON has no such number.
+        if (field, value) == ("lambda_min_clipped", -math.inf):
+            continue
+        fits, expected = _KINDS.get(field, (lambda value: True, ""))
         if isinstance(value, float) and not math.isfinite(value):
-            # diffusers' default, which it writes to the file although JSON has no such number.
-            if (field, value) == ("lambda_min_clipped", -math.inf):
-                continue
-            refuse(field, "a finite number")
-        if field in _NUMBERS and not _is_number(value):
-            refuse(field, "a number")
-        if field in _SIGMAS and not (value is None or (_is_number(value) and value > 0)):
-            refuse(field, "a number above 0, or null")
-        if field in _SWITCHES and not isinstance(value, bool | None):
-            refuse(field, "true or false")
-        if field in _TEXTS and not isinstance(value, str | None):
-            refuse(field, "a text")
-    for field in ("num_train_timesteps", "original_inference_steps"):
-        steps = config.get(field, 1)
-        if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
-            refuse(field, f"a whole number from 1 to {MAX_TIMESTEPS:,}")
-    betas, defaulted = config.get("trained_betas"), config.get("_use_default_values", [])
-    if betas is not None and not (isinstance(betas, list | tuple) and all(map(_is_number, betas))):
-        refuse("trained_betas", "a list of numbers, or null")
-    skipped = config.get("disable_corrector", [])
-    if not (isinstance(skipped, list | tuple) and all(type(step) is int for step in skipped)):
-        refuse("disable_corrector", "a list of steps")
-    if not isinstance(defaulted, list | tuple):
-        refuse("_use_default_values", "a list of names")
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            fits, expected = (lambda value: False), "a finite number"
+        if not fits(value):
+            raise ValueError(f"{WHERE}: {field}={value!r:.100}: expected {expected}")
 
 
 def check_has_betas(config: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ def integer_timesteps(config: Mapping[str, Any], num_steps: int) -> np.ndarray:
     if spacing == "linspace":
         return np.linspace(0, train_steps - 1, num_steps).round()[::-1].astype(np.int64)
     if spacing == "leading":
-        return np.arange(num_steps)[::-1] * (train_steps // num_steps) + config["steps_offset"]
+        return _leading(config, np.arange(num_steps)[::-1] * (train_steps // num_steps))
     return _trailing(train_steps, train_steps, num_steps)
 
 
@@ -64,7 +64,7 @@ def multistep_timesteps(config: Mapping[str, Any], num_steps: int, last: int) ->
     if config["timestep_spacing"] == "linspace":
         return np.linspace(0, last - 1, num_steps + 1).round()[:0:-1].astype(np.int64)
     if config["timestep_spacing"] == "leading":
-        return np.arange(num_steps + 1)[:0:-1] * (last // (num_steps + 1)) + config["steps_offset"]
+        return _leading(config, np.arange(num_steps + 1)[:0:-1] * (last // (num_steps + 1)))
     return _trailing(last, config["num_train_timesteps"], num_steps)
 
 
@@ -87,6 +87,21 @@ def distilled_timesteps(config: Mapping[str, Any], num_steps: int) -> np.ndarray
 def timesteps_of(sigmas: np.ndarray, training: np.ndarray) -> np.ndarray:
     """Where sigmas lie between those of training, linear in log sigma."""
     return np.interp(np.log(sigmas), np.log(training), np.arange(len(training)))
+
+
+def _leading(config, timesteps):
+    """Timesteps moved on by steps_offset.
+
+    Raises:
+        ValueError: the first is past those of training.
+    """
+    offset, last = config["steps_offset"], config["num_train_timesteps"] - 1
+    if timesteps[0] + offset > last:
+        raise ValueError(
+            f"num_steps={len(timesteps)} with steps_offset={offset} begins at timestep {timesteps[0] + offset}, past "
+            f"the last training step {last}; take fewer steps"
+        )
+    return timesteps + offset
 
 
 def _trailing(last, train_steps, num_steps):

@@ -75,8 +75,11 @@ class CLIPTextConfig:
         check_choice(type(self), "hidden_act", self.hidden_act, tuple(ACTIVATIONS))
         for name in self.architectures:
             check_choice(type(self), "architectures", name, _ARCHITECTURES)
-        if not isinstance(self.eos_token_id, int):
-            raise ValueError(f"CLIPTextConfig: eos_token_id={self.eos_token_id!r} should be a whole number")
+        if not 0 <= self.eos_token_id < self.vocab_size:  # no prompt would have an end
+            raise ValueError(
+                f"CLIPTextConfig: eos_token_id={self.eos_token_id!r} should be at least 0 and less than "
+                f"vocab_size={self.vocab_size}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"CLIPTextConfig: num_attention_heads={self.num_attention_heads} does not divide "

@@ -14,6 +14,7 @@ LAYERS = (
     *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
     *("num_hidden_layers", "num_layers", "depth"),
 )
+_EPSILONS = ("_eps", "_epsilon")  # how fields that a norm adds to a variance end
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 # Fields that transformers writes into every config.json or uses only for initialisation.
@@ -106,13 +107,15 @@ def check_types(cls: type, values: Mapping[str, Any], where: str) -> dict[str, A
         where: how errors name the file or part.
 
     Raises:
-        ValueError: naming field, value and what is expected; also a size beyond reason.
+        ValueError: naming field, value and what is expected; also a size beyond reason, and what a norm cannot add.
     """
     hints = typing.get_type_hints(cls)
     checked = {name: _as_tuple(value) for name, value in values.items()}
     for name, value in checked.items():
         if not _fits(value, hints[name]):
             raise ValueError(f"{where}: {name}={values[name]!r:.100}: expected {_words(hints[name])}")
+        if name.endswith(_EPSILONS) and not 0 < value < 1:
+            raise ValueError(f"{where}: {name}={value}: expected a number above 0 and below 1")
         most = MAX_LAYERS if name in LAYERS else MAX_SIZE
         for number in _flat(value):
             if isinstance(number, int) and abs(number) > most:

@@ -84,6 +84,8 @@ class AutoencoderKLConfig:
                 )
         check_positive(self, "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
         check_all_positive(self, "block_out_channels", "sample_size")
+        if not self.scaling_factor > 0:
+            raise ValueError(f"AutoencoderKLConfig: scaling_factor={self.scaling_factor!r} should be a number above 0")
         for name in ("use_quant_conv", "use_post_quant_conv"):
             check_choice(type(self), name, getattr(self, name), (True, False))
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from imagereward_jax.weights.files import WeightsError, read_json
-from imagereward_jax.weights.tokenizer_files import SPIECE, read_sentencepiece, tokenizer_class
+from imagereward_jax.weights.tokenizer_files import SPIECE, check_merges, read_sentencepiece, tokenizer_class
 
+_CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")  # without them a prompt has no begin and no end
 _T5_FIRST = ["<pad>", "</s>", "<unk>"]
 _T5_EXTRA = 100  # sentinels "<extra_id_0>", ... after the pieces, in reverse
 
@@ -98,7 +99,15 @@ def _load_clip(folder):
         raise FileNotFoundError(f"{folder}: no tokenizer; expected vocab.json and merges.txt, or tokenizer.json")
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder)
+    if slow:
+        check_merges(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if (marks := (tokenizer.bos_token, tokenizer.eos_token)) != _CLIP_MARKS:
+        raise WeightsError(
+            f"{folder}: bos_token and eos_token are {marks}, expected {_CLIP_MARKS}: correct special_tokens_map.json "
+            "and tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def _load_t5(folder):

@@ -32,6 +32,7 @@ RETRIED = (429, 502, 503, 504)  # busy, or a proxy whose server is away
 LONGEST_WAIT = 5.0  # seconds between two tries
 MAX_ANSWER = 64 * 2**20  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DAY = 86_400.0  # seconds; no wait is longer
 START_SECONDS = 900.0  # for a server that downloads and compiles
 
 
@@ -98,8 +99,10 @@ class ScoreClient:
             raise ValueError(f"{url!r} is not the URL of a server; expected http://host:port or https://host:port")
         if parts.username or parts.password:
             raise ValueError(f"the URL of {parts.hostname} holds a password: put a token into an environment variable")
-        if not timeout > 0 or not patience >= 0 or batch_size < 1 or connections < 1:
-            raise ValueError("expected timeout > 0, patience >= 0, batch_size >= 1 and connections >= 1")
+        if not 0 < timeout <= DAY or not 0 <= patience <= DAY or batch_size < 1 or connections < 1:
+            raise ValueError(
+                f"expected 0 < timeout <= {DAY:g}, 0 <= patience <= {DAY:g}, batch_size >= 1 and connections >= 1"
+            )
         if token and not (token.isascii() and token.isprintable()):
             raise ValueError("the token has characters that no HTTP header can carry")
         self.url, self.host, self.port = url, parts.hostname, port

@@ -12,7 +12,7 @@ from imagereward_jax.diffusion.samplers import SAMPLERS
 from imagereward_jax.diffusion.schedule import FLOW_PREDICTION, PREDICTION_TYPES
 from imagereward_jax.models import lora
 from imagereward_jax.models.remat import REMAT_POLICIES
-from imagereward_jax.rewards.http_client import TOKEN_VARIABLE
+from imagereward_jax.rewards.http_client import DAY, TOKEN_VARIABLE
 from imagereward_jax.rewards.remote import ON_ERROR
 from imagereward_jax.sections.run import DTYPES
 
@@ -133,8 +133,8 @@ class Remote(Section, path="reward.remote"):
     token: str = TOKEN_VARIABLE  # environment variable with the servers' token
     # of an image that a server has no score for: "error" ends the run, "nan" counts it as no verdict
     on_error: str = field("error", choices=ON_ERROR)
-    timeout: float = field(60.0, above=0.0)  # seconds that a server may take for a batch
-    patience: float = field(300.0, at_least=0.0)  # seconds that a server may be away, as when it restarts
+    timeout: float = field(60.0, above=0.0, at_most=DAY)  # seconds that a server may take for a batch
+    patience: float = field(300.0, at_least=0.0, at_most=DAY)  # seconds that a server may be away, as when it restarts
     batch_size: int = field(16, at_least=1)  # images per request
 
     @classmethod

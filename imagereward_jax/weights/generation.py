@@ -8,6 +8,7 @@ from pathlib import Path
 from imagereward_jax.weights.files import WeightsError, read_json
 
 FILE = "generation_config.json"
+_MAX_STEPS = 1000  # as many as models were trained with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,8 @@ def read_generation(folder: str | Path) -> Generation | None:
     steps, guidance = values["num_inference_steps"], values["guidance_scale"]
     if not isinstance(values["sampler"], str):
         raise WeightsError(f"{path}: sampler={values['sampler']!r} should be the name of a sampler")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise WeightsError(f"{path}: num_inference_steps={steps!r} should be a whole number of at least 1")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MAX_STEPS:
+        raise WeightsError(f"{path}: num_inference_steps={steps!r} should be a whole number from 1 to {_MAX_STEPS}")
     if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
         raise WeightsError(f"{path}: guidance_scale={guidance!r} should be a finite number")
     return Generation(values["sampler"], steps, float(guidance))

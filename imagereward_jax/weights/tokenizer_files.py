@@ -75,6 +75,23 @@ def read_clip_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
+def check_merges(folder: Path) -> None:
+    """Raises WeightsError unless merges.txt makes every word and part of one in vocab.json, as a cut file does not."""
+    path = folder / "merges.txt"
+    try:
+        made = {"".join(line.split()) for line in path.read_text(encoding="utf-8").splitlines()}
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{path}: not UTF-8 ({error}); fetch it again") from error
+    words = [word for word in read_json(folder / "vocab.json") if len(word.removesuffix("</w>")) > 1]
+    words = [word for word in words if not word.startswith("<|")]  # marks, such as <|endoftext|>
+    lost = [word for word in words if word not in made]
+    if lost:
+        raise WeightsError(
+            f"{path}: {len(lost)} of the {len(words)} words in vocab.json cannot be made of its merges, among them "
+            f"{lost[0]!r}; fetch both again"
+        )
+
+
 def _parse(data):
     pieces, charsmap = [], None
     for number, value in _fields(data):

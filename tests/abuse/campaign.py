@@ -1,6 +1,7 @@
 """Bad inputs by kind, through the commands' own `main`: how many are refused in clear words.
 
-`python tests/abuse/campaign.py [--every N]` tries every N-th of each kind and prints a table.
+`python tests/abuse/campaign.py [--every N] [--taken]` tries every N-th of each kind and prints a table; with --taken
+also each input that was taken.
 
 The commands run in this process, without what would compile: sampling, scoring and training are replaced by nothing,
 so that an input that is taken ends with status 0. Each case has a limit of time and of address space.
@@ -68,6 +69,7 @@ class Place:
 
         self.folder = folder
         self.model = tiny_sd1.save_one_level(folder)
+        self.flow = shutil.copytree(resolve_model("tiny-shapes-sd3", allow_patterns=None), folder / "flow")
         self.reward = shutil.copytree(resolve_model("tiny-shapes", allow_patterns=None) / "reward", folder / "reward")
         self.image = folder / "image.png"
         Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(self.image)
@@ -85,10 +87,10 @@ class Place:
         for stray in ("shapes_pretrain.py", "refl_tiny.py"):
             shutil.copy(ROOT / "configs" / stray, folder / stray)
 
-    def generate(self, *more: str) -> Callable[[], int]:
+    def generate(self, *more: str, model: Path | None = None) -> Callable[[], int]:
         from imagereward_jax import generate
 
-        flags = ["--model", str(self.model), "--out", str(self.folder / "out"), "--overwrite", *more]
+        flags = ["--model", str(model or self.model), "--out", str(self.folder / "out"), "--overwrite", *more]
         return lambda: generate.main(flags if "--prompts" in more else [*flags, "--prompt", "a cat"])
 
     def score(self, *more: str) -> Callable[[], int]:
@@ -166,9 +168,12 @@ def settings_cases(place: Place) -> Iterator[Case]:
     files = [(place.model / name, place.generate()) for name in model if (place.model / name).is_file()]
     score = place.score("--model", str(place.reward), "--prompt", "a", str(place.image))
     files.append((place.reward / "config.json", score))
+    of_flows = ("transformer/config.json", "text_encoder_3/config.json", "scheduler/scheduler_config.json")
+    files += [(place.flow / name, place.generate(model=place.flow)) for name in of_flows]
     for path, run in files:
         whole, part = json.loads(path.read_text()), str(path.parent)
         kind = f"settings: {path.name}" if path.name != "config.json" else f"settings: {path.parent.name}/config.json"
+        kind += " (a flow's)" if path.parents[1] == place.flow else ""
         for where in _fields(whole):
             for value in WRONG:
                 changed = _changed(whole, where, value)
@@ -315,8 +320,13 @@ def _memory():
     return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 for name in ("VmSize", "VmHWM"))
 
 
-def campaign(folder: Path, every: int = 1, tell: Any = None) -> tuple[dict[str, collections.Counter], list[str]]:
-    """Tries every `every`-th case of each kind: ({kind: outcomes}, lines on those that are not as they should be)."""
+def campaign(
+    folder: Path, every: int = 1, tell: Callable[[str, str], Any] = lambda found, line: None
+) -> tuple[dict[str, collections.Counter], list[str]]:
+    """Tries every `every`-th case of each kind: ({kind: outcomes}, lines on those that are not as they should be).
+
+    `tell` gets the outcome of each case, and a line on it.
+    """
     counts, bad = collections.defaultdict(collections.Counter), []
     seen = collections.Counter()
     with without_work():
@@ -326,11 +336,10 @@ def campaign(folder: Path, every: int = 1, tell: Any = None) -> tuple[dict[str, 
                 continue
             found, text = outcome(case)
             counts[case.kind][found] += 1
+            line = f"{found}: {case.kind}: {case.name}: {(text.strip().splitlines() or [''])[-1][-300:]}"
+            tell(found, line)
             if found not in (CLEAR, TAKEN):
-                last = (text.strip().splitlines() or [""])[-1]
-                bad.append(f"{found}: {case.kind}: {case.name}: {last[-300:]}")
-                if tell:
-                    tell(bad[-1])
+                bad.append(line)
     return counts, bad
 
 
@@ -348,9 +357,15 @@ def table(counts: dict[str, collections.Counter]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, help="try every N-th case of each kind")
-    every, begin = parser.parse_args().every, time.monotonic()
+    parser.add_argument("--taken", action="store_true", help="print those that are taken as well")
+    args, begin = parser.parse_args(), time.monotonic()
+
+    def tell(found, line):
+        if found != CLEAR and (args.taken or found != TAKEN):
+            print(line, flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        counts, bad = campaign(Path(folder), every, lambda line: print(line, flush=True))
+        counts, bad = campaign(Path(folder), args.every, tell)
     print(table(counts), f"\n{time.monotonic() - begin:.0f} s")
     return bool(bad)
 

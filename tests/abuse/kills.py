@@ -72,7 +72,7 @@ def watch_training(events: Events) -> None:
     from imagereward_jax.training import html_report, loop
     from imagereward_jax.training.explore import Explore
 
-    html_report.plot = lambda rows, names: "<svg></svg>"  # most of the time that a small run takes
+    html_report.plot = html_report.plot_watch = lambda rows, names: "<svg></svg>"  # a third of a small run's time
     events.watch(class_images, "make_images", "class images")
     events.watch(Cache, "fill", "filling the cache")
     events.watch(Explore, "_collect", "rollout")
@@ -306,19 +306,22 @@ def attempt(name: str, work: Work, clean: Clean, folder: Path, number: int, rng:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results by signal and phase, as a table of Markdown."""
+    """The results by signal and phase, as a table of Markdown, and how many there are of each method."""
     rows = collections.defaultdict(list)
     for one in results:
         what = "training" if one.name in METHODS else one.name
         rows[signal.Signals(one.number).name, what, one.phase].append(not one.fault)
     lines = ["| signal | of | in the phase | tried | equal |", "| --- | --- | --- | ---: | ---: |"]
     lines += [f"| {' | '.join(row)} | {len(equal)} | {sum(equal)} |" for row, equal in sorted(rows.items())]
-    return "\n".join([*lines, f"| **all** | | | {len(results)} | {sum(not one.fault for one in results)} |"])
+    lines.append(f"| **all** | | | {len(results)} | {sum(not one.fault for one in results)} |")
+    methods = collections.Counter(one.name for one in results if one.name in METHODS)
+    return "\n".join([*lines, "", "By method: " + ", ".join(f"`{name}` {count}" for name, count in methods.items())])
 
 
 def import_all() -> None:
     """Imports what the commands import, before the forks; starts no device."""
     names = ("grain.python", "orbax.checkpoint", "optax", "PIL.PngImagePlugin", "ml_collections.config_flags")
+    names += ("transformers.models.clip.tokenization_clip", "safetensors.numpy")
     for name in (*names, *(f"imagereward_jax.{own}" for own in ("score", "train", "trainer", "pipelines.families"))):
         importlib.import_module(name)
 

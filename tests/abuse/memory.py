@@ -1,19 +1,24 @@
-"""Memory over thousands of steps and rows: resident set, Python's objects and jax's arrays, from start to end.
+"""Memory over thousands of steps and rows: of the process, blocks of Python and of malloc, jax's arrays.
 
     python tests/abuse/memory.py [NAME ...] [--times N]
 
-Each of `WORK` runs in a process of its own: "train", the toy of tests/training (two phases, 2,000 steps, an evaluation,
-a checkpoint and a log row every 50); "policy", its on-policy toy (500 steps of four updates); "score", a table of
-20,000 rows of small images through a tiny scorer. --times 0.1 makes a tenth of the steps.
+Each of `WORK` runs in a process of its own: "steps", the toy of tests/training (two phases, 2,000 steps, a log row
+every 50); "train", the same with an evaluation and a checkpoint every 50; "policy", its on-policy toy (500 steps of
+four updates); "score", a table of 20,000 rows of small images through a tiny scorer. --times 0.1 makes a tenth of the
+steps.
 
-Prints MiB after a tenth, half and all of the work, and the slope of a line through the samples after that tenth.
+Prints MiB after a tenth, half and all of the work, the slope of a line through the samples after that tenth, and what
+the second half added: in use by malloc, blocks of Python's own allocator, which takes what is small, and jax's arrays.
 """
 
 import argparse
 import contextlib
+import ctypes
+import functools
 import gc
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,30 +32,47 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "training")]
 
-PAGE = 4096
 SAMPLES = 200
+NEVER = 10**6  # steps
 
 
 def resident() -> float:
-    """MiB of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
+    """MiB that this process holds in memory, without pages of files, which the kernel drops and reads as it likes."""
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+
+
+class Mallinfo(ctypes.Structure):
+    """What glibc says of malloc (mallinfo2), in bytes."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def used() -> tuple[float, int, int]:
+    """(MiB in use by malloc, blocks of Python's allocator, jax's arrays), after a collection."""
+    gc.collect()
+    mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
+    mallinfo.restype = Mallinfo
+    return mallinfo().uordblks / 2**20, sys.getallocatedblocks(), len(jax.live_arrays())
 
 
 @contextlib.contextmanager
 def sampled(owner: type, name: str, count: int, rows: list) -> Iterator[None]:
-    """Appends (calls so far, MiB, Python's objects, jax's arrays) to `rows`, over `count` calls of a method.
+    """Appends (calls so far, MiB, *used()) to `rows`, over `count` calls of a method.
 
-    Objects are counted twice alone, for it takes long: at half of the calls and at the last.
+    `used` is called twice alone, for a collection takes long: at half of the calls and at the last.
     """
     original, calls = getattr(owner, name), itertools.count(1)
 
     def watched(*arguments, **options):
         result, call = original(*arguments, **options), next(calls)
-        counts = (np.nan, np.nan)
-        if call in (count // 2, count):
-            gc.collect()
-            counts = (len(gc.get_objects()), len(jax.live_arrays()))
-        if call % max(1, count // SAMPLES) == 0 or call in (count // 2, count):
+        counts = used() if call in (count // 2, count) else (np.nan,) * 3
+        if call <= count and (call % max(1, count // SAMPLES) == 0 or call in (count // 2, count)):
             rows.append((call, resident(), *counts))
         return result
 
@@ -58,27 +80,28 @@ def sampled(owner: type, name: str, count: int, rows: list) -> Iterator[None]:
         yield
 
 
-def train_toy(folder: Path, steps: int, rows: list) -> int:
-    """A run of two phases; its steps."""
+def train_toy(folder: Path, steps: int, rows: list, every: int) -> int:
+    """A run of two phases, an evaluation and a checkpoint `every` steps, and a last step that is not counted."""
     from toy import assemble_toy, toy_config, train
 
     from imagereward_jax.training.loop import _Loop
 
-    every = dict.fromkeys(("log_every", "eval.every", "checkpoint.every"), 50)
+    fields = {"steps": steps + 1, "log_every": 50, "eval.every": every, "checkpoint.every": every}
     with sampled(_Loop, "_advance", steps, rows):
-        train(toy_config(**{"steps": steps, **every}), assemble_toy, folder / "run")
+        train(toy_config(**fields), assemble_toy, folder / "run")
     return steps
 
 
 def train_policy(folder: Path, steps: int, rows: list) -> int:
-    """A run on policy; its steps."""
+    """A run on policy, a checkpoint every 50 steps, and a last step that is not counted."""
     from toy import train
     from toy_policy import assemble_policy, policy_config
 
     from imagereward_jax.training.loop import _Loop
 
     config = policy_config()
-    config.update_from_flattened_dict({"steps": steps, "log_every": 50, "checkpoint.every": 50, "eval.every": steps})
+    fields = {"steps": steps + 1, "log_every": 50, "checkpoint.every": 50, "eval.every": NEVER}
+    config.update_from_flattened_dict(fields)
     with sampled(_Loop, "_advance", steps, rows):
         train(config, assemble_policy, folder / "run")
     return steps
@@ -104,7 +127,12 @@ def score_table(folder: Path, count: int, rows: list) -> int:
     return count
 
 
-WORK = {"train": (train_toy, 2_000), "policy": (train_policy, 500), "score": (score_table, 20_000)}
+WORK = {
+    "steps": (functools.partial(train_toy, every=NEVER), 2_000),
+    "train": (functools.partial(train_toy, every=50), 2_000),
+    "policy": (train_policy, 500),
+    "score": (score_table, 20_000),
+}
 
 
 def measure(work: Callable[[Path, int, list], int], count: int) -> dict[str, float]:
@@ -121,8 +149,7 @@ def measure(work: Callable[[Path, int, list], int], count: int) -> dict[str, flo
         "middle": half[1],
         "end": warm[-1, 1],
         "per_thousand": slope,
-        "objects": warm[-1, 2] - half[2],
-        "arrays": warm[-1, 3] - half[3],
+        **dict(zip(("malloc", "blocks", "arrays"), warm[-1, 2:] - half[2:])),
     }
 
 
@@ -145,8 +172,8 @@ def main() -> int:
         )
         print(
             f"{name}: {found['count']} steps or rows: {found['start']:.1f}, {found['middle']:.1f}, {found['end']:.1f} "
-            f"MiB, {found['per_thousand']:+.2f} MiB per 1,000; in the second half {found['objects']:+.0f} objects, "
-            f"{found['arrays']:+.0f} arrays",
+            f"MiB, {found['per_thousand']:+.2f} MiB per 1,000; in the second half {found['malloc']:+.2f} MiB of "
+            f"malloc, {found['blocks']:+.0f} blocks, {found['arrays']:+.0f} arrays",
             flush=True,
         )
     return 0

@@ -139,6 +139,7 @@ MISTAKES = {
     "empty file": ("p.txt", "", r"p\.txt: there are no rows"),
     "only a header": ("p.csv", "text\n", r"p\.csv: there are no rows"),
     "empty prompt": ("p.json", '["a", " ", ""]', r"p\.json, row 2: the prompt is empty \(2 rows like this\)"),
+    "zeros": ("p.txt", "\0" * 9, r"p\.txt, line 1: the prompt holds a NUL character"),
     "only blank lines": ("p.txt", "\n  \n", r"p\.txt: there are no rows"),
     "an empty cell": ("p.csv", "id,text\n1,\n", r"p\.csv, line 2: the prompt in column 'text' is empty"),
     "a quoted tab": ("p.tsv", 'id\ttext\n1\t"a\tb"\n', r"p\.tsv, line 2: 3 values, .*quotes in \.tsv are text"),

@@ -1,12 +1,16 @@
 """Samplers and noise schedules against diffusers' schedulers, over whole trajectories with a deterministic denoiser."""
 
+import contextlib
 import dataclasses
+import itertools
+import traceback
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagereward_jax.diffusion.flow import FIELDS, read_schedule
 from imagereward_jax.diffusion.samplers import DEFAULTS, make_sampler, samplers_of
 from imagereward_jax.diffusion.schedule import NoiseSchedule
 from imagereward_jax.diffusion.sigmas import SPACINGS
@@ -293,9 +297,38 @@ def test_schedule_is_that_of_diffusers(prediction_type):
 
 
 @pytest.mark.parametrize(
+    "schedule",
+    [
+        SD1,
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+    ],
+    ids=["betas", "flow", "flow of dynamic shifts"],
+)
+def test_a_wrong_value_of_any_field_is_refused_or_leaves_every_weight_finite(schedule):
+    """Of every field that a sampler reads, in every sampler that there is for the schedule."""
+    wrong = (None, True, -1, 0, 1e9, float("nan"), "x", [], ["x"], {}, {"a": 1}, 10**30)
+    fields = sorted({*FIELDS, *itertools.chain.from_iterable(DEFAULTS.values())})
+    for field, value in itertools.product(fields, wrong):
+        config, taken = {**schedule, field: value}, ()
+        with contextlib.suppress(ValueError):
+            read_schedule(config)
+            taken = samplers_of(config)
+        for name in taken:
+            try:
+                sampler = make_sampler(name, config, 5, image_tokens=16)
+            except ValueError as error:
+                assert "imagereward_jax" in traceback.extract_tb(error.__traceback__)[-1].filename, (field, value)
+            else:
+                tables = [sampler.timesteps, *(table for table in sampler.weights if table is not None)]
+                assert all(np.isfinite(table).all() for table in tables), (name, field, value)
+
+
+@pytest.mark.parametrize(
     ("name", "fields", "num_steps", "message"),
     [
         ("dimm", {}, 10, "did you mean 'ddim'"),
+        ("ddim", {"steps_offset": 900}, 5, "begins at timestep 1700"),
         ("ddim", {}, 0, "num_steps=0"),
         ("ddim", {}, 1001, "num_steps=1001"),
         ("ddim", {}, 1000, "steps_offset=1"),

@@ -285,6 +285,8 @@ def test_config_goes_to_diffusers_and_back(config):
         {"attention_head_dim": 7},
         {"attention_head_dim": [8, 8]},
         {"norm_num_groups": None},
+        {"norm_eps": 0},
+        {"norm_eps": 1e9},
         {"time_cond_proj_dim": 256},
         {"resnet_time_scale_shift": "scale_shift"},
         {"center_input_sample": True},

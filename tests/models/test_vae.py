@@ -210,6 +210,7 @@ def test_config_goes_to_diffusers_and_back(config):
         {"act_fn": "relu"},
         {"block_out_channels": []},
         {"layers_per_block": 0},
+        {"scaling_factor": 0},
         {"some_new_field": 3},
     ],
     ids=lambda changes: next(iter(changes)),

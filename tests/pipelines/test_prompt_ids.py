@@ -1,11 +1,13 @@
-"""T5's tokenizer from its slow and its fast files, against transformers' own reading of them."""
+"""T5's tokenizer from its slow and fast files, against transformers' own reading of them; broken files of CLIP's."""
 
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from imagereward_jax.data.shapes.tokenizers import write_clip_tokenizer
 from imagereward_jax.pipelines.prompt_ids import count_cut, cut_off, encode, open_tokenizer
 from imagereward_jax.weights.files import WeightsError
 from imagereward_jax.weights.tokenizer_files import read_sentencepiece, tokenizer_class
@@ -162,3 +164,22 @@ def test_broken_and_foreign_slow_files_are_refused(pieces, tmp_path):
 def test_more_tokens_than_the_encoder_knows_are_refused(folder):
     with pytest.raises(ValueError, match="text_encoder_3 knows only vocab_size=100"):
         open_t5(folder, vocab_size=100)
+
+
+def test_files_of_clip_that_would_give_other_tokens_are_refused(tmp_path):
+    """A merges.txt that was cut, and marks of a prompt's begin and end that are others, still make a tokenizer."""
+    vocab_size = write_clip_tokenizer(tmp_path)
+    open_clip = functools.partial(open_tokenizer, tmp_path, "text_encoder", vocab_size, "CLIPTextModel")
+    open_clip()
+    merges, marks = tmp_path / "merges.txt", tmp_path / "special_tokens_map.json"
+    whole = merges.read_text()
+    for part in ("", whole[: len(whole) // 2]):
+        merges.write_text(part)
+        with pytest.raises(WeightsError, match=r"merges\.txt: \d+ of the 75 words in vocab\.json cannot be made"):
+            open_clip()
+    merges.write_text(whole)
+    for name in ("bos_token", "eos_token"):
+        marks.write_text(json.dumps(json.loads(marks.read_text()) | {name: "x"}))
+        with pytest.raises(WeightsError, match=r"expected .*correct special_tokens_map\.json"):
+            open_clip()
+        write_clip_tokenizer(tmp_path)

@@ -157,7 +157,8 @@ def test_a_server_that_hangs_is_given_up_after_the_timeout():
         ("http://me:secret@host", {}, "the URL of host holds a password"),
         ("http://host", {"token": "NO_SUCH_VARIABLE"}, "'NO_SUCH_VARIABLE', which should hold the server's token"),
         ("http://host", {"on_error": "zero"}, "on_error must be one of error, nan"),
-        ("http://host", {"timeout": 0.0}, "timeout > 0"),
+        ("http://host", {"timeout": 0.0}, "0 < timeout <= 86400"),
+        ("http://host", {"timeout": 1e12}, "0 < timeout <= 86400"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(url, settings, message):
@@ -201,7 +202,7 @@ def test_a_mixture_and_judges_may_be_on_servers(monkeypatch):
     ("fields", "message"),
     [
         ({"reward.remote.on_error": "zero"}, "config.reward.remote.on_error='zero': expected one of error, nan"),
-        ({"reward.remote.timeout": 0.0}, "config.reward.remote.timeout=0.0: expected a number above 0"),
+        ({"reward.remote.timeout": 0.0}, "config.reward.remote.timeout=0.0: expected a number in (0, 86400]"),
         ({"reward.remote.batch_size": 0}, "config.reward.remote.batch_size=0: expected at least 1"),
     ],
 )
