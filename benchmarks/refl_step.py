@@ -76,6 +76,8 @@ def open_pipeline(preset, **options):
     encoders = {
         f"text_encoder{'_2' if index else ''}": {
             "vocab_size": 8,
+            "bos_token_id": 6,
+            "eos_token_id": 7,
             "hidden_size": size,
             "intermediate_size": 8,
             "num_hidden_layers": 1,

@@ -50,7 +50,7 @@ CASES = {
     "no --config": (lambda folder: train.main(["train"]), "--config is missing; usage"),
     "misspelt config file": (
         lambda folder: train.main(["train", f"--config={ROOT / 'configs/refl_tny.py'}"]),
-        "no such file .did you mean .*refl_tiny.py",
+        "no such file, nor a recipe of this package .did you mean .*refl_tiny.py",
     ),
     "config file that raises": (
         lambda folder: train.main(["train", f"--config={folder}/raises.py"]),

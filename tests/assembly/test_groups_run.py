@@ -11,7 +11,6 @@ for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
 from pathlib import Path
 
 from imagereward_jax.train import main
-from imagereward_jax.training import html_report
 from imagereward_jax.training.metric_writers import read_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,11 +45,6 @@ def project(tmp_path_factory):
             Image.fromarray(pixels).save(folder / f"pairs/{kind}/{i}.png")
             (folder / f"pairs/chosen/{i}.txt").write_text(f"a red circle {i}")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(html_report, "plot", lambda rows, names: "<svg></svg>")  # most of the time that a run takes
 
 
 def numbers(workdir):

@@ -85,6 +85,6 @@ def test_a_term_needs_a_scale():
 )
 def test_mixtures_that_cannot_work_are_refused(options, message, tmp_path, capsys):
     assert main(["train", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *options]) == 2
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and re.search(message, error), error
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,6 @@ from imagereward_jax.config import ConfigError
 from imagereward_jax.recipes import recipe_beside, validate
 from imagereward_jax.rewards.mixed import MixedReward, Term, Terms
 from imagereward_jax.train import main
-from imagereward_jax.training import html_report
 from imagereward_jax.training.mesh import make_mesh
 from imagereward_jax.training.metric_writers import read_rows
 from imagereward_jax.training.program import TrainingProgram
@@ -75,13 +74,6 @@ def project(tmp_path_factory, tiny_reward_folder):
         recipe = RECIPE.replace("METHOD_tiny", f"{method}_tiny").replace("METHOD_SETTINGS", settings)
         (folder / f"configs/{method}_tiny.py").write_text(recipe)
     return folder
-
-
-@pytest.fixture
-def here(here, monkeypatch):
-    """The project as the current folder; reports without figures, which take most of the time of a run."""
-    monkeypatch.setattr(html_report, "plot", lambda rows, names: "<svg></svg>")
-    return here
 
 
 def train(method, workdir, *options):

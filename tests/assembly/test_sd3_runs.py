@@ -28,7 +28,6 @@ from imagereward_jax.methods.base import HOST, Models
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.recipes import default_config, validate
 from imagereward_jax.train import main
-from imagereward_jax.training import html_report
 from imagereward_jax.training.mesh import make_mesh
 from imagereward_jax.training.metric_writers import read_rows
 from imagereward_jax.training.program import TrainingProgram
@@ -64,11 +63,6 @@ def project(tmp_path_factory):
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     (folder / "sd3_reward.py").write_text(WARMTH)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(html_report, "plot", lambda rows, names: "<svg></svg>")  # most of the time that a run takes
 
 
 def config_of(name, **changes):

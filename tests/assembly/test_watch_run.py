@@ -15,6 +15,7 @@ from imagereward_jax.assembly.given import Given
 from imagereward_jax.assembly.judges import distance_within, embed_pixels, over_prompts
 from imagereward_jax.assembly.run import assemble
 from imagereward_jax.recipes import judge, recipe_beside, validate
+from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.loop import train
 from imagereward_jax.training.metric_writers import read_rows
 from imagereward_jax.weights.files import read_tensors
@@ -50,6 +51,7 @@ def run(tmp_path_factory):
     return workdir, [row for row in read_rows(workdir / "metrics.jsonl") if "eval/reward_mean" in row]
 
 
+@pytest.mark.slow
 def test_the_flaw_is_caught(run):
     """Reward up; checker, the judge that is not trained, and diversity down; it ends after three such evaluations."""
     workdir, rows = run
@@ -71,6 +73,7 @@ def test_the_built_in_reward_is_not_taken_for_a_flaw(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_exported_is_the_best_by_the_judge(run):
     workdir, rows = run
     rates = {row["step"]: row["eval/checker_rate"] for row in rows}
@@ -89,12 +92,14 @@ def test_drift_starts_at_nothing_and_grows(run):
     assert drift[0] == 0 and drift[-1] > drift[1] > 0
 
 
-def test_the_report_shows_reward_judges_and_diversity_in_one_figure(run):
+@pytest.mark.slow
+def test_the_report_shows_reward_judges_and_diversity_in_one_figure(run, figures):
+    assert "Stopped at step" in (run[0] / "report.html").read_text()
+    write_report(run[0])
     page = (run[0] / "report.html").read_text()
     figure = page.partition("The reward, and what watches it")[2].partition("</svg>")[0]
     for name in ("reward_mean", "judge_builtin", "checker_rate", "diversity", "drift"):
         assert f"<!-- {name} -->" in figure, name
-    assert "Stopped at step" in page
 
 
 def test_distances_are_those_of_the_definition():

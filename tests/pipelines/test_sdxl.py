@@ -221,7 +221,7 @@ def test_prediction_type_can_be_overridden(folder, tmp_path):
         ("unet", {"cross_attention_dim": 24}, "24 + 32"),
         ("unet", {"projection_class_embeddings_input_dim": 60}, "is not 68"),
         ("text_encoder_2", {"max_position_embeddings": 12}, "different lengths"),
-        ("text_encoder_2", {"vocab_size": 100}, "text_encoder_2 knows only vocab_size=100"),
+        ("text_encoder_2", {"vocab_size": 100}, "eos_token_id=588 should be at least 0 and less than vocab_size=100"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(made, part, fields, message):

