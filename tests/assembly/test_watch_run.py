@@ -87,6 +87,7 @@ def test_what_is_exported_is_the_best_by_the_judge(run):
     assert same == (exported == 0)
 
 
+@pytest.mark.slow
 def test_drift_starts_at_nothing_and_grows(run):
     drift = [row["eval/drift"] for row in run[1]]
     assert drift[0] == 0 and drift[-1] > drift[1] > 0
