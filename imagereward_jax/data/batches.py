@@ -5,7 +5,10 @@ them. The number of positions used is the whole state. It is valid for any numbe
 of processes or another batch size.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -165,7 +168,7 @@ class BatchIterator:
         if self._num_workers:
             _allow_absl_flags()
             options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)
-            batches = batches.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
+            batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         return batches
 
 
@@ -177,9 +180,17 @@ def _allow_absl_flags():
         flags.FLAGS.mark_as_parsed()
 
 
-def _ignore_ctrl_c(*_):
-    """A terminal sends Ctrl-C to worker processes too; whether they end is the run's to decide."""
+def _start_worker(*_):
+    """A terminal sends Ctrl-C to worker processes too; whether they end is the run's to decide. If the run is killed,
+    they would wait for it for good."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run():
+    if (run := multiprocessing.parent_process()) is not None:
+        run.join()
+        os._exit(1)
 
 
 def _positions(source, seed, shuffle, num_epochs, item_transform):

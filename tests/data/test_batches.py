@@ -4,7 +4,12 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import child
 import numpy as np
 import pytest
 
@@ -209,3 +214,36 @@ def test_a_growing_source_is_read_in_order_and_continued_when_it_has_grown():
     np.testing.assert_array_equal(np.concatenate([batch["index"] for batch in taken]), np.arange(16))
     with pytest.raises(DataError, match="source_length 8, but now it is 16"):
         iterator(16).set_state({**iterator(8).get_state()})
+
+
+KILLED = """
+import multiprocessing, os, signal
+from imagereward_jax.data.batches import make_iterator
+
+if __name__ == "__main__":
+    batches = make_iterator(list("abcdefgh"), batch_size=2, seed=0, num_workers=2)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+    """Else each kill would leave as many processes that wait for good, and hold the pipes of whoever started them."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "killed.py"], env=child.environment(), capture_output=True, text=True, timeout=100
+    )
+    workers = [int(word) for word in done.stdout.split()]
+    assert done.returncode == -signal.SIGKILL and len(workers) == 2, done.stderr
+
+    def alive(pid):
+        try:
+            return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    deadline = time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
