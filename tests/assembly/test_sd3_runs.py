@@ -121,6 +121,7 @@ SMALL += [f"eval.{field}" for field in ("prompts=prompts.txt", "num_prompts=2", 
 SMALL += ["optimizer.warmup_steps=0", "optimizer.learning_rate=0.01", "eval.images_per_prompt=1"]
 DRTUNE = ["data.prompts=prompts.txt", "reward.path=jax:sd3_reward:warmth", "method.num_steps=3", "method.stop_min=1"]
 DRTUNE += ["method.gradient_steps=2", "method.height=8", "method.width=8", "method.target=2.0"]
+REFL = [*DRTUNE[:4], "method.stop_max=2", "method.height=8", "method.width=8", "ema_decay=0.0"]
 
 
 def command(recipe, workdir, *options):
@@ -231,10 +232,11 @@ def test_buckets_that_cannot_be_are_refused(here, capsys, options, message):
     ("recipe", "options"),
     [
         ("drtune_sd35_lora", [*DRTUNE, "data.cache=cache"]),
+        ("refl_sd35_lora", [*REFL, "data.cache=cache"]),
         ("sd35_lora", ["data.pairs=pairs", "data.image_size=8"]),
         ("dreambooth_sd35_lora", ["data.pairs=pairs", "data.image_size=8", "method.class_prompt='a cross'"]),
     ],
-    ids=["drtune", "supervised", "dreambooth"],
+    ids=["drtune", "refl", "supervised", "dreambooth"],
 )
 def test_killed_and_resumed_ends_in_the_same_bits(here, recipe, options):
     """Killed before its third update, one step after a checkpoint: the adapter of a run that never stopped."""
