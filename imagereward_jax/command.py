@@ -1,8 +1,7 @@
 """How a command ends: whatever happens is a line and an exit status, and never a traceback.
 
 0 done; 2 bad input, which the line names with the way out; 1 the work failed; 130 after Ctrl-C; 141, without a line, if
-who read the output is gone. What this package did
-not foresee is 1, and the line says in which file the traceback is.
+who read the output is gone. What this package did not foresee is 1, and the line says in which file the traceback is.
 """
 
 import functools

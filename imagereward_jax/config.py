@@ -11,7 +11,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 # Beyond reason: more would only be found out after hours, or fill the memory.
@@ -173,6 +173,15 @@ def require_given(config: Any, path: str, way_out: str = "") -> None:
         value = value[part]
     if not value:
         raise ConfigError(f"config.{path} is empty: pass --config.{path}=...{way_out}")
+
+
+def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts, as ("a.b", value)."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def did_you_mean(word: Any, choices: Iterable[Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
-from imagereward_jax.config import ConfigError, Section, did_you_mean
+from imagereward_jax.config import ConfigError, Section, did_you_mean, flat_fields
 from imagereward_jax.methods.base import find_method
 from imagereward_jax.sections.parts import PARTS, judge, reward_term
 from imagereward_jax.sections.run import RUN_SECTIONS
@@ -71,22 +71,13 @@ def recipe_beside(file: str | Path, name: str, method: str | None = None) -> Con
     config = recipe.get_config()
     if method is None:
         return config
-    untouched, other = _flat(default_config(config.method.name)), default_config(method)
-    changed = {name: value for name, value in _flat(config).items() if untouched.get(name) != value}
-    other.update_from_flattened_dict({name: changed[name] for name in changed.keys() & _flat(other).keys()})
+    other = default_config(method)
+    given, untouched, fields = (
+        dict(flat_fields(tree.to_dict())) for tree in (config, default_config(config.method.name), other)
+    )
+    changed = {name: value for name, value in given.items() if name in fields and untouched.get(name) != value}
+    other.update_from_flattened_dict(changed)
     return other
-
-
-def _flat(config, prefix=""):
-    """{"a.b": value}, of optional fields that hold nothing, too."""
-    found = {}
-    for name in config:
-        value = config.get(name)
-        if isinstance(value, ConfigDict) and len(value):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def validate(config: ConfigDict) -> None:

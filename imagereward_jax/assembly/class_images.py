@@ -16,7 +16,7 @@ from imagereward_jax.config import ConfigError
 from imagereward_jax.data.images import list_images
 from imagereward_jax.pipelines.sample import ImageSampler
 from imagereward_jax.storage.contact_sheet import to_uint8
-from imagereward_jax.storage.files import save_image, whole_file
+from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.terminal import escape, say
 from imagereward_jax.training.mesh import from_all_processes, weight_shardings
 from imagereward_jax.training.program import placed
@@ -64,8 +64,7 @@ def make_images(parts: Any, prompts: Sequence[str], count: int, folder: Path, *,
                 path = folder / NAME.format(number)
                 if captions:  # first: an image counts as made
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    with whole_file(path.with_suffix(".txt")) as temporary:
-                        temporary.write_text(f"{prompt}\n", encoding="utf-8")
+                    write_text(path.with_suffix(".txt"), f"{prompt}\n")
                 save_image(path, Image.fromarray(to_uint8(image)), {"prompt": prompt})
             progress.update(len(some))
 

@@ -12,14 +12,14 @@ from imagereward_jax.methods.base import Params
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.files import write_text
 from imagereward_jax.storage.folders import new_folder, refuse_existing
-from imagereward_jax.training.checkpoints import CheckpointError, Checkpoints, abstract, exports_best
+from imagereward_jax.training.checkpoints import CheckpointError, Checkpoints, exports_best
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import closing
 from imagereward_jax.training.mesh import host_copy, make_mesh
 from imagereward_jax.training.metric_writers import METRICS, read_rows
 from imagereward_jax.training.model_card import CARD, model_card
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
-from imagereward_jax.training.state import from_checkpoint, to_checkpoint
+from imagereward_jax.training.resume import read_state
 from imagereward_jax.training.workdir import DONE
 
 
@@ -98,8 +98,7 @@ def export_checkpoint(
             raise ValueError(f"config.method.name={config.method.name!r} exports nothing")
         refuse_existing(out, overwrite=overwrite, marker=run.export.marker)
         program = TrainingProgram(config, run, mesh)
-        shapes = abstract(to_checkpoint(program.abstract_state), to_checkpoint(program.state_shardings))
-        state = from_checkpoint(manager.restore(step, shapes)[0])
+        state, _ = read_state(manager, program, step)
         weights = join(run.frozen, state.averaged)
         write_export(workdir, config, run, weights, step, out=out, overwrite=overwrite)
     return step

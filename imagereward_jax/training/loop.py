@@ -21,7 +21,7 @@ from imagereward_jax.storage.errors import writing
 from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.terminal import say
 from imagereward_jax.training.baseline import Baseline
-from imagereward_jax.training.checkpoints import Checkpoints, abstract, exports_best, goodness
+from imagereward_jax.training.checkpoints import Checkpoints, exports_best, goodness
 from imagereward_jax.training.export import chosen_by, write_ending, write_export
 from imagereward_jax.training.finite import require_finite, skipped_too_often
 from imagereward_jax.training.html_report import write_report
@@ -43,8 +43,8 @@ from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_i
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.progress import Progress, described, listed
-from imagereward_jax.training.resume import locked, newest_whole
-from imagereward_jax.training.state import from_checkpoint, to_checkpoint
+from imagereward_jax.training.resume import locked, newest_whole, read_state
+from imagereward_jax.training.state import to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
 from imagereward_jax.training.watch import Watch, check_best, check_measured
 from imagereward_jax.training.workdir import CONFIG, check_export, check_workdir, is_complete, read_done, sweep
@@ -155,16 +155,11 @@ class _Loop:
         return step
 
     def _take_over(self, step):
-        self.state, loop = self._read_state(step)
+        self.state, loop = read_state(self.manager, self.program, step)
         self.meter.set_state(loop["meter"])
         self.watch.set_state(loop.get("watch", {}))  # runs of before have none
         for phase in self.method.phases:
             phase.source.set_state(loop["streams"])
-
-    def _read_state(self, step):
-        shapes = abstract(to_checkpoint(self.state), to_checkpoint(self.program.state_shardings))
-        tree, loop = self.manager.restore(step, shapes)
-        return from_checkpoint(tree), loop
 
     def run(self):
         """From the first evaluation to the report."""
@@ -387,7 +382,7 @@ class _Loop:
         if step == self.step:
             return self.state, step
         self.progress.say(f"exporting the best checkpoint by {best}, of step {step}")
-        return self._read_state(step)[0], step
+        return read_state(self.manager, self.program, step)[0], step
 
     def _export(self):
         """Writes the export; returns the step that it is of."""

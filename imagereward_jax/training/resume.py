@@ -3,13 +3,16 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from imagereward_jax.storage.errors import writing
 from imagereward_jax.storage.lock import Lock, LockedError
-from imagereward_jax.training.checkpoints import CheckpointError, Checkpoints
+from imagereward_jax.training.checkpoints import CheckpointError, Checkpoints, abstract
 from imagereward_jax.training.mesh import from_all_processes
+from imagereward_jax.training.program import TrainingProgram
+from imagereward_jax.training.state import TrainState, from_checkpoint, to_checkpoint
 from imagereward_jax.training.workdir import LOCK
 
 
@@ -33,6 +36,17 @@ def locked(workdir: Path) -> Iterator[Lock]:
         yield lock
     finally:
         lock.release()
+
+
+def read_state(manager: Checkpoints, program: TrainingProgram, step: int) -> tuple[TrainState, dict[str, Any]]:
+    """(state, what the loop saved beside it) of the checkpoint of a step, sharded as the program has it.
+
+    Raises:
+        CheckpointError: see `Checkpoints.restore`.
+    """
+    shapes = abstract(to_checkpoint(program.abstract_state), to_checkpoint(program.state_shardings))
+    tree, loop = manager.restore(step, shapes)
+    return from_checkpoint(tree), loop
 
 
 def newest_whole(manager: Checkpoints, take: Callable[[int], None], say: Callable[[str], None]) -> int | None:

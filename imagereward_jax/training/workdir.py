@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from imagereward_jax.config import flat_fields
 from imagereward_jax.models.lora import ATTENTION
 from imagereward_jax.recipes import default_config
 from imagereward_jax.storage.files import is_temporary
@@ -150,15 +151,6 @@ def _check_writable(workdir):
         raise WorkdirError(f"{workdir}: {there} is not a folder: choose another --workdir")
     if not os.access(there, os.W_OK | os.X_OK):
         raise WorkdirError(f"{workdir}: {there} cannot be written: choose another --workdir")
-
-
-def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, as ("a.b", value)."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat_fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def fields_and_defaults(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -119,9 +119,10 @@ def test_batches_from_a_cache_are_those_without(here):
 SMALL = ["model.path=model", "batch_size=2", "accumulation=1", "dtype=float32", "writers=('jsonl',)", "log_every=1"]
 SMALL += [f"eval.{field}" for field in ("prompts=prompts.txt", "num_prompts=2", "num_steps=2", "batch_size=2")]
 SMALL += ["optimizer.warmup_steps=0", "optimizer.learning_rate=0.01", "eval.images_per_prompt=1"]
-DRTUNE = ["data.prompts=prompts.txt", "reward.path=jax:sd3_reward:warmth", "method.num_steps=3", "method.stop_min=1"]
-DRTUNE += ["method.gradient_steps=2", "method.height=8", "method.width=8", "method.target=2.0"]
-REFL = [*DRTUNE[:4], "method.stop_max=2", "method.height=8", "method.width=8", "ema_decay=0.0"]
+TUNED = ["data.prompts=prompts.txt", "reward.path=jax:sd3_reward:warmth", "method.height=8", "method.width=8"]
+TUNED += ["method.num_steps=3", "method.stop_min=1"]
+DRTUNE = [*TUNED, "method.gradient_steps=2", "method.target=2.0"]
+REFL = [*TUNED, "method.stop_max=2", "ema_decay=0.0"]
 
 
 def command(recipe, workdir, *options):
