@@ -6,11 +6,9 @@ import gc
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -28,13 +26,12 @@ from toy import assemble_toy, main, toy_config, train
 from imagereward_jax.config import ConfigError
 from imagereward_jax.methods.base import Evaluation, ImageSamples
 from imagereward_jax.storage.errors import WriteError
-from imagereward_jax.training import loop, program, progress
+from imagereward_jax.training import loop, program
 from imagereward_jax.training.checkpoints import CheckpointError
-from imagereward_jax.training.export import export_checkpoint
 from imagereward_jax.training.interruptions import Interrupted, RunError
 from imagereward_jax.training.metric_writers import Meter, read_rows
 from imagereward_jax.training.optimizer import make_optimizer, make_schedule
-from imagereward_jax.training.workdir import WorkdirError, read_config
+from imagereward_jax.training.workdir import WorkdirError
 
 TIMES = ("time", "images_per_second")
 
@@ -70,46 +67,6 @@ def test_the_learning_rate_is_logged_as_it_stands(tmp_path, capsys):
     assert re.search(
         r"parameters train beside [\d,]+ that do not; batches of \d+ on \d+ x \w+ \(data \d, fsdp 1\)", said
     )
-
-
-def test_long_work_shows_that_it_goes_on(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "EVERY", 0.01)
-    shown = progress.Progress(toy_config(), None, main=True)
-    with shown.waiting("compiling"):
-        time.sleep(0.2)
-    assert re.search(r"compiling: 0 s", capsys.readouterr().err)
-    with progress.Progress(toy_config(), None, main=False).waiting("compiling"):
-        time.sleep(0.05)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_checkpoint_is_exported_beside_a_run_that_goes_on(clean, tmp_path):
-    """The last one to the bytes of the run's own export; nothing in the workdir changes, not a file in the making."""
-    copy = tmp_path / "run"
-    shutil.copytree(clean, copy)
-    (copy / "checkpoints/30.orbax-checkpoint-tmp-1").mkdir()
-    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
-    config = read_config(copy)
-    assert config.to_json() == toy_config().to_json()
-    steps = sorted(int(path.name) for path in (copy / "checkpoints").iterdir() if path.name.isdigit())
-    assert export_checkpoint(config, assemble_toy, copy, tmp_path / "last") == steps[-1] == config.steps
-    files = [path.relative_to(copy / "export") for path in (copy / "export").rglob("*") if path.is_file()]
-    assert files and all(
-        (tmp_path / "last" / one).read_bytes() == (copy / "export" / one).read_bytes() for one in files
-    )
-    assert export_checkpoint(config, assemble_toy, copy, tmp_path / "first", step=steps[0]) == steps[0]
-    differ = [one for one in files if (tmp_path / "first" / one).read_bytes() != (copy / "export" / one).read_bytes()]
-    assert len(differ) >= 2, "weights and card"
-    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
-    with pytest.raises(CheckpointError, match=rf"no checkpoint of step 7; there are: {steps[0]}, "):
-        export_checkpoint(config, assemble_toy, copy, tmp_path / "none", step=7)
-    with pytest.raises(FileExistsError):
-        export_checkpoint(config, assemble_toy, copy, tmp_path / "last")
-    with pytest.raises(FileNotFoundError, match="expected the workdir of a run"):
-        read_config(tmp_path)
-    (copy / "config.json").write_text('{"method": {"name": "unheard"}}')
-    with pytest.raises(WorkdirError, match="not the config of a run of this version"):
-        read_config(copy)
 
 
 def test_a_run_leaves_what_the_design_lists(clean):
