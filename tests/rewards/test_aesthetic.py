@@ -27,7 +27,8 @@ def clip(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = CLIPConfig(
-        text_config={**sizes, "vocab_size": 99}, vision_config={**sizes, "image_size": 28, "patch_size": 14}
+        text_config={**sizes, "vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+        vision_config={**sizes, "image_size": 28, "patch_size": 14},
     )
     config.projection_dim = 768
     model = CLIPModel(config).eval()
