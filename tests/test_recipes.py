@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 from imagereward_jax.assembly.run import assemble
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.recipes import recipe_beside, validate
 from imagereward_jax.train import main
-from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.metric_writers import read_rows
 from imagereward_jax.weights.files import read_tensors
 
@@ -182,8 +181,7 @@ def test_every_reward_of_a_mixture_is_logged_at_every_step_and_in_the_evaluation
         np.testing.assert_allclose(row["refl/reward"], 1.5 * row["refl/reward_trained"], atol=1e-4)
 
 
-def test_the_report_draws_the_curve_of_every_reward(runs, figures):
-    write_report(runs[0] / "refl")
+def test_the_report_draws_the_curve_of_every_reward(runs):
     page = (runs[0] / "refl" / "report.html").read_text()
     for name in ("refl/reward_builtin", "refl/reward_trained", "eval/reward_builtin", "eval/reward_trained"):
-        assert f"<!-- {name} -->" in page, name  # matplotlib writes each title beside its outlines
+        assert f">{name}</code>" in page, name
