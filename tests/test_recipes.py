@@ -16,6 +16,7 @@ from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.recipes import recipe_beside, validate
 from imagereward_jax.train import main
 from imagereward_jax.training.metric_writers import read_rows
+from imagereward_jax.training.samples import read_samples
 from imagereward_jax.weights.files import read_tensors
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -179,6 +180,18 @@ def test_every_reward_of_a_mixture_is_logged_at_every_step_and_in_the_evaluation
     for row in rows[1:]:
         np.testing.assert_allclose(row["refl/reward_builtin"], row["refl/reward_trained"], atol=1e-5)
         np.testing.assert_allclose(row["refl/reward"], 1.5 * row["refl/reward_trained"], atol=1e-4)
+
+
+def test_an_evaluation_leaves_its_scores_and_images_by_prompt(runs):
+    """Their means over prompts are the evaluation's metrics within 1e-5."""
+    rows = {row["step"]: row for row in runs[1]["refl"] if "eval/reward_mean" in row}
+    found = read_samples(runs[0] / "refl", rows)
+    assert found.keys() == rows.keys()
+    for step, prompts in found.items():
+        assert all(prompt.images for prompt in prompts.values())
+        for name in ("eval/reward_mean", "eval/checker_rate"):
+            mean = np.mean([prompt.mean(name) for prompt in prompts.values()])
+            np.testing.assert_allclose(mean, rows[step][name], atol=1e-5)
 
 
 def test_the_report_draws_the_curve_of_every_reward(runs):

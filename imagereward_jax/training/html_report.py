@@ -17,11 +17,11 @@ from imagereward_jax.training.prompt_cards import (
     Side,
     card,
     cards,
-    chosen_steps,
     difference,
     ends_first,
     number,
     ordering_metric,
+    positions,
     sampling,
     scores_table_rows,
     sheet,
@@ -65,27 +65,26 @@ def _tiles(run):
         return f"<p>{lacking}</p>"
     tiles = []
     for name in run.watched():
-        first, last = rows[0].get(name), rows[-1].get(name)
-        before = f"from {rounded(first) or 'no value'}" if len(rows) > 1 else f"at step {rows[0]['step']}"
+        first, last = ("no value" if row.get(name) is None else f"{row[name]:.3g}" for row in (rows[0], rows[-1]))
+        before = f"from {first}" if len(rows) > 1 else f"at step {rows[0]['step']}"
         tiles.append(
             f'<div class="tile"><div class="small soft">{escape(words(name).title)}</div>'
-            f'<div class="value">{rounded(last) or "none"}</div><div class="small soft">{before}</div></div>'
+            f'<div class="value">{last}</div><div class="small soft">{before}</div></div>'
         )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
 def _samples(run):
     """Each prompt's images of the first evaluation beside those of every other, or the contact sheets."""
-    found = run.samples or run.sheets
-    if not found:
+    steps = positions(run)
+    if not steps:
         return ""
-    steps = chosen_steps(list(found))
     moved = len(steps) > 1
     how = sampling(run)
     head = f"<h2>Same prompts, same noise{', before and after' if moved else ''}</h2>"
     head += f'<p class="soft">Held-out prompts{f"; {escape(how)}" if how else ""}.</p>'
-    if moved:
-        labels = [f"step {step}{_value(run, step)}" for step in steps]
+    if len(steps) > 2:
+        labels = [f"step {step}{_value(run, step)}" for step in steps[1:]]
         head += slider(labels, "Evaluation")
     return head + (_prompts(run, steps) if run.samples else _sheets(run, steps))
 
@@ -115,7 +114,7 @@ def _prompts(run, steps):
         before = Side(f"step {steps[0]}{_scored(first[key], metric)}", first[key].images)
         found = [
             Side(f"step {step}{_scored(run.samples[step][key], metric)}", run.samples[step][key].images, at)
-            for at, step in enumerate(steps)
+            for at, step in enumerate(steps[1:])
             if key in run.samples[step]
         ]
         return [before, *found] if moved else [before]
@@ -139,9 +138,8 @@ def _scored(samples, metric):
 
 
 def _sheets(run, steps):
-    sides = [Side(f"step {step}", [sheet(run.sheets[step])], at) for at, step in enumerate(steps)]
-    first = sides[0]._replace(at=None)
-    columns = [first, *sides] if len(sides) > 1 else [first]
+    first, *others = [Side(f"step {step}", [sheet(run.sheets[step])]) for step in steps]
+    columns = [first, *(side._replace(at=at) for at, side in enumerate(others))]
     return card("Contact sheet", "", columns, level=3, broad=True)
 
 
@@ -150,7 +148,7 @@ def _watch(run):
     rows = run.evaluations
     if len(rows) < 2:
         return ""
-    steps, marks = (rows[0]["step"], rows[-1]["step"]), chosen_steps(list(run.samples or run.sheets))
+    steps, marks = (rows[0]["step"], rows[-1]["step"]), positions(run)[1:]
     panels, banded = [], False
     for name in run.watched():
         deviations, extremes = run.spread(name)
@@ -240,7 +238,7 @@ def costs(run: Run) -> list[tuple[str, str]]:
     """What a run has cost: (name, HTML); what it did not record is left out."""
     cost = run.cost()
     pairs = {
-        "images trained on": f"{cost.images:,}" if cost.images else "",
+        "images trained on": f"{cost.images:,.0f}" if cost.images else "",
         "images of evaluations": f"{cost.evaluated:,}" if cost.evaluated else "",
         "time in training steps": duration(cost.seconds),
         "speed of training": f"{cost.rate:.3g} images/s" if cost.rate else "",

@@ -11,8 +11,10 @@ from imagereward_jax.training.record import REWARD, Run
 from imagereward_jax.training.samples import Key, PromptSamples, encode_webp
 
 BUDGET = 800_000  # characters of all images of a page; further prompts are told in numbers
-AT_LEAST = 2  # prompts whose images are shown, whatever they take
-POSITIONS = 24  # of the slider; of more evaluations, these are spread evenly
+PROMPTS = 6  # the slider has no more positions than leave room for so many prompts,
+POSITIONS = 24  # and no more than these; of more evaluations, some are spread evenly
+SHEETS = 6  # positions of a slider over contact sheets
+MOST = 18  # prompts with images
 SHOWN = 12  # prompts that are not folded
 SHEET = 1000  # pixels of a contact sheet
 
@@ -25,12 +27,18 @@ class Side(NamedTuple):
     at: int | None = None
 
 
-def chosen_steps(steps: Sequence[int]) -> list[int]:
-    """The first, the last and evenly spread ones between, at most POSITIONS."""
+def positions(run: Run) -> list[int]:
+    """The evaluations whose images a page shows: the first, the last and evenly spread ones between."""
+    if not run.samples:
+        return _spread(list(run.sheets), SHEETS)
+    sizes = [sum(map(len, prompt.images)) for prompts in run.samples.values() for prompt in prompts.values()]
+    most = BUDGET // (PROMPTS * max(max(sizes), 1))
+    return _spread(list(run.samples), min(max(most, 2), POSITIONS))
+
+
+def _spread(steps, most):
     last = len(steps) - 1
-    if last < POSITIONS:
-        return list(steps)
-    return [steps[round(index * last / (POSITIONS - 1))] for index in range(POSITIONS)]
+    return steps if last < most else [steps[round(index * last / (most - 1))] for index in range(most)]
 
 
 def ordering_metric(prompts: Iterable[PromptSamples]) -> str:
@@ -83,7 +91,7 @@ def cards(
     for key in keys:
         columns = sides(key)
         size = sum(len(data) for column in columns for data in column.images)
-        if not size or (spent + size > BUDGET and len(made) >= AT_LEAST):
+        if not size or len(made) == MOST or spent + size > BUDGET:
             continue
         spent += size
         made[key] = columns

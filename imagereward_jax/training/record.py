@@ -122,11 +122,14 @@ def read_run(workdir: str | Path) -> Run:
     path = workdir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the workdir of a run of `train`")
+    config = _read_object(path)
+    if not isinstance(config.get("steps"), int) or "name" not in (config.get("method") or ()):
+        raise ValueError(f"{path} is not the config of a run")
     rows = read_rows(workdir / METRICS)
     steps = {row["step"] for row in rows_with(rows, "eval/")}
     return Run(
         workdir,
-        _read_object(path),
+        config,
         rows,
         read_samples(workdir, steps),
         sheets(workdir, steps),

@@ -18,6 +18,7 @@ from PIL import Image
 
 from imagereward_jax.methods.base import Evaluation
 from imagereward_jax.storage.contact_sheet import to_uint8
+from imagereward_jax.storage.errors import writing
 from imagereward_jax.storage.files import save_image, write_text
 
 FOLDER = "samples"  # in the workdir
@@ -47,6 +48,8 @@ def save_samples(workdir: Path, step: int, index: int, evaluation: Evaluation) -
     if evaluation.sheet is not None:
         save_image(workdir / FOLDER / f"{name}.png", evaluation.sheet)
     if evaluation.samples is not None and evaluation.scores:
+        with writing(workdir):
+            (workdir / FOLDER).mkdir(exist_ok=True)
         lines = _lines(evaluation.samples, evaluation.scores)
         write_text(workdir / FOLDER / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
