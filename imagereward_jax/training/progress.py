@@ -14,6 +14,7 @@ from tqdm.auto import tqdm  # a widget in notebooks
 
 from imagereward_jax.methods.base import Method
 from imagereward_jax.terminal import escape
+from imagereward_jax.training.interruptions import stopping
 
 EVERY = 5.0  # seconds between two signs of life while nothing else shows
 
@@ -24,11 +25,28 @@ class Progress:
     Args:
         config: the run's config. method: names the metrics that are shown and those that are warned of.
         main: whether this is process 0.
+
+    Attributes:
+        stage: what goes on, see `during`. step: the last that is done. saved: that of the latest checkpoint, or None.
     """
 
     def __init__(self, config: Any, method: Method, *, main: bool):
         self.config, self.method, self.main = config, method, main
         self._warned: set[str] = set()
+        self.stage, self.step, self.saved = "opening", 0, None
+
+    @contextlib.contextmanager
+    def during(self, stage: str) -> Iterator[None]:
+        """Notes what goes on, one of `interruptions.STOPS`, for `answer`."""
+        before, self.stage = self.stage, stage
+        try:
+            yield
+        finally:
+            self.stage = before
+
+    def answer(self) -> None:
+        """Says what a signal that came just now makes the run do."""
+        self.say(stopping(self.stage, self.step, self.saved))
 
     def bar(self, step: int) -> tqdm:
         """A bar that stands at `step`."""
