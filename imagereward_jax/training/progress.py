@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from imagereward_jax.terminal import escape
 from imagereward_jax.training.interruptions import stopping
 
 EVERY = 5.0  # seconds between two signs of life while nothing else shows
+LONG = 600.0  # seconds of an evaluation that a user is told of before they pass
 
 
 class Progress:
@@ -101,6 +102,33 @@ class Progress:
         """Writes a line above the bar."""
         if self.main:
             tqdm.write(escape(text), file=sys.stderr)
+
+
+def foretelling(
+    update: Callable[[int], Any],
+    total: int,
+    advise: Callable[[int, float], Any],
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[int], None]:
+    """Wraps the `update` of a bar over `total` items: calls `advise` once if the rest will take longer than `LONG`.
+
+    That is known after the second batch; what the first one takes is left out, because it compiles.
+
+    Args:
+        advise: takes `total`, and the seconds for that many.
+    """
+    done, first, begin = 0, 0, None
+
+    def counted(items):
+        nonlocal done, first, begin
+        update(items)
+        done += items
+        if begin is None:
+            first, begin = items, clock()
+        elif done - items == first and (clock() - begin) * (total - done) / items > LONG:
+            advise(total, (clock() - begin) * total / items)
+
+    return counted
 
 
 def listed(metrics: Mapping[str, float]) -> str:
