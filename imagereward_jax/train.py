@@ -14,6 +14,7 @@ everything is saved; 130 at once after Ctrl-C before the first step, or a second
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,10 +39,12 @@ USAGE = "--config FILE.py [--workdir DIR] [--config.field=value ...]"
 @command
 def main(argv=None):
     """Parses flags, builds, trains; returns the exit status."""
-    config, workdir, processes = parse_flags(list(sys.argv if argv is None else argv))
+    argv = list(sys.argv if argv is None else argv)
+    config, workdir, processes = parse_flags(argv)
     from imagereward_jax.trainer import Trainer
 
     trainer = Trainer(config, workdir=workdir)
+    trainer.started_by = f"{program('train')} {shlex.join(argv[1:])}"
     if processes is not None:
         join(*processes)
     return run(trainer)

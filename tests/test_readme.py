@@ -31,7 +31,7 @@ def test_the_readme_draws_what_it_says(tmp_path, monkeypatch):
 
 def test_the_readme_trains_from_python(tmp_path, monkeypatch, shortened):
     """Its block, in two steps and on a smaller model, leaves a model that opens."""
-    for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib", "tensorboard"):
+    for package in ("orbax.checkpoint", "grain", "ml_collections", "tensorboard"):
         pytest.importorskip(package)
     section = README.read_text().split("## From Python\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
