@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 from imagereward_jax.config import did_you_mean
@@ -63,15 +64,25 @@ def script(shell: str, commands: Mapping[str, str], recipes: Sequence[str], conv
 
 def flags_of(name: str) -> list[str]:
     """The flags of a command, sorted, as its help names them; none if a package that it needs is not installed."""
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*\b(?![.-])", help_of(name))))
+
+
+def help_of(name: str) -> str:
+    """The help of a command; "" if it has none of its own, or a package that it needs is not installed."""
     try:
         main = importlib.import_module(f"imagereward_jax.{name}").main
-    except (ModuleNotFoundError, AttributeError):  # `convert` and `recipes` have no flags; an extra may be absent
-        return []
-    text = io.StringIO()
-    argv = [name, "--help"] if name == "train" else ["--help"]  # absl's flags come after the program's name
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        main(argv)
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*\b(?![.-])", text.getvalue())))
+    except (ModuleNotFoundError, AttributeError):  # `convert` and `recipes` are words of `imagereward` alone
+        return ""
+    text, argv = io.StringIO(), sys.argv
+    sys.argv = [f"imagereward {name}"]  # whose name help shows
+    try:
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
+            main([name, "--help"] if name == "train" else ["--help"])  # absl's flags come after the program's name
+    except SystemExit:
+        pass
+    finally:
+        sys.argv = argv
+    return text.getvalue()
 
 
 def _fish(commands, flags, recipes, conversions):
