@@ -163,7 +163,7 @@ def test_refl_tunes_the_unet_alone(runs):
         assert same == (name != "unet")
 
 
-def test_refl_logs_what_the_issue_asks_for(runs):
+def test_refl_logs_reward_loss_speed_and_progress(runs):
     first, last = runs[1]["refl"][0], runs[1]["refl"][-1]
     for row in (first, last):
         assert {"step", "time", "eval/reward_mean", "eval/reward_std", "eval/checker_rate"} <= row.keys()

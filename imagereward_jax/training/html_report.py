@@ -242,7 +242,7 @@ def costs(run: Run) -> list[tuple[str, str]]:
         "images of evaluations": f"{cost.evaluated:,}" if cost.evaluated else "",
         "time in training steps": duration(cost.seconds),
         "speed of training": f"{cost.rate:.3g} images/s" if cost.rate else "",
-        "from first to last number": f"{duration(cost.elapsed)} with pauses" if cost.elapsed else "",
+        "elapsed, pauses included": duration(cost.elapsed),
     }
     return [(name, value) for name, value in pairs.items() if value]
 
@@ -273,14 +273,13 @@ def _curves(run):
             same = groups.setdefault(name.rpartition("/")[0], {})
             same.setdefault(tuple(points), []).append(name)
     last = max(run.step, 1)
-    parts = [
-        f'{_group(room)}<div class="curves">'
-        + "".join(
+    order = {run.config["method"]["name"]: 0, "eval": 2, "": 3}
+    parts = []
+    for room, some in sorted(groups.items(), key=lambda item: order.get(item[0], 1)):
+        panels = [
             figures.panel(*called(name, same), [Line(points)], (0, last)) for points, (name, *same) in some.items()
-        )
-        + "</div>"
-        for room, some in sorted(groups.items(), key=lambda item: (not item[0], item[0] == "eval"))
-    ]
+        ]
+        parts.append(f'{_group(room)}<div class="curves">{"".join(panels)}</div>')
     if constant:
         parts.append(f'<p class="small"><strong>Never changed</strong>: {"; ".join(constant)}.</p>')
     return parts

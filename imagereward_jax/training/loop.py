@@ -95,9 +95,10 @@ def train(
         keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
         best = dict.fromkeys(name for name in (config.eval.best, config.stop.judge) if name)
         manager = Checkpoints(workdir / "checkpoints", keep=keep, best=tuple(best))
-        caught = stack.enter_context(catch_signals())
+        progress = Progress(config, run.method, main=jax.process_index() == 0)
+        caught = stack.enter_context(catch_signals(progress.answer))
         stack.enter_context(closing(manager))
-        loop = _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook, lock)
+        loop = _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook, lock, progress)
         with contextlib.ExitStack() as writers:
             for writer in loop.writers.values():
                 writers.callback(writer.close)
@@ -108,11 +109,11 @@ def train(
 class _Loop:
     """One process's part of a run, from restoring to the report."""
 
-    def __init__(self, config, run, workdir, mesh, manager, caught, hook, lock):
+    def __init__(self, config, run, workdir, mesh, manager, caught, hook, lock, progress):
         self.config, self.workdir, self.mesh, self.manager, self.caught = config, workdir, mesh, manager, caught
         self.assembled, self.method, self.hook, self.lock = run, run.method, hook, lock
         self.main = jax.process_index() == 0
-        self.progress = Progress(config, run.method, main=self.main)
+        self.progress = progress
         self.program, self.compiled = TrainingProgram(config, run, mesh), {}
         self.fixed = self.program.fixed(run)
         self.state = self.program.initial_state(run.trainable)
@@ -139,6 +140,7 @@ class _Loop:
         step = newest_whole(self.manager, self._take_over, self.progress.say)
         if step is not None:
             self.progress.say(f"continuing from step {step}")
+            self.progress.step = self.progress.saved = step
         return step
 
     def _take_over(self, step):
@@ -156,6 +158,7 @@ class _Loop:
             metrics = self._evaluate_and_log({})
             if self.config.stop.judge:
                 self._save(metrics)  # the judge may find nothing better
+            self._stop_if_asked()
         self.iterators = self._iterators()
         try:
             if not self._ended:
@@ -163,7 +166,8 @@ class _Loop:
                 self.batches = self._next_batches()
                 self.waited = time.monotonic() - begin
                 self._program_for(self.batches)
-            with self.progress.bar(self.step) as bar:
+            stage = "training" if self.program.updates == 1 and not self.program.on_policy else "on policy"
+            with self.progress.bar(self.step) as bar, self.progress.during(stage):
                 while not self._ended:
                     self._stop_if_asked()
                     self._advance(bar)
@@ -175,7 +179,8 @@ class _Loop:
         self._save({})
         if self.watch.stopped:
             self.progress.say(f"stopped at step {self.step}: {self.watch.stopped}")
-        exported = self._export()
+        with self.progress.during("exporting"):
+            exported = self._export()
         if self.main:
             write_ending(self.workdir, self.config, self.step, exported, self.watch.stopped)
         self.progress.say(f"done: {self.workdir / 'report.html'}")
@@ -188,7 +193,8 @@ class _Loop:
         """The compiled step for batches of these shapes, of which there are several if images have several sizes."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batches))
         if shapes not in self.compiled:
-            self.compiled[shapes] = self._compile(batches)
+            with self.progress.during("compiling"):
+                self.compiled[shapes] = self._compile(batches)
         return self.compiled[shapes]
 
     def _compile(self, batches):
@@ -249,7 +255,7 @@ class _Loop:
         if self.profiler.before(self.step):
             self.progress.say(f"profile of {config.profile.steps} steps in {self.profiler.folder}")
         metrics = self._updates()
-        self.step += 1
+        self.progress.step = self.step = self.step + 1
         self.positions = self._positions()
         if self.step < config.steps and not self.program.on_policy:
             self.batches = self._next_batches()  # while the devices are busy with this step
@@ -283,7 +289,8 @@ class _Loop:
     def _evaluate(self):
         """(evaluations, embeddings of the images by the names of drifts)"""
         components, embeds = self._components(self.state), {}
-        evaluations = [evaluator(components) for evaluator in self.method.evaluate.values()]
+        with self.progress.during("evaluating"):
+            evaluations = [evaluator(components) for evaluator in self.method.evaluate.values()]
         for evaluation in evaluations:
             embeds |= evaluation.embeds
         return evaluations, embeds
@@ -336,6 +343,7 @@ class _Loop:
             "config": json.loads(self.config.to_json()),
         }
         self.manager.save(self.step, to_checkpoint(self.state), loop, metrics=evaluation or None)
+        self.progress.saved = self.step
 
     def _is_best(self, evaluation):
         """Whether it is better than every checkpoint, by config.eval.best or config.stop.judge."""

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from tqdm.auto import tqdm  # a widget in notebooks
 
 from imagereward_jax.methods.base import Method
 from imagereward_jax.terminal import escape
+from imagereward_jax.training.interruptions import stopping
 
 EVERY = 5.0  # seconds between two signs of life while nothing else shows
+LONG = 600.0  # seconds of an evaluation that a user is told of before they pass
 
 
 class Progress:
@@ -24,11 +26,28 @@ class Progress:
     Args:
         config: the run's config. method: names the metrics that are shown and those that are warned of.
         main: whether this is process 0.
+
+    Attributes:
+        stage: what goes on, see `during`. step: the last that is done. saved: that of the latest checkpoint, or None.
     """
 
     def __init__(self, config: Any, method: Method, *, main: bool):
         self.config, self.method, self.main = config, method, main
         self._warned: set[str] = set()
+        self.stage, self.step, self.saved = "opening", 0, None
+
+    @contextlib.contextmanager
+    def during(self, stage: str) -> Iterator[None]:
+        """Notes what goes on, one of `interruptions.STOPS`, for `answer`."""
+        before, self.stage = self.stage, stage
+        try:
+            yield
+        finally:
+            self.stage = before
+
+    def answer(self) -> None:
+        """Says what a signal that came just now makes the run do."""
+        self.say(stopping(self.stage, self.step, self.saved))
 
     def bar(self, step: int) -> tqdm:
         """A bar that stands at `step`."""
@@ -83,6 +102,33 @@ class Progress:
         """Writes a line above the bar."""
         if self.main:
             tqdm.write(escape(text), file=sys.stderr)
+
+
+def foretelling(
+    update: Callable[[int], Any],
+    total: int,
+    advise: Callable[[int, float], Any],
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[int], None]:
+    """Wraps the `update` of a bar over `total` items: calls `advise` once if the rest will take longer than `LONG`.
+
+    That is known after the second batch; what the first one takes is left out, because it compiles.
+
+    Args:
+        advise: takes `total`, and the seconds for that many.
+    """
+    done, first, begin = 0, 0, None
+
+    def counted(items):
+        nonlocal done, first, begin
+        update(items)
+        done += items
+        if begin is None:
+            first, begin = items, clock()
+        elif done - items == first and (clock() - begin) * (total - done) / items > LONG:
+            advise(total, (clock() - begin) * total / items)
+
+    return counted
 
 
 def listed(metrics: Mapping[str, float]) -> str:

@@ -177,7 +177,7 @@ def scoring(project: Project) -> Work:
         return [Child(run, folder / "log")]
 
     def end_of(folder):
-        return {path.name: path.read_bytes() for path in (folder / "output").iterdir()}
+        return {path.name: path.read_bytes() for path in (folder / "output").glob("[!.]*")}
 
     return Work(start, end_of)
 

@@ -1,6 +1,6 @@
 // Opens pages in headless Chromium as a reader would, and fails if one of them is not as it should be.
 //
-//     cd tests/pages && npm install && npm run check -- SHOTS PAGE.html ...
+//     cd tests/browser && npm install && npm run check -- SHOTS PAGE.html ...
 //
 // On a desk and on a phone, in light and in dark: no finding of axe-core that is serious or critical, no sideways
 // scrolling, no request to a network, no error or breach of the page's own policy in the console; the slider, if there
