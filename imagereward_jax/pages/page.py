@@ -107,14 +107,13 @@ def folded(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 
-def image(data: str, kind: str, alt: str, *, pixelated: bool = False) -> str:
+def image(data: str, kind: str, alt: str) -> str:
     """An image in the page.
 
     Args:
-        data: base64. kind: "webp" or "jpeg". alt: text. pixelated: shows its pixels as squares if it is enlarged.
+        data: base64. kind: "webp" or "jpeg". alt: text.
     """
-    style = ' class="tiny"' if pixelated else ""
-    return f'<img alt="{escape(alt)}"{style} src="data:image/{kind};base64,{escape(data)}">'
+    return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{escape(data)}">'
 
 
 def slider(labels: Sequence[str], caption: str) -> str:

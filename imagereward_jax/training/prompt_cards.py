@@ -1,6 +1,5 @@
 """The images of prompts side by side, as cards of a page: of one run over its evaluations, or of several runs."""
 
-import base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -134,16 +133,8 @@ def card(prompt: str, heading: str, columns: Sequence[Side], *, level: int = 4, 
 
 def _side(side, prompt):
     kind = "images four" if len(side.images) > 2 else "images"
-    images = "".join(image(data, "webp", prompt, pixelated=_is_lossless(data)) for data in side.images)
+    images = "".join(image(data, "webp", prompt) for data in side.images)
     return f'<p>{side.caption}</p><div class="{kind}">{images}</div>'
-
-
-def _is_lossless(data):
-    """Whether the WebP is of the kind that tiny images are stored as."""
-    try:
-        return base64.b64decode(data[:24])[12:16] == b"VP8L"
-    except ValueError:
-        return False
 
 
 def sheet(path: Path) -> str:

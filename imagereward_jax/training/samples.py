@@ -24,7 +24,7 @@ from imagereward_jax.storage.files import save_image, write_text
 FOLDER = "samples"  # in the workdir
 NAME = re.compile(r"step_(\d+)(_\d+)?\.(png|jsonl)")  # other files there are the user's
 THUMBNAIL = 256  # pixels
-LOSSLESS = 64  # up to this side: there a lossy codec costs as much, and blurs
+SMALLEST = 64  # smaller ones are enlarged by whole factors, as WebP's colours have half the resolution
 PER_PROMPT, IN_ALL = 4, 256  # images that are kept of an evaluation, from the first
 
 Key = tuple[str, int]  # a prompt, and which of the prompts of the same text
@@ -74,9 +74,12 @@ def _number(value):
 
 def encode_webp(image: Image.Image, side: int) -> str:
     """Base64 of an image as WebP, at most `side` pixels wide or high."""
+    factor = -(-SMALLEST // max(image.size))
+    if factor > 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", lossless=max(image.size) <= LOSSLESS, quality=80, method=2)
+    image.save(buffer, format="WEBP", quality=90 if factor > 1 else 80, method=2)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -65,7 +65,7 @@ def run(tmp_path):
 
 
 def test_each_prompt_s_images_before_and_after_best_and_worst_first(run):
-    """Gains are +0.5, +1.5 and -0.75; the images are the evaluations' own, to the bit."""
+    """Gains are +0.5, +1.5 and -0.75; the images are the evaluations' own but for what WebP loses."""
     workdir, before, after = run
     page = report(workdir)
     headings = re.findall(r"<h4>(.*?)</h4>", page.source)
@@ -80,7 +80,7 @@ def test_each_prompt_s_images_before_and_after_best_and_worst_first(run):
     rows = [2, 3, 0, 1, 4, 5]
     for found, at in zip(np.split(np.stack([image for _, image in shown]), 3), np.split(np.array(rows), 3)):
         expected = np.concatenate([before.samples.images[at], after.samples.images[at]])
-        np.testing.assert_array_equal(found, np.rint(expected * 255))
+        assert np.abs(found[:, 4::8, 4::8] - 255 * expected).mean() < 8  # of other noise 85
 
 
 def test_prompts_and_names_of_others_stay_text(tmp_path):
