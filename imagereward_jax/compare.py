@@ -141,11 +141,16 @@ def _figures_and_costs(runs):
         rows.append([f'{title} <code class="soft">{escape(name)}</code>', *cells])
         if name.startswith("eval/judge_") or name == "eval/reward_mean":
             rows.append([f"{title}, best", *(_best(run, name) for _, run in runs)])
-    rows.append(["steps", *(f"{run.step} of {run.config['steps']}" for _, run in runs)])
+    rows.append(["steps", *map(_steps, (run for _, run in runs))])
     spent = [dict(costs(run)) for _, run in runs]
     for name in dict.fromkeys(name for one in spent for name in one):
         rows.append([name, *(one.get(name, "not recorded") for one in spent)])
     return "<h2>Figures and cost</h2>" + table(["first → last", *(escape(name) for name, _ in runs)], rows)
+
+
+def _steps(run):
+    stopped = ", stopped by its watch" if "stopped" in (run.done or {}) else ""
+    return f"{run.step} of {run.config['steps']}{stopped}"
 
 
 def _best(run, name):
