@@ -8,7 +8,6 @@ prompts side by side, and the fields of the configs that differ.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,38 +160,54 @@ def _best(run, name):
 def _images(runs):
     """The same prompts: before training, and at the last evaluation of each run."""
     from imagereward_jax.pages.page import escape, paragraph
+    from imagereward_jax.pages.words import words
     from imagereward_jax.training import prompt_cards as shown
+    from imagereward_jax.training.record import REWARD
 
     sampled = [(name, run) for name, run in runs if run.samples]
     if not sampled:
         return ""
-    lasts = [(name, list(run.samples.values())[-1]) for name, run in sampled]
-    first = next(iter(sampled[0][1].samples.values()))
-    keys = [key for key in first if all(key in last for _, last in lasts)]
+    befores, lasts = _befores(sampled), []
+    for name, run in sampled:
+        step, last = list(run.samples.items())[-1]
+        lasts.append((f"{name}, step {step}", last))
+    keys = [key for key in befores[0][1] if all(key in there for _, there in (*befores, *lasts))]
     if not keys:
         return "<h2>Images</h2>" + paragraph("The runs have no held-out prompt in common.", "soft")
-    metric = shown.ordering_metric(first.values())
+    names = list(befores[0][1][keys[0]].scores)
+    if len({_reward_of(run) for _, run in sampled}) > 1:
+        names = [name for name in names if name != REWARD]
+    metric = shown.ordering_metric(names)
 
     def apart(key):
-        means = [last[key].mean(metric) for _, last in lasts]
-        known = [mean for mean in (means if len(means) > 1 else [*means, first[key].mean(metric)]) if mean is not None]
+        means = [there[key].mean(metric) for _, there in (lasts if len(lasts) > 1 else [*befores, *lasts])]
+        known = [mean for mean in means if mean is not None]
         return max(known) - min(known) if known else None
 
     def sides(key):
-        columns = [(f"{sampled[0][0]}, step {next(iter(sampled[0][1].samples))}", first)]
-        columns += [(f"{name}, step {list(run.samples)[-1]}", last) for (name, run), (_, last) in zip(sampled, lasts)]
-        return [
-            shown.Side(f"{escape(name)}: {shown.number(there[key].mean(metric))}", there[key].images)
-            for name, there in columns
-        ]
+        found = []
+        for name, there in (*befores, *lasts):
+            scored = f": {shown.number(there[key].mean(metric))}" if metric else ""
+            found.append(shown.Side(f"{escape(name)}{scored}", there[key].images))
+        return found
 
-    ordered = sorted(keys, key=lambda key: -math.inf if apart(key) is None else -apart(key))
     titles = ("Where the runs differ most", "Where they differ least")
     lacking = [name for name, run in runs if not run.samples]
-    note = "Held-out prompts that all runs share, at the first evaluation and at the last one of each run."
+    note = "Held-out prompts that all runs share, at the first evaluation and at the last one of each run"
+    note += f", with their {words(metric).title.lower()}." if metric else "."
     note += f" Without images: {', '.join(lacking)}." if lacking else ""
-    cards = shown.cards(shown.ends_first(ordered, apart), apart, sides, lambda key: "", titles)
+    cards = shown.cards(shown.ends_first(keys, apart), apart, sides, lambda key: "", titles)
     return f"<h2>Same prompts, side by side</h2>{paragraph(escape(note), 'soft')}{cards}"
+
+
+def _befores(sampled):
+    """[(caption, samples)] of first evaluations; only one if the runs began with the same images."""
+    found = []
+    for name, run in sampled:
+        first = next(iter(run.samples.values()))
+        if not any(first == there for _, there in found):
+            found.append((f"before, {name}", first))
+    return [("before", found[0][1])] if len(found) == 1 else found
 
 
 def _differences(runs):

@@ -44,7 +44,7 @@ def test_two_runs_side_by_side(runs, tmp_path, capsys):
     headings = re.findall(r"<h4>(.*?)</h4>", page)
     assert headings[0] == "a dog" and "&lt;b&gt;a cow&lt;/b&gt;" in headings and len(headings) == 4
     assert re.findall(r"<p>([^<]*)</p><div class=\"images", page)[:3] == [
-        "slow, step 0: 1",
+        "before: 1",
         "slow, step 10: 1.1",
         "fast, step 10: 3",
     ]

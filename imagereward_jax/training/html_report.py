@@ -48,7 +48,8 @@ def write_report(workdir: str | Path, ending: str = "") -> None:
 def _head(run, ending):
     steps, times = run.config["steps"], [row["time"] for row in run.rows if isinstance(row.get("time"), int | float)]
     state = "complete" if run.step >= steps else "stopped" if ending else "not complete"
-    when = f"; last written {datetime.fromtimestamp(times[-1], UTC):%-d %B %Y, %H:%M} UTC" if times else ""
+    last = datetime.fromtimestamp(times[-1], UTC) if times else None
+    when = f"; last written {last.day} {last:%B %Y, %H:%M} UTC" if last else ""
     model = run.config.get("model", {}).get("path")
     told = f"{run.config['method']['name']}{f' of {model}' if model else ''}: step {run.step} of {steps}, {state}{when}"
     return (
@@ -60,9 +61,10 @@ def _head(run, ending):
 def _tiles(run):
     """The metrics that matter first, at the last evaluation and at the first."""
     rows = run.evaluations
+    if not rows and "jsonl" not in run.config.get("writers", ()):
+        return f"<p>No numbers: config.writers has no 'jsonl', which writes {METRICS}.</p>"
     if not rows:
-        lacking = f"No evaluation yet{'' if run.rows else f', and no numbers in {METRICS}'}."
-        return f"<p>{lacking}</p>"
+        return "<p>No evaluation yet.</p>"
     tiles = []
     for name in run.watched():
         first, last = ("no value" if row.get(name) is None else f"{row[name]:.3g}" for row in (rows[0], rows[-1]))
@@ -90,15 +92,18 @@ def _samples(run):
 
 
 def _value(run, step):
-    name = run.watched()[0]
-    value = dict(run.points(name)).get(step)
-    return "" if value is None else f": {words(name).title.lower()} {value:.3g}"
+    for name in run.watched()[:1]:
+        value = dict(run.points(name)).get(step)
+        return "" if value is None else f": {words(name).title.lower()} {value:.3g}"
+    return ""
 
 
 def _prompts(run, steps):
     first, last = run.samples[steps[0]], run.samples[steps[-1]]
     keys = [key for key in first if key in last]
-    metric = ordering_metric(first.values())
+    if not keys:
+        return paragraph("The first and the last evaluation have no prompt in common.")
+    metric = ordering_metric(list(first[keys[0]].scores))
     moved = len(steps) > 1
 
     def gain(key):
@@ -201,13 +206,11 @@ def _facts(run):
     """What was tuned, what it cost, and the command."""
     pairs = [*tuned(run), *costs(run)]
     command = run.started.get("command")
-    told = (
-        f"<h2>The command that repeats it</h2><pre>{escape(command)}</pre>"
-        if command
-        else '<p class="soft">Started from Python; its config is at the end of this page.</p>'
-        if run.started
-        else ""
-    )
+    told = ""
+    if command:
+        told = f"<h2>The command that repeats it</h2><pre>{escape(command)}</pre>"
+    elif run.started:
+        told = paragraph("Started from Python; its config is at the end of this page.", "soft")
     return f"<h2>What was tuned, and what it cost</h2>{facts(pairs)}{told}"
 
 

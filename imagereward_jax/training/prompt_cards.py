@@ -1,6 +1,6 @@
 """The images of prompts side by side, as cards of a page: of one run over its evaluations, or of several runs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,10 +40,9 @@ def _spread(steps, most):
     return steps if last < most else [steps[round(index * last / (most - 1))] for index in range(most)]
 
 
-def ordering_metric(prompts: Iterable[PromptSamples]) -> str:
-    """The metric by which prompts are ordered: the reward, else the first that they have, else ""."""
-    names = next((list(one.scores) for one in prompts if one.scores), [])
-    return REWARD if REWARD in names else (names or [""])[0]
+def ordering_metric(names: Sequence[str]) -> str:
+    """The one of the metrics by which prompts are ordered: the reward, else the first, "" if there are none."""
+    return REWARD if REWARD in names else (*names, "")[0]
 
 
 def signed(value: float | None) -> str:
@@ -102,7 +101,8 @@ def cards(
 
     def grid(some, level):
         made_of = "".join(card(key[0], heading(key), made[key], level=level) for key in some)
-        return f'<div class="cards">{made_of}</div>'
+        broad = any(sum(side.at is None for side in made[key]) > 2 for key in some)
+        return f'<div class="{"cards broad" if broad else "cards"}">{made_of}</div>'
 
     parts = [f"<h3>{escape(title)}</h3>{grid(some, 4)}" for title, some in zip(titles, (upper, lower)) if some]
     if others and shown:

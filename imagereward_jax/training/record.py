@@ -126,7 +126,8 @@ def read_run(workdir: str | Path) -> Run:
     if not isinstance(config.get("steps"), int) or "name" not in (config.get("method") or ()):
         raise ValueError(f"{path} is not the config of a run")
     rows = read_rows(workdir / METRICS)
-    steps = {row["step"] for row in rows_with(rows, "eval/")}
+    # Later ones are a killed run's, which the run will write again; without any row, numbers are not written here.
+    steps = {row["step"] for row in rows_with(rows, "eval/")} if rows else None
     return Run(
         workdir,
         config,

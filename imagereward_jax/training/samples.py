@@ -9,7 +9,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,14 +83,14 @@ def encode_webp(image: Image.Image, side: int) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def read_samples(workdir: Path, steps: Sequence[int]) -> dict[int, dict[Key, PromptSamples]]:
-    """{step: {prompt: its samples}} of the evaluations at `steps` that left any; damaged lines are left out."""
+def read_samples(workdir: Path, steps: Collection[int] | None) -> dict[int, dict[Key, PromptSamples]]:
+    """{step: {prompt: its samples}} of the evaluations at `steps` (None: all) that left any.
+
+    Damaged lines are left out.
+    """
     found = {}
-    for path in sorted((workdir / FOLDER).glob("*.jsonl")):
-        name = NAME.fullmatch(path.name)
-        if name is None or int(name[1]) not in steps:
-            continue
-        rows = found.setdefault(int(name[1]), {})
+    for step, path in _files(workdir, "jsonl", steps):
+        rows = found.setdefault(step, {})
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             _take_in(rows, line)
     return {step: rows for step, rows in sorted(found.items()) if rows}
@@ -112,7 +112,14 @@ def _take_in(rows: dict[Key, PromptSamples], line: str) -> None:
     rows[prompt, count] = samples
 
 
-def sheets(workdir: Path, steps: Sequence[int]) -> dict[int, Path]:
-    """{step: contact sheet} of the first evaluator, at `steps`."""
-    found = [(NAME.fullmatch(path.name), path) for path in sorted((workdir / FOLDER).glob("*.png"))]
-    return {int(name[1]): path for name, path in found if name and not name[2] and int(name[1]) in steps}
+def sheets(workdir: Path, steps: Collection[int] | None) -> dict[int, Path]:
+    """{step: contact sheet} of the first evaluator, at `steps` (None: at all)."""
+    return {step: path for step, path in _files(workdir, "png", steps) if not NAME.fullmatch(path.name)[2]}
+
+
+def _files(workdir, ending, steps):
+    """(step, path) of the evaluations' files, by step."""
+    for path in sorted((workdir / FOLDER).glob(f"*.{ending}")):
+        name = NAME.fullmatch(path.name)
+        if name and (steps is None or int(name[1]) in steps):
+            yield int(name[1]), path

@@ -130,7 +130,11 @@ def test_a_run_without_evaluation_without_images_and_without_numbers(tmp_path):
     rows = [(1, {"refl/loss": 1.0}), (2, {"refl/loss": 2.0})]
     page = report(record(tmp_path / "begun", {}, rows))
     assert "No evaluation yet." in page.text and "refl/loss" in page.text and not page.images()
-    assert "no numbers in metrics.jsonl" in report(record(tmp_path / "empty", {})).text
+    found = {0: evaluation(PROMPTS, BEFORE), 10: evaluation(PROMPTS, AFTER), 20: evaluation(PROMPTS, AFTER)}
+    silent = record(tmp_path / "silent", found, writers=("log",))
+    (silent / "metrics.jsonl").unlink()
+    page = report(silent)
+    assert "config.writers has no 'jsonl'" in page.text and len(page.images()) == 18
     page = report(record(tmp_path / "blind", {}, [(step, {"eval/reward_mean": 1.0 + step}) for step in (0, 5, 10)]))
     assert "The reward, and what watches it" in page.text and not page.images() and 'id="slider"' not in page.source
     page = report(record(tmp_path / "first", {0: evaluation(PROMPTS, BEFORE)}))
@@ -176,6 +180,8 @@ def test_other_prompts_on_resume_are_paired_by_their_text(tmp_path):
     page = report(record(tmp_path / "run", found))
     assert re.findall(r"<h4>(.*?)</h4>", page.source) == ["a cat", "a fish"]
     assert re.findall(r'gain"><span class="\w+">([-+.\d]+)<', page.source) == ["+0.75", "-1"]
+    found[10] = evaluation(["a cow"], [[1.0]])
+    assert "have no prompt in common" in report(record(tmp_path / "others", found)).text
 
 
 def test_a_long_run_s_page_stays_small(tmp_path):
