@@ -32,7 +32,7 @@ def test_workflows_and_forms_are_read(path):
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
 def test_containers_copy_what_is_there(path):
-    """Sources exist and pass .dockerignore, which leaves out all else; the base has a version and the user no rights."""
+    """Sources exist and pass .dockerignore, which drops all else; the base has a version and the user no rights."""
     text = path.read_text(encoding="utf-8")
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     sources = {word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()}
