@@ -124,7 +124,7 @@ def run_block(code, folder):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", shims + "\n".join(lines)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
     assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
 
@@ -232,6 +232,22 @@ def check_pytest(rest):
             assert word in markers, f"no marker {word}"
         elif word.startswith("tests/"):
             assert (ROOT / word.partition("::")[0]).exists(), f"no file {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_to_pages_and_headings(page):
+    """Relative links of the repository; mkdocs checks those of the site, generated pages included."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists() and linked.is_relative_to(ROOT), f"{target}: no such file"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{target}: no such heading"
 
 
 def test_config_fields_that_pages_name_exist():
