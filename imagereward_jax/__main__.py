@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": "memory, FLOPs and time of a run on hardware that is not here",
     "serve": "score over HTTP, for other programs and machines",
     "export": "write the model of a checkpoint, also while the run goes on",
+    "push": "upload a model, adapter or scorer to the hub",
     "convert": "convert models and adapters between formats; make data",
     "recipes": "list the package's recipes",
 }
