@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "tune a model by rewards, images or preferences, or train a scorer",
     "score": "score images, or the rows of a table",
     "generate": "make images, of a tuned model beside its base",
+    "demo": "a page in the browser with a tuned model beside its base",
     "evaluate": "how well scorers agree with people",
     "plan": "memory, FLOPs and time of a run on hardware that is not here",
     "serve": "score over HTTP, for other programs and machines",

@@ -11,7 +11,7 @@ ROOMS = (
     *("models", "diffusion", "weights", "data", "rewards", "pipelines"),
     *("methods", "sections", "recipes", "config_help", "training", "assembly", "planning", "trainer"),
     *("bulk_scoring", "agreement", "serving", "integrations"),
-    *("train", "plan", "generate", "score", "evaluate", "serve", "export", "push", "demo", "__main__"),
+    *("train", "plan", "generate", "score", "evaluate", "serve", "export", "push", "side_by_side", "demo", "__main__"),
 )
 
 
@@ -51,7 +51,7 @@ def test_every_room_is_drawn():
     assert all(f"{room.name}/" in page for room in rooms)
     drawing = (docs / "architecture.svg").read_text(encoding="utf-8")
     assert sorted(re.findall(r'class="name"[^>]*>(\w+)<', drawing)) == sorted(
-        set(ROOMS) - {"integrations", "config_help", "export", "push", "demo", "__main__"}
+        set(ROOMS) - {"integrations", "config_help", "export", "push", "side_by_side", "demo", "__main__"}
     )
 
 
