@@ -4,6 +4,7 @@
 who read the output is gone. What this package did not foresee is 1, and the line says in which file the traceback is.
 """
 
+import contextlib
 import functools
 import os
 import signal
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import NoReturn
@@ -24,16 +25,20 @@ CUT_OFF = 141  # as a shell says of SIGPIPE, which Windows does not have
 _PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 # The extra of pyproject.toml that installs a package which is not among the base's.
 EXTRAS = {
-    **dict.fromkeys(("absl", "clu", "datasets", "grain", "matplotlib", "ml_collections", "optax", "orbax"), "train"),
+    **dict.fromkeys(("absl", "clu", "datasets", "grain", "ml_collections", "optax", "orbax"), "train"),
     "tensorboard": "train",
     **dict.fromkeys(("tensorflow", "tensorflow_datasets"), "tfds"),
     **dict.fromkeys(("diffusers", "torch"), "convert"),
     "qwix": "quantization",
     "wandb": "wandb",
 }
+# Where Linux shows accelerators: NVIDIA's (also of Jetson and WSL), AMD's, others' graphics, TPUs.
+_ACCELERATORS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd", "dri", "accel*", "vfio/[0-9]*")
 _PACKAGE = Path(__file__).resolve().parent
 _OWN = (_PACKAGE, _PACKAGE.parent / "convert")  # the latter in a checkout
 PATIENCE = 2.0  # seconds from a second Ctrl-C to the end of the process, whatever it does
+PROMPT = 1.0  # seconds in which an interrupted command should have ended; else it says why it has not
+_answers: list[Callable[[], None]] = []  # of the work that goes on, the innermost last
 # Modules in C++ whose start is interrupted raise another error, or crash.
 _STARTS_EXTENSION = (ExtensionFileLoader.create_module.__code__, ExtensionFileLoader.exec_module.__code__)
 
@@ -53,6 +58,8 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     def run(argv: Sequence[str] | None = None, *, script: bool = main.__module__ == "__main__") -> int:
         # A job in the background is started with Ctrl-C ignored, and stays so.
         armed = script and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if script:
+            _keep_quiet()
         try:
             if armed:
                 _CtrlC()
@@ -89,6 +96,17 @@ def explain(error: Exception) -> tuple[int, str]:
         return (BAD_INPUT if isinstance(error, _PATHS) else FAILED), text
     first = (str(error).strip().splitlines() or [""])[0]
     return FAILED, f"not foreseen: {type(error).__name__}: {first} ({_place(error)}); {_keep(error)}"
+
+
+def _keep_quiet():
+    """Keeps what libraries print at their start out of the terminal; what the user has set stays.
+
+    A plugin of jax that is installed, for `plan` say, prints a traceback on a machine without its device.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+    devices = (path for pattern in _ACCELERATORS for path in Path("/dev").glob(pattern))
+    if sys.platform == "linux" and not any("TPU" in name for name in os.environ) and next(devices, None) is None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _nobody_reads(error):
@@ -129,6 +147,20 @@ def _keep(error):
         return f"the traceback is in {file.name}"
     except OSError as full:
         return f"the traceback could not be kept ({full.strerror})"
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[], None]) -> Iterator[None]:
+    """Calls `answer` when a signal comes to a command, from a thread: a handler would wait for the compiler.
+
+    Args:
+        answer: says what will be saved, and when.
+    """
+    _answers.append(answer)
+    try:
+        yield
+    finally:
+        _answers.remove(answer)
 
 
 def end_interrupted() -> NoReturn:
@@ -174,11 +206,21 @@ class _CtrlC:
         self.interrupted, self.presses = False, self.presses - 1
         threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
 
+    def _say_busy(self):
+        if self.presses < 2:
+            say("stopping when what is compiled or computed now is done; Ctrl-C again ends at once", file=sys.stderr)
+
     def _watch(self, pressed):
-        """Ends the process after a second Ctrl-C; unlike a handler, a thread need not wait for a compiler."""
+        """Answers a signal, and ends the process after a second Ctrl-C."""
         while self.presses < 2:
-            found = os.read(pressed, 4096).count(signal.SIGINT)
-            self.presses += found
+            signals = os.read(pressed, 4096)
+            self.presses += signals.count(signal.SIGINT)
+            if _answers:
+                _answers[-1]()
+            elif self.presses == 1:
+                late = threading.Timer(PROMPT, self._say_busy)
+                late.daemon = True
+                late.start()
         time.sleep(PATIENCE)
         say("interrupted", file=sys.stderr)
         end_interrupted()

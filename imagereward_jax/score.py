@@ -4,7 +4,7 @@ Scores many rows of (prompt, image) from a file or folder into another file:
 
     python -m imagereward_jax.score --input rows.csv --output scored.csv
 
-The same command again resumes a run that was interrupted, even by kill -9.
+The same command again resumes a run that was interrupted, even by kill -9, or says that it is complete.
 """
 
 import argparse
@@ -155,8 +155,11 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 
 def _report(args, outcome):
     """Prints to stderr how many rows were scored, and the errors."""
-    earlier = f", {outcome.resumed} of them by an earlier run" if outcome.resumed else ""
-    say(f"{args.output}: {outcome.rows} rows{earlier}", file=sys.stderr)
+    if outcome.complete:
+        say(f"{args.output} is complete: {outcome.rows} rows, scored by an earlier run", file=sys.stderr)
+    else:
+        earlier = f", {outcome.resumed} of them by an earlier run" if outcome.resumed else ""
+        say(f"{args.output}: {outcome.rows} rows{earlier}", file=sys.stderr)
     if outcome.errors:
         say(f"{len(outcome.errors)} images could not be scored:", file=sys.stderr)
         for text in list(outcome.errors.values())[:10]:

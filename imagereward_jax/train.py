@@ -11,15 +11,18 @@ Exit status: 0 done or complete already; 2 bad input; 1 the run failed; 128 + si
 everything is saved; 130 at once after Ctrl-C before the first step, or a second Ctrl-C.
 """
 
+import contextlib
+import difflib
 import os
 import re
+import shlex
 import sys
-import traceback
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imagereward_jax.command import command
-from imagereward_jax.config import did_you_mean
+from imagereward_jax.config import did_you_mean, flat_fields
 from imagereward_jax.distributed import join
 from imagereward_jax.shipped import shipped_files
 from imagereward_jax.terminal import program, say
@@ -29,16 +32,20 @@ if TYPE_CHECKING:
 
 DASHES = {"--num-processes": "--num_processes", "--process-id": "--process_id"}  # absl's flags have underscores
 HELP = ("-h", "--help", "--helpshort", "--helpfull")
+FLAGS = ("workdir", "distributed", "coordinator", "num_processes", "process_id")  # beside --config
+_FIELD = re.compile(r"--?config\.([\w.]+)")
 USAGE = "--config FILE.py [--workdir DIR] [--config.field=value ...]"
 
 
 @command
 def main(argv=None):
     """Parses flags, builds, trains; returns the exit status."""
-    config, workdir, processes = parse_flags(list(sys.argv if argv is None else argv))
+    argv = list(sys.argv if argv is None else argv)
+    config, workdir, processes = parse_flags(argv)
     from imagereward_jax.trainer import Trainer
 
     trainer = Trainer(config, workdir=workdir)
+    trainer.started_by = f"{program('train')} {shlex.join(argv[1:])}"
     if processes is not None:
         join(*processes)
     return run(trainer)
@@ -93,13 +100,14 @@ def parse_flags(argv, usage=None):
     flags.DEFINE_integer("process_id", None, "and which one this is, from 0", flag_values=values)
     try:
         rest = values(argv)
-    except AttributeError as error:  # how ml_collections reports an unknown field
+    except (AttributeError, KeyError) as error:  # how ml_collections reports an unknown field
         if "get_config" in str(error):
             raise ValueError(f"--config {file}: has no function get_config()") from error
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f"--config {file}: " if any(Path(frame.filename).name == file.name for frame in frames) else ""
-        raise ValueError(f"{place}unknown config field " + " ".join(str(error.args[0]).split())) from error
-    except (flags.Error, KeyError, TypeError) as error:
+        if (bare := [argument for argument in argv if not _FIELD.match(argument)]) != argv:
+            config = parse_flags(bare)[0]  # raises what is wrong in the file itself
+            raise ValueError(unknown_field(config, filter(None, map(_FIELD.match, argv)))) from error
+        raise ValueError(f"--config {file}: {_plainly(error)}") from error
+    except (flags.Error, TypeError) as error:
         raise ValueError(_one_line(error)) from error
     except ModuleNotFoundError:
         raise  # may be a package of an extra
@@ -108,6 +116,7 @@ def parse_flags(argv, usage=None):
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; {usage}")
     config = values.config
+    _read_none(config)
     if asked:
         from imagereward_jax.config_help import describe
 
@@ -117,6 +126,50 @@ def parse_flags(argv, usage=None):
     processes = (values.coordinator, values.num_processes, values.process_id)
     joins = values.distributed or any(value is not None for value in processes)
     return config, Path(workdir), processes if joins else None
+
+
+def _read_none(config):
+    """Reads "None" as None in the texts that may be none; of numbers ml_collections does that itself."""
+    from imagereward_jax.config import ConfigError
+    from imagereward_jax.recipes import sections_of
+
+    with contextlib.suppress(ConfigError, AttributeError):  # what is wrong is said where the config is checked
+        for section in sections_of(config):
+            values = config[section.location] if section.location else config
+            for name, (kind, optional, _) in section.field_types().items():
+                if optional and kind is str and values.get(name) == "None":
+                    values[name] = None
+
+
+def unknown_field(config: Any, given: Iterable[re.Match]) -> str:
+    """Names the first field on the command line that a config has not, with the nearest field or flag.
+
+    Args:
+        given: matches of `_FIELD`.
+    """
+    paths = dict(flat_fields(config.to_dict()))
+    for name in (match[1] for match in given):
+        if name in paths or any(path.startswith(f"{name}.") for path in paths):
+            continue
+        leaves = {path.rpartition(".")[2]: path for path in paths}
+        ways = {known: f"--config.{path}" for known, path in {**leaves, **{path: path for path in paths}}.items()}
+        ways |= {flag: f"--{flag}" for flag in FLAGS}
+        leaf = name.rpartition(".")[2]
+        near = (
+            [leaf] * (leaf in ways)
+            or difflib.get_close_matches(name, ways, 1)
+            or difflib.get_close_matches(leaf, ways, 1)
+        )
+        return f"--config.{name}: this config has no such field" + (f" (did you mean {ways[near[0]]}?)" if near else "")
+    return "the fields on the command line do not fit this config: see --help"
+
+
+def _plainly(error):
+    """What ml_collections says of a field in a config file that is not there."""
+    names = re.findall(r"\w[\w.]*", str(error.args[0]))
+    told = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error.args[0]))
+    near, name = told.groups() if told else (None, names[0] if names else "")
+    return f"sets the field {name!r}, which is not there" + (f" (did you mean {near!r}?)" if near else "")
 
 
 def _one_line(error):

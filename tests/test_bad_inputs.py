@@ -70,9 +70,26 @@ CASES = {
     ),
     "config file that sets a misspelt field": (
         lambda folder: train.main(["train", f"--config={folder}/misspelt.py"]),
-        r"--config .*misspelt.py: unknown config field .*Did you mean .checkpoint",
+        r"--config .*misspelt.py: sets the field .*which is not there .did you mean .checkpoint",
     ),
-    "misspelt field": (training("--config.method.guidnce_scale=2"), 'Did you mean "guidance_scale"'),
+    "misspelt field": (
+        training("--config.method.guidnce_scale=2"),
+        "guidnce_scale: this config has no such field .did you mean --config.method.guidance_scale",
+    ),
+    "flag taken for a field": (training("--config.workdir=x"), r"no such field \(did you mean --workdir\?\)"),
+    "field without its section": (training("--config.learning_rate=1"), "mean --config.optimizer.learning_rate"),
+    "field of no section": (
+        training("--config.data.foo.bar=1"),
+        "--config.data.foo.bar: this config has no such field",
+    ),
+    "column of prompts that is not known": (
+        training("--config.data.prompts={folder}/words.csv"),
+        r"words.csv: none of the columns.*say which with --config.data.prompts_column=$",
+    ),
+    "column of held-out prompts that is not known": (
+        training("--config.eval.prompts={folder}/words.csv"),
+        r"words.csv: none of the columns.*rename the one that is meant$",
+    ),
     "field of another type": (training("--config.steps=many"), "config.steps=many"),
     "unknown flag": (training("--wrkdir=x"), "wrkdir"),
     "stop index past the sampler's steps": (training("--config.method.stop_max=12"), "stop_max=12 must satisfy"),
@@ -185,6 +202,7 @@ def make_bad_files(folder):
     recipe = Path(REFL).read_text().replace("return config", "config.eval.judges = ['tiny-shapes']\n    return config")
     (folder / "list.py").write_text(recipe)
     (folder / "empty.py").write_text("")
+    (folder / "words.csv").write_text("words,others\na,b\n")
     (folder / "gap.txt").write_text("a cat\n\na dog\n")
     (folder / "gap.json").write_text('["a cat", ""]')
     (folder / "number.json").write_text('["a cat", 5]')

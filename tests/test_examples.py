@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 import imagereward_jax as RM

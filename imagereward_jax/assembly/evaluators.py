@@ -26,6 +26,7 @@ from imagereward_jax.rewards.mixed import NO_VERDICT
 from imagereward_jax.storage.contact_sheet import contact_sheet, to_uint8
 from imagereward_jax.storage.files import write_text
 from imagereward_jax.training.mesh import put_replicated_rows, replicated
+from imagereward_jax.training.progress import foretelling
 from imagereward_jax.weights.diffusers import INDEX
 
 COMPARED = ("eval/reward_mean", "eval/checker_rate")  # metrics that are measured at every guidance scale
@@ -75,6 +76,7 @@ class SampleEvaluator:
         chosen = np.repeat(np.arange(len(rows))[: self.settings.num_prompts], self.settings.images_per_prompt)
         self.prompts = [rows[row]["prompt"] for row in chosen]
         self.metadata = [rows[row]["metadata"] for row in chosen]
+        self.count = parts.config.steps // self.settings.every + 1  # evaluations of the run
         self.check = str(self.settings.prompts).startswith("shapes:")
         generation = parts.generation
         sampler = self.pipeline.make_sampler(
@@ -120,7 +122,18 @@ class SampleEvaluator:
             disable=jax.process_index() != 0,
             file=sys.stderr,
         ) as bar:
-            return self._evaluate(components, keys, bar.update)
+            return self._evaluate(components, keys, foretelling(bar.update, bar.total, self._advise))
+
+    def _advise(self, images, seconds):
+        """Says once, in process 0, how long the evaluations take."""
+        if self.count and not jax.process_index():
+            tqdm.write(
+                f"warning: sampling the {images:,} images of an evaluation takes about {seconds / 60:.0f} "
+                f"minutes, and this run has {self.count} of them: config.eval.num_prompts and config.eval.every change "
+                "that",
+                file=sys.stderr,
+            )
+        self.count = 0
 
     def _evaluate(self, components, keys, progress):
         images = self.sample(components, self.prompts, keys=keys, progress=progress)
@@ -135,9 +148,11 @@ class SampleEvaluator:
             embeds = embeds if own is None else own
         metrics, errors = self._means(scores)
         metrics |= more
+        each = self.settings.images_per_prompt
+        by_prompt = {name: np.reshape(values, (-1, each)) for name, values in scores.items()}
         ending, embeds = ("", embeds) if self.embeds else ("_pixels", embed_pixels(pixels))
-        if self.settings.images_per_prompt > 1:
-            diversity = distance_within(embeds, self.settings.images_per_prompt)
+        if each > 1:
+            by_prompt[f"eval/diversity{ending}"] = diversity = distance_within(embeds, each)
             metrics[f"eval/diversity{ending}"] = diversity.mean()
             errors[f"eval/diversity{ending}"] = diversity.std() / len(diversity) ** 0.5
         for scale in self.settings.guidance_scales:
@@ -151,6 +166,7 @@ class SampleEvaluator:
             ImageSamples(images, list(self.prompts), list(self.metadata), rewards, held_out=True),
             {name: float(value) for name, value in errors.items()},
             {f"eval/drift{ending}": embeds},
+            by_prompt,
         )
 
     def _scores(self, components, images, pixels):

@@ -63,7 +63,7 @@ def training_rows(parts: Any, count: int) -> PromptRows | GivenPrompts:
     """
     data, given = parts.config.data, parts.given.prompts
     if given is None:
-        return load_prompt_rows(data.prompts, column=data.prompts_column)
+        return load_prompt_rows(data.prompts, column=data.prompts_column, flag="--config.data.prompts_column=")
     table = None if parts.given.workdir is None else parts.given.workdir / PROMPTS
     kept = table.read_text(encoding="utf-8") if table is not None and table.is_file() else ""
     if callable(given):
@@ -92,5 +92,5 @@ def _drawn(parts, kept, count):
 def held_out_rows(parts: Any) -> PromptRows | GivenPrompts:
     """The prompts of config.eval, with their metadata; errors as for `training_rows`."""
     if parts.given.eval_prompts is None:
-        return load_prompt_rows(parts.config.eval.prompts)
+        return load_prompt_rows(parts.config.eval.prompts, flag="")
     return GivenPrompts(rows_of_list(parts.given.eval_prompts, "eval_prompts"))

@@ -18,7 +18,7 @@ from imagereward_jax.assembly import class_images, conditions, encoded, evaluato
 from imagereward_jax.assembly.given import Given
 from imagereward_jax.config import ConfigError
 from imagereward_jax.data.groups import load_groups
-from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompts
+from imagereward_jax.data.prompts import SHAPES_PREFIX, load_prompt_rows
 from imagereward_jax.methods.base import Evaluator, Export, Method, Params, Source, find_method
 from imagereward_jax.models import lora
 from imagereward_jax.pipelines import families
@@ -178,7 +178,7 @@ class Parts:
         """
         where = Path(os.path.expanduser(folder)) if folder else (self.given.workdir or Path()) / CLASS_IMAGES
         if not self.abstract:
-            several = None if prompt else load_prompts(prompts)
+            several = None if prompt else load_prompt_rows(prompts, flag="").prompts
             class_images.make_images(self, several or [prompt], count, where, captions=bool(several))
         return conditions.pair_source(self, prompt or None, name="class", folder=where)
 

@@ -2,7 +2,8 @@
 
 OUTPUT.parts/ holds settings.json (the run's settings) and a file per process with one line per finished chunk of rows.
 A chunk counts once its line ends in a newline; an incomplete line from a kill is removed. If there are several lines of
-a chunk, the last counts.
+a chunk, the last counts. A finished run leaves .OUTPUT.scored.json, which says what the output was made of: the same
+command is then told that it is complete.
 """
 
 import contextlib
@@ -105,9 +106,9 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def note_output(self, path: Path) -> None:
-        """Records the file that is about to become the output, so that it is known after a kill."""
-        write_text(self.folder / WRITTEN, json.dumps(_identity(path)))
+    def note_output(self, path: Path, made_of: dict[str, Any]) -> None:
+        """Records the file that is about to become the output, so that it is known after a kill, and what it is of."""
+        write_text(self.folder / WRITTEN, json.dumps({"file": _identity(path), **made_of}))
 
     def close(self) -> None:
         """Closes the file and releases the lock.
@@ -122,29 +123,39 @@ class Journal:
             self._lock.release()
 
     def remove(self) -> None:
-        """Deletes the journal of a finished run; it is renamed first, so that no partial journal remains.
+        """Deletes the journal of a finished run, all but what says so; it is renamed first, so that no part remains.
 
-        What names the output goes last, so that a kill here leaves an output that is known (`wrote`).
+        A kill here leaves an output that is known (`made_of`).
         """
         self.close()
         done = _done_folder(self.folder)
         shutil.rmtree(done, ignore_errors=True)
         with writing(self.folder):
             os.replace(self.folder, done)
-        for path in done.iterdir():
-            if path.name != WRITTEN:
-                path.unlink()
+            os.replace(done / WRITTEN, _record(self.folder))
         shutil.rmtree(done, ignore_errors=True)
 
 
 def wrote(output: str | os.PathLike) -> bool:
-    """Whether the output is that of a run that was killed before it had removed its journal."""
+    """Whether the output is that of a run that was killed before it had closed its journal."""
+    return _noted(parts_folder(output) / WRITTEN, output) is not None
+
+
+def made_of(output: str | os.PathLike) -> dict[str, Any] | None:
+    """What an output was made of, as `note_output` was told; None if it is not as a finished run left it."""
     folder = parts_folder(output)
-    for place in (folder, _done_folder(folder)):
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads((place / WRITTEN).read_bytes()) == _identity(output):
-                return True
-    return False
+    with contextlib.suppress(OSError):  # of a run that was killed just before its end
+        os.replace(_done_folder(folder) / WRITTEN, _record(folder))
+        shutil.rmtree(_done_folder(folder))
+    return _noted(_record(folder), output)
+
+
+def _noted(path, output):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        noted = json.loads(path.read_bytes())
+        if noted.pop("file") == _identity(output):
+            return noted
+    return None
 
 
 def _identity(path):
@@ -164,6 +175,11 @@ def parts_folder(output: str | os.PathLike) -> Path:
 def _done_folder(folder):
     """What the journal's folder is called while it is deleted."""
     return folder.with_name(f".{folder.name}.done")
+
+
+def _record(folder):
+    """Where a finished run notes what its output is of."""
+    return folder.with_name(f".{folder.name.removesuffix('.parts')}.scored.json")
 
 
 def _remove_cut_line(file):

@@ -1,23 +1,28 @@
 """Scores the rows of a file on all devices of all processes; an interrupted run resumes."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imagereward_jax.bulk_scoring.journal import Journal, wrote
+from imagereward_jax.bulk_scoring.journal import Journal, made_of, wrote
 from imagereward_jax.bulk_scoring.rows import check_output, read_rows, state_of, write_rows
 from imagereward_jax.bulk_scoring.stream import Scorer, score_chunks
 from imagereward_jax.terminal import escape
 
 
 class Outcome(NamedTuple):
-    """Result of a run: number of rows, number of rows scored by earlier runs, and {row: reason} of skipped rows."""
+    """Result of a run: number of rows, number of rows scored by earlier runs, and {row: reason} of skipped rows.
+
+    complete: whether an earlier run had written the output of the same rows and settings.
+    """
 
     rows: int
     resumed: int
     errors: dict[int, str]
+    complete: bool = False
 
 
 def score_table(
@@ -48,22 +53,29 @@ def score_table(
         process: (index of this process, number of processes); all share the folder of `output`.
 
     Returns:
-        `Outcome`; complete only in process 0, which writes the output.
+        `Outcome`; its errors are those of all processes only in process 0, which writes the output. An output that a
+        run of the same rows, image files and settings wrote stays as it is, unless `overwrite`.
 
     Raises:
+        FileExistsError: the output is there, and is not that; the message says what differs.
         DataError, OSError: input or output cannot be used; found before an image is scored.
         WriteError: the disk is full, say; what is scored stays, and the same command goes on.
         ImageError: an image cannot be used, unless `skip_errors`.
     """
     rows = read_rows(source, skip_errors=skip_errors, **columns)
     added = [score_column, "error"][: 1 + skip_errors]
-    check_output(output, rows.table, added, overwrite or wrote(output))
     index, count = process
     settings = {**settings, "rows": rows.digest(), "batch_size": batch_size}
+    chunks = [rows.items[start : start + batch_size] for start in range(0, len(rows.items), batch_size)]
+    states = [state_of(chunk) for chunk in chunks]
+    made = settings | {"images": hashlib.sha256("".join(states).encode()).hexdigest(), "columns": added}
+    if not overwrite and (earlier := made_of(output)) is not None:
+        errors = earlier.pop("errors")
+        _check_equal(output, earlier, made)
+        return Outcome(len(rows.items), len(rows.items), {int(i): text for i, text in errors.items()}, complete=True)
+    check_output(output, rows.table, added, overwrite or wrote(output))
     journal = _open_journal(output, settings, index, count)
     try:
-        chunks = [rows.items[start : start + batch_size] for start in range(0, len(rows.items), batch_size)]
-        states = [state_of(chunk) for chunk in chunks]
         done = {c: entry for c, entry in journal.done().items() if _is_current(entry, c, states, skip_errors)}
         resumed = sum(len(chunks[c]) for c in done)
         mine = [c for c in range(index, len(chunks), count)]
@@ -75,11 +87,23 @@ def score_table(
         columns = {score_column: scores} | (
             {"error": [errors.get(i) for i in range(len(scores))]} if skip_errors else {}
         )
-        write_rows(output, rows.table, columns, before=journal.note_output)
+        made |= {"errors": errors}
+        write_rows(output, rows.table, columns, before=lambda partial: journal.note_output(partial, made))
         journal.remove()
         return Outcome(len(scores), resumed, errors)
     finally:
         journal.close()
+
+
+def _check_equal(output, earlier, now):
+    """Refuses an output of other rows, image files or settings."""
+    told = {"rows": "other prompts or images", "images": "image files that have changed since"}
+    changed = [name for name in now if earlier.get(name) != now[name]]
+    if changed:
+        differs = (told.get(name) or f"{name} {earlier.get(name)!r}, now {now[name]!r}" for name in changed)
+        raise FileExistsError(
+            f"--output {output} exists already, of {'; '.join(differs)}: choose another file, or pass --overwrite"
+        )
 
 
 def _open_journal(output, settings, index, count):

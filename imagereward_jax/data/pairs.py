@@ -67,10 +67,10 @@ def load_pairs(
     if shapes is not None:
         raise ValueError(f"shapes options are for shapes:train and shapes:held_out alone; the source is {source!r}")
     table = read_pairs_table(source, split, captions=prompt is None)
-    image_column = pick_column(table, image_column, IMAGE_COLUMNS, "image_column=")
+    image_column = pick_column(table, image_column, IMAGE_COLUMNS, "image_column= (--config.data.pairs_image_column=)")
     prompts = [prompt] * len(table.rows)
     if prompt is None:
-        text_column = pick_column(table, text_column, PROMPT_COLUMNS, "text_column=")
+        text_column = pick_column(table, text_column, PROMPT_COLUMNS, "text_column= (--config.data.pairs_text_column=)")
         prompts = check_texts(table, column_values(table, text_column), f"caption in column {text_column!r}")
     return Pairs(table, image_column, prompts, image_size=image_size, crop=crop, flip=flip)
 

@@ -52,16 +52,18 @@ def load_named_prompts(source: str | os.PathLike, column: str | None = None) -> 
     return named
 
 
-def load_prompt_rows(source: str | os.PathLike, *, column: str | None = None, split: str = "train") -> "PromptRows":
-    """Loads prompts with the other columns of their rows; arguments and errors are those of `load_prompts`."""
+def load_prompt_rows(
+    source: str | os.PathLike, *, column: str | None = None, split: str = "train", flag: str = "column="
+) -> "PromptRows":
+    """Loads prompts with the other columns of their rows; for the rest see `load_prompts` and `table_prompts`."""
     source = str(source)
     if source.startswith(SHAPES_PREFIX):
         return PromptRows([caption.text for caption in shapes_captions(source)])
     table = read_table(source, split)
-    prompts = table_prompts(table, column)
+    prompts = table_prompts(table, column, flag)
     if table.columns() is None:
         return PromptRows(prompts)
-    column = pick_column(table, column, PROMPT_COLUMNS, "column=")
+    column = pick_column(table, column, PROMPT_COLUMNS, flag)
     others = [name for name, value in table.rows[0].items() if name != column and _is_plain(value)]
     return PromptRows(prompts, {name: column_values(table, name) for name in others if _in_every_row(table, name)})
 
@@ -70,7 +72,7 @@ def table_prompts(table: Table, column: str | None = None, flag: str = "column="
     """Lists the prompts of a table: its rows, if they are plain text, or a column; errors as of `load_prompts`.
 
     Args:
-        flag: what the user sets to choose another column, for the message.
+        flag: what the user sets to choose another column, for the message; "" if there is none.
     """
     if column is None and isinstance(table.rows[0], str):
         return check_texts(table, list(table.rows), "prompt")

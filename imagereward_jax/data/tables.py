@@ -328,7 +328,7 @@ def pick_column(table: Table, wanted: str | None, usual: Sequence[str], flag: st
     """Chooses the column to read: `wanted` if given, else the first of `usual` that is there.
 
     Args:
-        flag: what the user sets to choose another column, for the message.
+        flag: what the user sets to choose another column, for the message; "" if there is none.
 
     Raises:
         DataError: it is not there; the message lists the columns that are.
@@ -346,8 +346,8 @@ def pick_column(table: Table, wanted: str | None, usual: Sequence[str], flag: st
     found = found or [name for name in columns if name.lower() in usual]
     if not found:
         raise DataError(
-            f"{table.name}: none of the columns {', '.join(usual)}; there are {', '.join(columns)}: "
-            f"say which with {flag}"
+            f"{table.name}: none of the columns {', '.join(usual)}; there are {', '.join(columns)}"
+            + (f": say which with {flag}" if flag else "; rename the one that is meant")
         )
     return found[0]
 

@@ -3,13 +3,25 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
+from imagereward_jax.command import answering
+
 # How collectives over TCP (gloo), NCCL and jax's coordination service say that a peer is gone.
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Gloo", "NCCL", "UNAVAILABLE")
+
+# What a run does after a signal, by what it is doing when the signal comes.
+STOPS = {
+    "opening": "the run stops before its first step",
+    "evaluating": "the run stops when this evaluation is done, and saves step {step}",
+    "compiling": "the run stops when the training step is compiled, and saves step {step}",
+    "training": "the run stops when this step is done, and saves it as step {next}",
+    "on policy": "the run stops at the next round or update, and saves step {step} if the next has made no update",
+    "exporting": "all {step} steps are saved: the run is complete when its export is written",
+}
 
 
 class RunError(RuntimeError):
@@ -36,10 +48,22 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+def stopping(stage: str, step: int, saved: int | None) -> str:
+    """The answer to a signal: what will be saved, and when.
+
+    Args:
+        stage: of `STOPS`. step: the last that is done. saved: that of the latest checkpoint, None without one.
+    """
+    told = STOPS[stage].format(step=step, next=step + 1)
+    place = "from the start" if saved is None else f"from step {saved}"
+    return f"{told} (Ctrl-C again: at once; the same command then continues {place})"
+
+
 @contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
+def catch_signals(answer: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
     """A list that SIGTERM and SIGINT append to; a second Ctrl-C interrupts at once.
 
+    The first is answered by a call of `answer`, in a command at once, elsewhere when Python gets to its handlers.
     Outside the main thread, where Python sets no handlers, the list stays empty and signals do what they did before.
     """
     caught = []
@@ -47,14 +71,23 @@ def catch_signals() -> Iterator[list[int]]:
         yield caught
         return
 
+    unanswered = threading.Lock()
+
+    def answer_once():
+        if unanswered.acquire(blocking=False):
+            answer()
+
     def handle(signum, frame):
         if caught and signum == signal.SIGINT:
             raise KeyboardInterrupt("the same command continues from the latest checkpoint")
         caught.append(signum)
+        # In a thread: what this interrupts may be writing to stderr itself.
+        threading.Thread(target=answer_once, daemon=True).start()
 
     old = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield caught
+        with answering(answer_once):
+            yield caught
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)

@@ -18,36 +18,24 @@ from imagereward_jax.compilation_cache import counting_hits
 from imagereward_jax.methods.base import ImageSamples
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.errors import writing
-from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.terminal import say
 from imagereward_jax.training.baseline import Baseline
 from imagereward_jax.training.checkpoints import Checkpoints, exports_best, goodness
 from imagereward_jax.training.export import chosen_by, write_ending, write_export
 from imagereward_jax.training.finite import require_finite, skipped_too_often
 from imagereward_jax.training.html_report import write_report
-from imagereward_jax.training.interruptions import (
-    Interrupted,
-    catch_signals,
-    closing,
-    signal_of_any,
-    wait_for_all,
-)
-from imagereward_jax.training.mesh import (
-    check_batch,
-    check_remat,
-    from_all_processes,
-    make_mesh,
-    put_batch,
-)
+from imagereward_jax.training.interruptions import Interrupted, catch_signals, closing, signal_of_any, wait_for_all
+from imagereward_jax.training.mesh import check_batch, check_remat, from_all_processes, make_mesh, put_batch
 from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_installed, make_writers
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
-from imagereward_jax.training.progress import Progress, described, listed
+from imagereward_jax.training.progress import Progress, described, listed, started
 from imagereward_jax.training.resume import locked, newest_whole, read_state
+from imagereward_jax.training.samples import save_samples
 from imagereward_jax.training.state import to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
 from imagereward_jax.training.watch import Watch, check_best, check_measured
-from imagereward_jax.training.workdir import CONFIG, check_export, check_workdir, is_complete, read_done, sweep
+from imagereward_jax.training.workdir import STARTED, begin, check_export, check_workdir, is_complete, read_done
 
 SamplesHook = Callable[[ImageSamples, int, dict[str, MetricWriter]], None]
 
@@ -58,6 +46,7 @@ def train(
     workdir: str | Path,
     *,
     image_samples_hook: SamplesHook | None = None,
+    started_by: str = "",
 ) -> bool:
     """Trains what `assemble(config, mesh)` makes in `workdir`, from its latest checkpoint if there is one.
 
@@ -66,6 +55,7 @@ def train(
         workdir: folder; made if absent.
         image_samples_hook: called in process 0 as (samples, step, writers) after every evaluation that samples, and
             after the steps of on-policy methods whose sources keep their samples.
+        started_by: the command that started the run, for its report.
 
     Returns:
         False if the run was complete already.
@@ -101,16 +91,14 @@ def train(
         if run.export is not None:
             check_export(workdir, run.export.marker)
         if jax.process_index() == 0:
-            sweep(workdir)
-            write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
-            for name, text in run.files.items():
-                write_text(workdir / name, text)
+            begin(workdir, config, {**run.files, STARTED: json.dumps(started(run, mesh, started_by), indent=2)})
         keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
         best = dict.fromkeys(name for name in (config.eval.best, config.stop.judge) if name)
         manager = Checkpoints(workdir / "checkpoints", keep=keep, best=tuple(best))
-        caught = stack.enter_context(catch_signals())
+        progress = Progress(config, run.method, main=jax.process_index() == 0)
+        caught = stack.enter_context(catch_signals(progress.answer))
         stack.enter_context(closing(manager))
-        loop = _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook, lock)
+        loop = _Loop(config, run, workdir, mesh, manager, caught, image_samples_hook, lock, progress)
         with contextlib.ExitStack() as writers:
             for writer in loop.writers.values():
                 writers.callback(writer.close)
@@ -121,11 +109,11 @@ def train(
 class _Loop:
     """One process's part of a run, from restoring to the report."""
 
-    def __init__(self, config, run, workdir, mesh, manager, caught, hook, lock):
+    def __init__(self, config, run, workdir, mesh, manager, caught, hook, lock, progress):
         self.config, self.workdir, self.mesh, self.manager, self.caught = config, workdir, mesh, manager, caught
         self.assembled, self.method, self.hook, self.lock = run, run.method, hook, lock
         self.main = jax.process_index() == 0
-        self.progress = Progress(config, run.method, main=self.main)
+        self.progress = progress
         self.program, self.compiled = TrainingProgram(config, run, mesh), {}
         self.fixed = self.program.fixed(run)
         self.state = self.program.initial_state(run.trainable)
@@ -152,6 +140,7 @@ class _Loop:
         step = newest_whole(self.manager, self._take_over, self.progress.say)
         if step is not None:
             self.progress.say(f"continuing from step {step}")
+            self.progress.step = self.progress.saved = step
         return step
 
     def _take_over(self, step):
@@ -169,6 +158,7 @@ class _Loop:
             metrics = self._evaluate_and_log({})
             if self.config.stop.judge:
                 self._save(metrics)  # the judge may find nothing better
+            self._stop_if_asked()
         self.iterators = self._iterators()
         try:
             if not self._ended:
@@ -176,7 +166,8 @@ class _Loop:
                 self.batches = self._next_batches()
                 self.waited = time.monotonic() - begin
                 self._program_for(self.batches)
-            with self.progress.bar(self.step) as bar:
+            stage = "training" if self.program.updates == 1 and not self.program.on_policy else "on policy"
+            with self.progress.bar(self.step) as bar, self.progress.during(stage):
                 while not self._ended:
                     self._stop_if_asked()
                     self._advance(bar)
@@ -188,7 +179,8 @@ class _Loop:
         self._save({})
         if self.watch.stopped:
             self.progress.say(f"stopped at step {self.step}: {self.watch.stopped}")
-        exported = self._export()
+        with self.progress.during("exporting"):
+            exported = self._export()
         if self.main:
             write_ending(self.workdir, self.config, self.step, exported, self.watch.stopped)
         self.progress.say(f"done: {self.workdir / 'report.html'}")
@@ -201,7 +193,8 @@ class _Loop:
         """The compiled step for batches of these shapes, of which there are several if images have several sizes."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batches))
         if shapes not in self.compiled:
-            self.compiled[shapes] = self._compile(batches)
+            with self.progress.during("compiling"):
+                self.compiled[shapes] = self._compile(batches)
         return self.compiled[shapes]
 
     def _compile(self, batches):
@@ -262,7 +255,7 @@ class _Loop:
         if self.profiler.before(self.step):
             self.progress.say(f"profile of {config.profile.steps} steps in {self.profiler.folder}")
         metrics = self._updates()
-        self.step += 1
+        self.progress.step = self.step = self.step + 1
         self.positions = self._positions()
         if self.step < config.steps and not self.program.on_policy:
             self.batches = self._next_batches()  # while the devices are busy with this step
@@ -273,6 +266,7 @@ class _Loop:
         images = self.method.phases[0].source.images * self.program.updates
         metrics["images_per_second"] = images / (time.monotonic() - begin)
         metrics["learning_rate"] = self.program.learning_rate(self.step)
+        metrics["images"] = images * self.step
         self.meter.add(metrics)
         for phase in self.method.phases:
             self._show_samples(phase.source.samples)
@@ -295,7 +289,8 @@ class _Loop:
     def _evaluate(self):
         """(evaluations, embeddings of the images by the names of drifts)"""
         components, embeds = self._components(self.state), {}
-        evaluations = [evaluator(components) for evaluator in self.method.evaluate.values()]
+        with self.progress.during("evaluating"):
+            evaluations = [evaluator(components) for evaluator in self.method.evaluate.values()]
         for evaluation in evaluations:
             embeds |= evaluation.embeds
         return evaluations, embeds
@@ -308,9 +303,9 @@ class _Loop:
         metrics, errors = {}, {}
         for index, evaluation in enumerate(evaluations):
             metrics, errors = {**metrics, **evaluation.metrics}, {**errors, **evaluation.errors}
+            if self.main:
+                save_samples(self.workdir, self.step, index, evaluation)
             if self.main and evaluation.sheet is not None:
-                name = f"step_{self.step:07d}.png" if index == 0 else f"step_{self.step:07d}_{index}.png"
-                save_image(self.workdir / "samples" / name, evaluation.sheet)
                 for writer in self.writers.values():
                     writer.write_images(self.step, "samples", np.asarray(evaluation.sheet.convert("RGB")))
             self._show_samples(evaluation.samples)
@@ -348,6 +343,7 @@ class _Loop:
             "config": json.loads(self.config.to_json()),
         }
         self.manager.save(self.step, to_checkpoint(self.state), loop, metrics=evaluation or None)
+        self.progress.saved = self.step
 
     def _is_best(self, evaluation):
         """Whether it is better than every checkpoint, by config.eval.best or config.stop.judge."""

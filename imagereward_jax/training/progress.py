@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from tqdm.auto import tqdm  # a widget in notebooks
 
 from imagereward_jax.methods.base import Method
 from imagereward_jax.terminal import escape
+from imagereward_jax.training.interruptions import stopping
 
 EVERY = 5.0  # seconds between two signs of life while nothing else shows
+LONG = 600.0  # seconds of an evaluation that a user is told of before they pass
 
 
 class Progress:
@@ -24,11 +26,28 @@ class Progress:
     Args:
         config: the run's config. method: names the metrics that are shown and those that are warned of.
         main: whether this is process 0.
+
+    Attributes:
+        stage: what goes on, see `during`. step: the last that is done. saved: that of the latest checkpoint, or None.
     """
 
     def __init__(self, config: Any, method: Method, *, main: bool):
         self.config, self.method, self.main = config, method, main
         self._warned: set[str] = set()
+        self.stage, self.step, self.saved = "opening", 0, None
+
+    @contextlib.contextmanager
+    def during(self, stage: str) -> Iterator[None]:
+        """Notes what goes on, one of `interruptions.STOPS`, for `answer`."""
+        before, self.stage = self.stage, stage
+        try:
+            yield
+        finally:
+            self.stage = before
+
+    def answer(self) -> None:
+        """Says what a signal that came just now makes the run do."""
+        self.say(stopping(self.stage, self.step, self.saved))
 
     def bar(self, step: int) -> tqdm:
         """A bar that stands at `step`."""
@@ -85,14 +104,55 @@ class Progress:
             tqdm.write(escape(text), file=sys.stderr)
 
 
+def foretelling(
+    update: Callable[[int], Any],
+    total: int,
+    advise: Callable[[int, float], Any],
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[int], None]:
+    """Wraps the `update` of a bar over `total` items: calls `advise` once if the rest will take longer than `LONG`.
+
+    That is known after the second batch; what the first one takes is left out, because it compiles.
+
+    Args:
+        advise: takes `total`, and the seconds for that many.
+    """
+    done, first, begin = 0, 0, None
+
+    def counted(items):
+        nonlocal done, first, begin
+        update(items)
+        done += items
+        if begin is None:
+            first, begin = items, clock()
+        elif done - items == first and (clock() - begin) * (total - done) / items > LONG:
+            advise(total, (clock() - begin) * total / items)
+
+    return counted
+
+
 def listed(metrics: Mapping[str, float]) -> str:
     """Metrics in one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
+def started(run: Any, mesh: Mesh, command: str) -> dict[str, Any]:
+    """What a run's config does not say, for its report: number of parameters, devices, the command that started it."""
+    return {
+        "command": command,
+        "trained": {name: _size(tree) for name, tree in run.trainable.items()},
+        "frozen": _size(run.frozen),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    }
+
+
+def _size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 def described(config: Any, mesh: Mesh, trained: Any, frozen: Any, workdir: Path) -> str:
     """What a run is about to do, in one line: method, model, what trains, batch, devices, workdir."""
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trained, frozen)]
+    sizes = _size(trained), _size(frozen)
     kind = mesh.devices.flat[0].device_kind
     model = config.model.get("path") or "a model from scratch"
     return (

@@ -93,7 +93,7 @@ def test_a_table_comes_out_with_its_scores(suffix, data, expected, loaded, tmp_p
     assert [{name: row[name] for name in given[0]} for row in found] == given
     assert list(found[0]) == ["id", "image", "prompt", "score"]
     np.testing.assert_allclose([float(row["score"]) for row in found], expected, atol=1e-6)
-    assert list(tmp_path.iterdir()) == [output]
+    assert shown(tmp_path) == [output.name]
 
 
 def test_parquet_with_encoded_images_keeps_its_types(data, expected, loaded, tmp_path):
@@ -295,7 +295,7 @@ def test_a_refused_command_does_not_refuse_the_corrected_one(data, tmp_path, cap
     arguments = ["--input", data / "rows.csv", "--output", tmp_path / "o.csv"]
     assert "did you mean" in refused(capsys, *arguments, "--model", "tiny-shape")
     assert run(*arguments, "--model", "random") == 0
-    assert os.listdir(tmp_path) == ["o.csv"]
+    assert shown(tmp_path) == ["o.csv"]
 
 
 def test_skipping_can_be_added_and_taken_back_on_resume(damaged, data, counting, tmp_path, capsys):
@@ -326,6 +326,11 @@ def test_an_image_that_changed_under_its_name_is_scored_again(data, counting, tm
     assert scores[0] == scores[1] and len(set(scores)) == 9
 
 
+def shown(folder):
+    """Names of files that are not hidden."""
+    return sorted(path.name for path in folder.glob("[!.]*"))
+
+
 def interrupt(*_, **__):
     raise KeyboardInterrupt
 
@@ -347,11 +352,36 @@ def test_folders_and_files_that_the_command_did_not_write_stay(data, tmp_path, c
     assert run(*arguments) == 0 and output.read_bytes() == written and not parts.exists()
     output.unlink()
     with pytest.MonkeyPatch.context() as patch:  # while the journal is deleted
-        patch.setattr("imagereward_jax.bulk_scoring.journal.Path.unlink", interrupt)
+        patch.setattr("imagereward_jax.bulk_scoring.journal._record", interrupt)
         assert run(*arguments) == 130
-    assert run(*arguments) == 0 and output.read_bytes() == written and os.listdir(tmp_path) == ["o.csv"]
+    assert run(*arguments) == 0 and output.read_bytes() == written and shown(tmp_path) == ["o.csv"]
+    assert sorted(os.listdir(tmp_path)) == [".o.csv.scored.json", "o.csv"]
+
+
+def test_a_finished_command_is_told_so_and_another_is_refused(data, tmp_path, capsys):
+    """The same rows, images, model and settings: exit status 0, and nothing is scored. Else what differs is named."""
+    output, table = tmp_path / "o.csv", tmp_path / "rows.csv"
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    table.write_text("image,prompt\na.png,a cat\ngone.png,a dog\n")
+    arguments = ["--input", table, "--output", output, "--model", "random", "--on-error", "skip"]
+    assert run(*arguments) == 0
+    written = output.read_bytes()
     capsys.readouterr()
-    assert "exists already" in refused(capsys, *arguments)
+    assert run(*arguments) == 0 and output.read_bytes() == written
+    told = capsys.readouterr().err
+    assert "o.csv is complete: 2 rows, scored by an earlier run" in told and "1 images could not be scored" in told
+    assert run(*arguments, "--overwrite") == 0 and "complete" not in capsys.readouterr().err
+    differing = {
+        "model 'random', now 'tiny-shapes'": ["--model", "tiny-shapes"],
+        "columns ['score', 'error'], now ['s', 'error']": ["--score-column", "s"],
+        "other prompts or images": ["--prompt", "a bird"],
+    }
+    for text, flags in differing.items():
+        assert f"exists already, of {text}: choose another" in refused(capsys, *arguments, *flags)
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    assert "of image files that have changed since" in refused(capsys, *arguments)
+    output.write_text("mine")
+    assert "exists already; choose" in refused(capsys, *arguments) and output.read_text() == "mine"
 
 
 def test_a_message_that_a_spreadsheet_would_run_is_text(tmp_path):
@@ -438,4 +468,4 @@ def test_two_processes_share_the_rows(data, tiny_reward_folder, expected, tmp_pa
     assert "8/8" not in errors[1] and "4/4" in errors[1], "process 1 has one of the three chunks"
     found = [float(row["score"]) for row in read_csv(tmp_path / "out.csv")]
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert list(tmp_path.iterdir()) == [tmp_path / "out.csv"]
+    assert shown(tmp_path) == ["out.csv"]
