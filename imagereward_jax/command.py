@@ -29,6 +29,7 @@ EXTRAS = {
     "tensorboard": "train",
     **dict.fromkeys(("tensorflow", "tensorflow_datasets"), "tfds"),
     **dict.fromkeys(("diffusers", "torch"), "convert"),
+    "gradio": "demo",
     "qwix": "quantization",
     "wandb": "wandb",
 }
