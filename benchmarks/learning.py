@@ -2,10 +2,12 @@
 
     python benchmarks/learning.py --work runs/learning [--recipes refl_tiny draft_tiny ddpo_tiny] [--seeds 0 1 2]
     python benchmarks/learning.py --work runs/learning --jobs 0          # the page again, from the runs that are there
+    python benchmarks/learning.py --work runs/groups --recipes grpo_tiny dpo_tiny,model.path=tiny-shapes-sd3 \\
+        --page docs/groups.md --plot docs/images/groups.png
 
-Runs that are complete in WORK are kept and others continued. Every run is evaluated on the same held-out prompts with
-the guidance of use. Draws reward, checker and diversity against images sampled and denoiser calls, and writes the
-tables of docs/methods.md (mean and range over seeds) between its two marks.
+A recipe may be followed by fields of its own. Runs that are complete in WORK are kept and others continued. Every run
+is evaluated on the same held-out prompts with the guidance of use. Draws reward, checker and diversity against images
+sampled and denoiser calls, and writes the tables of a page (mean and range over seeds) between its two marks.
 
 A denoiser call is one image through the network once, twice with guidance; gradients count as the call that they
 differentiate. Figures of the recipes' own evaluation settings: `--set eval.guidance_scale=None`.
@@ -19,6 +21,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from imagereward_jax.methods.base import find_method
+
 ROOT = Path(__file__).parents[1]
 RECIPES = ("refl_tiny", "draft_tiny", "draft_lv_tiny", "alignprop_tiny", "drtune_tiny", "ddpo_tiny")
 MARKS = "<!-- benchmarks/learning.py writes from here -->", "<!-- to here -->"
@@ -27,37 +31,62 @@ METRICS = {"eval/reward_mean": "reward", "eval/checker_rate": "checker", "eval/d
 
 def calls_per_image(method):
     """Denoiser calls that a training image costs, from `config.method` as the workdir's config.json has it."""
-    calls = method["num_steps"]
-    if method["name"] == "refl":
+    name, calls = method["name"], method.get("num_steps", 0)
+    if name == "refl":
         calls = (method["stop_min"] + method["stop_max"]) / 2 + 1
-    elif method["name"] == "ddpo":
-        calls += method["epochs"] * int(method["num_steps"] * method["timestep_fraction"])
+    elif name in ("ddpo", "flow_grpo"):
+        settings = find_method(name).Config(**{key: value for key, value in method.items() if key != "name"})
+        calls += method["epochs"] * settings.trained_steps * (2 if method.get("penalty_weight") else 1)
+    elif name == "nft":  # the new policy and the old one
+        calls += method["epochs"] * method["noise_levels"] * (2 + bool(method["base_penalty"]))
+    elif name == "awm":
+        calls += method["noise_levels"] * (1 + bool(method["base_penalty"]) + bool(method["average_penalty"]))
+    elif name == "dpo":  # of a given image: the model and the reference
+        calls = 2
+    elif name == "dpo_online":  # the best and the worst of a group
+        calls += 2 * 2 / method["group_size"]
     elif method.get("stop_min") is not None:
         calls = (method["stop_min"] + method["num_steps"] - 1) / 2 + 1
     calls += method.get("noisings") or 0
-    return calls * (2 if max(method["guidance_scale"], method.get("guidance_max") or 0) > 1 else 1)
+    return calls * (2 if max(method.get("guidance_scale", 1), method.get("guidance_max") or 0) > 1 else 1)
 
 
 def images_per_step(config):
-    """Images that a training step samples."""
+    """Images that a training step samples; of offline DPO, that it is given."""
     method = config["method"]
-    if method["name"] == "ddpo":
-        return method["rounds"] * (method["round_size"] or config["batch_size"])
-    return config["batch_size"]
+    if method["name"] == "dpo":
+        return 2 * config["batch_size"]
+    return (
+        method["rounds"] * (method["round_size"] or config["batch_size"])
+        if "rounds" in method
+        else config["batch_size"]
+    )
 
 
-def train(recipe, seed, arguments):
+def split(run):
+    """A run's recipe and the assignments after it, of "grpo_tiny,model.path=tiny-shapes-sd3"."""
+    recipe, *assignments = run.split(",")
+    return recipe, assignments
+
+
+def folder_of(run):
+    """The folder name of a run."""
+    return "-".join(part.rpartition("=")[2].replace("/", "_") for part in run.split(","))
+
+
+def train(run, seed, arguments):
     """Trains a recipe with a seed, unless that is done. Returns its workdir; raises if the run fails."""
-    workdir = Path(arguments.work) / f"{recipe}-{seed}"
+    recipe, assignments = split(run)
+    workdir = Path(arguments.work) / f"{folder_of(run)}-{seed}"
     command = [sys.executable, "-m", "imagereward_jax.train", f"--config={ROOT / 'configs' / recipe}.py"]
     command += [f"--workdir={workdir}", f"--config.seed={seed}", "--config.writers=('jsonl',)"]
-    command += [f"--config.{assignment}" for assignment in arguments.set]
+    command += [f"--config.{assignment}" for assignment in (*arguments.set, *assignments)]
     log = workdir.parent / f"{workdir.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         done = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT)
     if done.returncode:
-        raise SystemExit(f"error: {recipe} with seed {seed} ended with {done.returncode}; see {log}")
+        raise SystemExit(f"error: {run} with seed {seed} ended with {done.returncode}; see {log}")
     return workdir
 
 
@@ -179,7 +208,7 @@ def parse_args(argv=None):
             "eval.every=20",
         ],
         metavar="FIELD=VALUE",
-        help="of every run's config",
+        help="of every run's config, unless the recipe is followed by it",
     )
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "learning.png")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "methods.md", help="page to write the tables into")
@@ -196,7 +225,7 @@ def main():
             list(pool.map(lambda job: train(*job, arguments), jobs))
     runs = {}
     for recipe in arguments.recipes:
-        folders = [Path(arguments.work) / f"{recipe}-{seed}" for seed in arguments.seeds]
+        folders = [Path(arguments.work) / f"{folder_of(recipe)}-{seed}" for seed in arguments.seeds]
         if done := [curves(folder) for folder in folders if (folder / "done.json").exists()]:
             runs[recipe] = done
     if not runs:

@@ -4,6 +4,7 @@
     imagereward score --prompt "a cat" 1.png 2.png
     imagereward generate --model runs/refl_tiny/export --prompt "a large red circle" --out images
     imagereward train --help                 # of each: what it takes, and examples
+    eval "$(imagereward --completion bash)"  # completes commands, flags and recipes; also zsh, fish
 
 --config takes a file, or the name of one of the package's recipes (`imagereward recipes` lists them). Exit status: 0
 done; 1 failed; 2 bad input; 130 after Ctrl-C; others are said by the command's own help.
@@ -29,6 +30,7 @@ COMMANDS = {
     "demo": "a page in the browser with a tuned model beside its base",
     "evaluate": "how well scorers agree with people",
     "plan": "memory, FLOPs and time of a run on hardware that is not here",
+    "compare": "put several runs into one page",
     "serve": "score over HTTP, for other programs and machines",
     "export": "write the model of a checkpoint, also while the run goes on",
     "push": "upload a model, adapter or scorer to the hub",
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{__doc__.strip()}\n\ncommands:\n{_listed(COMMANDS)}")
     elif name == "--version":
         say(f"imagereward-jax {metadata.version('imagereward-jax')}")
+    elif name == "--completion":
+        _completion(rest)
     elif name == "recipes":
         say(_listed({path.stem: _first_line(path) for path in shipped_files("configs")}))
     elif name == "convert":
@@ -57,9 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _completion(argv):
+    """Prints the script of a shell."""
+    from imagereward_jax.completion import script
+
+    shell, *more = argv or [""]
+    if more:
+        raise ValueError(f"--completion {shell}: unexpected argument {more[0]!r}")
+    recipes = [path.stem for path in shipped_files("configs")]
+    say(script(shell, COMMANDS, recipes, list(_conversions())))
+
+
+def _conversions():
+    return {path.stem.replace("_", "-"): path for path in shipped_files("convert")}
+
+
 def _convert(argv):
     """Runs a script of convert/."""
-    scripts = {path.stem.replace("_", "-"): path for path in shipped_files("convert")}
+    scripts = _conversions()
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
         listed = _listed({name: _first_line(path) for name, path in scripts.items()})

@@ -25,7 +25,7 @@ CUT_OFF = 141  # as a shell says of SIGPIPE, which Windows does not have
 _PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 # The extra of pyproject.toml that installs a package which is not among the base's.
 EXTRAS = {
-    **dict.fromkeys(("absl", "clu", "datasets", "grain", "matplotlib", "ml_collections", "optax", "orbax"), "train"),
+    **dict.fromkeys(("absl", "clu", "datasets", "grain", "ml_collections", "optax", "orbax"), "train"),
     "tensorboard": "train",
     **dict.fromkeys(("tensorflow", "tensorflow_datasets"), "tfds"),
     **dict.fromkeys(("diffusers", "torch"), "convert"),

@@ -5,7 +5,8 @@ import inspect
 import io
 import textwrap
 import tokenize
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from imagereward_jax.config import Section, plain
 from imagereward_jax.recipes import sections_of
@@ -22,20 +23,38 @@ def describe(config: Any) -> str:
     return "\n\n".join(blocks)
 
 
-def _lines(section, values):
-    """Of the fields of a section, and of sections within it."""
+class Field(NamedTuple):
+    """A field: its path ("config.optimizer.b1"), its value (None: a section), and its comment and bounds."""
+
+    path: str
+    value: str | None
+    meaning: str
+
+
+def fields_of(section: type[Section], values: Any) -> Iterator[Field]:
+    """The fields of a section, and of sections within it.
+
+    Args:
+        values: the section of a config.
+    """
     within, said = {one.location: one for one in Section.__subclasses__()}, comments(section)
     for name, bounds in section.bounds().items():
         path, value = section.name_of(name), values.get(name)
-        told = "; ".join(filter(None, (said.get(name, ""), _bounds(bounds))))
-        told = textwrap.wrap(told, WIDTH, initial_indent="      ", subsequent_indent="      ")
+        meaning = "; ".join(filter(None, (said.get(name, ""), _bounds(bounds))))
         if path.removeprefix("config.") in within:
-            yield from (
-                f"--{path}: {' '.join(map(str.strip, told))}",
-                *_lines(within[path.removeprefix("config.")], value),
-            )
+            yield Field(path, None, meaning)
+            yield from fields_of(within[path.removeprefix("config.")], value)
         else:
-            yield from (f"--{path}={_written(value)}", *told)
+            yield Field(path, _written(value), meaning)
+
+
+def _lines(section, values):
+    for path, value, meaning in fields_of(section, values):
+        if value is None:
+            yield f"--{path}: {meaning}"
+        else:
+            yield f"--{path}={value}"
+            yield from textwrap.wrap(meaning, WIDTH, initial_indent="      ", subsequent_indent="      ")
 
 
 def comments(section: type[Section]) -> dict[str, str]:

@@ -93,19 +93,10 @@ def _check_numbers(args):
     if len(set(args.model)) != len(args.model):
         raise ValueError("--model was given twice with the same name")
     if args.html:
-        _check_page(args.html, args.overwrite)
+        from imagereward_jax.agreement.page import GENERATOR
+        from imagereward_jax.pages.page import check_replaceable
 
-
-def _check_page(path, overwrite):
-    """Refuses to replace what is no page of this command."""
-    from imagereward_jax.agreement.page import is_page
-
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--html {path}: the folder {path.parent} does not exist")
-    if path.is_dir() or (path.exists() and not overwrite and not is_page(path)):
-        raise FileExistsError(
-            f"--html {path} exists and is no page of this command; choose another file, or pass --overwrite"
-        )
+        check_replaceable(args.html, "--html", GENERATOR, overwrite=args.overwrite)
 
 
 def human_order(given: str | None, generators: Sequence[str]) -> list[str] | None:
@@ -206,14 +197,13 @@ def _table_1(args, data, names, order, options):
 
 def write_page(args: argparse.Namespace, outcome: dict[str, Any]) -> None:
     """Writes --html; the file appears whole or not at all."""
-    from imagereward_jax.agreement.page import results_page
-    from imagereward_jax.storage.files import write_text
+    from imagereward_jax.agreement.page import write_results
+    from imagereward_jax.data.prompts import SHAPES_PREFIX
 
     title = f"{' and '.join(outcome['report']['models'])} on {os.path.basename(args.data)}"
-    page = results_page(
-        title, outcome["tables"], outcome["notes"], outcome["groups"], outcome["scores"], shown=args.show
-    )
-    write_text(args.html, page)
+    judges = "the rules" if args.data.startswith(SHAPES_PREFIX) else "people"
+    parts = [outcome[name] for name in ("tables", "notes", "groups", "scores")]
+    write_results(args.html, title, *parts, judges=judges, shown=args.show)
 
 
 def _without_nan(value):

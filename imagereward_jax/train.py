@@ -11,9 +11,11 @@ Exit status: 0 done or complete already; 2 bad input; 1 the run failed; 128 + si
 everything is saved; 130 at once after Ctrl-C before the first step, or a second Ctrl-C.
 """
 
+import contextlib
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,10 +40,12 @@ USAGE = "--config FILE.py [--workdir DIR] [--config.field=value ...]"
 @command
 def main(argv=None):
     """Parses flags, builds, trains; returns the exit status."""
-    config, workdir, processes = parse_flags(list(sys.argv if argv is None else argv))
+    argv = list(sys.argv if argv is None else argv)
+    config, workdir, processes = parse_flags(argv)
     from imagereward_jax.trainer import Trainer
 
     trainer = Trainer(config, workdir=workdir)
+    trainer.started_by = f"{program('train')} {shlex.join(argv[1:])}"
     if processes is not None:
         join(*processes)
     return run(trainer)
@@ -112,6 +116,7 @@ def parse_flags(argv, usage=None):
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; {usage}")
     config = values.config
+    _read_none(config)
     if asked:
         from imagereward_jax.config_help import describe
 
@@ -121,6 +126,19 @@ def parse_flags(argv, usage=None):
     processes = (values.coordinator, values.num_processes, values.process_id)
     joins = values.distributed or any(value is not None for value in processes)
     return config, Path(workdir), processes if joins else None
+
+
+def _read_none(config):
+    """Reads "None" as None in the texts that may be none; of numbers ml_collections does that itself."""
+    from imagereward_jax.config import ConfigError
+    from imagereward_jax.recipes import sections_of
+
+    with contextlib.suppress(ConfigError, AttributeError):  # what is wrong is said where the config is checked
+        for section in sections_of(config):
+            values = config[section.location] if section.location else config
+            for name, (kind, optional, _) in section.field_types().items():
+                if optional and kind is str and values.get(name) == "None":
+                    values[name] = None
 
 
 def unknown_field(config: Any, given: Iterable[re.Match]) -> str:

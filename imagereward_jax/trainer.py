@@ -60,6 +60,7 @@ class Trainer:
 
     Attributes:
         config: the run's config. workdir: a Path.
+        started_by: the command that started the run, for its report; "" in Python.
 
     Raises:
         ConfigError: naming the field, or argument, and what is expected.
@@ -79,7 +80,7 @@ class Trainer:
     ):
         if not isinstance(workdir, str | PathLike) or not str(workdir):
             raise ConfigError(f"workdir={workdir!r:.200}: expected the path of a folder")
-        self.workdir = Path(workdir)
+        self.workdir, self.started_by = Path(workdir), ""
         self.config = _config_of(config, {} if fields is None else fields)
         self.hook = _checked_hook(image_samples_hook)
         for name, value in (("prompts", prompts), ("eval_prompts", eval_prompts)):
@@ -102,7 +103,9 @@ class Trainer:
         """
         use_compilation_cache(self.config.compilation_cache)
         put_together = functools.partial(assemble, given=self.given)
-        return loop.train(self.config, put_together, self.workdir, image_samples_hook=self.hook)
+        return loop.train(
+            self.config, put_together, self.workdir, image_samples_hook=self.hook, started_by=self.started_by
+        )
 
     def save_pretrained(self, folder: str | PathLike, *, overwrite: bool = False) -> None:
         """Copies what was exported (a diffusers folder, or an adapter's) with its model card to `folder`.

@@ -35,27 +35,6 @@ for _name, _value in QUICK_COMPILATION.items():
 WORDS = ["a", "an", "cat", "dog", "red", "blue", "cube", "ball", "painting", "of", "the", "on", "ocean", ",", "."]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_figures():
-    """Reports of runs in this process have no figures, which take a third of a small run's time."""
-    from imagereward_jax.training import html_report
-
-    drawn = {name: getattr(html_report, name) for name in ("plot", "plot_watch")}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in drawn:
-            patch.setattr(html_report, name, lambda rows, names: "<svg></svg>")
-        yield drawn
-
-
-@pytest.fixture
-def figures(no_figures, monkeypatch):
-    """`write_report` draws."""
-    from imagereward_jax.training import html_report
-
-    for name, draw in no_figures.items():
-        monkeypatch.setattr(html_report, name, draw)
-
-
 @pytest.fixture(scope="module")
 def real_compilation():
     """Compiles as users do, here and in child processes, and keeps nothing between programs."""

@@ -129,3 +129,11 @@ def test_a_reader_that_leaves_is_no_error():
     )
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_none_is_read_where_it_is_allowed():
+    """A sampler that the recipe sets goes back to the model's own; a prompt keeps the word."""
+    argv = ["train", "--config", "ddpo_tiny", "--config.eval.sampler=None", "--config.method.negative_prompt=None"]
+    config, *_ = parse_flags(argv)
+    assert config.eval.sampler is None
+    assert config.method.negative_prompt == "None"

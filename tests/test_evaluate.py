@@ -222,6 +222,14 @@ def test_the_page_shows_the_prompts_judged_worst_with_their_images(rankings, loa
     assert len(labels) == sum(sizes[prompt] for prompt in worst)
 
 
+def test_rules_are_not_called_people_and_most_prompts_are_folded(capsys, tmp_path):
+    page = tmp_path / "page.html"
+    printed(capsys, "--model", "random", "--data", "shapes:held_out", "--limit", 8, "--html", page)
+    found = Page(page.read_text(encoding="utf-8"))
+    assert "disagree most with the rules: 8 of 8" in found.text and "people" not in found.text
+    assert [tag for tag, _ in found.tags].count("details") == 5
+
+
 def test_the_page_replaces_no_other_file(rankings, capsys, tmp_path):
     """Not notes, not the data itself; a page of its own, and any file if that is asked for."""
     arguments = ["--model", "random", "--data", str(rankings / "test.json"), "--images", str(rankings / "images")]

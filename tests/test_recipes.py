@@ -1,6 +1,8 @@
 """The recipes of the built-in model, scaled down: pictures -> autoencoder -> diffusion model, ranked pictures ->
 reward -> ReFL."""
 
+import html
+import json
 from pathlib import Path
 
 import jax
@@ -8,15 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 from imagereward_jax.assembly.run import assemble
 from imagereward_jax.pipelines import load_pipeline
 from imagereward_jax.recipes import recipe_beside, validate
 from imagereward_jax.train import main
-from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.metric_writers import read_rows
+from imagereward_jax.training.samples import read_samples
 from imagereward_jax.weights.files import read_tensors
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -161,7 +163,7 @@ def test_refl_tunes_the_unet_alone(runs):
         assert same == (name != "unet")
 
 
-def test_refl_logs_what_the_issue_asks_for(runs):
+def test_refl_logs_reward_loss_speed_and_progress(runs):
     first, last = runs[1]["refl"][0], runs[1]["refl"][-1]
     for row in (first, last):
         assert {"step", "time", "eval/reward_mean", "eval/reward_std", "eval/checker_rate"} <= row.keys()
@@ -182,8 +184,27 @@ def test_every_reward_of_a_mixture_is_logged_at_every_step_and_in_the_evaluation
         np.testing.assert_allclose(row["refl/reward"], 1.5 * row["refl/reward_trained"], atol=1e-4)
 
 
-def test_the_report_draws_the_curve_of_every_reward(runs, figures):
-    write_report(runs[0] / "refl")
+def page_of(workdir):
+    return html.unescape((workdir / "report.html").read_text())
+
+
+def test_an_evaluation_leaves_its_scores_and_images_by_prompt(runs):
+    """Their means over prompts are the evaluation's metrics within 1e-5."""
+    rows = {row["step"]: row for row in runs[1]["refl"] if "eval/reward_mean" in row}
+    found = read_samples(runs[0] / "refl", rows)
+    assert found.keys() == rows.keys()
+    started = json.loads((runs[0] / "refl/started.json").read_text())
+    unet = read_tensors(runs[0] / "refl/export/unet/diffusion_pytorch_model.safetensors")
+    assert started["trained"] == {"unet": sum(tensor.size for tensor in unet.values())}
+    assert str(runs[0] / "refl") in started["command"] and started["command"] in page_of(runs[0] / "refl")
+    for step, prompts in found.items():
+        assert all(prompt.images for prompt in prompts.values())
+        for name in ("eval/reward_mean", "eval/checker_rate"):
+            mean = np.mean([prompt.mean(name) for prompt in prompts.values()])
+            np.testing.assert_allclose(mean, rows[step][name], atol=1e-5)
+
+
+def test_the_report_draws_the_curve_of_every_reward(runs):
     page = (runs[0] / "refl" / "report.html").read_text()
     for name in ("refl/reward_builtin", "refl/reward_trained", "eval/reward_builtin", "eval/reward_trained"):
-        assert f"<!-- {name} -->" in page, name  # matplotlib writes each title beside its outlines
+        assert f">{name}</code>" in page or f"The same numbers as {name}" in page, name

@@ -5,7 +5,7 @@ import pytest
 
 pytestmark = pytest.mark.slow  # some minutes: four programs are compiled
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 from test_recipes import SMALL_SAMPLES, train

@@ -13,7 +13,7 @@ import tiny_sd1
 from hub_stand_in import serve
 from score_server import serving
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 from ml_collections import FrozenConfigDict

@@ -1,10 +1,6 @@
-"""HTML page of results: the tables, and the prompts with the largest disagreement, with images.
-
-One file, no script, no network.
-"""
+"""HTML page of results: the tables, and the prompts with the largest disagreement, with images."""
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,63 +14,48 @@ from imagereward_jax.agreement.summary import disagreement
 from imagereward_jax.bulk_scoring.scorers import RANDOM
 from imagereward_jax.data.groups import encoded
 from imagereward_jax.data.images import open_image
+from imagereward_jax.pages.page import escape, folded, image, paragraph, table, write_page
 
-GENERATOR = '<meta name="generator" content="imagereward_jax.evaluate">'
+GENERATOR = "imagereward_jax.evaluate"
 THUMBNAIL = 192
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;font-size:14px}td,th{padding:.3em .7em;white-space:nowrap;
-border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}section{border-top:1px solid #ddd;margin-top:1.5em}
-section h3{margin:.8em 0 .2em;font-size:1em}.note{color:#666;margin:0}.row{display:flex;gap:1em;flex-wrap:wrap;
-margin:.8em 0}figure{margin:0;width:192px;font-size:13px}figure img{width:192px;height:192px;object-fit:contain;
-background:#f2f2f2}figcaption b{display:block}.scores{display:grid;grid-template-columns:1fr auto auto;gap:0 .6em;
-font-variant-numeric:tabular-nums}.scores span:nth-child(3n+1){overflow:hidden;text-overflow:ellipsis;
-white-space:nowrap}.off{color:#b00020}"""
+OPEN = 3  # prompts that are not folded
 
 
-def is_page(path: Path) -> bool:
-    """Whether a file is one that `results_page` made."""
-    with open(path, "rb") as file:
-        return GENERATOR.encode() in file.read(1000)
-
-
-def results_page(
+def write_results(
+    path: Path,
     title: str,
     tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]],
     notes: Sequence[str],
     groups: Sequence[RankedPrompt],
     scores: dict[str, Sequence[Sequence[float]]],
     *,
+    judges: str = "people",
     shown: int = 20,
-) -> str:
-    """Renders the page.
+) -> None:
+    """Writes the page; it appears whole or not at all.
 
     Args:
         title: heading.
         tables: list of (header, rows) of text.
         notes: list of lines under the tables.
-        groups: P `RankedPrompt`s; empty if the human order is unknown.
+        groups: P `RankedPrompt`s; empty if the true order is unknown.
         scores: {model: [P] lists, the score of every image}.
+        judges: who ranked the images: "people", or "the rules" of the shapes world.
         shown: number of prompts.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", *(_table(*table) for table in tables)]
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
+    parts = [f"<h1>{escape(title)}</h1>", *(_table(*part) for part in tables)]
+    parts += [paragraph(escape(note), "soft") for note in notes]
     if groups:
-        parts.append(_worst_prompts(groups, scores, shown))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"{GENERATOR}<title>{html.escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    )
+        parts.append(_worst_prompts(groups, scores, judges, shown))
+    write_page(path, title, parts, generator=GENERATOR)
 
 
 def _table(header, rows):
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return table([escape(cell) for cell in header], [[escape(cell) for cell in row] for row in rows])
 
 
 def worst_first(groups: Sequence[RankedPrompt], scores: dict[str, Sequence[Sequence[float]]]) -> list[int]:
-    """Sorts prompt indices by disagreement between models and people, largest first.
+    """Sorts prompt indices by disagreement between models and the ranking, largest first.
 
     Prompts without a pair are left out. The baseline "random" counts only if it is the only model.
     """
@@ -84,42 +65,43 @@ def worst_first(groups: Sequence[RankedPrompt], scores: dict[str, Sequence[Seque
     return [int(i) for i in order if not np.isnan(wrong[i])]
 
 
-def _worst_prompts(groups, scores, shown):
+def _worst_prompts(groups, scores, judges, shown):
     order = worst_first(groups, scores)[:shown]
     head = (
-        f"<h2>Where the models disagree most with people: {len(order)} of {len(groups)} prompts</h2>"
-        '<p class="note">Best image by people first. Beside each model\'s score is the place that it gives the '
-        "image; red if the model puts it on the wrong side of more than half of the others.</p>"
+        f"<h2>Where the models disagree most with {judges}: {len(order)} of {len(groups)} prompts</h2>"
+        f'<p class="soft">Best image by {judges} first. Beside each model\'s score is the place that it gives the '
+        "image, marked &#9888; if the model puts it on the wrong side of more than half of the others.</p>"
     )
-    return head + "".join(_prompt(groups[i], {model: rows[i] for model, rows in scores.items()}) for i in order)
+    prompts = [_prompt(groups[i], {model: rows[i] for model, rows in scores.items()}, judges) for i in order]
+    sections = [f"<section><h3>{name}</h3>{content}</section>" for name, content in prompts[:OPEN]]
+    return head + "".join(sections + [folded(name, content) for name, content in prompts[OPEN:]])
 
 
-def _prompt(group, scores):
+def _prompt(group, scores, judges):
+    """(the prompt, what is under it), HTML."""
     ranks = known_ranks(group.ranks)
     agreement = []
     for model, row in scores.items():
         right, pairs = preference_counts(ranks, row)
-        agreement.append(f"{model} {right} of {pairs} pairs")
-    figures = "".join(_figure(group, k, ranks, scores) for k in np.argsort(ranks, kind="stable"))
-    return (
-        f"<section><h3>{html.escape(group.prompt)}</h3>"
-        f'<p class="note">{html.escape(group.id)}: {html.escape(", ".join(agreement))} as people</p>'
-        f'<div class="row">{figures}</div></section>'
-    )
+        agreement.append(f"{model} orders {right} of {pairs} pairs as {judges} did")
+    figures = "".join(_figure(group, k, ranks, scores, judges) for k in np.argsort(ranks, kind="stable"))
+    told = paragraph(escape(f"{group.id}: {', '.join(agreement)}"), "small soft")
+    return escape(group.prompt), f'{told}<div class="row">{figures}</div>'
 
 
-def _figure(group, k, ranks, scores):
-    human = "not ranked" if np.isnan(ranks[k]) else f"people: {ranks[k]:g}"
-    name = f"{group.labels[k]}, {human}" if group.labels else human
+def _figure(group, k, ranks, scores, judges):
+    rank = "not ranked" if np.isnan(ranks[k]) else f"by {judges}: {ranks[k]:g}."
+    name = f"{group.labels[k]}, {rank}" if group.labels else rank
     lines = []
     for model, row in scores.items():
         place = average_ranks(-np.asarray(row))[k]
         right, pairs = _pairs_of(k, ranks, row)
-        mark = ' class="off"' if pairs and right < pairs / 2 else ""
-        lines.append(f"<span>{html.escape(model)}</span><span{mark}>{row[k]:.3f}</span><span{mark}>{place:g}.</span>")
+        wrong = pairs and right < pairs / 2
+        kind, mark = (' class="down"', "&#9888; ") if wrong else ("", "")
+        lines.append(f"<span>{escape(model)}</span><span{kind}>{row[k]:.3f}</span><span{kind}>{mark}{place:g}.</span>")
     return (
-        f'<figure><img alt="{html.escape(name)}" src="{thumbnail(group.images[k])}"><figcaption>'
-        f'<b>{html.escape(name)}</b><div class="scores">{"".join(lines)}</div></figcaption></figure>'
+        f"<figure>{image(thumbnail(group.images[k]), 'jpeg', name)}"
+        f'<figcaption><b>{escape(name)}</b><div class="tally">{"".join(lines)}</div></figcaption></figure>'
     )
 
 
@@ -131,13 +113,13 @@ def _pairs_of(k, ranks, scores):
     return (0, 0) if np.isnan(ranks[k]) else (int(right.sum()), int(other.sum()))
 
 
-def thumbnail(image: Any) -> str:
-    """Encodes an image as a data URL: JPEG, at most `THUMBNAIL` pixels per side."""
-    image = open_image(encoded(image, ""))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+def thumbnail(picture: Any) -> str:
+    """Base64 of an image as JPEG, at most `THUMBNAIL` pixels per side."""
+    opened = open_image(encoded(picture, ""))
+    opened.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    opened.save(buffer, format="JPEG", quality=88)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def short_names(models: Sequence[str]) -> list[str]:

@@ -148,9 +148,11 @@ class SampleEvaluator:
             embeds = embeds if own is None else own
         metrics, errors = self._means(scores)
         metrics |= more
+        each = self.settings.images_per_prompt
+        by_prompt = {name: np.reshape(values, (-1, each)) for name, values in scores.items()}
         ending, embeds = ("", embeds) if self.embeds else ("_pixels", embed_pixels(pixels))
-        if self.settings.images_per_prompt > 1:
-            diversity = distance_within(embeds, self.settings.images_per_prompt)
+        if each > 1:
+            by_prompt[f"eval/diversity{ending}"] = diversity = distance_within(embeds, each)
             metrics[f"eval/diversity{ending}"] = diversity.mean()
             errors[f"eval/diversity{ending}"] = diversity.std() / len(diversity) ** 0.5
         for scale in self.settings.guidance_scales:
@@ -164,6 +166,7 @@ class SampleEvaluator:
             ImageSamples(images, list(self.prompts), list(self.metadata), rewards, held_out=True),
             {name: float(value) for name, value in errors.items()},
             {f"eval/drift{ending}": embeds},
+            by_prompt,
         )
 
     def _scores(self, components, images, pixels):

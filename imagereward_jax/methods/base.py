@@ -197,6 +197,8 @@ class Evaluation(NamedTuple):
         errors: standard errors of some of the metrics, by their names.
         embeds: unit vectors [N, D] of the images, under the name of a metric: that of their mean distance (1 - cosine)
             from those of the evaluation before the first step.
+        scores: metrics by prompt: [P, K] of the K images of each, which follow each other in `samples`, or [P]; NaN if
+            there was no verdict.
     """
 
     metrics: dict[str, float]
@@ -204,6 +206,7 @@ class Evaluation(NamedTuple):
     samples: ImageSamples | None = None
     errors: Mapping[str, float] = {}
     embeds: Mapping[str, Any] = {}
+    scores: Mapping[str, np.ndarray] = {}
 
 
 # Takes every component, on the mesh, in the compute dtype. It may list its metrics as `measures`, see `training.watch`.

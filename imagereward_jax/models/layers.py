@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from imagereward_jax.models import quantized
+from imagereward_jax.models import cpu_convolution, quantized
 from imagereward_jax.models.attention import attention
-from imagereward_jax.models.hardware import precision
+from imagereward_jax.models.cpu_convolution import Padding
+from imagereward_jax.models.hardware import current_platform, precision
 from imagereward_jax.models.lora import LoRASlot
 from imagereward_jax.models.sharding import gather_weight, shard_batch
 
@@ -63,7 +64,6 @@ class Keys:
 
 
 RngsLike = nnx.Rngs | Keys
-Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
 
 
 class KernelLayer(LoRASlot, nnx.Module):
@@ -141,6 +141,8 @@ class Conv(KernelLayer):
         self.bias = nnx.Param(uniform_init(rngs.params(), (out_channels,), fan_in)) if bias else None
 
     def _product(self, x, kernel):
+        if current_platform() == "cpu":
+            return cpu_convolution.conv(x, kernel, self.stride, self.padding, precision(self.dtype))
         return jax.lax.conv_general_dilated(
             x,
             kernel,

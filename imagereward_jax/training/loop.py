@@ -18,36 +18,24 @@ from imagereward_jax.compilation_cache import counting_hits
 from imagereward_jax.methods.base import ImageSamples
 from imagereward_jax.models.param_tree import join
 from imagereward_jax.storage.errors import writing
-from imagereward_jax.storage.files import save_image, write_text
 from imagereward_jax.terminal import say
 from imagereward_jax.training.baseline import Baseline
 from imagereward_jax.training.checkpoints import Checkpoints, exports_best, goodness
 from imagereward_jax.training.export import chosen_by, write_ending, write_export
 from imagereward_jax.training.finite import require_finite, skipped_too_often
 from imagereward_jax.training.html_report import write_report
-from imagereward_jax.training.interruptions import (
-    Interrupted,
-    catch_signals,
-    closing,
-    signal_of_any,
-    wait_for_all,
-)
-from imagereward_jax.training.mesh import (
-    check_batch,
-    check_remat,
-    from_all_processes,
-    make_mesh,
-    put_batch,
-)
+from imagereward_jax.training.interruptions import Interrupted, catch_signals, closing, signal_of_any, wait_for_all
+from imagereward_jax.training.mesh import check_batch, check_remat, from_all_processes, make_mesh, put_batch
 from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_installed, make_writers
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
-from imagereward_jax.training.progress import Progress, described, listed
+from imagereward_jax.training.progress import Progress, described, listed, started
 from imagereward_jax.training.resume import locked, newest_whole, read_state
+from imagereward_jax.training.samples import save_samples
 from imagereward_jax.training.state import to_checkpoint
 from imagereward_jax.training.step import cast, join_models, over_updates
 from imagereward_jax.training.watch import Watch, check_best, check_measured
-from imagereward_jax.training.workdir import CONFIG, check_export, check_workdir, is_complete, read_done, sweep
+from imagereward_jax.training.workdir import STARTED, begin, check_export, check_workdir, is_complete, read_done
 
 SamplesHook = Callable[[ImageSamples, int, dict[str, MetricWriter]], None]
 
@@ -58,6 +46,7 @@ def train(
     workdir: str | Path,
     *,
     image_samples_hook: SamplesHook | None = None,
+    started_by: str = "",
 ) -> bool:
     """Trains what `assemble(config, mesh)` makes in `workdir`, from its latest checkpoint if there is one.
 
@@ -66,6 +55,7 @@ def train(
         workdir: folder; made if absent.
         image_samples_hook: called in process 0 as (samples, step, writers) after every evaluation that samples, and
             after the steps of on-policy methods whose sources keep their samples.
+        started_by: the command that started the run, for its report.
 
     Returns:
         False if the run was complete already.
@@ -101,10 +91,7 @@ def train(
         if run.export is not None:
             check_export(workdir, run.export.marker)
         if jax.process_index() == 0:
-            sweep(workdir)
-            write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
-            for name, text in run.files.items():
-                write_text(workdir / name, text)
+            begin(workdir, config, {**run.files, STARTED: json.dumps(started(run, mesh, started_by), indent=2)})
         keep = 1 if config.checkpoint.best_only else config.checkpoint.keep
         best = dict.fromkeys(name for name in (config.eval.best, config.stop.judge) if name)
         manager = Checkpoints(workdir / "checkpoints", keep=keep, best=tuple(best))
@@ -279,6 +266,7 @@ class _Loop:
         images = self.method.phases[0].source.images * self.program.updates
         metrics["images_per_second"] = images / (time.monotonic() - begin)
         metrics["learning_rate"] = self.program.learning_rate(self.step)
+        metrics["images"] = images * self.step
         self.meter.add(metrics)
         for phase in self.method.phases:
             self._show_samples(phase.source.samples)
@@ -315,9 +303,9 @@ class _Loop:
         metrics, errors = {}, {}
         for index, evaluation in enumerate(evaluations):
             metrics, errors = {**metrics, **evaluation.metrics}, {**errors, **evaluation.errors}
+            if self.main:
+                save_samples(self.workdir, self.step, index, evaluation)
             if self.main and evaluation.sheet is not None:
-                name = f"step_{self.step:07d}.png" if index == 0 else f"step_{self.step:07d}_{index}.png"
-                save_image(self.workdir / "samples" / name, evaluation.sheet)
                 for writer in self.writers.values():
                     writer.write_images(self.step, "samples", np.asarray(evaluation.sheet.convert("RGB")))
             self._show_samples(evaluation.samples)

@@ -26,7 +26,7 @@ from imagereward_jax.training.interruptions import RunError
 METRICS = "metrics.jsonl"  # in the workdir
 WANDB_RUN = "wandb_run.json"  # in the workdir, the id that a resumed run continues
 TEST = "test/"  # how metrics of the test set begin
-COUNTERS = ("skipped", "learning_rate")  # metrics whose last value is logged, not their mean
+COUNTERS = ("skipped", "learning_rate", "images")  # metrics whose last value is logged, not their mean
 
 
 class Meter:

@@ -136,9 +136,23 @@ def listed(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
+def started(run: Any, mesh: Mesh, command: str) -> dict[str, Any]:
+    """What a run's config does not say, for its report: number of parameters, devices, the command that started it."""
+    return {
+        "command": command,
+        "trained": {name: _size(tree) for name, tree in run.trainable.items()},
+        "frozen": _size(run.frozen),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    }
+
+
+def _size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 def described(config: Any, mesh: Mesh, trained: Any, frozen: Any, workdir: Path) -> str:
     """What a run is about to do, in one line: method, model, what trains, batch, devices, workdir."""
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trained, frozen)]
+    sizes = _size(trained), _size(frozen)
     kind = mesh.devices.flat[0].device_kind
     model = config.model.get("path") or "a model from scratch"
     return (

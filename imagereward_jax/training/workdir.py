@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ from ml_collections import ConfigDict
 from imagereward_jax.config import flat_fields
 from imagereward_jax.models.lora import ATTENTION
 from imagereward_jax.recipes import default_config
-from imagereward_jax.storage.files import is_temporary
+from imagereward_jax.storage.files import is_temporary, write_text
 from imagereward_jax.storage.folders import refuse_existing
 
 CONFIG, DONE, LOCK = "config.json", "done.json", ".lock"
+STARTED = "started.json"  # see `progress.started`
 CLASS_IMAGES = "class_images"  # what a run makes of a model before it has a config there
 # What a run makes in its workdir.
 FOLDERS = ("samples", "checkpoints", "damaged_checkpoints", "export", "profile", "wandb", CLASS_IMAGES)
-FILES = (CONFIG, DONE, "metrics.jsonl", "report.html", "prompts.jsonl", "base_embeddings.npz", "wandb_run.json")
+FILES = (CONFIG, STARTED, DONE, "metrics.jsonl", "report.html")
+FILES += ("prompts.jsonl", "base_embeddings.npz", "wandb_run.json")
 # Fields that may differ on resume: how long the run goes on, what it reports, and how (not which) numbers are computed;
 # those then differ by rounding (mesh, optimization_level, model.remat).
 MAY_CHANGE = (
@@ -85,11 +87,17 @@ def read_done(workdir: Path) -> dict[str, Any] | None:
         return None
 
 
-def sweep(workdir: Path) -> None:
-    """Removes what kills left of single files; process 0 does it, with the lock."""
+def begin(workdir: Path, config: Any, files: Mapping[str, str]) -> None:
+    """Writes config.json and `files` ({name: text}), and removes what kills left of single files.
+
+    Process 0 does it, with the lock.
+    """
     for folder in (workdir, workdir / "samples"):
         for path in folder.glob(".*.tmp") if folder.is_dir() else ():
             path.unlink(missing_ok=True)
+    write_text(workdir / CONFIG, json.dumps(json.loads(config.to_json()), indent=2))
+    for name, text in files.items():
+        write_text(workdir / name, text)
 
 
 def check_export(workdir: Path, marker: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_sd1
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 from imagereward_jax.assembly.run import assemble

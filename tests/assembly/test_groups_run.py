@@ -5,7 +5,7 @@ import pytest
 import tiny_sd1
 from PIL import Image
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 from pathlib import Path

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 from imagereward_jax.rewards.mixed import MixedReward, Term, apply_terms

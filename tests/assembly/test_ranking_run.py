@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 import imagereward_jax

@@ -14,7 +14,7 @@ import pytest
 import tiny_sd3
 from PIL import Image
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 torch = pytest.importorskip("torch", reason="the reference is PyTorch diffusers")
 diffusers = pytest.importorskip("diffusers", reason="the reference is PyTorch diffusers")

@@ -8,7 +8,7 @@ import tiny_sd3
 import tiny_sdxl
 from PIL import Image
 
-for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib"):
+for package in ("orbax.checkpoint", "grain", "ml_collections"):
     pytest.importorskip(package)
 
 from imagereward_jax.assembly.parts import Parts

@@ -71,7 +71,7 @@ def test_the_learning_rate_is_logged_as_it_stands(tmp_path, capsys):
 
 def test_a_run_leaves_what_the_design_lists(clean):
     assert {path.name for path in clean.iterdir()} == {
-        "config.json", "done.json", "metrics.jsonl", "samples", "checkpoints", "export", "report.html"
+        "config.json", "started.json", "done.json", "metrics.jsonl", "samples", "checkpoints", "export", "report.html"
     }  # fmt: skip
     rows = read_rows(clean / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 3, 6, 9, 10, 12, 15, 18, 20]
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_the_design_lists(clean):
         f"step_{step:07d}.png" for step in (0, 10, 20)
     ]
     page = (clean / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "<svg" in page and "http" not in page.partition("<svg")[0]
+    assert page.count("data:image/webp;base64,") == 4 and "<svg" in page and "://" not in page
 
 
 def test_a_second_run_says_that_it_is_complete(clean, capsys):

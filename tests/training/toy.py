@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ from imagereward_jax.data.batches import make_iterator
 from imagereward_jax.distributed import join
 from imagereward_jax.methods.base import Evaluation, Export, Method, Phase
 from imagereward_jax.recipes import default_config
-from imagereward_jax.training import html_report, loop
 from imagereward_jax.training.interruptions import Interrupted, ProcessLost, RunError
+from imagereward_jax.training.loop import train
 from imagereward_jax.training.mesh import weight_shardings
 from imagereward_jax.training.program import AssembledRun
 
@@ -111,12 +110,6 @@ def assemble_toy(config, mesh, **faults):
         jax.device_put(frozen, weight_shardings(mesh, frozen)),
         Export(export, "w.npy", ("net",)),
     )
-
-
-def train(*arguments):
-    """`loop.train` without the report's curves, which take most of a toy run's time."""
-    with unittest.mock.patch.object(html_report, "plot", lambda rows, names: "<svg></svg>"):
-        return loop.train(*arguments)
 
 
 JOINING = ("--coordinator=", "--num-processes=", "--process-id=")

@@ -1,25 +1,23 @@
-"""The README's commands, typed as they stand, do what it says."""
+"""What pages say about the result of their blocks; that the blocks run at all is tests/test_documentation.py."""
 
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
+from pages import ROOT, blocks_of
 from PIL import Image
 
-import imagereward_jax as RM
 from imagereward_jax.data.shapes import fully_right
 from imagereward_jax.generate import main
 from imagereward_jax.rewards.registry import open_reward
 
-README = Path(__file__).parents[1] / "README.md"
+DOCS = ROOT / "docs"
 
 
-def test_the_readme_draws_what_it_says(tmp_path, monkeypatch):
+def test_the_page_draws_what_it_says(tmp_path, monkeypatch):
     """Its command as it stands: the checker finds all four words in at least 3 of the 4 images."""
-    (command,) = re.findall(r"^python -m imagereward_jax\.generate (.+)$", README.read_text(), re.MULTILINE)
+    (command,) = re.findall(r"^imagereward generate (.+)$", (DOCS / "howto/generate.md").read_text(), re.MULTILINE)
     arguments = shlex.split(command)
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 0
@@ -29,22 +27,11 @@ def test_the_readme_draws_what_it_says(tmp_path, monkeypatch):
     assert sum(fully_right(prompt, image) for image in images) >= 3
 
 
-def test_the_readme_trains_from_python(tmp_path, monkeypatch, shortened):
-    """Its block, in two steps and on a smaller model, leaves a model that opens."""
-    for package in ("orbax.checkpoint", "grain", "ml_collections", "matplotlib", "tensorboard"):
-        pytest.importorskip(package)
-    section = README.read_text().split("## From Python\n")[1].split("\n## ")[0]
-    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    exec(shortened(block, '"steps": 30'), {"__name__": "readme"})
-    RM.load_pipeline(tmp_path / "redness")
-
-
-def test_the_rewards_of_the_readme_score(tmp_path, monkeypatch):
+def test_the_rewards_of_the_page_score(tmp_path, monkeypatch):
     """Its module as it stands, by the names that its text gives."""
-    section = README.read_text().split("## A reward of your own")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert "=jax:my_rewards:warmth" in section and "`my_rewards:contrast`" in section
+    page = DOCS / "tutorials/own_reward.md"
+    (code,) = (block.code for block in blocks_of(page) if block.title == "my_rewards.py")
+    assert "=jax:my_rewards:warmth" in page.read_text() and "=my_rewards:contrast" in page.read_text()
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
