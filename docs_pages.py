@@ -36,6 +36,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return markdown
 
 
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Names the theme's search dialog to readers of screens."""
+    dialog = 'data-md-component="search" role="dialog"'
+    return output.replace(dialog, f'{dialog} aria-label="Search"')
+
+
 def commands() -> str:
     """The help of every command."""
     from imagereward_jax.__main__ import COMMANDS

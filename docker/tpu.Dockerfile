@@ -15,7 +15,7 @@ COPY configs /source/configs
 COPY convert /source/convert
 RUN --mount=type=cache,target=/root/.cache/pip pip install "/source[train,tpu]"
 
-USER imagereward
+USER 1000
 ENV HF_HOME=/work/.cache/huggingface IMAGEREWARD_JAX_CACHE=/work/.cache/compiled
 WORKDIR /work
 ENTRYPOINT ["imagereward"]

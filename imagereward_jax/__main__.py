@@ -27,11 +27,13 @@ COMMANDS = {
     "train": "tune a model by rewards, images or preferences, or train a scorer",
     "score": "score images, or the rows of a table",
     "generate": "make images, of a tuned model beside its base",
+    "demo": "a page in the browser with a tuned model beside its base",
     "evaluate": "how well scorers agree with people",
     "plan": "memory, FLOPs and time of a run on hardware that is not here",
     "compare": "put several runs into one page",
     "serve": "score over HTTP, for other programs and machines",
     "export": "write the model of a checkpoint, also while the run goes on",
+    "push": "upload a model, adapter or scorer to the hub",
     "convert": "convert models and adapters between formats; make data",
     "recipes": "list the package's recipes",
 }

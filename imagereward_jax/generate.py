@@ -21,6 +21,7 @@ from imagereward_jax.config import MAX_SIDE, MAX_STEPS
 from imagereward_jax.terminal import Parser, escape, program, say
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
 
     from imagereward_jax.diffusion.sampler import Sampler
@@ -333,6 +334,13 @@ def plan(args: argparse.Namespace, prompts: dict[str, str], noise: "np.ndarray |
     return requests
 
 
+def image_key(prompt: str, seed: int) -> "jax.Array":
+    """The key of one image: its initial noise is drawn from it, that of its steps from `fold_in(key, 1)`."""
+    import jax
+
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(prompt.encode()))
+
+
 def make_draw(
     pipeline: "TextToImage",
     params: dict[str, Any],
@@ -368,7 +376,7 @@ def make_draw(
     )
 
     def draw(requests):
-        keys = [jax.random.fold_in(jax.random.key(p.seed), zlib.crc32(p.prompt.encode())) for p in requests]
+        keys = [image_key(p.prompt, p.seed) for p in requests]
         shape = sample.latent_shape
         noise = [jax.random.normal(key, shape) if p.noise is None else p.noise for p, key in zip(requests, keys)]
         return sample(

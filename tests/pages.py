@@ -19,6 +19,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
 SHELL, PYTHON, SHOWN = {"sh", "bash"}, {"python"}, {"json", "text", "yaml"}
+INDENTED = "not run, indented"  # the mark of blocks without a fence
 _FENCE = re.compile(r"(?:<!-- test: (?P<mark>[^>]*?) -->\n)?```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.M | re.S)
 _INDENTED = re.compile(r"(?:^    .*\n)+", re.M)
 
@@ -52,7 +53,7 @@ def blocks_of(page: Path) -> list[Block]:
         code = re.sub("^    ", "", indented[0], flags=re.M)
         if re.match(r"python |imagereward |pip ", code):
             line = outside.count("\n", 0, indented.start()) + 1
-            found.append(Block(page, line, "sh", "", "not run, indented", code))
+            found.append(Block(page, line, "sh", "", INDENTED, code))
     return sorted(found, key=lambda block: block.line)
 
 

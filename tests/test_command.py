@@ -86,7 +86,7 @@ def test_a_package_that_is_not_installed_names_its_extra(monkeypatch, capsys):
     assert re.match("error: not foreseen: ModuleNotFoundError: .*'nowhere'", capsys.readouterr().err)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     imported = {"orbax-checkpoint": "orbax", "absl-py": "absl", "tensorflow-cpu": "tensorflow"}
-    for extra in ("train", "tfds", "convert", "quantization", "wandb"):
+    for extra in ("train", "tfds", "convert", "demo", "quantization", "wandb"):
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement)[0]
             assert imported.get(name, name.replace("-", "_")) in EXTRAS, requirement

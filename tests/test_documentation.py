@@ -16,7 +16,7 @@ from PIL import Image
 pytest.importorskip("ml_collections")
 pytest.importorskip("orbax.checkpoint")
 
-from pages import PAGES, PYTHON, ROOT, SHELL, SHOWN, blocks_of, commands_of
+from pages import INDENTED, PAGES, PYTHON, ROOT, SHELL, SHOWN, blocks_of, commands_of
 
 from imagereward_jax import plan, train
 from imagereward_jax.__main__ import main
@@ -34,7 +34,7 @@ SHORT = {
     "method.rounds": 1, "data.held_out_size": 8,
 }  # fmt: skip
 SHORT_EVALUATION = ["--limit", "4", "--resamples", "10"]
-OTHER_PROGRAMS = {"cd", "curl", "docker", "git", "mkdocs", "npm", "ruff", "sbatch", "kubectl", "twine"}
+OTHER_PROGRAMS = {".", "cd", "curl", "docker", "git", "mkdocs", "npm", "ruff", "sbatch", "kubectl", "twine"}
 
 
 def page_id(page):
@@ -59,9 +59,11 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_block_says_what_it_is(page):
     """A language, and for what does not run a reason; a fence that is not closed would swallow the next."""
-    for block in blocks_of(page):
+    fenced = [block for block in blocks_of(page) if block.mark != INDENTED]
+    lines = re.findall("^```", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) == 2 * len(fenced), "a fence that is not closed, or within another"
+    for block in fenced:
         assert block.language in SHELL | PYTHON | SHOWN, f"{block.place}: language {block.language!r}"
-        assert "```" not in block.code, f"{block.place}: a fence that is not closed"
         if block.language in SHELL:
             assert block.mark == "run" or re.match(r"not run, \S+", block.mark), f"{block.place}: {block.mark!r}"
         elif block.language in PYTHON:
@@ -122,7 +124,7 @@ def run_block(code, folder):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", shims + "\n".join(lines)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
     assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
 
@@ -230,6 +232,22 @@ def check_pytest(rest):
             assert word in markers, f"no marker {word}"
         elif word.startswith("tests/"):
             assert (ROOT / word.partition("::")[0]).exists(), f"no file {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_to_pages_and_headings(page):
+    """Relative links of the repository; mkdocs checks those of the site, generated pages included."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists() and linked.is_relative_to(ROOT), f"{target}: no such file"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{target}: no such heading"
 
 
 def test_config_fields_that_pages_name_exist():

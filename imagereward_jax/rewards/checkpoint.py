@@ -53,7 +53,7 @@ def load(
 
     Args:
         name_or_path: a name of `available_models()`, the path of an `ImageReward.pt`, or a folder that
-            `ImageReward.save` or `convert/imagereward.py` wrote.
+            `ImageReward.save` or `convert/imagereward.py` wrote, here or on the hub ("owner/name").
         device: None for all local devices, "cpu", "gpu", "cuda:1", a `jax.Device`.
         download_root: folder for downloads; ~/.cache/ImageReward by default.
         med_config: path of the text encoder's `med_config.json`; by default the one beside the checkpoint, else the
@@ -137,7 +137,14 @@ def _find(name, root):
         return path
     if name in available_models():
         return _builtin_folder(name)
+    if is_repository(name):
+        return hub.resolve_model(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, VOCAB_FILE], cache_dir=root)
     raise unknown_model(name, available_models())
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` can be that of a scorer on the hub, as `imagereward push` uploads it."""
+    return hub.is_repository(name) and Path(name).suffix not in (*files.PICKLES, ".safetensors")
 
 
 def unknown_model(name: str, known: Sequence[str]) -> hub.ModelNotFound:
@@ -169,7 +176,10 @@ def config_of(name: str) -> ImageRewardConfig:
 
     A file has the sizes of v1.0, with the text encoder of the med_config.json beside it.
     """
-    path = _builtin_folder(name) if name in hub.builtin_models() else Path(os.path.expanduser(name))
+    if is_repository(name):
+        path = hub.resolve_model(name, allow_patterns=[CONFIG_FILE])
+    else:
+        path = _builtin_folder(name) if name in hub.builtin_models() else Path(os.path.expanduser(name))
     if (path / CONFIG_FILE).is_file():
         return ImageRewardConfig.from_dict(files.read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
     if path.name and (text := path.with_name(MED_CONFIG_FILE)).is_file():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from imagereward_jax.rewards.base import Reward
-from imagereward_jax.rewards.checkpoint import available_models, load, unknown_model
+from imagereward_jax.rewards.checkpoint import available_models, is_repository, load, unknown_model
 from imagereward_jax.rewards.functions import as_reward, is_function_name, open_function
 from imagereward_jax.rewards.remote import RemoteReward, is_url
 from imagereward_jax.rewards.rules import RULES, RuleReward
@@ -28,7 +28,7 @@ def check_name(name: str, also: Sequence[str] = ()) -> None:
     """
     known = [*available_rewards(), *also]
     there = os.path.exists(os.path.expanduser(name))
-    if not (name in known or is_function_name(name) or is_url(name) or there):
+    if not (name in known or is_function_name(name) or is_url(name) or there or is_repository(name)):
         raise unknown_model(str(name), known)
 
 

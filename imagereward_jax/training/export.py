@@ -17,7 +17,7 @@ from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import closing
 from imagereward_jax.training.mesh import host_copy, make_mesh
 from imagereward_jax.training.metric_writers import METRICS, read_rows
-from imagereward_jax.training.model_card import CARD, model_card
+from imagereward_jax.training.model_card import CARD, PICTURE, before_and_after, model_card
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
 from imagereward_jax.training.resume import read_state
 from imagereward_jax.training.workdir import DONE
@@ -59,7 +59,9 @@ def write_export(
     with new_folder(out or workdir / "export", overwrite=overwrite, marker=export.marker) as folder:
         export.write(weights, measured, folder)
         rows = read_rows(workdir / METRICS)
-        write_text(folder / CARD, model_card(config, rows, step, export, run.license))
+        if (picture := before_and_after(workdir / "samples", step)) is not None:
+            picture.save(folder / PICTURE, format="JPEG", quality=88)
+        write_text(folder / CARD, model_card(config, rows, step, export, run.license, pictured=picture is not None))
 
 
 def export_checkpoint(

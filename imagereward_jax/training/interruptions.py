@@ -18,7 +18,7 @@ STOPS = {
     "opening": "the run stops before its first step",
     "evaluating": "the run stops when this evaluation is done, and saves step {step}",
     "compiling": "the run stops when the training step is compiled, and saves step {step}",
-    "training": "the run stops when this step is done, and saves it as step {next}",
+    "training": "the run stops when this step is done, and saves it",
     "on policy": "the run stops at the next round or update, and saves step {step} if the next has made no update",
     "exporting": "all {step} steps are saved: the run is complete when its export is written",
 }
@@ -54,7 +54,7 @@ def stopping(stage: str, step: int, saved: int | None) -> str:
     Args:
         stage: of `STOPS`. step: the last that is done. saved: that of the latest checkpoint, None without one.
     """
-    told = STOPS[stage].format(step=step, next=step + 1)
+    told = STOPS[stage].format(step=step)
     place = "from the start" if saved is None else f"from step {saved}"
     return f"{told} (Ctrl-C again: at once; the same command then continues {place})"
 

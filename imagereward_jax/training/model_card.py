@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
+
+from imagereward_jax.data.errors import ImageError
+from imagereward_jax.data.images import open_image
 from imagereward_jax.methods.base import Export, find_method
 from imagereward_jax.training.metric_writers import rounded, rows_with
 from imagereward_jax.training.workdir import fields_and_defaults, is_within
@@ -14,6 +18,8 @@ from imagereward_jax.weights import adapters
 from imagereward_jax.weights.diffusers import INDEX
 
 CARD = "README.md"
+PICTURE = "before_after.jpg"
+SHEET_SIDE, GAP = 640, 12  # pixels of a sheet's longer side at most, and between two
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 # How exports are opened with diffusers, by the file that marks them.
 _OPENED = {
@@ -24,13 +30,22 @@ _OPENED = {
 _LEFT_OUT = ("log_every", "writers", "compilation_cache", "data.workers", "mesh", "profile", "max_skipped")
 
 
-def model_card(config: Any, rows: list[dict[str, Any]], step: int, export: Export, license: str | None) -> str:
+def model_card(
+    config: Any,
+    rows: list[dict[str, Any]],
+    step: int,
+    export: Export,
+    license: str | None,
+    *,
+    pictured: bool = False,
+) -> str:
     """Writes the card of a run's export.
 
     Args:
         config: the run's. rows: of its metrics.jsonl.
         step: the exported one. export: how it is written.
         license: of the model that training started from, as the hub calls it; None if it is not known.
+        pictured: whether the file `PICTURE` of `before_and_after` is beside the card.
 
     Returns:
         Markdown, with the head that the hub reads. Folders and files of this machine are named without their path.
@@ -43,6 +58,7 @@ def model_card(config: Any, rows: list[dict[str, Any]], step: int, export: Expor
         f"# {title}\n\nMade with imagereward-jax. The method: {said}",
         _table(("", ""), _facts(config, step, export, license)),
         _figures(config, rows, step),
+        _shown_before_and_after(pictured, step),
         _opened(config, export.marker),
         _settings(config),
     ]
@@ -98,6 +114,33 @@ def _figures(config, rows, step):
         return ""
     start = f"step {evaluated[0]['step']}" if exported is not None else ""
     return f"## Figures\n\n{_conditions(config)}\n\n" + _table(("", start, f"step {step}"), cells)
+
+
+def before_and_after(samples: Path, step: int) -> Image.Image | None:
+    """The sheets of the evaluation before training and of that of a step, side by side; None if one is not there.
+
+    Args:
+        samples: WORKDIR/samples.
+    """
+    paths = [samples / f"step_{each:07d}.png" for each in (0, step)]
+    if step == 0 or not all(path.is_file() for path in paths):
+        return None
+    try:
+        sheets = [open_image(path) for path in paths]
+    except ImageError:  # a user may have changed it; the card goes without
+        return None
+    for sheet in sheets:
+        sheet.thumbnail((SHEET_SIDE, SHEET_SIDE))
+    width, height = sheets[0].width, max(sheet.height for sheet in sheets)
+    both = Image.new("RGB", (width + GAP + sheets[1].width, height + 2 * GAP), "white")
+    for left, sheet, title in zip((0, width + GAP), sheets, ("before training", f"at step {step}")):
+        ImageDraw.Draw(both).text((left + 6, 6), title, fill="black", font=ImageFont.load_default(14))
+        both.paste(sheet, (left, 2 * GAP))
+    return both
+
+
+def _shown_before_and_after(pictured, step):
+    return f"![The same prompts and noise before training and at step {step}]({PICTURE})" if pictured else ""
 
 
 def _conditions(config):

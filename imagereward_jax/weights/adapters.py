@@ -250,8 +250,11 @@ def low_rank_params(network, layers, *, rank, alpha, what):
 
 
 def read_generation(name_or_path):
-    """The `Generation` beside an adapter's file; None if there is none (on the hub, none is looked for)."""
-    path = Path(os.path.expanduser(str(name_or_path)))
+    """The `Generation` beside an adapter's file, here or on the hub; None if there is none."""
+    name = str(name_or_path)
+    path = Path(os.path.expanduser(name))
+    if hub.is_repository(name):
+        path = hub.resolve_model(name, allow_patterns=[FILE, generation_file.FILE])
     return generation_file.read_generation(path if path.is_dir() else path.parent) if path.exists() else None
 
 

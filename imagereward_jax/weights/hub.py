@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -18,6 +19,8 @@ class ModelNotFound(FileNotFoundError):
 
 class UploadError(RuntimeError):
     """A folder could not be uploaded to the hub; the message says why and what to do."""
+
+    exit_status = 1
 
 
 def builtin_models() -> list[str]:
@@ -88,7 +91,7 @@ def find_file(name_or_path: str | Path, filename: str, what: str) -> Path:
             return found[0]
         names = ", ".join(each.name for each in found) or "no .safetensors file"
         raise FileNotFoundError(f"{path}: expected {filename}, found {names}; pass the path of the file")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name) and not path.suffix and not looks_like_path(name):
+    if is_repository(name) and not path.suffix:
         return resolve_file(name, filename)
     raise FileNotFoundError(f"{name}: no such {what}; expected a .safetensors file, or a folder with {filename}")
 
@@ -144,6 +147,11 @@ def upload_folder(folder: str | Path, repo_id: str, *, private: bool | None, mes
             f"{folder} was not uploaded to {repo_id} ({_why(error)}): check the name owner/model, run `hf auth login` "
             "with a token that may write, and try again"
         ) from error
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` can be that of a hub repository, "owner/model" or "owner/model@branch", and of no path here."""
+    return bool(_REPOSITORY.fullmatch(name)) and not looks_like_path(name) and not os.path.exists(name)
 
 
 def looks_like_path(name: str) -> bool:

@@ -11,6 +11,7 @@ from toy import assemble_toy, toy_config, train
 
 from imagereward_jax.training.checkpoints import CheckpointError
 from imagereward_jax.training.export import export_checkpoint
+from imagereward_jax.training.model_card import CARD, PICTURE
 from imagereward_jax.training.workdir import WorkdirError, read_config
 
 
@@ -36,8 +37,15 @@ def test_a_checkpoint_is_exported_beside_a_run_that_goes_on(clean, tmp_path):
         (tmp_path / "last" / one).read_bytes() == (copy / "export" / one).read_bytes() for one in files
     )
     assert export_checkpoint(config, assemble_toy, copy, tmp_path / "first", step=steps[0]) == steps[0]
-    differ = [one for one in files if (tmp_path / "first" / one).read_bytes() != (copy / "export" / one).read_bytes()]
+    named = [one for one in files if one.name != PICTURE]  # of steps that were evaluated alone
+    differ = [one for one in named if (tmp_path / "first" / one).read_bytes() != (copy / "export" / one).read_bytes()]
     assert len(differ) >= 2, "weights and card"
+    for folder in (copy / "export", tmp_path / "first"):
+        assert ((folder / PICTURE).is_file(), f"]({PICTURE})" in (folder / CARD).read_text()) in (
+            (True,) * 2,
+            (False,) * 2,
+        )
+    assert (copy / "export" / PICTURE).is_file(), "step 20 was evaluated"
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
     with pytest.raises(CheckpointError, match=rf"no checkpoint of step 7; there are: {steps[0]}, "):
         export_checkpoint(config, assemble_toy, copy, tmp_path / "none", step=7)

@@ -3,14 +3,16 @@
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("ml_collections")
 
 from imagereward_jax.methods.base import Export
 from imagereward_jax.pipelines.families import license_of
 from imagereward_jax.recipes import default_config, reward_term
-from imagereward_jax.training.model_card import model_card
+from imagereward_jax.training.model_card import before_and_after, model_card
 from imagereward_jax.weights import adapters
 from imagereward_jax.weights.diffusers import INDEX
 
@@ -102,3 +104,16 @@ def test_licenses_come_from_the_name_or_the_folder(tmp_path):
     assert license_of(tmp_path) == "openrail++"
     (tmp_path / "README.md").write_text("# license\n\nlicense: mit\n")
     assert license_of(tmp_path) is None
+
+
+def test_what_was_before_stands_beside_what_came_of_it(tmp_path):
+    """The two sheets in their order, made small; none where one of them is absent or broken."""
+    Image.new("RGB", (1280, 900), "red").save(tmp_path / "step_0000000.png")
+    assert before_and_after(tmp_path, 40) is None
+    Image.new("RGB", (1280, 900), "blue").save(tmp_path / "step_0000040.png")
+    both = np.asarray(before_and_after(tmp_path, 40))
+    assert both.shape[0] < 500 and 1280 <= both.shape[1] < 1300
+    assert both[-1, 0].tolist() == [255, 0, 0] and both[-1, -1].tolist() == [0, 0, 255]
+    assert before_and_after(tmp_path, 0) is None
+    (tmp_path / "step_0000040.png").write_bytes(b"broken")
+    assert before_and_after(tmp_path, 40) is None

@@ -45,7 +45,7 @@ def test_a_long_evaluation_is_foretold_after_its_second_batch(seconds, told):
     [
         ("opening", None, r"stops before its first step \(.* continues from the start\)$"),
         ("compiling", None, r"stops when the training step is compiled, and saves step 7 \("),
-        ("training", 5, r"stops when this step is done, and saves it as step 8 \(.* continues from step 5\)$"),
+        ("training", 5, r"stops when this step is done, and saves it \(.* continues from step 5\)$"),
         ("on policy", 5, r"next round or update, and saves step 7 if the next has made no update \("),
         ("evaluating", 5, r"stops when this evaluation is done, and saves step 7 \("),
         ("exporting", 7, r"all 7 steps are saved: the run is complete when its export is written \("),
