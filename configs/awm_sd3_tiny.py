@@ -1,9 +1,8 @@
-"""AWM on the built-in tiny Stable Diffusion 3.5 with the built-in tiny reward, by scores alone; on a CPU.
+"""AWM on the built-in tiny Stable Diffusion 3.5: awm_tiny.py on a flow; on a CPU.
 
     python -m imagereward_jax.train --config configs/awm_sd3_tiny.py
 
-As nft_sd3_tiny.py, by the present weights, with a policy gradient. Hardware: 2 CPU cores. Time and result to
-expect: not measured yet.
+Hardware: 2 CPU cores. Time and result to expect: not measured yet.
 """
 
 from imagereward_jax.recipes import recipe_beside
@@ -11,7 +10,6 @@ from imagereward_jax.recipes import recipe_beside
 
 def get_config():
     """The recipe."""
-    config = recipe_beside(__file__, "nft_sd3_tiny", method="awm")
-    config.method.num_steps = 10
-    config.method.noise_levels = 4
+    config = recipe_beside(__file__, "awm_tiny")
+    config.model.path = "tiny-shapes-sd3"
     return config

@@ -11,7 +11,7 @@ from imagereward_jax.recipes import default_config
 def get_config():
     """The recipe."""
     config = default_config("dpo_online")
-    config.steps = 100
+    config.steps = 20
     config.batch_size = 16
     config.model.path = "tiny-shapes"
     config.model.remat = "none"
@@ -29,8 +29,8 @@ def get_config():
     config.eval.images_per_prompt = 4
     config.eval.batch_size = 64
     config.eval.guidance_scale = 3.0
-    config.eval.every = 20
-    config.checkpoint.every = 10
+    config.eval.every = 10
+    config.checkpoint.every = 5
     config.log_every = 1
     config.writers = ("jsonl", "tensorboard")
     return config

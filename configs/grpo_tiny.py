@@ -12,11 +12,10 @@ from imagereward_jax.recipes import recipe_beside
 def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "ddpo_tiny", method="flow_grpo")
-    config.steps = 60
     config.method.sampler = "ddim"
     config.method.eta = 1.0
     config.method.group_size = 8
     config.eval.sampler = None
     config.eval.eta = 0.0
-    config.eval.every = 20
+    config.eval.num_steps = 20
     return config
