@@ -37,7 +37,7 @@ EXTRAS = {
 _ACCELERATORS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd", "dri", "accel*", "vfio/[0-9]*")
 _PACKAGE = Path(__file__).resolve().parent
 _OWN = (_PACKAGE, _PACKAGE.parent / "convert")  # the latter in a checkout
-PATIENCE = 2.0  # seconds from a second Ctrl-C to the end of the process, whatever it does
+PATIENCE = 1.0  # seconds from a second Ctrl-C to the end of the process, whatever it does
 PROMPT = 1.0  # seconds in which an interrupted command should have ended; else it says why it has not
 _answers: list[Callable[[], None]] = []  # of the work that goes on, the innermost last
 # Modules in C++ whose start is interrupted raise another error, or crash.

@@ -13,6 +13,7 @@ import argparse
 import html
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,39 +87,40 @@ def build(models: "SideBySide") -> "gradio.Blocks":
     with gradio.Blocks(title="ImageReward-JAX", analytics_enabled=False) as page:
         gradio.Markdown(f"# ImageReward-JAX\n{_headline(models)}")
         with gradio.Tab("Generate"):
-            with gradio.Row():
-                prompt = gradio.Textbox(label="Prompt", value=_first_prompt(models), lines=2, scale=4, elem_id="prompt")
-                button = gradio.Button("Generate", variant="primary", scale=1, elem_id="generate")
-            if _is_shapes(models):
-                gradio.Examples([[text] for text in EXAMPLES], [prompt], cache_examples=False)
-            with gradio.Accordion("Settings"):
-                settings = _settings(gradio, models)
-            with gradio.Row():
-                names = ("base", "tuned") if models.compares else ("model",)
-                galleries = [_gallery(gradio, models, name) for name in names]
-            table = gradio.Dataframe(
-                headers=["reward", "base", "tuned", "gain"] if models.compares else ["reward", "mean", "least", "most"],
-                label="Scores, mean over the images",
-                interactive=False,
-                elem_id="scores",
-            )
-            for start in (button.click, prompt.submit):
-                start(
-                    told(generator(models)), inputs, [*galleries, table], concurrency_id="device", api_name="generate"
-                )
+            _generate_tab(gradio, models)
         with gradio.Tab("Score images"):
-            with gradio.Row():
-                about = gradio.Textbox(label="Prompt that the images were made for", lines=2, scale=4, elem_id="about")
-                button = gradio.Button("Score", variant="primary", scale=1, elem_id="score")
-            files = gradio.File(
-                label=f"Images, up to {UPLOADS} of {UPLOAD_SIZE} each",
-                file_count="multiple",
-                type="filepath",
-                elem_id="upload",
-            )
-            ranked = _gallery(gradio, models, "ranked")
-            button.click(told(scorer(models)), [about, files], [ranked], concurrency_id="device")
+            _score_tab(gradio, models)
     return page
+
+
+def _generate_tab(gradio, models):
+    with gradio.Row():
+        prompt = gradio.Textbox(label="Prompt", value=_first_prompt(models), lines=2, scale=4, elem_id="prompt")
+        button = gradio.Button("Generate", variant="primary", scale=1, elem_id="generate")
+    if _is_shapes(models):
+        gradio.Examples([[text] for text in EXAMPLES], [prompt], cache_examples=False)
+    with gradio.Accordion("Settings"):
+        settings = _settings(gradio, models)
+    names = ("base", "tuned") if models.compares else ("model",)
+    with gradio.Row():
+        galleries = [_gallery(gradio, models, name) for name in names]
+    table = gradio.Dataframe(
+        headers=["reward", "base", "tuned", "gain"] if models.compares else ["reward", "mean", "least", "most"],
+        label="Scores, mean over the images",
+        interactive=False,
+        elem_id="scores",
+    )
+    button.click(told(generator(models)), [prompt, *settings], [*galleries, table], concurrency_id="device")
+
+
+def _score_tab(gradio, models):
+    with gradio.Row():
+        prompt = gradio.Textbox(label="Prompt that the images were made for", lines=2, scale=4, elem_id="about")
+        button = gradio.Button("Score", variant="primary", scale=1, elem_id="score")
+    label = f"Images, up to {UPLOADS} of {UPLOAD_SIZE} each"
+    files = gradio.File(label=label, file_count="multiple", type="filepath", elem_id="upload")
+    ranked = _gallery(gradio, models, "ranked")
+    button.click(told(scorer(models)), [prompt, files], [ranked], concurrency_id="device")
 
 
 def _settings(gradio, models):
@@ -256,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) from error
     say(f"the page is at {local}" + (f" and, for anyone, at {shared}" if shared else "") + "; Ctrl-C ends it")
     try:
-        page.block_thread()
+        threading.Event().wait()
     finally:
         page.close(verbose=False)
     return 0
