@@ -145,11 +145,18 @@ def _settings(gradio, models):
 
 
 def _gallery(gradio, models, name):
-    """A gallery, whose captions are scores in the order that its label says."""
-    label = f"{name}: {' · '.join(models.rewards)}"
-    return gradio.Gallery(
-        label=label, columns=2, height="max-content", object_fit="contain", format="png", elem_id=name
-    )
+    """A gallery under its name; captions are scores in the order of the rewards."""
+    with gradio.Column():
+        gradio.Markdown(f"**{name.capitalize()}**, with {' · '.join(f'`{one}`' for one in models.rewards)}")
+        return gradio.Gallery(
+            label=name,
+            show_label=False,
+            columns=2,
+            height="max-content",
+            object_fit="contain",
+            format="png",
+            elem_id=name,
+        )
 
 
 def _is_shapes(models):
