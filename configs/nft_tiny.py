@@ -18,5 +18,5 @@ def get_config():
     config.method.eta = 0.0
     config.method.rounds = 1
     config.method.noise_levels = 4
-    config.optimizer.learning_rate = 5e-5  # at 1e-4 images lose their diversity after some 700
+    config.optimizer.learning_rate = 3e-5  # at 1e-4 images lose their diversity after some 700
     return config

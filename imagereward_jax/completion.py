@@ -64,7 +64,11 @@ def script(shell: str, commands: Mapping[str, str], recipes: Sequence[str], conv
 
 def flags_of(name: str) -> list[str]:
     """The flags of a command, sorted, as its help names them; none if a package that it needs is not installed."""
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*\b(?![.-])", help_of(name))))
+    flag = r"--[a-z][a-z-]*\b(?![.-])"
+    if name == "train":  # whose help is prose; others begin a line with each flag
+        return sorted(set(re.findall(rf"(?<![\w-]){flag}", help_of(name))))
+    found = re.findall(rf"^  (?:-\w(?: \S+)?, )?({flag})", help_of(name), re.MULTILINE)
+    return sorted({*found, *(["--config"] if name == "plan" else [])})
 
 
 def help_of(name: str) -> str:

@@ -180,7 +180,7 @@ def _one_line(error):
 
 
 def find_config(argv: list[str], usage: str) -> tuple[list[str], Path]:
-    """Puts the file of a packaged recipe in the place of its name in `--config NAME`.
+    """Puts `--config` first, before its fields, with the file of a packaged recipe in the place of its name.
 
     Returns:
         (argv, the config's file).
@@ -194,9 +194,9 @@ def find_config(argv: list[str], usage: str) -> tuple[list[str], Path]:
             break
     else:
         raise ValueError(f"--config is missing; {usage}")
+    others = argv[1:position], argv[position + (1 if equals else 2) :]
     if not equals:
-        position += 1
-        value = argv[position] if position < len(argv) else ""
+        value = argv[position + 1] if position + 1 < len(argv) else ""
     name, colon, option = value.partition(":")
     path = Path(name)
     if not path.is_file():
@@ -206,9 +206,7 @@ def find_config(argv: list[str], usage: str) -> tuple[list[str], Path]:
             near = did_you_mean(name, [*there, *recipes])
             raise FileNotFoundError(f"--config {name}: no such file, nor a recipe of this package{near}")
         path = recipes[name]
-    argv = list(argv)
-    argv[position] = f"{'--config=' if equals else ''}{path}{colon}{option}"
-    return argv, path
+    return [argv[0], f"--config={path}{colon}{option}", *others[0], *others[1]], path
 
 
 if __name__ == "__main__":

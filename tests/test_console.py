@@ -74,7 +74,7 @@ def test_mistakes_are_bad_input(capsys, monkeypatch, argv, message):
 @pytest.mark.parametrize("argv", [["--config=refl_tiny"], ["--config", "refl_tiny"]])
 def test_a_recipe_is_found_by_its_name_anywhere(tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
-    config, workdir, _ = parse_flags(["train", *argv, "--config.steps=3"])
+    config, workdir, _ = parse_flags(["train", "--config.steps=3", *argv])
     assert config.method.stop_min == 5 and config.steps == 3 and workdir == Path("runs/refl_tiny")
     (tmp_path / "refl_tiny").write_text((ROOT / "configs/draft_tiny.py").read_text())
     assert parse_flags(["train", *argv])[0].method.name == "reward_gradient", "a file of that name comes first"

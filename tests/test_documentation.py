@@ -34,7 +34,7 @@ SHORT = {
     "method.rounds": 1, "data.held_out_size": 8,
 }  # fmt: skip
 SHORT_EVALUATION = ["--limit", "4", "--resamples", "10"]
-OTHER_PROGRAMS = {"cd", "curl", "docker", "git", "mkdocs", "npm", "ruff", "sbatch", "kubectl", "twine"}
+OTHER_PROGRAMS = {".", "cd", "curl", "docker", "git", "mkdocs", "npm", "ruff", "sbatch", "kubectl", "twine"}
 
 
 def page_id(page):
