@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagereward_jax.command import command, explain
@@ -103,7 +104,7 @@ def _generate_tab(gradio, models):
         settings = _settings(gradio, models)
     names = ("base", "tuned") if models.compares else ("model",)
     with gradio.Row():
-        galleries = [_gallery(gradio, models, name) for name in names]
+        galleries = [_gallery(gradio, models, name, name.capitalize()) for name in names]
     table = gradio.Dataframe(
         headers=["reward", "base", "tuned", "gain"] if models.compares else ["reward", "mean", "least", "most"],
         label="Scores, mean over the images",
@@ -119,7 +120,7 @@ def _score_tab(gradio, models):
         button = gradio.Button("Score", variant="primary", scale=1, elem_id="score")
     label = f"Images, up to {UPLOADS} of {UPLOAD_SIZE} each"
     files = gradio.File(label=label, file_count="multiple", type="filepath", elem_id="upload")
-    ranked = _gallery(gradio, models, "ranked")
+    ranked = _gallery(gradio, models, "ranked", "Best first", columns=4)
     button.click(told(scorer(models)), [prompt, files], [ranked], concurrency_id="device")
 
 
@@ -144,12 +145,20 @@ def _settings(gradio, models):
     return [negative, *rest, scale]
 
 
-def _gallery(gradio, models, name):
-    """A gallery, whose captions are scores in the order that its label says."""
-    label = f"{name}: {' · '.join(models.rewards)}"
-    return gradio.Gallery(
-        label=label, columns=2, height="max-content", object_fit="contain", format="png", elem_id=name
-    )
+def _gallery(gradio, models, name, title, columns=2):
+    """A gallery under its title; captions are scores in the order of the rewards."""
+    with gradio.Column():
+        gradio.Markdown(f"**{title}**, by {' · '.join(f'`{one}`' for one in models.rewards)}")
+        return gradio.Gallery(
+            label=name,
+            show_label=False,
+            columns=columns,
+            fit_columns=False,
+            height="max-content",
+            object_fit="contain",
+            format="png",
+            elem_id=name,
+        )
 
 
 def _is_shapes(models):
@@ -196,6 +205,8 @@ def generator(models: "SideBySide") -> Callable[..., list[Any]]:
 
 def scorer(models: "SideBySide") -> Callable[..., list[Any]]:
     """The function of the other tab: a prompt and paths, to a gallery with the best by the first reward first."""
+    import numpy as np
+
     from imagereward_jax.data.images import open_image
     from imagereward_jax.side_by_side import captions, check_prompt
 
@@ -205,11 +216,13 @@ def scorer(models: "SideBySide") -> Callable[..., list[Any]]:
             raise ValueError("There is no image: choose some.")
         if len(paths) > UPLOADS:
             raise ValueError(f"{len(paths)} images: at most {UPLOADS} are scored at a time.")
-        images = [open_image(path, os.path.basename(path)) for path in paths]
+        images = [open_image(Path(path).read_bytes(), os.path.basename(path)) for path in paths]  # names no folder
         scores = models.score(prompt, images)
         lines, first = captions(scores), next(iter(scores.values()))
         best = sorted(range(len(paths)), key=lambda index: -first[index])
-        return [(images[index], f"{os.path.basename(paths[index])}: {lines[index]}") for index in best]
+        return [
+            (enlarged(np.asarray(images[index])), f"{os.path.basename(paths[index])}: {lines[index]}") for index in best
+        ]
 
     return score
 

@@ -39,11 +39,11 @@ await page.goto(url, { waitUntil: 'domcontentloaded' });
 await ready();
 await page.click('#generate');
 await page.waitForFunction(() => document.querySelectorAll('#tuned img').length >= 2);
-await page.waitForFunction(() => document.querySelectorAll('#scores td').length >= 8);
+await page.waitForFunction(() => document.querySelectorAll('#scores td').length >= 4);
 seen.images = {};
 for (const name of ['base', 'tuned']) seen.images[name] = await page.$$eval(`#${name} img`, (found) => found.length);
 seen.captions = await texts('#tuned .caption-label');
-seen.table = await texts('#scores tbody td');
+seen.table = await texts('#scores tbody td'); // rows in sight alone
 await shot('generated');
 await page.$eval('#prompt textarea', (node) => { node.value = ''; node.dispatchEvent(new Event('input', { bubbles: true })); });
 await page.click('#generate');
@@ -54,10 +54,14 @@ await page.waitForSelector('#about textarea', { visible: true });
 await page.type('#about textarea', 'a large red circle');
 await page.click('#score');
 seen.nothing = await toast();
-const upload = async (path) => {
-  const input = await page.waitForSelector('#upload input[type=file]');
-  await input.uploadFile(path);
-  await page.waitForFunction((name) => document.querySelector('#upload')?.textContent.includes(name), {}, path.split('/').pop().slice(0, 4));
+const upload = async (path) => { // again, if the page was not ready for it
+  const [stem] = path.split('/').pop().split('.');
+  for (let tries = 0; tries < 5; tries++) {
+    await (await page.waitForSelector('#upload input[type=file]')).uploadFile(path);
+    const shown = page.waitForFunction((name) => document.querySelector('#upload').textContent.includes(name), { timeout: 15_000 }, stem);
+    if (await shown.then(() => true, () => false)) return;
+  }
+  throw new Error(`${path} was not taken`);
 };
 await upload(image);
 await page.click('#score');

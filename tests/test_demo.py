@@ -154,7 +154,7 @@ def test_uploads_are_ranked_and_bad_ones_named(models, tmp_path):
         ((PROMPT, None), "There is no image"),
         (("", paths), "prompt is empty"),
         ((PROMPT, paths * 6), "18 images: at most 16"),
-        ((PROMPT, [*paths, str(tmp_path / "bad.png")]), "bad.png"),
+        ((PROMPT, [*paths, str(tmp_path / "bad.png")]), r"^bad.png: not a readable image"),
     ):
         with pytest.raises(ValueError, match=message):
             score(*inputs)
@@ -189,7 +189,7 @@ def test_a_visitor_sees_images_scores_and_errors(tmp_path):
     assert not [one for one in seen["requests"] if not one.startswith((url, "data:", "blob:"))] and not seen["errors"]
     assert seen["images"]["base"] >= 2 and seen["images"]["tuned"] >= 2
     assert all(re.fullmatch(r"-?\d+\.\d\d · -?\d+\.\d\d", caption) for caption in seen["captions"])
-    assert [seen["table"][0], seen["table"][3]] == ["tiny-shapes", "+0.000"], "they are the same model"
+    assert {"jpeg-compressibility", "+0.000"} <= set(seen["table"]), "they are the same model"
     assert "The prompt is empty." in seen["empty"] and "There is no image" in seen["nothing"]
     assert seen["ranked"][0].startswith("image.png: ") and "brok.png" in seen["broken"]
     assert seen["width"] <= 390

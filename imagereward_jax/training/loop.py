@@ -155,7 +155,8 @@ class _Loop:
         self.positions = self._positions()
         if self.step is None:
             self.step = 0
-            metrics = self._evaluate_and_log({})
+            with self.progress.during("evaluating"):
+                metrics = self._evaluate_and_log({})
             if self.config.stop.judge:
                 self._save(metrics)  # the judge may find nothing better
             self._stop_if_asked()
@@ -276,7 +277,8 @@ class _Loop:
         last = self.step == config.steps
         row = self.meter.pop() if last or self.step % config.log_every == 0 else {}
         if last or self.step % config.eval.every == 0:
-            self._save(self._evaluate_and_log(row))
+            with self.progress.during("evaluating"):
+                self._save(self._evaluate_and_log(row))
         else:
             self._log(row)
             if self.step % config.checkpoint.every == 0:
@@ -289,8 +291,7 @@ class _Loop:
     def _evaluate(self):
         """(evaluations, embeddings of the images by the names of drifts)"""
         components, embeds = self._components(self.state), {}
-        with self.progress.during("evaluating"):
-            evaluations = [evaluator(components) for evaluator in self.method.evaluate.values()]
+        evaluations = [evaluator(components) for evaluator in self.method.evaluate.values()]
         for evaluation in evaluations:
             embeds |= evaluation.embeds
         return evaluations, embeds
