@@ -251,7 +251,7 @@ def test_links_lead_to_pages_and_headings(page):
 
 
 def test_config_fields_that_pages_name_exist():
-    """`config.a.b` anywhere, of any method."""
+    """`config.a.b` of any method, anywhere but in Python and in what commands print."""
     names = {"config.py", "config.json"}  # files
     names |= {"config.eval.judges", "config.reward.terms"}  # empty by default
     for path in (ROOT / "imagereward_jax/methods").glob("*.py"):
@@ -260,7 +260,7 @@ def test_config_fields_that_pages_name_exist():
     names |= {name.rpartition(".")[0] for name in names}
     missing = []
     for page in PAGES:
-        text = "".join(re.split(r"(?ms)^```python.*?^```$", page.read_text(encoding="utf-8")))
+        text = "".join(re.split(r"(?ms)^```(?:python|text).*?^```$", page.read_text(encoding="utf-8")))
         for name in re.findall(r"(?<![\w/.])(config\.[a-z0-9_]+(?:\.[a-z0-9_]+)*)\b(?!\()", text):
             if name not in names and not name.startswith(("config.reward.terms.", "config.eval.judges.")):
                 missing.append(f"{page.relative_to(ROOT)}: {name}")
