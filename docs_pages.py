@@ -51,6 +51,11 @@ def commands() -> str:
     for name, does in COMMANDS.items():
         text = help_of(name)
         parts.append(f"## imagereward {name}\n\n{does[0].upper()}{does[1:]}." + (_text(text) if text else ""))
+        if name == "convert":
+            parts += [
+                f"- `imagereward convert {one.stem.replace('_', '-')}`: {_docstring(one)[0]}"
+                for one in _files("convert")
+            ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -88,17 +93,27 @@ def fields() -> str:
 
 def method_names() -> list[str]:
     """The built-in methods: modules with a function `make`."""
-    files = sorted((ROOT / "imagereward_jax/methods").glob("*.py"))
+    files = _files("imagereward_jax/methods")
     return [path.stem for path in files if re.search(r"^def make\(", path.read_text(encoding="utf-8"), re.MULTILINE)]
 
 
 def recipes() -> str:
     """What each recipe trains, its command, hardware and result, as its file says."""
     parts = ["# Recipes\n\n`imagereward train --config NAME` finds each by its name; its file is `configs/NAME.py`."]
-    for path in sorted((ROOT / "configs").glob("*.py")):
-        first, _, rest = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n")
+    for path in _files("configs"):
+        first, rest = _docstring(path)
         parts.append(f"## {path.stem}\n\n{_escape(first)}\n\n{_escape(rest)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).glob("*.py"))
+
+
+def _docstring(path: Path) -> tuple[str, str]:
+    """The first line of a file's docstring, and the rest."""
+    first, _, rest = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n")
+    return first, rest
 
 
 def _code(text: str | None) -> str:

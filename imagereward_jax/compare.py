@@ -8,6 +8,7 @@ prompts side by side, and the fields of the configs that differ.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -201,13 +202,21 @@ def _images(runs):
 
 
 def _befores(sampled):
-    """[(caption, samples)] of first evaluations; only one if the runs began with the same images."""
+    """[(caption, samples)] of first evaluations; only one if the runs began with the same scores."""
     found = []
     for name, run in sampled:
         first = next(iter(run.samples.values()))
-        if not any(first == there for _, there in found):
+        if not any(_began_alike(first, there) for _, there in found):
             found.append((f"before, {name}", first))
     return [("before", found[0][1])] if len(found) == 1 else found
+
+
+def _began_alike(one, other):
+    """Whether the scores of two evaluations are the same within rounding."""
+    if one.keys() != other.keys():
+        return False
+    pairs = [(one[key].mean(name), other[key].mean(name)) for key in one for name in one[key].scores]
+    return all(a == b or (None not in (a, b) and math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3)) for a, b in pairs)
 
 
 def _differences(runs):
@@ -224,12 +233,12 @@ def _differences(runs):
         if len(set(values)) > 1:
             there = shared if all(name in one for one in fields) else partly
             there.append([f"<code>{escape(name)}</code>", *map(escape, values)])
-    header = ["field", *(escape(name) for name, _ in runs)]
+    names = [escape(name) for name, _ in runs]
     text = "<h2>Fields of the configs that differ</h2>"
-    text += table(header, shared) if shared else paragraph("None of those that all runs have.")
-    return text + (
-        folded(f"{len(partly)} fields that not all of the runs have", table(header, partly)) if partly else ""
-    )
+    text += table(["field", *names], shared) if shared else paragraph("None of those that all runs have.")
+    if partly:
+        text += folded(f"{len(partly)} fields that not all of the runs have", table(["field of some", *names], partly))
+    return text
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ pytest.importorskip("ml_collections")
 from imagereward_jax.__main__ import COMMANDS, main
 from imagereward_jax.config_help import comments, describe
 from imagereward_jax.methods.base import find_method
-from imagereward_jax.recipes import default_config, recipe_beside
+from imagereward_jax.recipes import default_config, recipe_beside, sections_of
 from imagereward_jax.sections.run import Run
 from imagereward_jax.train import parse_flags
 
@@ -99,7 +99,7 @@ def test_help_with_a_recipe_explains_its_every_field(capsys, monkeypatch, recipe
     assert sorted(shown) == sorted(fields_of(recipe_beside(ROOT / "configs/x", recipe)))
     if recipe == "refl_tiny":
         assert "--config.method.stop_min=5\n" in text
-        assert re.search(r"--config.optimizer.b1=0.9\n +at least 0, below 1\n", text)
+        assert re.search(r"--config.optimizer.b1=0.9\n +decay of the gradient's average; at least 0, below 1\n", text)
         assert re.search(r"--config.ema_decay=0.98\n +> 0 averages the weights,", text)
 
 
@@ -112,13 +112,17 @@ def test_comments_are_those_of_the_source():
         found["penalty"].startswith("To the weights that training starts from:")
         and "times the step's" in found["penalty"]
     )
-    assert found["advantage_clip"] == "" and found["group_size"].startswith("images of a prompt that are compared")
+    assert found["advantage_clip"] == "advantages count within +- this" and found["group_size"].startswith(
+        "images of a prompt that are compared"
+    )
 
 
 def test_every_method_s_config_can_be_explained():
     for path in (ROOT / "imagereward_jax/methods").glob("*.py"):
         if "class Config(" in path.read_text():
             config = default_config(path.stem)
+            for section in sections_of(config):
+                assert all(comments(section).get(name) for name in section.bounds()), section
             shown = re.findall(r"^--(config[\w.]*)=", describe(config), re.MULTILINE)
             assert sorted(shown) == sorted(fields_of(config)), path.stem
 

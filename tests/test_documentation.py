@@ -31,7 +31,7 @@ STAND_INS = {"ImageReward-v1.0": "tiny-shapes"}
 SHORT = {
     "steps": 1, "batch_size": 4, "eval.num_prompts": 2, "eval.images_per_prompt": 1, "eval.every": 1,
     "eval.guidance_scales": (), "eval.num_steps": 2, "checkpoint.every": 1, "method.num_class_images": 4,
-    "method.rounds": 1, "data.held_out_size": 8,
+    "method.rounds": 1, "eval.num_groups": 4,
 }  # fmt: skip
 SHORT_EVALUATION = ["--limit", "4", "--resamples", "10"]
 OTHER_PROGRAMS = {".", "cd", "curl", "docker", "git", "mkdocs", "npm", "ruff", "sbatch", "kubectl", "twine"}

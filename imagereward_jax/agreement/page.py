@@ -51,7 +51,13 @@ def write_results(
 
 
 def _table(header, rows):
-    return table([escape(cell) for cell in header], [[escape(cell) for cell in row] for row in rows])
+    return table([escape(cell) for cell in header], [[escape(name), *map(_estimate, cells)] for name, *cells in rows])
+
+
+def _estimate(cell):
+    """A value with its interval under it."""
+    value, space, interval = escape(cell).partition(" [")
+    return f'{value}<br><small class="soft">[{interval}</small>' if space else value
 
 
 def worst_first(groups: Sequence[RankedPrompt], scores: dict[str, Sequence[Sequence[float]]]) -> list[int]:

@@ -13,7 +13,7 @@ class Config(MethodConfig):
     uses = ("scratch", "pairs", "reconstructions")
     defaults = {"eval.best": "eval/psnr"}
 
-    kl_weight: float = field(1e-6, at_least=0.0)
+    kl_weight: float = field(1e-6, at_least=0.0)  # of the latents' divergence from a normal distribution
 
     def check(self, config):
         """Images must be given."""

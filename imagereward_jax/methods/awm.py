@@ -49,8 +49,8 @@ class Config(NoisedConfig):
     base_penalty: float = field(1e-3, at_least=0.0)
     # the same to an average of the weights, that keeps min(average_rate n, average_most) of itself after update n
     average_penalty: float = field(1.0, at_least=0.0)
-    average_rate: float = field(0.001, at_least=0.0)
-    average_most: float = field(0.3, at_least=0.0, at_most=1.0)
+    average_rate: float = field(0.001, at_least=0.0)  # see average_penalty
+    average_most: float = field(0.3, at_least=0.0, at_most=1.0)  # see average_penalty
 
 
 def make(config: Config, parts: Any) -> Method:

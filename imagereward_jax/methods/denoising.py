@@ -51,7 +51,7 @@ class Config(MethodConfig):
     # "logit_normal", "mode": how noise levels are drawn; the others draw them evenly. "sigma_sqrt", "cosmap": weights
     weighting: str = field(USUAL.weighting, choices=WEIGHTINGS)
     logit_mean: float = USUAL.logit_mean  # of "logit_normal": below 0, noisy ones come more often
-    logit_std: float = field(USUAL.logit_std, above=0.0)
+    logit_std: float = field(USUAL.logit_std, above=0.0)  # of "logit_normal": the spread of noise levels
     # of "mode": above 0, middle ones come more often
     mode_scale: float = field(USUAL.mode_scale, at_least=-1.0, at_most=1.75)
     # the error is that of the clean latents, sigma^2 times that of the velocity

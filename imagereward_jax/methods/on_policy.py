@@ -23,13 +23,13 @@ class OnPolicyConfig(MethodConfig):
         50, at_least=1, at_most=MAX_STEPS
     )  # sampler steps of a generation in training; config.eval has its own
     guidance_scale: float = 5.0  # in sampling and in training; at most 1: no guidance, half the work
-    negative_prompt: str = ""
-    height: int = field(512, at_least=1, at_most=MAX_SIDE)
-    width: int = field(512, at_least=1, at_most=MAX_SIDE)
+    negative_prompt: str = ""  # what guidance leads away from
+    height: int = field(512, at_least=1, at_most=MAX_SIDE)  # of the images that train, in pixels
+    width: int = field(512, at_least=1, at_most=MAX_SIDE)  # in pixels
     rounds: int = field(1, at_least=1)  # of sampling per step; functions score one round while the next is sampled
     round_size: int | None = field(None, at_least=1)  # samples of a round, over all devices; None: config.batch_size
     epochs: int = field(1, at_least=1)  # times that a step trains on its samples
-    advantage_clip: float = field(5.0, above=0.0)
+    advantage_clip: float = field(5.0, above=0.0)  # advantages count within +- this
 
     def check(self, config):
         """What is read must be given, and sizes must fit."""

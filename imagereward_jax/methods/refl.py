@@ -24,14 +24,14 @@ from imagereward_jax.methods.reward_tuning import (
 class Config(RewardTuningConfig):
     """config.method of ReFL."""
 
-    sampler: str = field("ddpm", choices=SAMPLERS)
+    sampler: str = field("ddpm", choices=SAMPLERS)  # of the images that train
     num_steps: int = field(40, at_least=1, at_most=MAX_STEPS)  # sampler steps of a whole generation
     stop_min: int = field(
         30, at_least=0
     )  # the step that carries gradient is drawn per sample from [stop_min, stop_max]
-    stop_max: int = field(39, at_least=0)
+    stop_max: int = field(39, at_least=0)  # see stop_min; below num_steps
     threshold: float = 2.0  # loss is relu(threshold - reward) * scale
-    scale: float = 1e-3
+    scale: float = 1e-3  # of the loss, beside the denoising loss
     pretrain: str = field(
         "alternate", choices=("off", "alternate", "add")
     )  # denoising loss on pairs: an own update, or added

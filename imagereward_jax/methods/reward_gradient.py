@@ -51,7 +51,7 @@ class Config(RewardTuningConfig):
     truncate_min: int | None = field(None, at_least=0)  # None: 0 for "per_step", else 1
     truncate_max: int | None = field(None, at_least=0)  # None: num_steps for "per_step", else num_steps - 1
     truncate_mean: float = 42.0  # of "normal", of whose draws those within truncate_min and truncate_max are taken
-    truncate_std: float = field(5.0, above=0.0)
+    truncate_std: float = field(5.0, above=0.0)  # of "normal"
     late_bias: float = field(2.0, at_least=0.0)  # of "weighted": 0 draws all steps alike
     # of "weighted": from 0 to 1 the gradient grows by the share of the way from noise to image that no drawn step takes
     gradient_rescale: float = field(0.0, at_least=0.0)

@@ -34,24 +34,24 @@ class RewardTuningConfig(MethodConfig):
     uses = ("prompts", "pairs", "cache", "reward", "lora", "samples")
     defaults = {"reward.path": "ImageReward-v1.0", "eval.best": "eval/reward_mean"}
 
-    sampler: str = field("ddim", choices=SAMPLERS)
+    sampler: str = field("ddim", choices=SAMPLERS)  # of the images that train
     num_steps: int = field(50, at_least=1, at_most=MAX_STEPS)  # sampler steps of a whole generation
     eta: float = field(0.0, at_least=0.0, at_most=1.0)  # noise of ddim's and tcd's steps
     rollout_quantization: str = field("none", choices=KINDS)  # of the denoiser in steps without gradient; needs qwix
     guidance_scale: float = 1.0  # at most 1: no guidance while training, half the work
     # if given, each sample's guidance is drawn from [guidance_scale, guidance_max], evenly in its logarithm
     guidance_max: float | None = None
-    negative_prompt: str = ""
+    negative_prompt: str = ""  # what guidance leads away from
     negative_gradient: bool = True  # False: none through the negative prompt's branch, half the backward pass
     # with negative_gradient=False: the prompt's branch has its gradient without guidance's factor, so that samples of
     # any guidance weigh the same
     unit_gradient: bool = False
-    height: int = field(512, at_least=1, at_most=MAX_SIDE)
-    width: int = field(512, at_least=1, at_most=MAX_SIDE)
+    height: int = field(512, at_least=1, at_most=MAX_SIDE)  # of the images that train, in pixels
+    width: int = field(512, at_least=1, at_most=MAX_SIDE)  # in pixels
     pretrain: str = field(
         "off", choices=("off", "alternate", "add")
     )  # denoising loss on pairs: an own update, or added
-    pretrain_weight: float = field(1.0, at_least=0.0)
+    pretrain_weight: float = field(1.0, at_least=0.0)  # of the denoising loss
     snr_gamma: float = field(0.0, at_least=0.0)  # > 0: min-SNR weights of the denoising loss; 5 is usual
 
     @property

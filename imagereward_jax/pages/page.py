@@ -77,17 +77,20 @@ def _width(rows):
     return min(first, 16) + sum(others)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "") -> str:
-    """A table of HTML cells whose first column names the row; on a phone every row is a list of its cells."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of HTML cells whose first column names the row; of a wide one, phones show every row as a list."""
     rows = list(rows)
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     lines = []
     for first, *others in rows:
         cells = "".join(f'<td data-label="{name}"><span>{cell}</span></td>' for name, cell in zip(header[1:], others))
         lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
-    kind = ' class="wide"' if _width([header, *rows]) > WIDEST else ""
-    caption = caption and f"<caption>{caption}</caption>"
-    return f"<table{kind}>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    content = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    if _width([header, *rows]) <= WIDEST:
+        return f"<table>{content}</table>"
+    label = f"table of {', '.join(_TAG.sub('', cell) for cell in header)}"
+    whole = f'<table class="wide">{content}</table>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{whole}</div>'
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:

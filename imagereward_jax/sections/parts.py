@@ -58,7 +58,7 @@ class Prompts(Section, path="data"):
     """Training prompts."""
 
     prompts: str = ""  # file, `datasets` name, tfds:NAME or shapes:train
-    prompts_column: str | None = None
+    prompts_column: str | None = None  # None: text, prompt, caption or prompts
 
     def check(self, config):
         """Prompts must be given."""
@@ -69,11 +69,11 @@ class Pairs(Section, path="data"):
     """Image-text pairs."""
 
     pairs: str = ""  # file, folder, `datasets` name, tfds:NAME or shapes:train
-    pairs_image_column: str | None = None
-    pairs_text_column: str | None = None
-    image_size: int = field(512, at_least=1, at_most=MAX_SIDE)
-    random_crop: bool = False
-    random_flip: bool = False
+    pairs_image_column: str | None = None  # None: image, image_path, file_name, path or file
+    pairs_text_column: str | None = None  # None: text, prompt, caption or prompts
+    image_size: int = field(512, at_least=1, at_most=MAX_SIDE)  # side of the square crop, in pixels
+    random_crop: bool = False  # False: the centre
+    random_flip: bool = False  # mirror half of the images
     # aspect-ratio buckets: images keep their shape, with sides that are multiples of this and at most image_size^2
     # pixels; 64 is usual. Each size compiles a program of its own. 0: squares
     bucket_step: int = field(0, at_least=0, at_most=MAX_SIDE)
@@ -91,8 +91,8 @@ class Preferences(Section, path="data"):
     preferences: str = ""
     preferences_split: str = "train"  # of sources that have splits
     images_folder: str = ""  # what paths are relative to; "" for the folder of the file
-    image_size: int = field(512, at_least=1)
-    random_crop: bool = False
+    image_size: int = field(512, at_least=1)  # side of the square crop, in pixels
+    random_crop: bool = False  # False: the centre
     random_flip: bool = False  # each image by itself
     caption_dropout: float = field(0.2, at_least=0.0, at_most=1.0)  # share of pairs trained with the empty prompt
     preferences_size: int = field(20_000, at_least=1)  # shapes:train only: groups, of which each gives a pair
@@ -112,8 +112,8 @@ class Groups(Section, path="data"):
     held_out_groups: str = ""  # for validation
     test_groups: str = ""  # for the accuracy of what is exported; "" for none
     groups_split: str = "train"  # of sources that have splits
-    held_out_split: str = "validation"
-    test_split: str = "test"
+    held_out_split: str = "validation"  # of sources that have splits
+    test_split: str = "test"  # of sources that have splits
     images_folder: str = ""  # what paths are relative to; "" for the folder of the file
     cache: str = ""  # folder that keeps the resized images; "" decodes them each time
     image_rule: str = field("shown", choices=IMAGE_RULES)  # "original" reads odd images as ImageReward's code does
@@ -299,10 +299,10 @@ class Samples(Section, path="eval"):
     """Evaluation by sampling held-out prompts."""
 
     prompts: str = ""  # file, `datasets` name, or shapes:held_out
-    num_prompts: int = field(32, at_least=1, at_most=2**20)
+    num_prompts: int = field(32, at_least=1, at_most=2**20)  # of the file, from the first
     images_per_prompt: int = field(2, at_least=1, at_most=2**20)  # at least 2 for eval/diversity
     judges: ConfigDict = field(default_factory=ConfigDict)  # rewards that only judge, {name: judge(...)}
-    batch_size: int = field(8, at_least=1, at_most=2**20)
+    batch_size: int = field(8, at_least=1, at_most=2**20)  # images that are sampled at a time, over all devices
     sampler: str | None = field(None, choices=(None, *SAMPLERS))  # None: what the model's folder says
     num_steps: int | None = field(None, at_least=1, at_most=MAX_STEPS)  # None: what the model's folder says
     guidance_scale: float | None = None  # None: what the model's folder says; at most 1: no guidance
@@ -320,7 +320,7 @@ class Samples(Section, path="eval"):
 class Reconstructions(Section, path="eval"):
     """Evaluation of an autoencoder."""
 
-    num_images: int = field(64, at_least=1)
+    num_images: int = field(64, at_least=1)  # held-out images that are encoded and decoded
 
 
 class Rankings(Section, path="eval"):

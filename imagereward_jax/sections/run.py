@@ -24,7 +24,8 @@ class Run(Section):
     max_skipped: int = field(20, at_least=1)
     # > 0 averages the weights, which is what is sampled and exported; after update u it is min(it, (1 + u) / (10 + u))
     ema_decay: float = field(0.0, at_least=0.0, below=1.0)
-    log_every: int = field(10, at_least=1)
+    log_every: int = field(10, at_least=1)  # steps between two lines of metrics
+    # where metrics go: WORKDIR/metrics.jsonl, the terminal, TensorBoard's files, Weights & Biases
     writers: tuple[str, ...] = field(("jsonl", "log", "tensorboard"), choices=WRITERS)
 
     def check(self, config):
@@ -45,21 +46,21 @@ class Mesh(Section, path="mesh"):
 class Optimizer(Section, path="optimizer"):
     """AdamW."""
 
-    learning_rate: float = field(1e-5, at_least=0.0)
+    learning_rate: float = field(1e-5, at_least=0.0)  # after the warm-up
     scale_by_batch: bool = False  # multiply by config.batch_size: the rate is then that of one sample
     schedule: str = field("constant", choices=SCHEDULES)  # after the warm-up: constant, linear or cosine (to 0)
-    warmup_steps: int = field(0, at_least=0)
-    b1: float = field(0.9, at_least=0.0, below=1.0)
-    b2: float = field(0.999, at_least=0.0, below=1.0)
-    eps: float = field(1e-8, at_least=0.0)
-    weight_decay: float = field(1e-2, at_least=0.0)
+    warmup_steps: int = field(0, at_least=0)  # updates in which the rate rises from 0
+    b1: float = field(0.9, at_least=0.0, below=1.0)  # decay of the gradient's average
+    b2: float = field(0.999, at_least=0.0, below=1.0)  # decay of the squared gradient's average
+    eps: float = field(1e-8, at_least=0.0)  # added to the root of the squared gradient's average
+    weight_decay: float = field(1e-2, at_least=0.0)  # of all weights that train, times the learning rate
     clip_norm: float = field(1.0, at_least=0.0)  # global gradient norm; 0 switches clipping off
 
 
 class Checkpoint(Section, path="checkpoint"):
     """Checkpoints, and which weights are exported."""
 
-    every: int = field(100, at_least=1)
+    every: int = field(100, at_least=1)  # steps between two checkpoints
     keep: int = field(2, at_least=1)  # the latest ones; the best (by config.eval.best) is kept as well
     best_only: bool = False  # save only what evaluates better than all before, and export the best
     export: str = field("last", choices=("last", "best"))  # what is exported and tested; best by config.eval.best
@@ -74,7 +75,7 @@ class Checkpoint(Section, path="checkpoint"):
 class Evaluation(Section, path="eval"):
     """When the run evaluates."""
 
-    every: int = field(100, at_least=1)
+    every: int = field(100, at_least=1)  # steps between two evaluations; the first comes before any step
     best: str = ""  # metric whose largest value is best; with a minus before it the smallest ("-eval/loss")
 
 

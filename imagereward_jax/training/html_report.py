@@ -27,7 +27,7 @@ from imagereward_jax.training.prompt_cards import (
     sheet,
     signed,
 )
-from imagereward_jax.training.record import Run, read_run
+from imagereward_jax.training.record import REWARD, Run, read_run
 
 GENERATOR = "imagereward_jax.train"
 HIDDEN = ("step", "time", "images", "eval/reward_std")  # no curves: the axis, the cost, the band of another
@@ -82,9 +82,10 @@ def _samples(run):
     if not steps:
         return ""
     moved = len(steps) > 1
-    how = sampling(run)
-    head = f"<h2>Same prompts, same noise{', before and after' if moved else ''}</h2>"
-    head += f'<p class="soft">Held-out prompts{f"; {escape(how)}" if how else ""}.</p>'
+    sampled = "sampler" in run.config.get("eval", {})
+    title = "Same prompts, same noise" if sampled else "Held-out images"
+    head = f"<h2>{title}{', before and after' if moved else ''}</h2>"
+    head += paragraph(escape(f"Held-out prompts; {sampling(run)}."), "soft") if sampled else ""
     if len(steps) > 2:
         labels = [f"step {step}{_value(run, step)}" for step in steps[1:]]
         head += slider(labels, "Evaluation")
@@ -163,8 +164,9 @@ def _watch(run):
         banded |= bool(deviations)
     note = "The dashed line is the value at the first evaluation."
     note += " The band is one standard deviation over prompts, within the range of the prompts." if banded else ""
+    title = "The reward, and what watches it" if run.watched()[0] == REWARD else "Evaluations"
     return (
-        f'<h2>The reward, and what watches it</h2><figure class="watch">{"".join(panels)}'
+        f'<h2>{title}</h2><figure class="watch">{"".join(panels)}'
         f"<figcaption>{note} The horizontal axis is the training step.</figcaption></figure>"
     )
 

@@ -153,9 +153,9 @@ def scores_table_rows(
 
 
 def sampling(run: Run) -> str:
-    """How evaluations sample, text; "" for methods that do not."""
-    settings = run.config.get("eval", {})
-    if not settings.get("sampler"):
-        return ""
-    scale = settings.get("guidance_scale") or 0
-    return f"{settings['sampler']}, {settings['num_steps']} steps, guidance {f'{scale:g}' if scale > 1 else 'none'}"
+    """How a run's evaluations sample, text."""
+    settings = run.config["eval"]
+    sampler, count, scale = (settings.get(name) for name in ("sampler", "num_steps", "guidance_scale"))
+    told = [sampler or "", f"{count} steps" if count else ""]
+    told += ["no guidance" if scale <= 1 else f"guidance {scale:g}"] if scale is not None else []
+    return ", ".join(filter(None, told)) or "sampled as the model's folder says"

@@ -184,6 +184,14 @@ def test_other_prompts_on_resume_are_paired_by_their_text(tmp_path):
     assert "have no prompt in common" in report(record(tmp_path / "others", found)).text
 
 
+def test_the_halves_begin_with_their_ends_and_a_prompt_may_come_twice(tmp_path):
+    prompts = ["a cat", "a dog", "a cat", "a cow", "a fish"]
+    found = {0: evaluation(prompts, np.zeros((5, 1))), 10: evaluation(prompts, [[1.0], [3.0], [5.0], [-2.0], [-1.0]])}
+    page = report(record(tmp_path / "run", found))
+    shown = re.findall(r'<h4>(.*?)</h4><p class="gain"><span class="\w+">([-+\d]+)<', page.source)
+    assert shown == [("a cat", "+5"), ("a dog", "+3"), ("a cat", "+1"), ("a cow", "-2"), ("a fish", "-1")]
+
+
 def test_a_long_run_s_page_stays_small(tmp_path):
     """Noise of 128 pixels at 12 evaluations: the budget and little else, with room for PROMPTS; ends are kept."""
     prompts = [f"prompt {index}" for index in range(8)]
