@@ -266,8 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             footer_links=[],
         )
     except OSError as error:
+        reason = str(error).partition(". ")[0]
         raise ValueError(
-            f"--host {args.host} --port {args.port}: no page there ({error}); choose another --port"
+            f"--host {args.host} --port {args.port}: no page there ({reason}); choose another --port"
         ) from error
     say(f"the page is at {local}" + (f" and, for anyone, at {shared}" if shared else "") + "; Ctrl-C ends it")
     try:

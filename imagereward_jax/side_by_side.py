@@ -100,8 +100,8 @@ def _run_of(export):
 
 def default_rewards(shown: Shown) -> list[str]:
     """The rewards that score if none is named: the run's; else the built-in model's own, or ImageReward."""
-    names = {shown.model, shown.base} & set(builtin_models())
-    first = list(shown.rewards) or sorted(names) or ["ImageReward-v1.0"]
+    built_in = {shown.model, shown.base} & set(builtin_models())  # models of the shapes world
+    first = list(shown.rewards) or ["tiny-shapes" if built_in else "ImageReward-v1.0"]
     return list(dict.fromkeys([*first, "jpeg-compressibility"]))
 
 
@@ -157,6 +157,7 @@ class SideBySide:
     def __init__(self, shown: Shown, rewards: Sequence[str], *, dtype: str = "float32"):
         self.shown, self.dtype = shown, jnp.dtype(dtype)
         self.pipeline = open_pipeline(shown.model, dtype=dtype)
+        other = open_pipeline(shown.base, dtype=dtype) if shown.base else None
         self.rewards = {name: open_scorer(name) for name in rewards}
         self._adapter, self._scale, self._samplers = None, None, {}
         self.generation, base = self.pipeline.generation, {}
@@ -165,10 +166,8 @@ class SideBySide:
             self.generation = adapters.read_generation(shown.adapter) or self.generation
         # What an adapter is added to stays float32 on the host: its sum is rounded once.
         self._host, _ = load_params(self.pipeline, [], "float32" if shown.adapter else dtype)
-        if shown.base:
-            base = load_base(
-                self.pipeline, open_pipeline(shown.base, dtype=dtype), self._host, dtype, f"--base {shown.base}"
-            )
+        if other is not None:
+            base = load_base(self.pipeline, other, self._host, dtype, f"--base {shown.base}")
         self.mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
         self._tuned = self._put(self._host)
         self._base = {**self._tuned, **self._put(base)}

@@ -63,7 +63,8 @@ def test_a_run_an_export_an_adapter_and_a_model_are_told_apart(run, tmp_path):
     tuned = find_shown(str(tmp_path / "run"))
     assert tuned == Shown(str(tmp_path / "run/export"), base="tiny-shapes", rewards=("PickScore",))
     assert default_rewards(tuned) == ["PickScore", "jpeg-compressibility"]
-    assert default_rewards(Shown("tiny-shapes"))[0] == "tiny-shapes"
+    for name in hub.builtin_models():
+        assert default_rewards(Shown(name))[0] == "tiny-shapes"
     assert default_rewards(Shown("owner/model"))[0] == "ImageReward-v1.0"
 
 
