@@ -167,6 +167,12 @@ def write_page(path, text):
     path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
+def looks(run):
+    """(method, line style) of a run in the plot: dashed on the tiny Stable Diffusion 3.5."""
+    recipe = split(run)[0]
+    return recipe.removesuffix("_tiny").removesuffix("_sd3"), "--" if "sd3" in run else "-"
+
+
 def draw(runs, path):
     """Reward, checker and diversity against images (above) and denoiser calls (below), a line for each seed."""
     import matplotlib
@@ -174,20 +180,26 @@ def draw(runs, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(METRICS.values())
+    names, methods = list(METRICS.values()), list(dict.fromkeys(looks(run)[0] for run in runs))
     figure, axes = pyplot.subplots(2, len(names), figsize=(4 * len(names), 6), sharex="row", constrained_layout=True)
-    for row, (across, label) in enumerate((("images", "images sampled"), ("calls", "denoiser calls"))):
+    for row, (across, label) in enumerate((("images", "images"), ("calls", "denoiser calls"))):
+        ends = [seed[-1][across] for seeds in runs.values() for seed in seeds]
         for column, name in enumerate(names):
             axis = axes[row, column]
-            for index, (recipe, seeds) in enumerate(runs.items()):
+            for run, seeds in runs.items():
+                method, line = looks(run)
                 for number, evaluations in enumerate(seeds):
                     points = [(one[across], one[name]) for one in evaluations if name in one]
-                    label_of = recipe.removesuffix("_tiny") if number == 0 else None
-                    axis.plot(*zip(*points), color=f"C{index}", marker=".", linewidth=1, label=label_of)
+                    label_of = method + (" (SD 3.5)" if line == "--" else "") if number == 0 else None
+                    color = f"C{methods.index(method)}"
+                    axis.plot(*zip(*points), line, color=color, marker=".", linewidth=1, label=label_of)
+            if max(ends) > 5 * min(ends):
+                axis.set_xscale("symlog", linthresh=min(ends) / 2)
             axis.set_xlabel(label)
             axis.set_ylabel(name)
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
     figure.savefig(path, dpi=110)
 
 
