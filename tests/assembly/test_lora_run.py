@@ -84,7 +84,7 @@ def test_the_export_is_the_adapter_and_the_base_is_unchanged(run, model):
     """The file has bfloat16 tensors of the low-rank parameters alone; after three steps all of them differ from the
     start, and applied at weight 0 they leave every weight of the base as it was, to the bit."""
     names = sorted(path.name for path in (run / "export").iterdir())
-    assert names == ["README.md", "generation_config.json", adapters.FILE]
+    assert names == ["README.md", "before_after.jpg", "generation_config.json", adapters.FILE]
     tensors = read_tensors(run / "export" / adapters.FILE)
     assert all(".lora_" in key and array.dtype.name == "bfloat16" for key, array in tensors.items())
     assert all(np.any(array != 0) for array in tensors.values())

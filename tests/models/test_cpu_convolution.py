@@ -36,9 +36,9 @@ def test_gradients_are_pytorchs(case):
     output.backward(torch.from_numpy(gradient).permute(0, 3, 1, 2))
 
     to_x, to_kernel = pullback(jnp.asarray(gradient))
-    np.testing.assert_allclose(y, output.detach().permute(0, 2, 3, 1), atol=1e-5)
-    np.testing.assert_allclose(to_x, there.grad.permute(0, 2, 3, 1), atol=1e-5)
-    np.testing.assert_allclose(to_kernel, weight.grad.permute(2, 3, 1, 0), atol=1e-5)
+    np.testing.assert_allclose(y, output.detach().permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_x, there.grad.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_kernel, weight.grad.permute(2, 3, 1, 0), rtol=1e-5, atol=1e-5)
 
 
 def test_every_convolution_of_a_compiled_loop_has_the_fast_layout():
