@@ -32,13 +32,6 @@ def terminated(config, mesh):
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("clean") / "run"
-    assert train(toy_config(), assemble_toy, workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run that a signal ended between two evaluations, with its two latest checkpoints and the best."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"

@@ -7,19 +7,12 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
 
-from toy import assemble_toy, toy_config, train
+from toy import assemble_toy, toy_config
 
 from imagereward_jax.training.checkpoints import CheckpointError
 from imagereward_jax.training.export import export_checkpoint
 from imagereward_jax.training.model_card import CARD, PICTURE
 from imagereward_jax.training.workdir import WorkdirError, read_config
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("clean") / "run"
-    assert train(toy_config(), assemble_toy, workdir)
-    return workdir
 
 
 def test_a_checkpoint_is_exported_beside_a_run_that_goes_on(clean, tmp_path):

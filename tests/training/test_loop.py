@@ -47,13 +47,6 @@ def numbers(workdir):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(workdir / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("clean") / "run"
-    assert loop.train(toy_config(), assemble_toy, workdir)
-    return workdir
-
-
 def test_the_learning_rate_is_logged_as_it_stands(tmp_path, capsys):
     """That of the last update before the row, of two a step; and the run says first what it is about to do."""
     config = toy_config()
