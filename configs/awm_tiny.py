@@ -14,6 +14,5 @@ def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "nft_tiny", method="awm")
     config.method.num_steps = 10
-    config.method.noise_levels = 4
     config.optimizer.learning_rate = 5e-5  # at 1e-4 the reward falls again after some 700 images
     return config

@@ -129,8 +129,9 @@ def _figures_and_costs(runs):
     """A table with a column for each run."""
     from imagereward_jax.pages.page import escape, table
     from imagereward_jax.pages.words import words
-    from imagereward_jax.training.html_report import costs
+    from imagereward_jax.training.html_report import costs, named
     from imagereward_jax.training.metric_writers import rounded
+    from imagereward_jax.training.record import REWARD
 
     rows = []
     for name in _watched(runs):
@@ -138,8 +139,8 @@ def _figures_and_costs(runs):
         for _, run in runs:
             known = [value for _, value in run.points(name) if value is not None]
             cells.append(f"{rounded(known[0])} → <b>{rounded(known[-1])}</b>" if known else "none")
-        rows.append([f'{title} <code class="soft">{escape(name)}</code>', *cells])
-        if name.startswith("eval/judge_") or name == "eval/reward_mean":
+        rows.append([named(name), *cells])
+        if name.startswith("eval/judge_") or name == REWARD:
             rows.append([f"{title}, best", *(_best(run, name) for _, run in runs)])
     rows.append(["steps", *map(_steps, (run for _, run in runs))])
     spent = [dict(costs(run)) for _, run in runs]

@@ -32,18 +32,13 @@ def find_export(folder: Path) -> Path:
         FileNotFoundError: it is not there, or the run has no export yet. ValueError: it holds no model.
     """
     from imagereward_jax.rewards.imagereward import CONFIG_FILE, WEIGHTS_FILE
+    from imagereward_jax.storage.folders import export_of
     from imagereward_jax.weights import adapters
     from imagereward_jax.weights.diffusers import INDEX
 
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    if (folder / "metrics.jsonl").is_file():
-        if not (folder / "export").is_dir():
-            raise FileNotFoundError(
-                f"{folder} has no export yet: let the run end, or write a checkpoint's with "
-                f"`imagereward export {folder} OUT`, and pass OUT"
-            )
-        folder = folder / "export"
+    folder = export_of(folder)
     kinds = ((INDEX,), (adapters.FILE,), (CONFIG_FILE, WEIGHTS_FILE))
     if not any(all((folder / name).is_file() for name in kind) for kind in kinds):
         expected = "; or ".join(" and ".join(kind) for kind in kinds)

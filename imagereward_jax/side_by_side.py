@@ -18,6 +18,7 @@ from imagereward_jax.pipelines import open_pipeline
 from imagereward_jax.pipelines.adapted import load_base, load_params
 from imagereward_jax.pipelines.sample import ImageSampler
 from imagereward_jax.storage.contact_sheet import to_uint8
+from imagereward_jax.storage.folders import export_of
 from imagereward_jax.weights import adapters
 from imagereward_jax.weights.hub import builtin_models
 
@@ -70,14 +71,7 @@ def find_shown(name: str, base: str | None = None) -> Shown:
     Raises:
         FileNotFoundError: a run has no export yet. ValueError: an adapter, of which no base is known.
     """
-    path = Path(os.path.expanduser(name))
-    if (path / "metrics.jsonl").is_file():
-        if not (path / "export").is_dir():
-            raise FileNotFoundError(
-                f"{path} has no export yet: let the run end, or write a checkpoint's with `imagereward export {path} "
-                "OUT`"
-            )
-        path = path / "export"
+    path = export_of(Path(os.path.expanduser(name)))
     run = _run_of(path)
     base, rewards = base or run.get("base"), tuple(run.get("rewards", ()))
     if (path / adapters.FILE).is_file():

@@ -49,8 +49,8 @@ def _backward(stride, padding, precision, saved, gradient):
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
     to_x = _apply(gradient, turned, around_gradient, precision, lhs_dilation=dilation)
     # channels stand for the batch, and the batch for the channels that are summed
-    by_channel, taps = x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3)
-    to_kernel = _apply(by_channel, taps, around_x, precision, rhs_dilation=dilation)
+    by_channel, window = x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3)
+    to_kernel = _apply(by_channel, window, around_x, precision, rhs_dilation=dilation)
     return to_x, to_kernel.transpose(1, 2, 0, 3)
 
 

@@ -61,3 +61,19 @@ def refuse_existing(target: str | os.PathLike, *, overwrite: bool, marker: str) 
         raise FileExistsError(f"{target} exists already; choose another name, or overwrite it (--overwrite)")
     if not (target / marker).is_file():
         raise FileExistsError(f"{target} is not overwritten: it has no {marker}, so it is not a model")
+
+
+def export_of(folder: Path) -> Path:
+    """The export of a run's workdir; any other folder as it is.
+
+    Raises:
+        FileNotFoundError: the run has none yet.
+    """
+    if not (folder / "metrics.jsonl").is_file():
+        return folder
+    if not (folder / "export").is_dir():
+        raise FileNotFoundError(
+            f"{folder} has no export yet: let the run end, or write a checkpoint's with `imagereward export {folder} "
+            "OUT`, and pass OUT"
+        )
+    return folder / "export"

@@ -184,14 +184,15 @@ def _evaluations(run):
     if not rows:
         return ""
     first, last = rows[0], rows[-1]
-    cells = [[_named(name), rounded(first.get(name)), rounded(last.get(name))] for name in dict.fromkeys(names)]
+    cells = [[named(name), rounded(first.get(name)), rounded(last.get(name))] for name in dict.fromkeys(names)]
     header = ["metric", f"step {first['step']}", f"step {last['step']}"]
     if len(rows) == 1:
         header, cells = header[:2], [row[:2] for row in cells]
     return "<h2>Evaluation on held-out data</h2>" + table(header, cells)
 
 
-def _named(name):
+def named(name: str) -> str:
+    """A metric in words, and its name beside them: HTML."""
     return f'{escape(words(name).title)} <code class="soft">{escape(name)}</code>'
 
 
@@ -200,7 +201,7 @@ def _test(run):
     tested = rows_with(run.rows, TEST)
     if not tested:
         return ""
-    cells = [[_named(name), rounded(value)] for name, value in tested[-1].items() if name.startswith(TEST)]
+    cells = [[named(name), rounded(value)] for name, value in tested[-1].items() if name.startswith(TEST)]
     return "<h2>Test set, with what was exported</h2>" + table(["metric", "value"], cells)
 
 
@@ -273,7 +274,7 @@ def _curves(run):
         values = {value for _, value in points}
         if len(values) == 1:
             value = next(iter(values))
-            constant.append(f"{_named(name)}: {'no finite value' if value is None else rounded(value)}")
+            constant.append(f"{named(name)}: {'no finite value' if value is None else rounded(value)}")
         elif len(run.evaluations) > 1 or not name.startswith("eval/"):
             same = groups.setdefault(name.rpartition("/")[0], {})
             same.setdefault(tuple(points), []).append(name)
