@@ -17,7 +17,7 @@ def checksums(tree: Any) -> dict[str, int]:
     Each number's bits are multiplied by an odd number that depends on its place, and summed modulo 2^32. So any change
     of one number changes the sum, and an exchange of two almost always.
     """
-    sums = jax.device_get(_sums(tree))
+    sums = jax.device_get(jax.tree.map(_sum, tree))
     return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
 
 
@@ -26,11 +26,7 @@ def text_checksum(values: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-@jax.jit
-def _sums(tree):
-    return jax.tree.map(_sum, tree)
-
-
+@jax.jit  # of one array: equal shapes, of weights, moments and averages, compile once
 def _sum(array):
     array = jnp.asarray(array)
     bits = array

@@ -16,15 +16,15 @@ _LOWER = "lower config.optimizer.learning_rate, or use config.dtype='float32',"
 def not_finite(state: TrainState) -> list[str]:
     """The arrays of a state that hold NaN or Inf, by their paths.
 
-    A program of its own: within the step, looking at every array would take minutes to compile (`step._smallest`).
+    Programs of their own: within the step, looking at every array would take minutes to compile (`step._smallest`).
     """
-    finite = jax.device_get(_finite(state))
+    finite = jax.device_get(jax.tree.map(_finite, state))
     return [jax.tree_util.keystr(path) for path, value in jax.tree_util.tree_leaves_with_path(finite) if not value]
 
 
-@jax.jit
-def _finite(state):
-    return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
+@jax.jit  # of one array: equal shapes, of weights, moments and averages, compile once
+def _finite(array):
+    return jnp.isfinite(array).all()
 
 
 def require_finite(state: TrainState, step: int, checkpoints: Checkpoints) -> None:
