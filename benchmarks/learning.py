@@ -135,26 +135,29 @@ def images_to_reach(evaluations, level):
     return None
 
 
+def mean_curve(seeds):
+    """[{"images", "reward"}] of every evaluation, mean over seeds."""
+    return [
+        {"images": rows[0]["images"], "reward": statistics.mean(row["reward"] for row in rows)} for rows in zip(*seeds)
+    ]
+
+
 def table_of_images(runs, baseline):
-    """The Markdown table of images until each recipe has half of what `baseline` gains at its best, and all of it."""
-    start = statistics.mean(seed[0]["reward"] for seed in runs[baseline])
-    best = statistics.mean(max(one["reward"] for one in seed) for seed in runs[baseline])
+    """The Markdown table of images until each recipe, mean of its seeds, has half of what `baseline` gains, and all."""
+    means = {name: mean_curve(seeds) for name, seeds in runs.items()}
+    start, best = means[baseline][0]["reward"], max(one["reward"] for one in means[baseline])
     levels = [start + (best - start) / 2, best]
+    theirs = [images_to_reach(means[baseline], level) for level in levels]
     head = ["recipe"]
     for level in levels:
         head += [f"images to reward {level:.3f}", f"fewer than {baseline}"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    of = {name: [[images_to_reach(seed, level) for seed in seeds] for level in levels] for name, seeds in runs.items()}
-    for name, found in of.items():
+    for name, evaluations in means.items():
         cells = [name]
-        for counts, others in zip(found, of[baseline]):
-            reached = [count for count in counts if count is not None]
-            cells.append(
-                f"{statistics.median(reached):,.0f} ({len(reached)} of {len(counts)} seeds)" if reached else "not"
-            )
-            theirs = [count for count in others if count]
-            complete = len(reached) == len(counts) and theirs and statistics.median(reached)
-            cells.append(f"{statistics.median(theirs) / statistics.median(reached):.1f} times" if complete else "")
+        for level, measure in zip(levels, theirs):
+            count = images_to_reach(evaluations, level)
+            cells.append("not" if count is None else f"{count:,.0f}")
+            cells.append("" if count is None or name == baseline else f"{measure / count:.1f} times")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

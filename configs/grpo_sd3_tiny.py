@@ -16,4 +16,6 @@ def get_config():
     config.model.path = "tiny-shapes-sd3"
     config.method.sampler = "flow_sde"
     config.method.eta = 0.7
+    config.method.timestep_fraction = 0.5
+    config.optimizer.learning_rate = 1e-4
     return config

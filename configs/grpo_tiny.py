@@ -13,10 +13,10 @@ from imagereward_jax.recipes import recipe_beside
 def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "ddpo_tiny", method="flow_grpo")
+    config.steps = 20
     config.method.sampler = "ddim"
     config.method.eta = 1.0
     config.method.group_size = 8
-    config.eval.sampler = None
-    config.eval.eta = 0.0
-    config.eval.num_steps = 20
+    config.eval.every = 10
+    config.checkpoint.every = 5
     return config
