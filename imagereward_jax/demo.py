@@ -36,7 +36,11 @@ EXAMPLES = (
     "a small blue square at the top left",
     "a large green triangle on the right",
 )
-CSS = ".gradio-container {max-width: 1200px !important; margin: auto} footer {display: none !important}"
+# A table that has rows would else make the page wider than a phone.
+CSS = (
+    ".gradio-container {max-width: 1200px !important; margin: auto} footer {display: none !important} "
+    "#scores {contain: inline-size}"
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
