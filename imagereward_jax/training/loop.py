@@ -26,10 +26,10 @@ from imagereward_jax.training.finite import require_finite, skipped_too_often
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import Interrupted, catch_signals, closing, signal_of_any, wait_for_all
 from imagereward_jax.training.mesh import check_batch, check_remat, from_all_processes, make_mesh, put_batch
-from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_installed, make_writers
+from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_installed, listed, make_writers
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
-from imagereward_jax.training.progress import Progress, described, listed, started, waiting
+from imagereward_jax.training.progress import Progress, described, started, waiting
 from imagereward_jax.training.resume import locked, newest_whole, read_state
 from imagereward_jax.training.samples import save_samples
 from imagereward_jax.training.state import to_checkpoint

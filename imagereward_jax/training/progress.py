@@ -136,11 +136,6 @@ def foretelling(
     return counted
 
 
-def listed(metrics: Mapping[str, float]) -> str:
-    """Metrics in one line."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-
-
 def started(run: Any, mesh: Mesh, command: str) -> dict[str, Any]:
     """What a run's config does not say, for its report: number of parameters, devices, the command that started it."""
     return {
