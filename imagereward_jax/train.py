@@ -1,8 +1,11 @@
-"""`python -m imagereward_jax.train --config configs/refl_tiny.py [--workdir DIR] [--config.field=value ...]`
+"""Tunes a model by rewards, images or preferences, or trains a scorer: `imagereward train --config refl_tiny`.
 
-Trains by a config: a file, or the name of one of the package's recipes (`--config refl_tiny`; `imagereward recipes`
-lists them). With --config, --help prints every field, its value there and what it means. The default --workdir is
-runs/NAME, after the config file's name. The same command again resumes an interrupted run, or says that it is complete.
+    imagereward train --config refl_tiny --config.steps=20   # a recipe of this package, or a file of yours
+    imagereward train --config refl_tiny --help              # its every field, with value and meaning
+    imagereward recipes                                      # lists the recipes
+
+The default --workdir is runs/NAME, after the config file's name. The same command again resumes an interrupted run, or
+says that it is complete.
 
 On several machines every process gets the same command: on TPU pods and in Slurm jobs with --distributed, elsewhere
 with --coordinator HOST:PORT --num-processes N --process-id I (see launch/). WORKDIR is on a file system that all share.
@@ -34,7 +37,7 @@ DASHES = {"--num-processes": "--num_processes", "--process-id": "--process_id"} 
 HELP = ("-h", "--help", "--helpshort", "--helpfull")
 FLAGS = ("workdir", "distributed", "coordinator", "num_processes", "process_id")  # beside --config
 _FIELD = re.compile(r"--?config\.([\w.]+)")
-USAGE = "--config FILE.py [--workdir DIR] [--config.field=value ...]"
+USAGE = "--config RECIPE [--workdir DIR] [--config.field=value ...]"
 
 
 @command
