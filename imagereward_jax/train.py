@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 DASHES = {"--num-processes": "--num_processes", "--process-id": "--process_id"}  # absl's flags have underscores
 HELP = ("-h", "--help", "--helpshort", "--helpfull")
 FLAGS = ("workdir", "distributed", "coordinator", "num_processes", "process_id")  # beside --config
+# What a value should have been, by what absl and ml_collections say of one that cannot be read.
+_EXPECTED = {
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean argument": "True or False",
+    "as a ConfigDict": "a field of it, as --{name}.FIELD=value",
+}
 _FIELD = re.compile(r"--?config\.([\w.]+)")
 USAGE = "--config RECIPE [--workdir DIR] [--config.field=value ...]"
 
@@ -111,7 +118,7 @@ def parse_flags(argv, usage=None):
             raise ValueError(unknown_field(config, filter(None, map(_FIELD.match, argv)))) from error
         raise ValueError(f"--config {file}: {_plainly(error)}") from error
     except (flags.Error, TypeError) as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(_of_flag(_one_line(error))) from error
     except ModuleNotFoundError:
         raise  # may be a package of an extra
     except Exception as error:  # of the config file, while it is imported
@@ -180,6 +187,20 @@ def _one_line(error):
     first, *others = str(error).splitlines() or [type(error).__name__]
     told = [line for line in others if re.match(r"[\w.]+: ", line)]
     return f"{first} {told[-1]}" if told else first
+
+
+def _of_flag(told):
+    """Says in the words of other errors what absl tells of a flag."""
+    for dashes, plain in DASHES.items():
+        told = told.replace(plain, dashes)
+    if unknown := re.match(r"Unknown command line flag '([^']*)'", told):
+        known = ["--config", *(f"--{name}" for name in FLAGS[:3]), *DASHES]
+        return f"--{unknown[1]}: no such flag{did_you_mean('--' + unknown[1], known)}"
+    if value := re.match(r"flag --([\w.-]+)=(.*?): (.*)", told, re.DOTALL):
+        for sign, expected in _EXPECTED.items():
+            if sign in value[3]:
+                return f"--{value[1]}={value[2]}: expected {expected.format(name=value[1])}"
+    return told
 
 
 def find_config(argv: list[str], usage: str) -> tuple[list[str], Path]:
