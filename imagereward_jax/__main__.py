@@ -103,4 +103,4 @@ def _listed(texts):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(script=False))  # the command that it starts handles Ctrl-C, as of the script `imagereward`

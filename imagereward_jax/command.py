@@ -104,7 +104,6 @@ def _keep_quiet():
 
     A plugin of jax that is installed, for `plan` say, prints a traceback on a machine without its device.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     devices = (path for pattern in _ACCELERATORS for path in Path("/dev").glob(pattern))
     if sys.platform == "linux" and not any("TPU" in name for name in os.environ) and next(devices, None) is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,6 +1,6 @@
-"""Puts several runs into one page: `python -m imagereward_jax.compare RUN RUN ... -o PAGE`.
+"""Puts several runs into one page: `imagereward compare RUN RUN ... -o PAGE`.
 
-    python -m imagereward_jax.compare runs/refl_tiny runs/draft_tiny -o compared.html
+    imagereward compare runs/refl_tiny runs/draft_tiny -o compared.html
 
 RUN is the workdir of a run of `train`, also of one that goes on. The page opens without a network. It shows the reward
 and what watches it with a line for each run, first, best and last figures with what they cost, the images of the same

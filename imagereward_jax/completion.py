@@ -18,11 +18,12 @@ GLOBAL_FLAGS = ("--help", "--version", "--completion")
 
 _BASH = """\
 _imagereward() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words=""
+    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words="" recipes="{recipes}"
     if [[ $current == "=" ]]; then current=""  # bash takes --config=NAME for three words
     elif [[ $previous == "=" ]]; then previous=${{COMP_WORDS[COMP_CWORD-2]}}; fi
     if [[ $COMP_CWORD -eq 1 ]]; then words="{commands}"
-    elif [[ $previous == --config ]]; then words="{recipes}"
+    elif [[ $previous == --config ]]; then words=$recipes
+    elif [[ $current == --config=* ]]; then words="--config=${{recipes// / --config=}}"  # zsh takes it for one
     elif [[ $previous == --completion ]]; then words="{shells}"
     elif [[ ${{COMP_WORDS[1]}} == convert && $COMP_CWORD -eq 2 ]]; then words="{conversions}"
     elif [[ $current == -* ]]; then
@@ -33,6 +34,10 @@ _imagereward() {{
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}
 complete -o bashdefault -o default -F _imagereward imagereward
+"""
+_ZSH = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }  # where ~/.zshrc has not done so
+autoload -Uz bashcompinit && bashcompinit
 """
 
 
@@ -59,7 +64,7 @@ def script(shell: str, commands: Mapping[str, str], recipes: Sequence[str], conv
         conversions=" ".join(conversions),
         cases="\n".join(f'            {name}) words="{" ".join(words)}" ;;' for name, words in flags.items() if words),
     )
-    return f"autoload -U +X bashcompinit && bashcompinit\n{text}" if shell == "zsh" else text
+    return _ZSH + text if shell == "zsh" else text
 
 
 def flags_of(name: str) -> list[str]:

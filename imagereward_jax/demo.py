@@ -1,8 +1,8 @@
-"""A page in the browser with a tuned model beside its base: `python -m imagereward_jax.demo [MODEL]`.
+"""A page in the browser with a tuned model beside its base: `imagereward demo [MODEL]`.
 
-    python -m imagereward_jax.demo                    # the built-in tiny-shapes, on any machine
-    python -m imagereward_jax.demo runs/refl_tiny     # what a run exported, beside what it started from
-    python -m imagereward_jax.demo ADAPTER --base owner/model
+    imagereward demo                    # the built-in tiny-shapes, on any machine
+    imagereward demo runs/refl_tiny     # what a run exported, beside what it started from
+    imagereward demo ADAPTER --base owner/model
 
 A prompt gives images of both models from the same noise, with the scores of each --reward; another tab scores images
 of your own. The page is on this machine alone, unless --host or --share says otherwise, and needs no network:
@@ -36,7 +36,11 @@ EXAMPLES = (
     "a small blue square at the top left",
     "a large green triangle on the right",
 )
-CSS = ".gradio-container {max-width: 1200px !important; margin: auto} footer {display: none !important}"
+# A table that has rows would else make the page wider than a phone.
+CSS = (
+    ".gradio-container {max-width: 1200px !important; margin: auto} footer {display: none !important} "
+    "#scores {contain: inline-size}"
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Agreement of scorers with people: `python -m imagereward_jax.evaluate --model ImageReward-v1.0 --data test.json`.
+"""Agreement of scorers with people: `imagereward evaluate --model ImageReward-v1.0 --data test.json`.
 
 From rankings (test.json of ImageReward or of HPDv2, Pick-a-Pic, ImageRewardDB: docs/files.md; or shapes:held_out) it
 measures preference accuracy, recall@k and filter@k. From prompts alone and the images of several generators (--images

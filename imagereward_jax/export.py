@@ -1,6 +1,6 @@
-"""Writes the model of a checkpoint, also while the run goes on: `python -m imagereward_jax.export WORKDIR OUT`.
+"""Writes the model of a checkpoint, also while the run goes on: `imagereward export WORKDIR OUT`.
 
-    python -m imagereward_jax.export runs/refl_sdxl_lora checked --step 200
+    imagereward export runs/refl_sdxl_lora checked --step 200
 
 OUT is what the run's own end writes to WORKDIR/export: a diffusers folder, an adapter, or a reward's folder, with its
 model card. Without --step it is of the latest checkpoint. The weights that the run started from have to be where they

@@ -1,4 +1,4 @@
-"""Makes images from text: `python -m imagereward_jax.generate --model MODEL --prompt "a cat" --out DIR`.
+"""Makes images from text: `imagereward generate --model MODEL --prompt "a cat" --out DIR`.
 
 Images are saved as DIR/PROMPT_K.png. PROMPT is the prompt's number (or its "id", if the file of prompts has one) and K
 the image's number, both from 0. Image K depends on the prompt, on SEED + K and on the settings, not on the batch size

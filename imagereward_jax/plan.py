@@ -1,6 +1,6 @@
 """Plans a run before it is paid for: memory, FLOPs, collectives and compile time on hardware that is not here.
 
-    python -m imagereward_jax.plan --config configs/refl_sdxl_lora.py --topology v5e:2x4 [--config.field=value ...]
+    imagereward plan --config configs/refl_sdxl_lora.py --topology v5e:2x4 [--config.field=value ...]
 
 Compiles the training step of a config, of any method, for a topology, from shapes: it needs no weights, no download
 and no accelerator. A TPU slice is v4:, v5e:, v5p: or v6e: and a shape (v5e:16x16, v5p:2x2x2). GPUs are a100:, h100:,
@@ -27,7 +27,7 @@ from imagereward_jax.terminal import Parser, program, say
 if TYPE_CHECKING:
     from imagereward_jax.planning.topologies import Topology
 
-USAGE = "--config FILE.py --topology NAME [--json] [--config.field=value ...]"
+USAGE = "--config RECIPE --topology NAME [--json] [--config.field=value ...]"
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -1,6 +1,6 @@
-"""Uploads a model, an adapter or a scorer to the hub: `python -m imagereward_jax.push FOLDER OWNER/NAME`.
+"""Uploads a model, an adapter or a scorer to the hub: `imagereward push FOLDER OWNER/NAME`.
 
-    python -m imagereward_jax.push runs/refl_sdxl_lora me/my-adapter --private
+    imagereward push runs/refl_sdxl_lora me/my-adapter --private
 
 FOLDER is a run's workdir, of which the export is uploaded, or what `export`, `Trainer.save_pretrained` or a scorer's
 `save` wrote. Its README.md is the card that the hub shows. The repository is made if there is none. `hf auth login`, or

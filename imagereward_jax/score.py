@@ -1,8 +1,8 @@
-"""Scores images for a prompt: `python -m imagereward_jax.score --prompt "a cat" 1.png 2.png`.
+"""Scores images for a prompt: `imagereward score --prompt "a cat" 1.png 2.png`.
 
 Scores many rows of (prompt, image) from a file or folder into another file:
 
-    python -m imagereward_jax.score --input rows.csv --output scored.csv
+    imagereward score --input rows.csv --output scored.csv
 
 The same command again resumes a run that was interrupted, even by kill -9, or says that it is complete.
 """

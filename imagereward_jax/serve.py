@@ -1,4 +1,4 @@
-"""Serves a scorer over HTTP: `python -m imagereward_jax.serve --reward ImageReward-v1.0`.
+"""Serves a scorer over HTTP: `imagereward serve --reward ImageReward-v1.0`.
 
 POST /score takes images and prompts as JSON and answers their scores; GET /health says what is served. Requests of all
 clients are scored together in batches. The protocol, limits and clients: docs/serve.md. If the environment variable

@@ -1,8 +1,11 @@
-"""`python -m imagereward_jax.train --config configs/refl_tiny.py [--workdir DIR] [--config.field=value ...]`
+"""Tunes a model by rewards, images or preferences, or trains a scorer: `imagereward train --config refl_tiny`.
 
-Trains by a config: a file, or the name of one of the package's recipes (`--config refl_tiny`; `imagereward recipes`
-lists them). With --config, --help prints every field, its value there and what it means. The default --workdir is
-runs/NAME, after the config file's name. The same command again resumes an interrupted run, or says that it is complete.
+    imagereward train --config refl_tiny --config.steps=20   # a recipe of this package, or a file of yours
+    imagereward train --config refl_tiny --help              # its every field, with value and meaning
+    imagereward recipes                                      # lists the recipes
+
+The default --workdir is runs/NAME, after the config file's name. The same command again resumes an interrupted run, or
+says that it is complete.
 
 On several machines every process gets the same command: on TPU pods and in Slurm jobs with --distributed, elsewhere
 with --coordinator HOST:PORT --num-processes N --process-id I (see launch/). WORKDIR is on a file system that all share.
@@ -33,8 +36,15 @@ if TYPE_CHECKING:
 DASHES = {"--num-processes": "--num_processes", "--process-id": "--process_id"}  # absl's flags have underscores
 HELP = ("-h", "--help", "--helpshort", "--helpfull")
 FLAGS = ("workdir", "distributed", "coordinator", "num_processes", "process_id")  # beside --config
+# What a value should have been, by what absl and ml_collections say of one that cannot be read.
+_EXPECTED = {
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean argument": "True or False",
+    "as a ConfigDict": "a field of it, as --{name}.FIELD=value",
+}
 _FIELD = re.compile(r"--?config\.([\w.]+)")
-USAGE = "--config FILE.py [--workdir DIR] [--config.field=value ...]"
+USAGE = "--config RECIPE [--workdir DIR] [--config.field=value ...]"
 
 
 @command
@@ -108,7 +118,7 @@ def parse_flags(argv, usage=None):
             raise ValueError(unknown_field(config, filter(None, map(_FIELD.match, argv)))) from error
         raise ValueError(f"--config {file}: {_plainly(error)}") from error
     except (flags.Error, TypeError) as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(_of_flag(_one_line(error))) from error
     except ModuleNotFoundError:
         raise  # may be a package of an extra
     except Exception as error:  # of the config file, while it is imported
@@ -177,6 +187,20 @@ def _one_line(error):
     first, *others = str(error).splitlines() or [type(error).__name__]
     told = [line for line in others if re.match(r"[\w.]+: ", line)]
     return f"{first} {told[-1]}" if told else first
+
+
+def _of_flag(told):
+    """Says in the words of other errors what absl tells of a flag."""
+    for dashes, plain in DASHES.items():
+        told = told.replace(plain, dashes)
+    if unknown := re.match(r"Unknown command line flag '([^']*)'", told):
+        known = ["--config", *(f"--{name}" for name in FLAGS[:3]), *DASHES]
+        return f"--{unknown[1]}: no such flag{did_you_mean('--' + unknown[1], known)}"
+    if value := re.match(r"flag --([\w.-]+)=(.*?): (.*)", told, re.DOTALL):
+        for sign, expected in _EXPECTED.items():
+            if sign in value[3]:
+                return f"--{value[1]}={value[2]}: expected {expected.format(name=value[1])}"
+    return told
 
 
 def find_config(argv: list[str], usage: str) -> tuple[list[str], Path]:

@@ -82,6 +82,8 @@ seen.broken = await toast();
 await page.setViewport({ width: 390, height: 844 });
 await page.reload({ waitUntil: 'domcontentloaded' });
 await ready();
+await page.click('#generate');
+await page.waitForFunction(() => document.querySelectorAll('#scores td').length >= 4);
 seen.width = await page.evaluate(() => document.documentElement.scrollWidth);
 await shot('phone');
 await browser.close();

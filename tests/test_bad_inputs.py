@@ -90,8 +90,22 @@ CASES = {
         training("--config.eval.prompts={folder}/words.csv"),
         r"words.csv: none of the columns.*rename the one that is meant$",
     ),
-    "field of another type": (training("--config.steps=many"), "config.steps=many"),
-    "unknown flag": (training("--wrkdir=x"), "wrkdir"),
+    "field of another type": (training("--config.steps=many"), "--config.steps=many: expected a whole number$"),
+    "field that is no number": (training("--config.log_every=1e3"), "--config.log_every=1e3: expected a whole number$"),
+    "text for a number": (
+        training("--config.optimizer.learning_rate=fast"),
+        "--config.optimizer.learning_rate=fast: expected a number$",
+    ),
+    "neither true nor false": (
+        training("--config.compilation_cache=maybe"),
+        "--config.compilation_cache=maybe: expected True or False$",
+    ),
+    "value for a section": (
+        training("--config.eval=3"),
+        "--config.eval=3: expected a field of it, as --config.eval.FIELD=value$",
+    ),
+    "number of processes in words": (training("--num-processes=two"), "--num-processes=two: expected a whole number$"),
+    "unknown flag": (training("--wrkdir=x"), r"--wrkdir: no such flag \(did you mean '--workdir'\?\)$"),
     "stop index past the sampler's steps": (training("--config.method.stop_max=12"), "stop_max=12 must satisfy"),
     "misspelt sampler": (training("--config.method.sampler=ddimm"), "did you mean 'ddim'"),
     "accumulation that does not divide the batch": (

@@ -178,6 +178,28 @@ def test_places_that_an_exception_does_not_leave(where, printed):
     assert (done.returncode, done.stdout, done.stderr) == (130, printed, f"{said}interrupted\n")
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import runpy; runpy.run_module('imagereward_jax', run_name='__main__')",
+        "from imagereward_jax.__main__ import main; sys.exit(main())",
+    ],
+)
+def test_an_interrupted_command_skips_pythons_own_end(start):
+    """In which threads of a compiler crash: of `python -m imagereward_jax` as of the script `imagereward`."""
+    program = f"""
+import atexit, signal, sys
+import imagereward_jax.score
+from imagereward_jax.command import command
+atexit.register(print, "at exit")
+imagereward_jax.score.main = command(lambda argv: signal.raise_signal(signal.SIGINT))
+sys.argv = ["imagereward", "score"]
+{start}
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 @pytest.mark.slow
 def test_two_ctrl_c_end_generate_while_it_compiles(tmp_path):
     """No crash of jax's threads at Python's end, and no wait for the compiler, which no signal interrupts."""

@@ -1,10 +1,12 @@
-"""Completion in a real bash, and its words beside what the parsers know."""
+"""Completion in real shells, and its words beside what the parsers know."""
 
 import argparse
 import importlib
 import io
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -81,9 +83,73 @@ def test_flags_are_those_of_the_parsers(monkeypatch):
     assert len(expected) > 6
 
 
-def test_zsh_and_fish(scripts):
-    """zsh runs the script of bash; fish gets every command, recipe and flag."""
-    assert scripts["zsh"].endswith(scripts["bash"]) and scripts["zsh"].startswith("autoload -U +X bashcompinit")
+PRESSED = """\
+import os, pty, sys
+shell, script, *lines = sys.argv[1:]
+process, terminal = pty.fork()
+if not process:
+    os.environ["TERM"] = "dumb"
+    os.execvp(shell, [shell, *({"bash": ["--norc"], "zsh": ["-f"]}[shell]), "-i"])
+def read(end):
+    text = b""
+    while end not in text:
+        text += os.read(terminal, 4096)
+    return text.decode().rpartition(end.decode())[0]
+os.write(terminal, f"PS1=; source '{script}'; echo REA''DY\\n".encode())
+read(b"READY")
+for line in lines:
+    os.write(terminal, f"imagereward {line}\\t; echo DO''NE\\n".encode())
+    print(read(b"DONE").rpartition("SAID:")[2].strip())
+os.write(terminal, b"exit\\n")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_line_is_completed_by_tab(scripts, shell, tmp_path):
+    """In an interactive shell without start-up files: names of commands, recipes, flags and files."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}")
+    # After Enter `imagereward` says what Tab has made of its arguments.
+    (tmp_path / "script").write_text(scripts[shell] + "imagereward() { echo SAID: $@; }\n")
+    (tmp_path / "an_image.png").touch()
+    expected = {
+        "gen": "generate",
+        "train --config drtune_t": "train --config drtune_tiny",
+        "train --config=drtune_t": "train --config=drtune_tiny",
+        "score --on": "score --on-error",
+        "convert to": "convert to-diffusers",
+        "score an_": "score an_image.png",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PRESSED, shell, "./script", *expected],
+        cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == list(expected.values())
+
+
+def complete_in_fish(script, line):
+    """What fish offers at the end of a line, without what it says of it."""
+    ask = ["fish", "--no-config", "-c", "source; complete -C $argv[1]", line]
+    done = subprocess.run(ask, input=script, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return {offer.split("\t")[0] for offer in done.stdout.splitlines()}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
+def test_in_fish(scripts):
+    fish = scripts["fish"]
+    assert set(COMMANDS) <= complete_in_fish(fish, "imagereward ")
+    assert complete_in_fish(fish, "imagereward ge") == {"generate"}
+    assert complete_in_fish(fish, "imagereward train --config ") >= RECIPES
+    assert complete_in_fish(fish, "imagereward plan --config=drtune_t") == {"--config=drtune_tiny"}
+    assert complete_in_fish(fish, "imagereward score --on") == {"--on-error"}
+    assert complete_in_fish(fish, "imagereward convert to") == {"to-diffusers"}
+    assert complete_in_fish(fish, "imagereward --completion ") == {"bash", "zsh", "fish"}
+
+
+def test_fish_gets_every_command_and_flag(scripts):
     lines = scripts["fish"].splitlines()
     for name in COMMANDS:
         assert sum(f" -a {name} " in line for line in lines) == 1

@@ -1,5 +1,6 @@
 """Latents and prompts that are encoded once, into config.data.cache: a run that trains then holds no text encoder."""
 
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -7,12 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm.auto import tqdm
 
 from imagereward_jax.assembly.rows import nested_cond, pair_batch, rows_spec
 from imagereward_jax.data.cache import Cache, open_cache
 from imagereward_jax.data.prompts import PromptRows
 from imagereward_jax.methods.base import Batch, Params
+from imagereward_jax.terminal import say
 from imagereward_jax.training.interruptions import wait_for_all
+from imagereward_jax.training.progress import waiting
 
 ENCODED_AT_ONCE = 8
 PAIR_FIELDS = ("pairs", "pairs_image_column", "pairs_text_column", "image_size", "random_crop", "random_flip")
@@ -122,13 +126,31 @@ def _prompts_checksum(prompts):
 
 
 def _fill(cache, encode, encoder):
-    cache.fill(
-        encode,
-        lambda: {name: array[0] for name, array in encoder.prompts([""]).items()},
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        wait=lambda: wait_for_all("filled the cache"),
-    )
+    """Computes the rows that are missing, a few at once by `encode`, behind a bar; Ctrl-C leaves whole shards."""
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    missing, main = cache.count_missing(**process), jax.process_index() == 0
+    if main and missing:
+        say(f"{cache.folder}: encoding {missing:,} rows of {len(cache):,}", file=sys.stderr)
+    bar = tqdm(total=missing, unit="row", desc="encoding", disable=not main or not missing, file=sys.stderr)
+
+    def encode_rows(rows):
+        found = []
+        for start in range(0, len(rows), ENCODED_AT_ONCE):
+            found.append(encode(rows[start : start + ENCODED_AT_ONCE]))
+            bar.update(min(ENCODED_AT_ONCE, len(rows) - start))
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+    def encode_empty():
+        return {name: array[0] for name, array in encoder.prompts([""]).items()}
+
+    try:
+        with bar:
+            cache.fill(encode_rows, encode_empty, **process, wait=lambda: wait_for_all("filled the cache"))
+    except KeyboardInterrupt as stop:
+        kept = len(cache) - cache.count_missing()
+        raise KeyboardInterrupt(
+            f"{kept:,} rows of {len(cache):,} are in {cache.folder}; the same command encodes the others"
+        ) from stop
 
 
 class Encoder:
@@ -162,11 +184,12 @@ class Encoder:
         """Checksums of the float32 weights of components, one in memory at a time."""
         for name in names:
             if name not in self._checksums:
-                self._checksums[name] = _checksum(self.parts.original(name))
+                with waiting(f"checksum of {name}", main=jax.process_index() == 0):
+                    self._checksums[name] = _checksum(self.parts.original(name))
         return {f"weights of {name}": self._checksums[name] for name in names}
 
     def pairs(self, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """The cache's arrays of pairs."""
+        """The cache's arrays of pairs, at most ENCODED_AT_ONCE."""
 
         def encode(some):
             batch = {name: [row[name] for row in some] for name in some[0]}
@@ -176,25 +199,21 @@ class Encoder:
             sizes = {"time_ids": inputs["time_ids"]} if "time_ids" in inputs else {}
             return {**jax.device_get(found), **sizes}
 
-        return _in_chunks(rows, encode)
+        return _padded(rows, encode)
 
     def prompts(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The conditions of prompts, as the cache names them."""
+        """The conditions of prompts, at most ENCODED_AT_ONCE, as the cache names them."""
 
         def encode(some):
             return jax.device_get(self._encode_prompts(self.params(self.text), self.pipeline.tokenize(some)))
 
-        return _in_chunks(prompts, encode)
+        return _padded(prompts, encode)
 
 
-def _in_chunks(rows, encode):
-    """`encode` of all rows, in chunks that are padded to one size, so that it is compiled once."""
-    found = []
-    for start in range(0, len(rows), ENCODED_AT_ONCE):
-        some = rows[start : start + ENCODED_AT_ONCE]
-        padded = [*some, *[some[-1]] * (ENCODED_AT_ONCE - len(some))]
-        found.append({name: array[: len(some)] for name, array in encode(padded).items()})
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+def _padded(rows, encode):
+    """`encode` of rows that are padded to one number, so that it is compiled once."""
+    padded = [*rows, *[rows[-1]] * (ENCODED_AT_ONCE - len(rows))]
+    return {name: array[: len(rows)] for name, array in encode(padded).items()}
 
 
 def _fingerprint(parts, pairs, names):

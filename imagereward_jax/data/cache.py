@@ -98,10 +98,9 @@ class Cache:
             self._fill(encode_rows, encode_empty, process_index, process_count, wait)
 
     def _fill(self, encode_rows, encode_empty, process_index, process_count, wait):
-        for shard in range(process_index, self._shard_count(), process_count):
-            if not self._is_current(shard):
-                metadata = {"format": "pt", "state": self._state(shard)}
-                write_safetensors(self._path(shard), encode_rows(self.rows_of(shard)), metadata)
+        for shard in self._missing_shards(process_index, process_count):
+            metadata = {"format": "pt", "state": self._state(shard)}
+            write_safetensors(self._path(shard), encode_rows(self.rows_of(shard)), metadata)
         if process_index == 0 and not (self.folder / EMPTY).is_file():
             write_safetensors(self.folder / EMPTY, encode_empty())
         if wait is not None:
@@ -124,8 +123,15 @@ class Cache:
 
     def missing(self) -> list[str]:
         """Names of the files that are not on disk, or of whose rows the files have changed."""
-        found = [self._path(shard).name for shard in range(self._shard_count()) if not self._is_current(shard)]
+        found = [self._path(shard).name for shard in self._missing_shards()]
         return found if (self.folder / EMPTY).is_file() else [*found, EMPTY]
+
+    def count_missing(self, process_index: int = 0, process_count: int = 1) -> int:
+        """Number of rows that a process would compute now, see `fill`."""
+        return sum(len(self.rows_of(shard)) for shard in self._missing_shards(process_index, process_count))
+
+    def _missing_shards(self, first=0, every=1):
+        return [shard for shard in range(first, self._shard_count(), every) if not self._is_current(shard)]
 
     def _state(self, shard):
         return "" if self.state_of is None else self.state_of(self.rows_of(shard))

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from imagereward_jax.weights.files import WeightsError, read_json
-from imagereward_jax.weights.tokenizer_files import SPIECE, check_merges, read_sentencepiece, tokenizer_class
+from imagereward_jax.weights.tokenizer_files import (
+    SPIECE,
+    check_merges,
+    import_tokenizer,
+    read_sentencepiece,
+    tokenizer_class,
+)
 
 _CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")  # without them a prompt has no begin and no end
 _T5_FIRST = ["<pad>", "</s>", "<unk>"]
@@ -97,11 +103,9 @@ def _load_clip(folder):
     slow = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
     if not slow and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: no tokenizer; expected vocab.json and merges.txt, or tokenizer.json")
-    from transformers import CLIPTokenizer
-
     if slow:
         check_merges(folder)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer = import_tokenizer("CLIPTokenizer").from_pretrained(folder)
     if (marks := (tokenizer.bos_token, tokenizer.eos_token)) != _CLIP_MARKS:
         raise WeightsError(
             f"{folder}: bos_token and eos_token are {marks}, expected {_CLIP_MARKS}: correct special_tokens_map.json "
@@ -115,8 +119,7 @@ def _load_t5(folder):
     fast, slow = folder / "tokenizer.json", folder / SPIECE
     if not fast.is_file() and not slow.is_file():
         raise FileNotFoundError(f"{folder}: no tokenizer of T5; expected tokenizer.json or {SPIECE}")
-    from transformers import T5Tokenizer
-
+    T5Tokenizer = import_tokenizer("T5Tokenizer")
     if fast.is_file():
         if tokenizer_class(folder) != "T5TokenizerFast":
             raise ValueError(f"{fast}: not a tokenizer of T5, whose model is Unigram; pass the folder of T5's files")

@@ -76,7 +76,7 @@ class RemoteReward(RuleReward):
         try:
             self._client.health()
         except ServerUnavailable as error:
-            hint = "start it (python -m imagereward_jax.serve --reward NAME), or mend the address"
+            hint = "start it (imagereward serve --reward NAME), or mend the address"
             raise ValueError(f"{error}; {hint}") from error
         except ServerError as error:
             if error.status in (401, 403):

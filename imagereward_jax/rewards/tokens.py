@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imagereward_jax.weights.tokenizer_files import CLIP_BPE, read_clip_bpe
+from imagereward_jax.weights.tokenizer_files import CLIP_BPE, import_tokenizer, read_clip_bpe
 
 ADDED_TOKENS = ("[DEC]", "[ENC]")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -139,8 +139,8 @@ class CLIPPromptTokenizer:
 
     def __init__(self, path: str | os.PathLike, max_length: int, cleaning: str = "openai") -> None:
         from tokenizers.normalizers import Sequence
-        from transformers import CLIPTokenizer
 
+        CLIPTokenizer = import_tokenizer("CLIPTokenizer")
         self.max_length, self.cleaning = max_length, cleaning
         file = find_clip_vocab(path)
         try:

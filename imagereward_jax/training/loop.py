@@ -26,10 +26,10 @@ from imagereward_jax.training.finite import require_finite, skipped_too_often
 from imagereward_jax.training.html_report import write_report
 from imagereward_jax.training.interruptions import Interrupted, catch_signals, closing, signal_of_any, wait_for_all
 from imagereward_jax.training.mesh import check_batch, check_remat, from_all_processes, make_mesh, put_batch
-from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_installed, make_writers
+from imagereward_jax.training.metric_writers import Meter, MetricWriter, check_installed, listed, make_writers
 from imagereward_jax.training.profiler import Profiler
 from imagereward_jax.training.program import AssembledRun, TrainingProgram
-from imagereward_jax.training.progress import Progress, described, listed, started
+from imagereward_jax.training.progress import Progress, described, started, waiting
 from imagereward_jax.training.resume import locked, newest_whole, read_state
 from imagereward_jax.training.samples import save_samples
 from imagereward_jax.training.state import to_checkpoint
@@ -200,11 +200,11 @@ class _Loop:
 
     def _compile(self, batches):
         start = time.monotonic()
-        with self.progress.waiting("tracing the training step"):
+        with waiting("tracing the training step", main=self.main):
             lowered = self.program.jitted().lower(self.state, self.fixed, batches, np.int32(0))
         self.progress.say(f"traced the training step in {time.monotonic() - start:.1f} s, compiling it")
         start = time.monotonic()
-        with self.progress.waiting("compiling the training step"), counting_hits() as hits:
+        with waiting("compiling the training step", main=self.main), counting_hits() as hits:
             compiled = lowered.compile(self.program.compile_options)
         done = "read the compiled training step from the cache" if hits else "compiled the training step"
         self.progress.say(f"{done} in {time.monotonic() - start:.1f} s")

@@ -1,4 +1,4 @@
-"""Writers of a run's numbers (metrics.jsonl, TensorBoard, W&B, the log), and the averaging between two log steps.
+"""Writers of a run's numbers (metrics.jsonl, the terminal, TensorBoard, W&B), and the averaging between two log steps.
 
 None of them imports TensorFlow, which would cost each start four seconds.
 """
@@ -11,16 +11,17 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 from imagereward_jax.storage.errors import writing
 from imagereward_jax.storage.files import whole_file, write_text
-from imagereward_jax.terminal import say
+from imagereward_jax.terminal import escape, say
 from imagereward_jax.training.interruptions import RunError
 
 METRICS = "metrics.jsonl"  # in the workdir
@@ -171,21 +172,16 @@ class TensorBoardWriter:
 
 
 class LogWriter:
-    """The log on stderr."""
-
-    def __init__(self):
-        from absl import logging
-
-        logging.set_verbosity(logging.INFO)
-        self._info = logging.info
+    """The terminal: a line above the bar on stderr, of what a run does not say there by itself."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the scalars of a step on one line."""
-        self._info("[%d] %s", step, ", ".join(f"{name}={float(value):.6g}" for name, value in sorted(metrics.items())))
+        """Writes the scalars of a step on one line, but for those of evaluations."""
+        shown = {name: value for name, value in metrics.items() if not name.startswith(("eval/", TEST))}
+        if shown:
+            tqdm.write(escape(f"step {step}: {listed(shown)}"), file=sys.stderr)
 
     def write_images(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes the shape: a log holds no images."""
-        self._info("[%d] %s: image %s", step, name, list(image.shape))
+        """Writes nothing: a terminal shows no images."""
 
     def close(self) -> None:
         """Has nothing left to write."""
@@ -255,6 +251,11 @@ def check_installed(names: Iterable[str]) -> None:
             raise ModuleNotFoundError(
                 f"config.writers: 'wandb' needs {error.name}: {way_out}", name=error.name
             ) from error
+
+
+def listed(metrics: Mapping[str, float]) -> str:
+    """Metrics in one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def make_writers(

@@ -76,32 +76,37 @@ class Progress:
                 self._warned.add(name)
                 self.say(f"warning: step {step}: {name} {metrics[name]:.3g} is above {limit:g}: {meaning}")
 
-    @contextlib.contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Says every few seconds, in a line that goes away again, that `what` goes on, and for how long."""
-        ended = threading.Event()
-
-        def tell():
-            begin, clock = time.monotonic(), tqdm(bar_format="{desc}", leave=False, file=sys.stderr)
-            while not ended.wait(EVERY):
-                clock.set_description_str(f"{what}: {time.monotonic() - begin:.0f} s")
-            clock.close()
-
-        if not self.main:
-            yield
-            return
-        thread = threading.Thread(target=tell, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
     def say(self, text: str) -> None:
         """Writes a line above the bar."""
         if self.main:
             tqdm.write(escape(text), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def waiting(what: str, *, main: bool) -> Iterator[None]:
+    """Says every few seconds, in a line that goes away again, that `what` goes on, and for how long.
+
+    Args:
+        main: whether this is process 0; all others are silent.
+    """
+    ended = threading.Event()
+
+    def tell():
+        begin, clock = time.monotonic(), tqdm(bar_format="{desc}", leave=False, file=sys.stderr)
+        while not ended.wait(EVERY):
+            clock.set_description_str(f"{what}: {time.monotonic() - begin:.0f} s")
+        clock.close()
+
+    if not main:
+        yield
+        return
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def foretelling(
@@ -129,11 +134,6 @@ def foretelling(
             advise(total, (clock() - begin) * total / items)
 
     return counted
-
-
-def listed(metrics: Mapping[str, float]) -> str:
-    """Metrics in one line."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def started(run: Any, mesh: Mesh, command: str) -> dict[str, Any]:

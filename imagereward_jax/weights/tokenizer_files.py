@@ -2,10 +2,12 @@
 without its library."""
 
 import gzip
+import importlib
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imagereward_jax.weights.files import WeightsError, read_json
 
@@ -29,6 +31,19 @@ class SentencePieceModel(NamedTuple):
 
     pieces: list[tuple[str, float]]
     charsmap: bytes | None
+
+
+def import_tokenizer(name: str) -> Any:
+    """Imports a tokenizer's class from transformers, without a word of PyTorch, which no tokenizer needs."""
+    setting = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(setting)
+    os.environ[setting] = "1"
+    try:
+        return getattr(importlib.import_module("transformers"), name)
+    finally:
+        os.environ.pop(setting)
+        if before is not None:
+            os.environ[setting] = before
 
 
 def tokenizer_class(folder: str | Path) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import signal
+import types
 
 import jax
 import numpy as np
@@ -115,6 +117,48 @@ def test_a_stopped_computation_is_continued(made, pairs, tmp_path, monkeypatch):
     assert again.keys() == before.keys()
     assert all(again[name].tobytes() == before[name].tobytes() for name in before)
     assert all(path.stat().st_mtime_ns == time for path, time in others.items() if path != shard)
+
+
+class CountsLetters:
+    """In the place of a text encoder; Ctrl-C comes while it encodes the prompt `interrupted`."""
+
+    text = ()
+
+    def __init__(self, interrupted=None):
+        self.interrupted, self.encoded = interrupted, []
+
+    def checksums(self, names):
+        return {}
+
+    def prompts(self, prompts):
+        if self.interrupted in prompts:
+            signal.raise_signal(signal.SIGINT)
+        self.encoded += prompts
+        return {"cond.letters": np.array([[len(prompt)] for prompt in prompts])}
+
+
+def test_ctrl_c_keeps_whole_shards(tmp_path, monkeypatch, capsys):
+    """Rows and a bar are told before; after it, how many rows are kept; the next run encodes the others alone."""
+    monkeypatch.setattr(encoded, "ENCODED_AT_ONCE", 1)
+    prompts, config = ["a", "bb", "ccc", "dddd", "eeeee"], default_config("denoising")
+    config.data.cache = str(tmp_path)
+
+    def fill(encoder):
+        pipeline = types.SimpleNamespace(index_fields=dict)
+        cache = encoded.prompt_cache(
+            types.SimpleNamespace(config=config, encoder=encoder, base_pipeline=pipeline), prompts
+        )
+        return cache, capsys.readouterr().err
+
+    with pytest.raises(KeyboardInterrupt, match=r"^2 rows of 5 are in .*prompts; the same command encodes the others$"):
+        fill(CountsLetters("dddd"))
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'prompts'}: encoding 5 rows of 5\n" in told and "3/5" in told
+    cache, told = fill(encoder := CountsLetters())
+    assert encoder.encoded == ["ccc", "dddd", "eeeee", ""]
+    assert "encoding 3 rows of 5\n" in told and "3/3" in told
+    assert [cache[row]["cond.letters"].item() for row in range(5)] == [1, 2, 3, 4, 5]
+    assert fill(CountsLetters("a"))[1] == "", "a whole cache is silent"
 
 
 def test_the_stream_drops_prompts(made, pairs, tmp_path):

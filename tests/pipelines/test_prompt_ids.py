@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,25 @@ PROMPTS = [
     "two red circles " * 200,
 ]
 LENGTHS = [77, 256, 512]
+
+
+WITHOUT_TORCH = """
+import importlib.util, os
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *package: None if name == "torch" else found(name, *package)
+from imagereward_jax.weights.tokenizer_files import import_tokenizer
+print(import_tokenizer("CLIPTokenizer").__name__, os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS"))
+import transformers
+print(transformers.utils.is_torch_available())
+transformers.logging.get_logger("transformers").warning_advice("advice")
+"""
+
+
+def test_a_missing_pytorch_is_no_news():
+    """Neither a line of it, nor fewer lines of advice for a program that uses transformers itself."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "CLIPTokenizer None\nFalse\n")
+    assert done.stderr == "[transformers] advice\n"
 
 
 @pytest.fixture(scope="module")

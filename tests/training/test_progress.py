@@ -18,11 +18,10 @@ from imagereward_jax.training.interruptions import catch_signals
 
 def test_long_work_shows_that_it_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(progress, "EVERY", 0.01)
-    shown = progress.Progress(toy_config(), None, main=True)
-    with shown.waiting("compiling"):
+    with progress.waiting("compiling", main=True):
         time.sleep(0.2)
     assert re.search(r"compiling: 0 s", capsys.readouterr().err)
-    with progress.Progress(toy_config(), None, main=False).waiting("compiling"):
+    with progress.waiting("compiling", main=False):
         time.sleep(0.05)
     assert capsys.readouterr().err == ""
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from imagereward_jax.data.shapes.drawing import all_captions
+from imagereward_jax.weights.tokenizer_files import import_tokenizer
 
 MAX_LENGTH = 16
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -99,14 +100,12 @@ def write_bert_vocab(folder: str | os.PathLike) -> int:
 
 def write_t5_tokenizer(folder: str | os.PathLike) -> int:
     """Writes the files that `transformers.T5Tokenizer` loads; returns the vocabulary's size."""
-    from transformers import T5Tokenizer
-
     characters = [chr(i) for i in range(33, 127)]
     pieces = [SPACE + word for word in caption_words()] + [SPACE, *characters]
     # Log probabilities: a word as one piece is far more likely than its letters.
     scores = [-2.0] * len(caption_words()) + [-10.0] * (1 + len(characters))
     vocab = [(token, 0.0) for token in T5_SPECIAL] + list(zip(pieces, scores))
-    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_LENGTH)
+    tokenizer = import_tokenizer("T5Tokenizer")(vocab=vocab, extra_ids=0, model_max_length=MAX_LENGTH)
     tokenizer.save_pretrained(folder)
     return len(vocab)
 
