@@ -57,17 +57,17 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None, *, script: bool = main.__module__ == "__main__") -> int:
-        # A job in the background is started with Ctrl-C ignored, and stays so.
-        armed = script and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        # A job in the background is started with Ctrl-C ignored, and stays so; SIGTERM is answered there as well.
+        interrupts = script and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if script:
             _keep_quiet()
         try:
-            if armed:
-                _CtrlC()
+            if script:
+                _CtrlC(interrupts)
             return main(argv)
         except KeyboardInterrupt as stop:
             say("; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
-            if armed:
+            if script:
                 end_interrupted()
             return INTERRUPTED
         except Exception as error:
@@ -77,7 +77,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             say(f"error: {text}", file=sys.stderr)
             return status
         finally:
-            if armed:  # nobody catches the exception any more
+            if interrupts:  # nobody catches the exception any more
                 signal.signal(signal.SIGINT, lambda *_: end_interrupted())
 
     return run
@@ -172,15 +172,21 @@ def end_interrupted() -> NoReturn:
 
 
 class _CtrlC:
-    """Handles Ctrl-C in a script: the first interrupts it once, so that nothing disturbs what cleans up behind it."""
+    """Handles signals in a script: the first Ctrl-C interrupts it once, so that nothing disturbs what cleans up
+    behind it.
 
-    def __init__(self):
+    Args:
+        interrupts: whether Ctrl-C does; else the signals that the work itself handles are answered alone.
+    """
+
+    def __init__(self, interrupts: bool):
         self.interrupted, self.presses = False, 0
         pressed, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         sys.unraisablehook = self._unraisable
-        signal.signal(signal.SIGINT, self._interrupt)
+        if interrupts:
+            signal.signal(signal.SIGINT, self._interrupt)
         threading.Thread(target=self._watch, args=(pressed,), daemon=True).start()
 
     def _interrupt(self, signum, frame):

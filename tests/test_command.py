@@ -200,6 +200,31 @@ sys.argv = ["imagereward", "score"]
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+IN_BACKGROUND = """
+import hashlib, os, signal, sys, threading
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from imagereward_jax.command import command
+from imagereward_jax.terminal import say
+from imagereward_jax.training.interruptions import catch_signals
+
+@command
+def main(argv=None):
+    with catch_signals(lambda: say("answered")) as caught:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**6)
+        say("computed")
+    say(caught == [signal.SIGTERM])
+
+main()
+"""
+
+
+def test_a_job_in_the_background_is_answered_as_well():
+    """A shell starts it with Ctrl-C ignored; SIGTERM is answered while a compiler lets no handler run."""
+    done = subprocess.run([sys.executable, "-c", IN_BACKGROUND], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "answered\ncomputed\nTrue\n", "")
+
+
 @pytest.mark.slow
 def test_two_ctrl_c_end_generate_while_it_compiles(tmp_path):
     """No crash of jax's threads at Python's end, and no wait for the compiler, which no signal interrupts."""
