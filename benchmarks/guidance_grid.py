@@ -84,7 +84,8 @@ def draw(grids, arguments):
         axis.set_xlabel("guidance")
         axis.grid(alpha=0.3)
     np.atleast_1d(axes)[0].set_ylabel("share of fully right images")
-    np.atleast_1d(axes)[-1].legend(fontsize="small")
+    lines, labels = np.atleast_1d(axes)[-1].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
     figure.savefig(arguments.plot, dpi=110)
 
 
