@@ -2,10 +2,10 @@
 
     python -m imagereward_jax.train --config configs/grpo_tiny.py
 
-As ddpo_tiny.py but for the advantages, and with a quarter of its steps: eight groups of eight images per step, each image
-compared with the others of its prompt. Hardware: one CPU core, some five minutes. Result to expect: after 1,280 images
-the share of fully right images at guidance 3 has risen from 0.77 to 0.80 (0.80 to 0.82, three seeds) and the mean
-reward from 1.66 to 1.68.
+As ddpo_tiny.py but for the advantages, and with a quarter of its steps: eight groups of eight images per step, each
+image compared with the others of its prompt. Hardware: one CPU core, some five minutes. Result to expect: after 1,280
+images the share of fully right images at guidance 3 has risen from 0.77 to 0.80 (0.80 to 0.82, three seeds) and the
+mean reward from 1.66 to 1.68.
 """
 
 from imagereward_jax.recipes import recipe_beside
