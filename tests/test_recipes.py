@@ -38,7 +38,9 @@ SMALL_NETWORKS = [
     )
 ]
 SMALL_IMAGES = "--config.data.image_size=16"
-SMALL_SAMPLES = ["--config.eval.num_prompts=4", "--config.eval.images_per_prompt=1", "--config.eval.num_steps=2"]
+SMALL_SAMPLES = [
+    f"--config.eval.{field}" for field in ("num_prompts=4", "images_per_prompt=1", "batch_size=4", "num_steps=2")
+]
 
 
 def train(name, workdir, *options):
@@ -83,11 +85,23 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     rows = {}
     rows["vae"] = train(
-        "shapes_vae", root / "vae", "--config.steps=60", "--config.eval.num_images=8", SMALL_IMAGES, *SMALL_NETWORKS
+        "shapes_vae",
+        root / "vae",
+        "--config.steps=60",
+        "--config.batch_size=8",
+        "--config.eval.num_images=8",
+        SMALL_IMAGES,
+        *SMALL_NETWORKS,
     )
     model = f"--config.model.path={root / 'vae/export'}"
     rows["pretrain"] = train(
-        "shapes_pretrain", root / "pretrain", "--config.steps=40", model, SMALL_IMAGES, *SMALL_SAMPLES
+        "shapes_pretrain",
+        root / "pretrain",
+        "--config.steps=40",
+        "--config.batch_size=8",
+        model,
+        SMALL_IMAGES,
+        *SMALL_SAMPLES,
     )
     rows["reward"] = train(
         "shapes_reward",

@@ -100,7 +100,8 @@ def test_an_adapter_of_each_method_gives_the_same_image(models, tiny_reward_fold
     assert difference.max() < 1e-4
 
 
-@pytest.mark.parametrize("method", ["draft", pytest.param("ddpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["draft", "ddpo"])
 def test_a_model_tuned_in_full_gives_the_same_image(models, tiny_reward_folder, tmp_path, method):
     """As above, of the exported folder."""
     export = tune(models["sd1"], tiny_reward_folder, tmp_path / "run", method, "optimizer.learning_rate=1e-2")
