@@ -194,7 +194,7 @@ def _of_flag(told):
     for dashes, plain in DASHES.items():
         told = told.replace(plain, dashes)
     if unknown := re.match(r"Unknown command line flag '([^']*)'", told):
-        known = ["--config", *(f"--{name}" for name in FLAGS[:3]), *DASHES]
+        known = ["--config", *DASHES, *({f"--{name}" for name in FLAGS} - set(DASHES.values()))]
         return f"--{unknown[1]}: no such flag{did_you_mean('--' + unknown[1], known)}"
     if value := re.match(r"flag --([\w.-]+)=(.*?): (.*)", told, re.DOTALL):
         for sign, expected in _EXPECTED.items():

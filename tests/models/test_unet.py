@@ -195,7 +195,7 @@ def test_remat_policy_checkpoints_what_it_names():
 
 
 def test_remat_changes_no_result_in_a_scan():
-    """Two sampler steps inside lax.scan, the parameters from outside, what the policy names on the host
+    """Two sampler steps inside lax.scan, the parameters from outside: whole blocks, and layers on the host
     (tests/models/test_remat.py: every policy, part by part)."""
     sample, context, _ = inputs("tiny", 4, 4)
 
@@ -208,7 +208,7 @@ def test_remat_changes_no_result_in_a_scan():
         return jnp.square(jax.lax.scan(step, sample, jnp.array([9, 5]))[0]).mean()
 
     results = {}
-    for policy in ("none", "offload"):
+    for policy in ("none", "full", "offload"):
         graphdef, params = network("tiny", remat=policy)
         function = jax.value_and_grad(lambda *args, g=graphdef: loss(*args, g), argnums=(0, 1))
         results[policy] = jax.jit(function)(params, sample)
