@@ -109,6 +109,8 @@ class _Step:
     copies: dict[str, Callable]
     mesh: Mesh | None
 
+    __name__ = "train_step"  # of the compiled program, in profiles
+
     def __call__(self, state, fixed, batches, update=0):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         updates, logged = self.phases[0].source.updates, {}

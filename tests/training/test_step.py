@@ -199,3 +199,11 @@ def test_checkpoints_hold_copies_only_if_there_are_some():
     for state in (plain, with_copies):
         again = from_checkpoint(to_checkpoint(state))
         jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_profiles_and_dumps_call_the_compiled_program_train_step():
+    """Not `<unnamed function>`, as jax calls a callable without a name."""
+    optimizer = optax.sgd(0.5)
+    step = jax.jit(make_train_step((Phase("p0", quadratic, Given()),), optimizer))
+    state = init_state({"w": jnp.float32(0)}, optimizer, seed=0, ema=False)
+    assert "module @jit_train_step " in step.lower(state, Fixed({}), {"p0": {"scale": jnp.ones(1)}}).as_text()
