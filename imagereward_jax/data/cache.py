@@ -89,12 +89,15 @@ class Cache:
         with contextlib.ExitStack() as stack:
             if process_index == 0:
                 lock = Lock(self.folder / LOCK, f"config.data.cache={str(self.folder)!r}")
-                if self.missing():
+                complete = not self.missing()
+                if not complete:
                     with writing(self.folder):
                         stack.enter_context(lock)
                 elif lock.path.exists():  # of a run that was killed when all was written, or of one at its end
                     with contextlib.suppress(LockedError, OSError), lock:
                         pass
+                if complete and process_count == 1:  # looking costs a file's state for each row
+                    return self._remove_temporary()
             self._fill(encode_rows, encode_empty, process_index, process_count, wait)
 
     def _fill(self, encode_rows, encode_empty, process_index, process_count, wait):
@@ -113,9 +116,12 @@ class Cache:
                 "processes are done; config.data.cache must be one folder that every process sees"
             )
         if process_index == 0:
-            for path in self.folder.iterdir():
-                if _is_temporary(path.name) and path.name != LOCK:
-                    path.unlink(missing_ok=True)
+            self._remove_temporary()
+
+    def _remove_temporary(self):
+        for path in self.folder.iterdir():
+            if _is_temporary(path.name) and path.name != LOCK:
+                path.unlink(missing_ok=True)
 
     def rows_of(self, shard: int) -> range:
         """The range of rows in a shard."""

@@ -117,6 +117,13 @@ def test_the_lock_of_a_run_that_was_killed_when_all_was_written_is_removed(tmp_p
     assert names(tmp_path) == FILES
 
 
+def test_the_files_behind_a_complete_cache_are_looked_at_once(tmp_path):
+    open_cache(tmp_path, {}, 7, lambda rows: "a").fill(squares, empty)
+    looked_at = []
+    open_cache(tmp_path, {}, 7, lambda rows: looked_at.append(rows) or "a").fill(None, None)
+    assert [rows.start for rows in looked_at] == [0, 2, 4, 6]
+
+
 def test_rows_whose_files_changed_are_computed_again(tmp_path):
     """Those of their shard alone; a cache that says nothing of its files stays as it is, a damaged shard does not."""
     computed, states = [], {0: "a", 2: "a", 4: "a", 6: "a"}
