@@ -2,11 +2,14 @@
 
     python convert/shapes_groups.py OUT tiny-shapes runs/refl_tiny/export
     python -m imagereward_jax.train --config configs/shapes_reward_samples.py --config.data.groups=OUT/groups.json
+    python convert/shapes_groups.py OTHER tiny-shapes --held-out --drawn 0
+    imagereward evaluate --model tiny-shapes --model tiny-shapes-v2 --data OTHER/groups.json
 
 A reward that has seen drawings alone misjudges what a generator makes. As ImageReward's data are images of several
 models, ranked by people, these are images of several models, or of one before and after tuning, ranked by how many of
 the prompt's words the checker finds; groups without a difference are left out. Drawn groups (`--drawn`) keep in mind
-what the reward knew before. OUT holds groups.json and PNG files.
+what the reward knew before. Every group is written a second time with left and right exchanged, in images and prompt,
+if that prompt is of the same split. OUT holds groups.json and PNG files.
 """
 
 import argparse
@@ -26,13 +29,15 @@ def parse_args(argv=None):
     parser.add_argument("--images", type=int, default=5, help="images of a group, 2 to 9 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="DDIM steps (default: %(default)s)")
     parser.add_argument("--drawn", type=int, default=3000, help="drawn groups beside them (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, help="only so many of the training prompts")
+    parser.add_argument("--prompts", type=int, help="only so many of the prompts")
+    parser.add_argument("--held-out", action="store_true", help="of held-out prompts, to judge a reward, not train one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if not 2 <= args.images <= 9:
         parser.error(f"--images {args.images}: expected 2 to 9")
     if args.steps < 1 or args.drawn < 0 or (args.prompts or 1) < 1:
         parser.error("--steps and --prompts: expected at least 1; --drawn: 0 or more")
+    args.split = "shapes:held_out" if args.held_out else "shapes:train"
     return args
 
 
@@ -42,7 +47,7 @@ def drawn_groups(args, size):
     from imagereward_jax.data.shapes.drawing import to_uint8
     from imagereward_jax.data.shapes.sources import ShapesGroups
 
-    captions = shapes_captions("shapes:train")
+    captions = shapes_captions(args.split)
     source = ShapesGroups(
         args.drawn, args.seed + 1, captions, images_per_prompt=args.images, image_size=size, unclear=0.4
     )
@@ -65,7 +70,7 @@ def sampled_groups(args, number, pipeline):
 
     params, side = jax.tree.map(jnp.asarray, pipeline.load_params()), pipeline.default_size
     sampler = pipeline.make_sampler("ddim", args.steps, 0.0, side, side)
-    chosen = list(load_prompts("shapes:train"))[: args.prompts]
+    chosen = list(load_prompts(args.split))[: args.prompts]
     prompts = [prompt for prompt in chosen for _ in range(args.images)]
     batch = min(64, len(prompts))
     sample = ImageSampler(pipeline, sampler, make_mesh(1, 1, jax.devices()[:1]), batch, height=side, width=side)
@@ -76,17 +81,28 @@ def sampled_groups(args, number, pipeline):
         yield from zip(chosen, pixels.reshape(-1, args.images, side, side, 3), np.reshape(wrong, (-1, args.images)))
 
 
+def with_mirrored(groups, prompts):
+    """Every group, and once more with left and right exchanged if that prompt is one of `prompts`."""
+    for prompt, images, costs in groups:
+        yield prompt, images, costs
+        words = [{"left": "right", "right": "left"}.get(word, word) for word in prompt.split()]
+        if (mirrored := " ".join(words)) in prompts:
+            yield mirrored, images[:, :, ::-1], costs
+
+
 def write(args, folder, pipelines):
     """Writes groups.json and its images; returns the number of groups of each origin."""
     import numpy as np
     from PIL import Image
 
-    rows, counts = [], {}
+    from imagereward_jax.data.prompts import load_prompts
+
+    rows, counts, prompts = [], {}, set(load_prompts(args.split))
     origins = {"drawn": drawn_groups(args, pipelines[0].default_size)} if args.drawn else {}
     origins |= {str(name): sampled_groups(args, n, pipelines[n]) for n, name in enumerate(args.models)}
     (folder / "images").mkdir()
     for origin, groups in origins.items():
-        for prompt, images, costs in groups:
+        for prompt, images, costs in with_mirrored(groups, prompts):
             ranking = np.unique(costs, return_inverse=True)[1] + 1
             if ranking.max() == 1:
                 continue

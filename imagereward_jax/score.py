@@ -35,9 +35,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default="ImageReward-v1.0",
-        help="ImageReward-v1.0, tiny-shapes, CLIP, BLIP, Aesthetic, Aesthetic-AlignProp, Aesthetic-AlignProp-TRL, "
-        "PickScore, HPSv2.1, jpeg-compressibility, jpeg-incompressibility, module:function, jax:module:function, "
-        "random, an ImageReward.pt, or a folder",
+        help="ImageReward-v1.0, tiny-shapes, tiny-shapes-v2, CLIP, BLIP, Aesthetic, Aesthetic-AlignProp, "
+        "Aesthetic-AlignProp-TRL, PickScore, HPSv2.1, jpeg-compressibility, jpeg-incompressibility, module:function, "
+        "jax:module:function, random, an ImageReward.pt, or a folder",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in the order of the arguments")
     add_scorer_flags(parser)

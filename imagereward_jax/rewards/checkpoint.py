@@ -32,7 +32,7 @@ IGNORED_KEYS = (r"(^|\.)position_ids$",)
 
 def available_models() -> list[str]:
     """Returns the names that `load` knows: ImageReward on the hub, and the rewards built into the package."""
-    return [*HUB_MODELS, *(name for name in hub.builtin_models() if _builtin_folder(name).is_dir())]
+    return [*HUB_MODELS, *hub.builtin_rewards()]
 
 
 def load(
@@ -179,7 +179,7 @@ def config_of(name: str) -> ImageRewardConfig:
     if is_repository(name):
         path = hub.resolve_model(name, allow_patterns=[CONFIG_FILE])
     else:
-        path = _builtin_folder(name) if name in hub.builtin_models() else Path(os.path.expanduser(name))
+        path = _builtin_folder(name) if name in hub.builtin_rewards() else Path(os.path.expanduser(name))
     if (path / CONFIG_FILE).is_file():
         return ImageRewardConfig.from_dict(files.read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
     if path.name and (text := path.with_name(MED_CONFIG_FILE)).is_file():

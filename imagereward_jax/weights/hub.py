@@ -24,8 +24,17 @@ class UploadError(RuntimeError):
 
 
 def builtin_models() -> list[str]:
-    """Lists the names of the models that come with the package."""
-    return sorted(path.name for path in ASSETS.iterdir() if path.is_dir()) if ASSETS.is_dir() else []
+    """Lists the names of the text-to-image models that come with the package."""
+    return _builtin("model_index.json")
+
+
+def builtin_rewards() -> list[str]:
+    """Lists the names of the rewards that come with the package; each is in the folder `reward` of its name."""
+    return _builtin("reward/config.json")
+
+
+def _builtin(file):
+    return sorted(path.name for path in ASSETS.iterdir() if (path / file).is_file()) if ASSETS.is_dir() else []
 
 
 def resolve_model(

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import imagereward_jax
+from imagereward_jax.data import shapes
+from imagereward_jax.pipelines import open_pipeline
 from imagereward_jax.rewards import checkpoint
 from imagereward_jax.rewards.imagereward import ImageReward, abstract_module
 from imagereward_jax.weights import files, hub, mapping
@@ -155,6 +157,19 @@ def test_a_built_in_reward_loads_by_its_name(tiny_reward_folder, tiny_reward, tm
     monkeypatch.setattr(hub, "ASSETS", tmp_path)
     assert imagereward_jax.available_models() == ["ImageReward-v1.0", "toy-world"]
     assert_same_params(imagereward_jax.load("toy-world"), tiny_reward)
+
+
+def test_the_second_built_in_reward_is_a_reward_alone():
+    """`tiny-shapes-v2` tells a right image from one with a wrong word, and is no text-to-image model."""
+    rng = np.random.default_rng(0)
+    captions = [shapes.Caption("large", colour, "circle", "center") for colour in ("red", "blue")]
+    right, wrong = imagereward_jax.load("tiny-shapes-v2").score(
+        captions[0].text, [shapes.draw(caption, rng, 32) for caption in captions]
+    )
+    assert right > wrong + 1
+    assert "tiny-shapes-v2" not in hub.builtin_models()
+    with pytest.raises(hub.ModelNotFound, match=r"'tiny-shapes-v2'.*Built-in models: tiny-shapes, tiny-shapes-sd3$"):
+        open_pipeline("tiny-shapes-v2")
 
 
 def test_the_convert_command(pickle_folder, tiny_reward, tmp_path, capsys, monkeypatch):
