@@ -4,8 +4,9 @@
     python benchmarks/before_after.py --model runs/drtune_tiny/export --work runs/before_after
 
 Both models draw the shapes world's 64 held-out prompts, four images each, from the same noise at guidance 3 in 20
-steps. A rule-based checker that no model ever saw reads each image. Prints how many images are right before and after,
-and draws, of those that were wrong before and are right after, the ones whose pixels changed most, one per prompt.
+steps. A rule-based checker reads each image; the reward learnt from what it said of images of other prompts. Prints how
+many images are right before and after, and draws, of those that were wrong before and are right after, the ones whose
+pixels changed most, one per prompt.
 """
 
 import argparse

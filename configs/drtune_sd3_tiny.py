@@ -12,6 +12,8 @@ from imagereward_jax.recipes import recipe_beside
 def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "drtune_tiny")
+    config.steps = 40
     config.model.path = "tiny-shapes-sd3"
+    config.reward.path = "tiny-shapes"  # the second saw no images of this model
     config.method.sampler = "euler"
     return config

@@ -2,8 +2,8 @@
 
     python -m imagereward_jax.train --config configs/drtune_tiny.py
 
-Hardware: 2 CPU cores, some four minutes. Result to expect: on 64 held-out prompts at guidance 3, mean of three seeds,
-the share of fully right images rises from 0.77 to 0.91 and the mean reward from 1.66 to 1.82.
+Hardware: one CPU core, some six minutes. Result to expect: on 64 held-out prompts at guidance 3, mean of three seeds,
+the share of fully right images rises from 0.77 to 0.92 (0.90 to 0.93) and the mean reward from 1.27 to 1.54.
 """
 
 from imagereward_jax.recipes import recipe_beside

@@ -15,6 +15,8 @@ def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "ddpo_tiny", method="flow_grpo")
     config.steps = 20
+    config.reward.path = "tiny-shapes"
+    config.method.guidance_scale = 3.0
     config.method.sampler = "ddim"
     config.method.eta = 1.0
     config.method.group_size = 8

@@ -17,5 +17,6 @@ def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "refl_tiny")
     config.model.path = "tiny-shapes-sd3"
+    config.reward.path = "tiny-shapes"  # the second saw no images of this model
     config.method.sampler = "euler"
     return config

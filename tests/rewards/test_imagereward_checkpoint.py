@@ -204,3 +204,20 @@ def test_a_random_model_is_made_from_a_dict(tiny_reward_config, vocab_file):
     reward = ImageReward.from_config(tiny_reward_config.to_dict(), vocab_file, jax.random.key(0))
     assert reward.config == tiny_reward_config
     np.testing.assert_allclose(np.std(reward.params["blip"]["vision_proj"]["kernel"]), 0.02, rtol=0.1)
+
+
+def test_a_reward_alone_is_packed_in_float16_as_the_package_has_it(tiny_reward_folder, tmp_path, capsys, monkeypatch):
+    """convert/tiny_shapes.py: within float16's rounding; a folder that is no model is refused, and nothing written."""
+    monkeypatch.syspath_prepend(str(ROOT / "convert"))
+    monkeypatch.delitem(sys.modules, "tiny_shapes", raising=False)
+    import tiny_shapes
+
+    assert tiny_shapes.main([str(tiny_reward_folder), str(tmp_path / "packed")]) == 0
+    packed = files.read_tensors(tmp_path / "packed/reward/model.safetensors")
+    whole = files.read_tensors(tiny_reward_folder / "model.safetensors")
+    assert packed.keys() == whole.keys() and {array.dtype.name for array in packed.values()} == {"float16"}
+    for name, array in whole.items():
+        np.testing.assert_allclose(packed[name], array, rtol=1e-3, atol=1e-7)
+    for argv in ([str(tmp_path)], [str(tiny_reward_folder), "--reward", str(tiny_reward_folder)]):
+        assert tiny_shapes.main([argv[0], str(tmp_path / "no"), *argv[1:]]) == 2
+        assert "expected a diffusers folder" in capsys.readouterr().err and not (tmp_path / "no").exists()
