@@ -10,7 +10,9 @@ from imagereward_jax.weights import hub
 
 @pytest.fixture
 def assets(tmp_path, monkeypatch):
-    (tmp_path / "assets" / "tiny-shapes").mkdir(parents=True)
+    for file in ("tiny-shapes/model_index.json", "tiny-shapes/reward/config.json", "a-reward/reward/config.json"):
+        (tmp_path / "assets" / file).parent.mkdir(parents=True)
+        (tmp_path / "assets" / file).touch()
     monkeypatch.setattr(hub, "ASSETS", tmp_path / "assets")
     return tmp_path / "assets"
 
@@ -34,6 +36,7 @@ def test_folders_and_built_in_models(assets, no_network, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     assert resolve(tmp_path / "mine") == tmp_path / "mine"
     assert resolve("tiny-shapes") == assets / "tiny-shapes"
+    assert hub.builtin_models() == ["tiny-shapes"] and hub.builtin_rewards() == ["a-reward", "tiny-shapes"]
     monkeypatch.chdir(tmp_path)
     assert resolve("mine").samefile(tmp_path / "mine")
 
