@@ -15,13 +15,15 @@ from imagereward_jax.recipes import default_config
 def get_config():
     """The recipe."""
     config = default_config("ddpo")
-    config.steps = 80
+    config.steps = 60
     config.batch_size = 32
     config.model.path = "tiny-shapes"
     config.model.remat = "none"
     config.reward.path = "tiny-shapes-v2"
     config.method.num_steps = 10
     config.method.guidance_scale = 2.0  # where more images are wrong than at 3: more to compare
+    config.method.negative_gradient = False
+    config.method.window_high = 3  # the steps that decide what is where; the others would add their noise and cost
     config.method.height = 32
     config.method.width = 32
     config.method.rounds = 2

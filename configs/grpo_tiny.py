@@ -15,8 +15,10 @@ def get_config():
     """The recipe."""
     config = recipe_beside(__file__, "ddpo_tiny", method="flow_grpo")
     config.steps = 20
-    config.reward.path = "tiny-shapes"  # this and the guidance as measured, not ddpo_tiny.py's
+    config.reward.path = "tiny-shapes"  # this and the next three as measured, not ddpo_tiny.py's
     config.method.guidance_scale = 3.0
+    config.method.negative_gradient = True
+    config.method.window_high = None
     config.method.sampler = "ddim"
     config.method.eta = 1.0
     config.method.group_size = 8

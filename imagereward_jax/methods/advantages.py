@@ -26,16 +26,18 @@ class PromptAdvantages:
 
     A prompt's statistics are those of its buffer, which holds the present rewards already; while it has fewer than
     `min_count`, they are those of all present rewards. Standard deviations are of the population, plus 1e-6. Without
-    buffers all statistics are those of the present rewards, plus 1e-8.
+    buffers all statistics are those of the present rewards, plus 1e-8. With std="step" the standard deviation is always
+    that of all present rewards (Flow-GRPO's `global_std`).
 
     Args:
         buffer: rewards that are remembered of each prompt; 0 for none.
         min_count: rewards from which on a prompt has statistics of its own.
         clip: bound on the advantages.
+        std: whose standard deviation divides, the "prompt"'s or the whole "step"'s.
     """
 
-    def __init__(self, *, buffer: int, min_count: int, clip: float):
-        self.buffer, self.min_count, self.clip = buffer, min_count, clip
+    def __init__(self, *, buffer: int, min_count: int, clip: float, std: str = "prompt"):
+        self.buffer, self.min_count, self.clip, self.std = buffer, min_count, clip, std
         self._rewards: dict[str, list[float]] = {}
 
     def __call__(self, scored: Scored) -> np.ndarray:
@@ -50,7 +52,9 @@ class PromptAdvantages:
             newest = [*self._rewards.get(prompt, []), *rewards[rows & finite].tolist()][-self.buffer :]
             self._rewards[prompt] = newest
             if len(newest) >= self.min_count:
-                means[rows], stds[rows] = _statistics(newest, 1e-6)
+                means[rows], own = _statistics(newest, 1e-6)
+                if self.std == "prompt":
+                    stds[rows] = own
         advantages = np.where(finite, (np.where(finite, rewards, 0.0) - means) / stds, 0.0)
         return np.clip(advantages, -self.clip, self.clip).astype(np.float32)
 

@@ -17,6 +17,9 @@ class Config(PolicyConfig):
 
     prompt_buffer: int = field(16, at_least=0)  # newest rewards per prompt that one is compared with; 0: the step's
     prompt_min_count: int = field(16, at_least=1)  # with fewer rewards of a prompt, all of the step's are compared with
+    # whose standard deviation divides a reward's distance from its prompt's mean. "step" (Flow-GRPO's global_std): the
+    # more the images of a prompt differ, the more they count
+    advantage_std: str = field("prompt", choices=("prompt", "step"))
 
     def check(self, config):
         """Statistics of a prompt must be reachable."""
@@ -35,6 +38,9 @@ def make(config: Config, parts: Any) -> Method:
         ConfigError: see `policy_gradient.make_tables`.
     """
     assign = PromptAdvantages(
-        buffer=config.prompt_buffer, min_count=config.prompt_min_count, clip=config.advantage_clip
+        buffer=config.prompt_buffer,
+        min_count=config.prompt_min_count,
+        clip=config.advantage_clip,
+        std=config.advantage_std,
     )
     return policy_method("ddpo", config, parts, {**config.rounds_options, "assign": assign})

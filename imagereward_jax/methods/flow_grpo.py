@@ -20,7 +20,7 @@ from imagereward_jax.diffusion.samplers import NOISY_FLOWS
 from imagereward_jax.methods.advantages import keep_extremes
 from imagereward_jax.methods.base import Batch, Method
 from imagereward_jax.methods.on_policy import GroupConfig
-from imagereward_jax.methods.policy_gradient import PolicyConfig, Window, policy_method
+from imagereward_jax.methods.policy_gradient import PolicyConfig, policy_method
 
 
 class Config(GroupConfig, PolicyConfig):
@@ -32,12 +32,6 @@ class Config(GroupConfig, PolicyConfig):
     guidance_scale: float = 4.5  # in sampling and in training; at most 1: no guidance, half the work
     sampler: str = field("flow_sde", choices=("ddim", *NOISY_FLOWS))  # ddim for schedules of betas
     eta: float = field(0.7, at_least=0.0)  # noise: flow_sde 0.7 (0.9 for FLUX), dance_sde 0.3, cps 0.8, ddim 1
-    window_size: int | None = field(None, at_least=1)  # steps that add noise and train; None: all that can
-    window_low: int = field(0, at_least=0)  # the window lies in [window_low, window_high)
-    window_high: int | None = field(None, at_least=1)  # None: the end; Flow-GRPO-Fast: num_steps / 2
-    # "random": drawn anew at every round (Flow-GRPO-Fast); "slide": from noisy to clean, and again (MixGRPO)
-    window_move: str = field("none", choices=("none", "random", "slide"))
-    window_every: int = field(25, at_least=1)  # training steps after which a sliding window moves by one sampler step
     keep: int | None = field(None, at_least=2)  # images of a group that train: the best and worst halves (Best-of-N)
     guard: bool = False  # GRPO-Guard's ratio, without bias, and losses divided by the step's length; for flow_sde
     # To the weights that training starts from: "kl" is the step's KL divergence per latent number; "kl_rate" the same
@@ -45,30 +39,12 @@ class Config(GroupConfig, PolicyConfig):
     penalty: str = field("kl_rate", choices=("kl", "kl_rate"))
     penalty_weight: float = field(0.0, at_least=0.0)  # of it; 0 needs no second set of weights
 
-    @property
-    def window(self) -> Window:
-        """Steps that add noise and train."""
-        high = self.noisy_steps if self.window_high is None else self.window_high
-        size = high - self.window_low if self.window_size is None else self.window_size
-        return Window(size, self.window_low, high, self.window_move, self.window_every)
-
     def trained(self, config):
         """Rows of a step that train."""
         return self.sampled(config) * (self.keep or self.group_size) // self.group_size
 
     def check(self, config):
-        """The window lies among the steps, and settings fit the sampler."""
-        low, high, size = self.window.low, self.window.high, self.window.size
-        if not (low < high <= self.noisy_steps and 1 <= size <= high - low):
-            raise ConfigError(
-                f"config.method: a window of window_size={size} steps does not lie in [window_low={low}, "
-                f"window_high={high}) among the {self.noisy_steps} steps of {self.sampler} that can train"
-            )
-        if self.window_move != "none" and size == high - low:
-            raise ConfigError(
-                f"config.method.window_move={self.window_move!r}: a window of {size} steps cannot move in "
-                f"[{low}, {high}); pass a smaller --config.method.window_size"
-            )
+        """Settings fit the sampler."""
         if self.keep and (self.keep % 2 or self.keep > self.group_size):
             raise ConfigError(
                 f"config.method.keep={self.keep}: expected an even number of at most group_size={self.group_size}"

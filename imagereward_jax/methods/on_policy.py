@@ -24,6 +24,7 @@ class OnPolicyConfig(MethodConfig):
     )  # sampler steps of a generation in training; config.eval has its own
     guidance_scale: float = 5.0  # in sampling and in training; at most 1: no guidance, half the work
     negative_prompt: str = ""  # what guidance leads away from
+    negative_gradient: bool = True  # False: none through the negative prompt's branch, half the backward pass
     height: int = field(512, at_least=1, at_most=MAX_SIDE)  # of the images that train, in pixels
     width: int = field(512, at_least=1, at_most=MAX_SIDE)  # in pixels
     rounds: int = field(1, at_least=1)  # of sampling per step; functions score one round while the next is sampled
@@ -124,7 +125,8 @@ def conditions_of(batch: Batch) -> dict[str, Any]:
 
 def bind_denoiser(config: OnPolicyConfig, pipeline: Any, batch: Batch) -> Any:
     """The denoiser with a batch's conditions and the method's guidance, as `rollout` calls it."""
-    return pipeline.denoiser_for(*(batch.get(name) for name in CONDITIONS), config.guidance_scale)
+    conditions = (batch.get(name) for name in CONDITIONS)
+    return pipeline.denoiser_for(*conditions, config.guidance_scale, negative_gradient=config.negative_gradient)
 
 
 def draw_noise(config: OnPolicyConfig, key: Key, batch: Batch, shape: tuple[int, ...], rows: int) -> jax.Array:

@@ -54,6 +54,12 @@ class PolicyConfig(OnPolicyConfig):
     # whose steps add noise: ddim of schedules of betas; of flows flow_sde (Flow-GRPO), dance_sde (DanceGRPO), cps
     sampler: str = field("ddim", choices=("ddim", *NOISY_FLOWS))
     eta: float = field(1.0, at_least=0.0)  # noise of the steps; Flow-GRPO 0.7, DanceGRPO 0.3, CPS 0.8
+    window_size: int | None = field(None, at_least=1)  # steps that add noise and train; None: all that can
+    window_low: int = field(0, at_least=0)  # the window lies in [window_low, window_high)
+    window_high: int | None = field(None, at_least=1)  # None: the end; Flow-GRPO-Fast: num_steps / 2
+    # "random": drawn anew at every round (Flow-GRPO-Fast); "slide": from noisy to clean, and again (MixGRPO)
+    window_move: str = field("none", choices=("none", "random", "slide"))
+    window_every: int = field(25, at_least=1)  # training steps after which a sliding window moves by one sampler step
     timestep_fraction: float = field(1.0, above=0.0, at_most=1.0)  # share of each sample's steps that train, drawn anew
     clip_range: float = field(1e-4, above=0.0)  # the ratio counts within 1 +- this; log-probabilities are means
     state_dtype: str = field("float32", choices=("float32", "bfloat16"))  # of stored states, which are rounded first
@@ -66,7 +72,9 @@ class PolicyConfig(OnPolicyConfig):
     @property
     def window(self) -> Window:
         """Steps that add noise and train."""
-        return Window(self.noisy_steps, 0, self.noisy_steps)
+        high = self.noisy_steps if self.window_high is None else self.window_high
+        size = high - self.window_low if self.window_size is None else self.window_size
+        return Window(size, self.window_low, high, self.window_move, self.window_every)
 
     @property
     def trained_steps(self) -> int:
@@ -79,6 +87,17 @@ class PolicyConfig(OnPolicyConfig):
         if self.noisy_steps < 1:
             raise ConfigError(
                 f"config.method.num_steps={self.num_steps}: the last step of {self.sampler} does not train"
+            )
+        low, high, size = self.window.low, self.window.high, self.window.size
+        if not (low < high <= self.noisy_steps and 1 <= size <= high - low):
+            raise ConfigError(
+                f"config.method: a window of window_size={size} steps does not lie in [window_low={low}, "
+                f"window_high={high}) among the {self.noisy_steps} steps of {self.sampler} that can train"
+            )
+        if self.window_move != "none" and size == high - low:
+            raise ConfigError(
+                f"config.method.window_move={self.window_move!r}: a window of {size} steps cannot move in "
+                f"[{low}, {high}); pass a smaller --config.method.window_size"
             )
         if not self.trained_steps:
             raise ConfigError(
@@ -134,6 +153,7 @@ def check_noise(sampler: Sampler, config: PolicyConfig, scheduler_config: dict[s
     needed = "eta above 0"
     if config.sampler == "ddim":
         needed += " and a schedule with steps_offset=1 and set_alpha_to_one=false, as Stable Diffusion has it"
+        needed += f", or window_high={silent[0]}, which leaves it out" if silent[0] > window.low else ""
     raise ConfigError(
         f"config.method: step {step + 1} of {config.num_steps} (timestep {sampler.timesteps[step]:g}) of "
         f"{config.sampler} with eta={config.eta:g} on scheduler_config.json ({said}) adds no noise, so its "

@@ -1,5 +1,6 @@
 """DDPO against PyTorch: diffusers' networks and DDIMScheduler at eta 1, ddpo-pytorch's loss and statistics."""
 
+import copy
 import json
 import math
 
@@ -60,14 +61,13 @@ def made(tmp_path_factory):
     return pipeline, params, unet, scheduler
 
 
-@pytest.fixture(scope="module")
-def sampled(made):
+def sample_rows(made, config):
     """(rows that the compiled program samples, its noise and step noise)."""
     pipeline, params, *_ = made
     rng = np.random.default_rng(0)
     conds = rng.standard_normal((2, SAMPLES, 16, 24)).astype(np.float32)
     batch = {"cond": {"prompt_embeds": conds[0]}, "negative_cond": {"prompt_embeds": conds[1]}}
-    config, key = settings(), jax.random.key(3)
+    key = jax.random.key(3)
     tables = make_tables(config, pipeline)
     images, rows = jax.jit(make_sample(config, pipeline))(Models(params, tables=tables), batch, key)
     assert images.shape == (SAMPLES, 8, 8, 3)
@@ -82,10 +82,18 @@ def sampled(made):
 
 
 @pytest.fixture(scope="module")
-def trained(made, sampled):
-    """(the minibatch, and after each of two updates of plain gradient descent: the UNet, gradient, metrics)."""
+def sampled(made):
+    """`sample_rows` of all steps, which all train."""
+    return sample_rows(made, settings())
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["both branches", "no negative gradient"])
+def trained(made, sampled, request):
+    """(the minibatch, after each of two updates of plain gradient descent: the UNet, gradient, metrics; whether the
+    negative branch has gradient)."""
     pipeline, params, *_ = made
-    config, optimizer = settings(timestep_fraction=0.5), optax.chain(optax.trace(0.0), optax.sgd(RATE))
+    config = settings(timestep_fraction=0.5, negative_gradient=request.param)
+    optimizer = optax.chain(optax.trace(0.0), optax.sgd(RATE))
     sampler = make_sampler("ddim", pipeline.scheduler_config, config.num_steps, config.eta)
     batch = make_choose(config.num_steps, config.trained_steps)(sampled[0], np.random.default_rng(1))
     phase = Phase("ddpo", make_loss(config, pipeline), Source(), sampler)
@@ -95,7 +103,7 @@ def trained(made, sampled):
         rows = {"advantage": ADVANTAGES, "update": np.full(SAMPLES, update, np.int32)}
         state, metrics = step(state, Fixed({}, tables={"ddpo": sampler}), {"ddpo": {**batch, **rows}})
         found.append((state.params["unet"], state.opt_state[0].trace["unet"], over_updates([metrics])))
-    return batch, found
+    return batch, found, request.param
 
 
 def in_torch(array):
@@ -103,19 +111,20 @@ def in_torch(array):
     return torch.from_numpy(np.moveaxis(np.asarray(array, np.float32), -1, -3).copy())
 
 
-def torch_denoise(unet, latents, timesteps, rows, indices):
+def torch_denoise(unet, latents, timesteps, rows, indices, negative_gradient=True):
     """Guided outputs for the samples `indices`, in one call of both branches."""
     embeds = [rows[name]["prompt_embeds"][indices] for name in ("negative_cond", "cond")]
     embeds, timesteps = torch.from_numpy(np.concatenate(embeds)), torch.as_tensor(timesteps).repeat(2)
     negative, positive = unet(torch.cat([latents] * 2), timesteps, embeds).sample.chunk(2)
+    negative = negative if negative_gradient else negative.detach()
     return negative + settings().guidance_scale * (positive - negative)
 
 
-def torch_transition(scheduler, output, step, latents):
-    """(mean, std) of diffusers' step at eta 1: the mean is the step with noise of zero."""
+def torch_transition(scheduler, output, step, latents, eta=1.0):
+    """(mean, std) of diffusers' step: the mean is the step with noise of zero."""
     t, zero = scheduler.timesteps[step], torch.zeros_like(latents)
-    mean = scheduler.step(output, t, latents, eta=1.0, variance_noise=zero).prev_sample
-    return mean, scheduler._get_variance(t, t - 1000 // len(scheduler.timesteps)) ** 0.5
+    mean = scheduler.step(output, t, latents, eta=eta, variance_noise=zero).prev_sample
+    return mean, eta * scheduler._get_variance(t, t - 1000 // len(scheduler.timesteps)) ** 0.5
 
 
 def torch_log_prob(following, mean, std):
@@ -124,13 +133,12 @@ def torch_log_prob(following, mean, std):
     return density.mean(dim=tuple(range(1, density.ndim)))
 
 
-def torch_loss(made, batch):
+def torch_loss(unet, scheduler, batch, negative_gradient):
     """ddpo-pytorch's loss over all samples and their steps; also the plain -mean(A log p) and the ratios."""
-    _, _, unet, scheduler = made
     steps = batch[STEPS]["step"].ravel()
     latents, following = (in_torch(np.concatenate(batch[STEPS][name])) for name in ("latents", "following"))
     rows = np.repeat(np.arange(SAMPLES), len(steps) // SAMPLES)
-    output = torch_denoise(unet, latents, scheduler.timesteps[steps], batch, rows)
+    output = torch_denoise(unet, latents, scheduler.timesteps[steps], batch, rows, negative_gradient)
     log_probs = torch.cat(
         [
             torch_log_prob(following[i, None], *torch_transition(scheduler, output[i, None], step, latents[i, None]))
@@ -168,27 +176,35 @@ def assert_same(pipeline, ours, theirs, relative):
         np.testing.assert_allclose(ours[name], expected, rtol=0, atol=tolerance, err_msg=name)
 
 
-def test_states_and_log_probabilities_are_those_of_pytorch(made, sampled):
-    """The whole chain of each sample from its own noise: states within 2e-5 of their size, log-probabilities 1e-5."""
+@pytest.mark.parametrize("window", [(0, 4), (1, 3)], ids=["all steps", "a window"])
+def test_states_and_log_probabilities_are_those_of_pytorch(made, sampled, window):
+    """The whole chain of each sample from its own noise: states within 2e-5 of their size, log-probabilities 1e-5.
+
+    Steps outside the window are diffusers' at eta 0.
+    """
     _, _, unet, scheduler = made
-    rows, noise, step_noise = sampled
+    low, high = window
+    everything = window == (0, 4)
+    rows, noise, step_noise = sampled if everything else sample_rows(made, settings(window_low=low, window_high=high))
+    assert set(rows["start"]) == {low}
     latents = in_torch(noise)
     for step, t in enumerate(scheduler.timesteps):
         with torch.no_grad():
             output = torch_denoise(unet, latents, t.repeat(SAMPLES), rows, np.arange(SAMPLES))
-            mean, std = torch_transition(scheduler, output, step, latents)
+            mean, std = torch_transition(scheduler, output, step, latents, float(low <= step < high))
         following = mean + std * in_torch(step_noise[:, step])
         for name, expected in (("latents", latents), ("following", following)):
             size = float(expected.abs().max())
             np.testing.assert_allclose(in_torch(rows[STEPS][name][:, step]), expected, rtol=0, atol=2e-5 * size)
-        log_probs = torch_log_prob(following, mean, std)
-        np.testing.assert_allclose(rows[STEPS]["log_prob"][:, step], log_probs, rtol=0, atol=1e-5)
+        if low <= step < high:
+            log_probs = torch_log_prob(following, mean, std)
+            np.testing.assert_allclose(rows[STEPS]["log_prob"][:, step], log_probs, rtol=0, atol=1e-5)
         latents = following
 
 
 def test_the_ratio_is_one_before_the_first_update(trained):
     """Sampling and training are two programs; 1e-6 in float32. After an update it is no longer looked at."""
-    _, ((_, _, first), (_, _, second)) = trained
+    _, ((_, _, first), (_, _, second)), _ = trained
     assert first["ddpo/ratio_error"] < 1e-6 and first["ddpo/clipfrac"] == 0 and first["ddpo/approx_kl"] < 1e-12
     assert second["ddpo/ratio_error"] == 0 and second["ddpo/approx_kl"] > 1e-6
 
@@ -196,10 +212,11 @@ def test_the_ratio_is_one_before_the_first_update(trained):
 def test_losses_gradients_and_updates_are_those_of_pytorch(made, trained):
     """Two updates of plain descent. The first, at ratio 1, has the plain policy gradient, -mean(A d log p); in the
     second ratios are clipped on both sides. Loss 1e-5; gradient 1e-4 in all, 1e-3 per tensor; weights 1e-6, 1e-5."""
-    pipeline, _, unet, _ = made
-    batch, found = trained
+    pipeline, _, unet, scheduler = made
+    batch, found, negative_gradient = trained
+    unet = copy.deepcopy(unet)
     for update, (weights, gradient, metrics) in enumerate(found):
-        loss, plain, ratios = torch_loss(made, batch)
+        loss, plain, ratios = torch_loss(unet, scheduler, batch, negative_gradient)
         np.testing.assert_allclose(metrics["ddpo/loss"], loss.item(), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(metrics["ddpo/clipfrac"], (np.abs(ratios - 1) > CLIP).mean(), atol=1e-6)
         np.testing.assert_allclose(
@@ -229,30 +246,31 @@ def test_the_clipped_loss_by_hand():
     np.testing.assert_allclose(slopes, [0, -2, 2, 0, -1], rtol=1e-6)
 
 
-def reference_advantages(buffers, prompts, rewards, size, least):
-    """ddpo-pytorch's PerPromptStatTracker.update."""
+def reference_advantages(buffers, prompts, rewards, size, least, global_std=False):
+    """ddpo-pytorch's PerPromptStatTracker.update; global_std as in flow_grpo's."""
     found = np.empty(len(rewards))
     for prompt in set(prompts):
         rows = [index for index, other in enumerate(prompts) if other == prompt]
         buffers[prompt] = (buffers.get(prompt, []) + [rewards[row] for row in rows])[-size:]
         basis = rewards if len(buffers[prompt]) < least else buffers[prompt]
         for row in rows:
-            found[row] = (rewards[row] - np.mean(basis)) / (np.std(basis) + 1e-6)
+            found[row] = (rewards[row] - np.mean(basis)) / (np.std(rewards if global_std else basis) + 1e-6)
     return found
 
 
-def test_advantages_are_those_of_ddpo_pytorchs_tracker():
+@pytest.mark.parametrize("std", ["prompt", "step"])
+def test_advantages_are_those_of_ddpo_pytorchs_tracker(std):
     """Five steps of 12 samples, one prompt of which has too few until the last; resumed through JSON. 1e-6."""
     rng, buffers = np.random.default_rng(0), {}
-    assign = PromptAdvantages(buffer=6, min_count=5, clip=100.0)
+    assign = PromptAdvantages(buffer=6, min_count=5, clip=100.0, std=std)
     for _ in range(5):
         prompts = rng.permutation(list("aaaaaabbbbbc")).tolist()
         rewards = rng.normal(size=12).astype(np.float32)
-        again = PromptAdvantages(buffer=6, min_count=5, clip=100.0)
+        again = PromptAdvantages(buffer=6, min_count=5, clip=100.0, std=std)
         again.set_state(json.loads(json.dumps(assign.get_state())))
         found = assign(Scored(prompts, rewards))
         np.testing.assert_array_equal(again(Scored(prompts, rewards)), found)
-        expected = reference_advantages(buffers, prompts, rewards.astype(np.float64), 6, 5)
+        expected = reference_advantages(buffers, prompts, rewards.astype(np.float64), 6, 5, std == "step")
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     assert {prompt: len(buffer) for prompt, buffer in buffers.items()} == {"a": 6, "b": 6, "c": 5}
 
@@ -294,6 +312,15 @@ def test_schedules_with_a_step_without_noise_are_refused(changes, eta, said):
     check_noise(make_sampler("ddim", tiny_sd1.SCHEDULER, 50, 1.0), config, tiny_sd1.SCHEDULER)
 
 
+def test_a_window_without_the_silent_step_trains():
+    """The message's other way out: the last of 50 steps adds no noise, and does not train."""
+    schedule = tiny_sd1.SCHEDULER | {"steps_offset": 0}
+    sampler = make_sampler("ddim", schedule, 50, 1.0)
+    with pytest.raises(ConfigError, match="or window_high=49, which leaves it out"):
+        check_noise(sampler, Config(), schedule)
+    check_noise(sampler, Config(window_high=49), schedule)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -302,6 +329,7 @@ def test_schedules_with_a_step_without_noise_are_refused(changes, eta, said):
             "rounds=3 of round_size=4 give 12 samples .* config.batch_size=8",
         ),
         ({"method.timestep_fraction": 0.01}, "timestep_fraction=0.01 leaves none of 50 steps"),
+        ({"method.window_low": 50}, r"window_size=0 steps does not lie in \[window_low=50, window_high=50\)"),
         ({"method.prompt_min_count": 17}, "prompt_min_count=17 is never reached with prompt_buffer=16"),
         ({"lora.dropout": 0.1}, "pass --config.lora.dropout=0"),
         ({"reward.path": ""}, "config.reward.path is empty"),
