@@ -77,7 +77,7 @@ def draw(grids, arguments):
     for index, (axis, steps) in enumerate(zip(np.atleast_1d(axes), arguments.steps)):
         for number, (name, seeds) in enumerate(grids.items()):
             mean = seeds.mean(0)[index]
-            spread = [mean - seeds.min(0)[index], seeds.max(0)[index] - mean]
+            spread = np.maximum([mean - seeds.min(0)[index], seeds.max(0)[index] - mean], 0.0)  # not -1e-17
             style = {"color": "black", "linestyle": "--"} if number == 0 else {"color": f"C{number - 1}"}
             axis.errorbar(arguments.guidance, mean, spread, label=name, linewidth=1.2, capsize=2, **style)
         axis.set_title(f"{steps} steps")

@@ -58,10 +58,7 @@ def main(argv=None):
     def measure(name, noise, steps):
         images.sampler = noisy.steps_where(np.isin(np.arange(arguments.steps), steps), plain)
         made = to_uint8(images(params, prompts, noise=noise, step_keys=step_keys))
-        pixels = [reward.prepare(image) for image in made]
-        batches = [slice(first, first + arguments.batch) for first in range(0, len(prompts), arguments.batch)]
-        scores = np.concatenate([np.asarray(reward.score_prepared(prompts[rows], pixels[rows])) for rows in batches])
-        scores = scores.reshape(-1, arguments.images)
+        scores = np.array(reward.score(prompts, made)).reshape(-1, arguments.images)
         print(f"| {name} | {scores.mean():.3f} | {scores.var(axis=1, ddof=1).mean():.4f} |", flush=True)
 
     everything = list(range(arguments.steps))

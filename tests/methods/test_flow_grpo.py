@@ -386,7 +386,7 @@ def test_groups_are_whole_in_each_of_two_processes():
         ({"method.combine": "gdpo"}, "advantage_std=group"),
         ({"method.combine": "gdpo", "method.advantage_std": "group"}, "is for several rewards"),
         ({"method.same_noise": True, "method.round_size": 12, "method.rounds": 4}, "same_noise needs whole groups"),
-        ({"method.num_steps": 1, "method.sampler": "dance_sde"}, "window"),
+        ({"method.num_steps": 1, "method.sampler": "dance_sde"}, "num_steps=1: the last step of dance_sde does not"),
         ({"method.sampler": "flow_sd"}, "did you mean 'flow_sde'"),
         ({"batch_size": 18}, "48 samples per step, which do not divide into updates of config.batch_size=18"),
     ],
