@@ -23,7 +23,7 @@ def get_config():
     config.method.num_steps = 10
     config.method.guidance_scale = 2.0  # where more images are wrong than at 3: more to compare
     config.method.negative_gradient = False
-    config.method.window_high = 3  # they decide what is where; the others only add noise: benchmarks/step_variance.py
+    config.method.window_high = 3  # the first three move the reward most: benchmarks/step_variance.py
     config.method.height = 32
     config.method.width = 32
     config.method.rounds = 2
