@@ -92,7 +92,8 @@ class PolicyConfig(OnPolicyConfig):
         if not (low < high <= self.noisy_steps and 1 <= size <= high - low):
             raise ConfigError(
                 f"config.method: a window of window_size={size} steps does not lie in [window_low={low}, "
-                f"window_high={high}) among the {self.noisy_steps} steps of {self.sampler} that can train"
+                f"window_high={high}) among the {self.noisy_steps} steps of {self.sampler} that can train; window_high "
+                "and window_size of None are all of them"
             )
         if self.window_move != "none" and size == high - low:
             raise ConfigError(
