@@ -2,9 +2,10 @@
 
     python -m imagereward_jax.train --config configs/refl_tiny_lora.py
 
-Of the UNet's 2,205,828 parameters 50,176 train: rank 8 on the projections of its attention. Hardware: 2 CPU cores, some
-seven minutes. Result to expect: not measured with guidance drawn from 1 to 5, as refl_tiny.py has it; without, adapters
-reached nearly as much as all weights.
+Of the UNet's 2,205,828 parameters 50,176 train: rank 8 on the projections of its attention. Hardware: one CPU core,
+some eight minutes. Result to expect (one seed): on 64 held-out prompts of four images the share of fully right images
+rises from 0.77 to 0.86 at guidance 3, from 0.70 to 0.77 at 2, from 0.68 to 0.79 at 5, and stays at 0.29 without
+guidance.
 
 WORKDIR/export holds pytorch_lora_weights.safetensors, which `generate --lora` and PyTorch diffusers'
 `load_lora_weights` take.
